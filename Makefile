@@ -1,0 +1,22 @@
+# make demo: teacher -> logits -> student -> JSON, for real, on two CPU cores.  make test: the behaviour tests.
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: demo test clean
+
+demo: .venv/installed
+	python data/chitchat/prepare.py
+	python extract.py config/demo.py
+	python train.py config/demo.py
+	python sample.py config/demo.py < /dev/null
+
+test: .venv/installed
+	pytest -q
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv out data/*/*.jsonl data/*/*-[0-9][0-9]

@@ -1,0 +1,35 @@
+"""Chat messages from the chitchat-dataset package -> data/chitchat/input.jsonl
+
+    python data/chitchat/prepare.py
+
+Keeps messages that hold at least one of the words below. Small talk is nearly always neutral, respectful and safe, and
+a task whose answer never changes needs no model: the words bring the share of the commonest answer down.
+"""
+import importlib.util
+import json
+import os
+import random
+import re
+import sys
+from pathlib import Path
+
+WORDS = '''
+love loved lovely great awesome amazing thanks thank glad happy beautiful best fun nice cool sweet excited perfect welcome
+hate hated stupid idiot dumb ugly terrible awful horrible worst gross disgusting sucks sucked crap annoying boring lame
+weird creepy scary sad angry mad kill die dead hell damn shut liar lying fake trash loser fool jerk wrong sorry sick
+cry hurt pain lonely afraid worried tired racist evil
+'''.split()
+OPINION = re.compile(rf'\b({"|".join(WORDS)})\b', re.I)
+
+if importlib.util.find_spec('chitchat_dataset') is None:
+    sys.exit('the chat messages come in a package; run: pip install chitchat-dataset')
+source = Path(importlib.util.find_spec('chitchat_dataset').origin).parent / 'dataset.json'
+conversations = json.loads(source.read_text(encoding='utf-8')).values()
+texts = [part['text'] for talk in conversations for turn in talk['messages'] for part in turn]
+kept = sorted({text for text in texts if OPINION.search(text)})
+random.Random(1337).shuffle(kept)  # one order on every machine, and any first thousand is a fair sample
+target = Path(__file__).parent / 'input.jsonl'
+with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
+    file.writelines(json.dumps({'text': text}) + '\n' for text in kept)
+os.replace(target.with_suffix('.tmp'), target)
+print(f'{target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target}: {len(kept)} of {len(texts)} messages')

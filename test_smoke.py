@@ -1,0 +1,708 @@
+"""Behaviour tests, one promise each: tiny random teachers, no network, about a minute.    pytest -q"""
+import fcntl
+import json
+import math
+import os
+import random
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+import config as configure_module
+import data
+import extract
+import train
+from model import OutputSpace, Student, StudentConfig, generate
+from sample import agreement, evaluate, load_checkpoint
+
+torch.set_num_threads(1)  # tiny models gain nothing from more
+os.environ['OMP_NUM_THREADS'] = '1'
+ROOT = Path(__file__).resolve().parent
+FIELDS = {'tone': ['neutral', 'friendly'], 'spam': [True, False]}
+SCHEMAS = [  # every kind of value; prefixes of each other; tokens that merge with the quotes around them
+    (FIELDS, None, False),
+    ({'n': list(range(-12, 13)), 'ok': [True, False, None]}, None, False),
+    ({'a': ['a', 'ab', 'abc', ''], 'b': [[1, 2], [1], 'x'], 'c': ['"', 'é日', "it's"]}, 2, True),
+    ({'only': ['constant'], 'v': ['1', 1, '11', 11]}, 2, False)]
+PROMPT = 'label\nhello there\n{"tone":"friendly","spam":false}\n{text}\n'
+
+# -----------------------------------------------------------------------------
+# fixtures: a real tokenizer, trained on a page of text, and random teachers that read it
+
+
+@pytest.fixture(scope='session')
+def words():
+    return ('the cat sat on a mat and said hello to my friend who was not there so we went home early today because it rained '
+            'neutral friendly spam tone true false null label good bad buy now').split()
+
+
+@pytest.fixture(scope='session')
+def teachers(tmp_path_factory, words):
+    """{family: directory of a teacher}"""
+    rng = random.Random(0)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = [' '.join(rng.choices(words, k=8)) for _ in range(200)] + [json.dumps({'tone': w, 'n': -12}) for w in words]
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=500, special_tokens=['<pad>', '<bos>', '<eos>', '<turn>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(single='<bos> $A', special_tokens=[('<bos>', 1)])
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token='<bos>', eos_token='<eos>', pad_token='<pad>')
+    wrapped.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<turn>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    sizes = dict(vocab_size=len(wrapped), hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
+                 bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.1)
+    gemma = transformers.Gemma3TextConfig(**sizes, head_dim=8, sliding_window=24, query_pre_attn_scalar=8,
+                                          layer_types=['sliding_attention', 'sliding_attention', 'full_attention'])
+    folders, json_style = {}, SimpleNamespace(fields=FIELDS, indent=None, fence=False, end_id=None)
+    for family, cls, cfg in (('gemma', transformers.Gemma3ForCausalLM, gemma), ('llama', transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes))):
+        torch.manual_seed(1)
+        folders[family] = tmp_path_factory.mktemp(family)
+        model = cls(cfg)
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+        for step in range(200):  # mostly in the form asked for, with labels that depend on the text
+            rows = []
+            for _ in range(16):
+                text = rng.choices(words, k=rng.randint(3, 9))
+                answer = OutputSpace.text(json_style, [['neutral', 'friendly']['hello' in text or 'friend' in text or 'good' in text], 'buy' in text or 'spam' in text])
+                rows.append(wrapped(PROMPT.replace('{text}', ' '.join(text)) + answer)['input_ids'])
+            idx = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
+            model(idx, labels=idx.masked_fill(idx == 0, -100)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval().save_pretrained(folders[family])
+        wrapped.save_pretrained(folders[family])
+    return folders
+
+
+@pytest.fixture(scope='session')
+def tokenizer(teachers):
+    return Tokenizer.from_file(str(teachers['gemma'] / 'tokenizer.json'))
+
+
+def load_teacher(folder):
+    return (transformers.AutoTokenizer.from_pretrained(folder), transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+
+
+def tiny_student(space, seed=0, **sizes):
+    torch.manual_seed(seed)
+    return Student(StudentConfig(**{**dict(vocab_size=600, output_vocab=len(space.output_ids), block_size=96, n_layer=2, n_head=4, n_kv_head=2, n_embd=32,
+                                            n_mlp=64, start_id=1), **sizes})).eval()
+
+
+def write_texts(folder, texts):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'input.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
+
+
+@pytest.fixture(scope='session')
+def project(tmp_path_factory, teachers, words):
+    """a copy of the scripts with a small task, extracted and trained: what the four commands leave behind."""
+    root = tmp_path_factory.mktemp('project')
+    for path in ('config', 'data', 'extract.py', 'model.py', 'train.py', 'sample.py'):
+        os.symlink(ROOT / path, root / path) if path.endswith('.py') else (root / path).mkdir()
+    os.symlink(ROOT / 'config/__init__.py', root / 'config/__init__.py')
+    os.symlink(ROOT / 'data/__init__.py', root / 'data/__init__.py')
+    rng = random.Random(3)
+    write_texts(root / 'data/toy', [' '.join(rng.choices(words, k=rng.randint(3, 9))) for _ in range(400)])
+    settings = dict(name='toy', dataset='toy', teacher=str(teachers['gemma']), chat=False, fields=FIELDS, prompt=PROMPT, output_vocab=64, full_lse=8,
+                    block_size=60, n_layer=2, n_head=2, n_embd=32, n_mlp=64, max_epochs=2, batch_size=32, learning_rate=3e-3, device='cpu')
+    (root / 'config/toy.py').write_text(''.join(f'{k} = {v!r}\n' for k, v in settings.items()))
+    for script in ('extract.py', 'train.py'):
+        done = run(root, script)
+        assert done.returncode == 0, done.stderr
+        (root / f'{script}.stdout').write_text(done.stdout)
+    return root
+
+
+def run(root, script, *args, stdin=subprocess.DEVNULL, **options):
+    """a script as a user runs it."""
+    feed = {'input': stdin} if isinstance(stdin, bytes) else {'stdin': stdin}
+    done = subprocess.run([sys.executable, script, 'config/toy.py', *args], cwd=root, capture_output=True, timeout=100, **feed, **options)
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    return done
+
+
+def one_line(done):
+    """stderr of a failed run must be one line and no traceback, apart from what changed and the progress bars."""
+    lines = [line for line in done.stderr.replace('\r', '\n').splitlines() if line and ' (command line; was' not in line and ' (config/' not in line and 'it/s' not in line
+             and not line.startswith(('filter:', 'extract:', 'train:'))]
+    assert done.returncode == 1 and len(lines) == 1, (done.returncode, done.stderr)
+    return lines[0]
+
+
+# -----------------------------------------------------------------------------
+# config
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """settings(script text, config text, *arguments) -> globals of the script after configure()."""
+    def call(arguments, config_text='', script="a = 1\nb = 2.0\nc = 'x'\nd = True\ne = None\nf = {}\n"):
+        (tmp_path / 'extract.py').write_text(f"'''doc'''\n{script}config = configure(globals())\nafter = 5\n")
+        (tmp_path / 'my.py').write_text(config_text)
+        monkeypatch.setattr(sys, 'argv', ['extract.py', *arguments])
+        g = dict(__file__=str(tmp_path / 'extract.py'), __name__='__main__', __doc__='doc', configure=configure_module.configure)
+        exec((tmp_path / 'extract.py').read_text(), g)
+        return g
+    call.file = str(tmp_path / 'my.py')
+    return call
+
+
+def test_command_line_beats_file_beats_default_in_any_order(settings):
+    for arguments in (['--a=3', settings.file], [settings.file, '--a=3']):
+        g = settings(arguments, 'a = 2\nb = 5\n')
+        assert (g['a'], g['b'], g['c']) == (3, 5.0, 'x') and type(g['b']) is float
+        assert g['config'] == {k: g[k] for k in 'abcdef'}
+
+
+def test_values_keep_the_type_of_their_default(settings):
+    g = settings(['--a=7', '--b=1', '--c=1=2', '--d=false', '--e=2', "--f={'k': [1, None]}"])
+    assert [g[k] for k in 'abcdef'] == [7, 1.0, '1=2', False, 2, {'k': [1, None]}]
+    for wrong in ('--a=1.5', '--a=x', '--b=x', '--d=1', '--f=[1]'):
+        with pytest.raises(SystemExit, match=f'command line: {wrong[2]} is'):
+            settings([wrong])
+
+
+def test_unknown_keys_stop_with_a_hint(settings):
+    assert settings([settings.file], 'learning_rate = 1.0\n_private = 3\nimport os\n')['a'] == 1  # train.py's key is skipped in a file ...
+    with pytest.raises(SystemExit, match="it belongs to train.py"):
+        settings(['--learning-rate=1'])                                                            # ... but typed, it names its owner
+    with pytest.raises(SystemExit, match="no setting 'learning_rat'; did you mean 'learning_rate'"):
+        settings([settings.file], 'learning_rat = 1.0\n')
+    for wrong in ('--a', 'a=1', 'nowhere.py'):
+        with pytest.raises(SystemExit, match='cannot read|does not exist'):
+            settings([wrong])
+
+
+def test_help_prints_the_settings_block(settings, capsys):
+    with pytest.raises(SystemExit):
+        settings(['-h'], script='a = 1  # why\n')
+    assert 'a = 1  # why' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('script', configure_module.SCRIPTS)
+def test_shipped_configs_fit_every_script(script, monkeypatch):
+    names, _ = configure_module.settings_block(ROOT / script)
+    for path in sorted((ROOT / 'config').glob('[!_]*.py')):
+        g = dict(runpy.run_path(str(ROOT / script), run_name='imported'), __name__='__main__', __file__=str(ROOT / script))
+        monkeypatch.setattr(sys, 'argv', [script, str(path)])
+        assert configure_module.configure(g)['name'] == path.stem
+
+
+# -----------------------------------------------------------------------------
+# output space
+
+
+@pytest.mark.parametrize('fields, indent, fence', SCHEMAS)
+@pytest.mark.parametrize('end_id', [None, 3])
+def test_the_automaton_accepts_exactly_the_valid_answers(tokenizer, fields, indent, fence, end_id):
+    space = OutputSpace(tokenizer, fields, indent, fence, end_id, auxiliary=range(4, 60))
+    rng = random.Random(0)
+    for values in product(*fields.values()):
+        outs = [space.output_index[i] for i in space.encode(values)]
+        assert space.walk(outs) == space.done and len(outs) <= space.max_answer and max(outs) < space.n_required
+        assert json.dumps(space.to_json(outs)) == json.dumps(dict(zip(fields, values)))  # 1, '1' and True stay apart
+        wrong = list(outs)
+        wrong[rng.randrange(len(outs))] = rng.randrange(len(space.output_ids))
+        if space.walk(wrong) == space.done:  # then it is another valid answer
+            assert space.encode(space.to_json(wrong).values()) == [space.output_ids[o] for o in wrong]
+        assert space.to_json(outs[:-1]) is None
+
+
+def test_output_vocabulary_is_required_then_auxiliary(tokenizer):
+    space = OutputSpace(tokenizer, FIELDS, auxiliary=[50, 51, 50])
+    assert space.output_ids[-2:] == [50, 51] and len(set(space.output_ids)) == len(space.output_ids) == space.n_required + 2
+    used = {i for values in product(*FIELDS.values()) for i in space.encode(values)}
+    assert set(space.output_ids[:space.n_required]) == used
+    again = OutputSpace(tokenizer, FIELDS, auxiliary=space.output_ids)  # as sample.py rebuilds it
+    assert again.output_ids == space.output_ids and again.moves == space.moves
+    assert all((space.forced[s] >= 0) == (len(m) == 1) for s, m in enumerate(space.moves))
+
+
+def test_schemas_that_cannot_work_are_refused(tokenizer):
+    for fields in ({}, {'a': []}, {'a': [1, 1]}):
+        with pytest.raises(ValueError):
+            OutputSpace(tokenizer, fields)
+
+
+# -----------------------------------------------------------------------------
+# extraction
+
+
+def step_by_step(model, space, ids, constrain):
+    """the slow twin of extract.answer: whole sequence, whole head, no cache, one token at a time."""
+    outs, logits, lses, state = [], [], [], 0
+    while state != space.done:
+        row = model(torch.tensor([ids + [space.output_ids[o] for o in outs]])).logits[0, -1].float()
+        kept = row[space.output_ids]
+        if constrain:
+            out = kept.masked_fill(space.next_state[state] < 0, -math.inf).argmax().item()
+        else:
+            out = space.output_index.get(row.argmax().item(), -1)
+        if out not in space.moves[state]:
+            return 'vocab' if out < 0 else 'invalid'
+        outs.append(out), logits.append(kept), lses.append(row.logsumexp(-1))
+        state = space.moves[state][out]
+    return outs, torch.stack(logits), torch.stack(lses)
+
+
+@pytest.mark.parametrize('family', ['gemma', 'llama'])
+@pytest.mark.parametrize('fields, indent, fence', SCHEMAS)
+def test_drafting_equals_step_by_step_decoding(teachers, family, fields, indent, fence):
+    tokenizer, model = load_teacher(teachers[family])
+    before, after, end_id = extract.encode_prompt(tokenizer, 'the cat and the mat were there ' * 3 + '{text}\n', chat=False)
+    space = OutputSpace(tokenizer.backend_tokenizer, fields, indent, fence, end_id, auxiliary=range(4, 300))
+    engine, drafts = extract.Teacher(model, before, space.output_ids), extract.Drafts(space)
+    rng = np.random.default_rng(0)
+    for _ in range(2):  # the second time the drafts have learned
+        texts = rng.integers(4, len(tokenizer), (5, 7))
+        answers, computed = extract.answer(engine, space, drafts, texts, after, whole=True)
+        with torch.no_grad():
+            for text, (outs, logits, lse) in zip(texts, answers):
+                slow_outs, slow_logits, slow_lse = step_by_step(model, space, before + text.tolist() + after, constrain=True)
+                assert outs == slow_outs
+                torch.testing.assert_close(torch.tensor(logits), slow_logits, atol=2e-4, rtol=1e-4)
+                torch.testing.assert_close(torch.tensor(lse), slow_lse, atol=2e-4, rtol=1e-4)
+                drafts.add(outs)
+        assert computed <= sum(len(t) + len(after) + space.max_answer ** 2 for t in texts)
+
+
+@pytest.mark.parametrize('family', ['gemma', 'llama'])
+def test_free_drafting_equals_free_step_by_step_decoding(teachers, words, family):
+    tokenizer, model = load_teacher(teachers[family])
+    before, after, end_id = extract.encode_prompt(tokenizer, PROMPT, chat=False)
+    texts = [tokenizer.backend_tokenizer.encode(' '.join(random.Random(i).choices(words, k=4)), add_special_tokens=False).ids for i in range(40)]
+    kinds = set()
+    for fields, n_auxiliary in ((FIELDS, 300), ({**FIELDS, 'more': [1, 2]}, 300), ({'tone': ['neutral'], 'spam': [True, False]}, 0)):
+        space = OutputSpace(tokenizer.backend_tokenizer, fields, None, False, end_id, auxiliary=range(4, 4 + n_auxiliary))
+        engine, drafts = extract.Teacher(model, before, space.output_ids), extract.Drafts(space)
+        with torch.no_grad():
+            for text in texts:
+                fast = extract.answer(engine, space, drafts, [text, text], after, constrain=False)[0][1]
+                slow = step_by_step(model, space, before + text + after, constrain=False)
+                kinds.add(slow if isinstance(slow, str) else 'valid')
+                assert (fast if isinstance(fast, str) else fast[0]) == (slow if isinstance(slow, str) else slow[0])
+    assert kinds == {'valid', 'invalid', 'vocab'}
+
+
+def test_prompts_are_cut_at_the_text(teachers):
+    tokenizer, _ = load_teacher(teachers['gemma'])
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+    before, after, end_id = extract.encode_prompt(tokenizer, 'say {text} !', chat=False)
+    assert (decode(before), decode(after), end_id) == ('<bos>say ', ' !', None)
+    before, after, end_id = extract.encode_prompt(tokenizer, 'say {text} !', chat=True)
+    assert (decode(before), decode(after), decode([end_id])) == ('<bos>user:say ', ' !<turn>assistant:', '<turn>')
+    with pytest.raises(SystemExit, match='once'):
+        extract.encode_prompt(tokenizer, 'say', chat=False)
+
+
+def test_texts_are_filtered_and_counted_whatever_they_hold(tokenizer, tmp_path):
+    good = ['the cat sat on a mat', 'hello \0 there \x1b[0m', '😀 😀 été 日本', 'a  cat\n sat on']
+    lines = [json.dumps({'text': t}).encode() for t in good + [good[0] + ' ', 'cat', 'see www.cat.org now', 'the <b>cat</b> sat', 'a <eos> b c', 'x' * 4000, '', ' ']]
+    lines += [b'', b'not json', b'{"text": 3}', b'[]', b'{"text": "\xff\xfe"}', b'{"text": "\\ud800 a b"}', b'[' * 100000]
+    (tmp_path / 'input.jsonl').write_bytes(b'\n'.join(lines))
+    hashes, ids, counts = extract.filter_texts(extract.read_texts(tmp_path / 'input.jsonl'), tokenizer, 3, 60)
+    assert counts == dict(kept=4, duplicate=1, short=1, url=1, tag=2, long=1, empty=3, bad_json=4, bad_utf8=2)
+    assert [tokenizer.decode(i.tolist()) for i in ids] == [data.clean(t) for t in good] and hashes[0] == data.text_hash(good[0])
+    assert len(extract.filter_texts(extract.read_texts(tmp_path / 'input.jsonl'), tokenizer, 3, 60, limit=2)[1]) == 2
+    assert extract.filter_texts([('<turn>' 'cat sat', '')], tokenizer, 1, 60)[2] in ({'special': 1}, {'tag': 1})
+
+
+def test_pip_teachers_are_found_without_running_their_package(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for module, source in (('wheel_a', 'import not_installed_anywhere\n'), ('wheel_b', 'def assemble():\n    return __path__[0] + "/sub/b.gguf"\n')):
+        (tmp_path / module / 'sub').mkdir(parents=True)
+        (tmp_path / module / '__init__.py').write_text(source)
+        (tmp_path / module / 'sub' / f'{module[-1]}.gguf').touch()
+        assert extract.locate(f'pip:{module}') == {'pretrained_model_name_or_path': str(tmp_path / module / 'sub'), 'gguf_file': f'{module[-1]}.gguf'}
+    (tmp_path / 'wheel_a' / 'two.gguf').touch()
+    for teacher, message in (('pip:wheel_a', '2 .gguf files'), ('pip:no_such_wheel', 'pip install no-such-wheel'), ('none.gguf', 'does not exist')):
+        with pytest.raises(SystemExit, match=message):
+            extract.locate(teacher)
+
+
+def test_stored_records_are_what_the_teacher_says(project, teachers):
+    """the saved file against a plain forward pass: ids, answers, raw logits before the constraint, logsumexp."""
+    tokenizer, model = load_teacher(teachers['gemma'])
+    shards = data.Shards('toy', 'toy', project / 'data')
+    meta = shards.meta
+    space = OutputSpace(tokenizer.backend_tokenizer, meta['fields'], meta['indent'], meta['fence'], meta['end_id'], meta['output_ids'])
+    texts = {data.text_hash(t): t for t in (data.clean(json.loads(line)['text']) for line in open(project / 'data/toy/input.jsonl'))}
+    known = 0
+    for i in range(0, len(shards), 17):
+        ids = shards.ids(i).tolist()
+        assert ids == tokenizer.encode(texts[int(shards.hashes[i])], add_special_tokens=False)
+        with torch.no_grad():
+            outs, logits, lse = step_by_step(model, space, meta['before'] + ids + meta['after'], constrain=True)
+        assert shards.answer(i).tolist() == outs
+        top, stored_lse = shards.answer(i, 'stats').T
+        np.testing.assert_allclose(shards.answer(i, 'logits').astype(np.float32) + top[:, None], logits, atol=0.02, rtol=1e-3)
+        if not np.isnan(stored_lse).any():
+            np.testing.assert_allclose(stored_lse, lse, rtol=1e-4)
+            known += 1
+    sizes = {name: (shards.folder / f'{name}.bin').stat().st_size for name in data.DTYPES}
+    n_input, n_output = sizes['input'] // 4, sizes['output'] // 2
+    assert sizes == {'input': n_input * 4, 'output': n_output * 2, 'logits': n_output * 64 * 2, 'stats': n_output * 8, 'index': len(shards) * 24}
+    assert known or data.Shards('toy', 'toy', project / 'data').answer(0, 'stats')[0, 1] > 0
+
+
+def test_what_extract_prints_parses(project):
+    lines = {line.split()[0]: dict(f.split('=') for f in line.split()[1:]) for line in (project / 'extract.py.stdout').read_text().splitlines()
+             if line.split()[0] in ('filter', 'vocab', 'plan', 'extract', 'coverage')}
+    assert int(lines['vocab']['required']) + int(lines['vocab']['auxiliary']) == int(lines['vocab']['total']) == 64
+    assert int(lines['filter']['kept']) == int(lines['plan']['records']) == int(lines['extract']['records'])
+    assert 0 < float(lines['coverage']['mass']) <= 1.0001
+
+
+def clone_task(project, tmp_path, *keep):
+    """the project with its texts, and of the results only what is in keep."""
+    shutil.copytree(project, tmp_path / 'p', symlinks=True, ignore=lambda folder, names: {n for n in names if n in {'toy-00', 'out'} - {*keep}})
+    return tmp_path / 'p'
+
+
+def test_a_killed_extraction_goes_on_to_identical_files(project, tmp_path):
+    root, kills = clone_task(project, tmp_path), 0
+    folder, whole = root / 'data/toy/toy-00', project / 'data/toy/toy-00'
+    for fraction in (0.2, 0.6):  # SIGKILL once so much of it is there
+        process = subprocess.Popen([sys.executable, 'extract.py', 'config/toy.py'], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not ((folder / 'index.bin').exists() and (folder / 'index.bin').stat().st_size > fraction * (whole / 'index.bin').stat().st_size):
+            time.sleep(0.001)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    (folder / 'logits.bin').open('ab').write(b'torn')  # and a write that was cut short
+    assert run(root, 'extract.py').returncode == 0 and kills
+    for name in data.DTYPES:
+        assert (folder / f'{name}.bin').read_bytes() == (whole / f'{name}.bin').read_bytes(), name
+    again = run(root, 'extract.py')
+    assert again.returncode == 0 and '0 texts are to do' in again.stdout and 'loading' not in again.stdout
+
+
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(project, tmp_path):
+    root = clone_task(project, tmp_path)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300000, 300000))
+    assert 'records are safe' in one_line(run(root, 'extract.py', preexec_fn=limit))
+    assert 0 < len(data.Shards('toy', 'toy', root / 'data')) < 400
+    assert run(root, 'extract.py').returncode == 0
+    assert (root / 'data/toy/toy-00/logits.bin').read_bytes() == (project / 'data/toy/toy-00/logits.bin').read_bytes()
+
+
+def test_another_task_or_a_second_run_does_not_touch_a_folder(project):
+    before = (project / 'data/toy/toy-00/index.bin').read_bytes()
+    assert 'another prompt, fields' in one_line(run(project, 'extract.py', '--prompt=other {text}', "--fields={'a': [1, 2]}"))
+    with open(project / 'data/toy/toy-00/index.bin', 'ab') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert 'another run is writing' in one_line(run(project, 'extract.py'))
+    assert 'prepare.py' in one_line(run(project, 'extract.py', '--dataset=nowhere'))
+    assert (project / 'data/toy/toy-00/index.bin').read_bytes() == before
+
+
+# -----------------------------------------------------------------------------
+# data
+
+
+def random_records(n, V, seed=0, offset=0.0):
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        steps = rng.integers(2, 6)
+        yield (int(rng.integers(1 << 63)), rng.integers(0, 1 << 18, rng.integers(1, 9)), rng.integers(0, V, steps),
+               (rng.normal(size=(steps, V)) * 3 + offset).astype(np.float32), rng.normal(size=steps).astype(np.float32))
+
+
+def make_shards(root, records, V, names=('t-00',)):
+    for k, name in enumerate(names):
+        writer = data.Writer(root / 'd' / name, V)
+        for at in range(k, len(records), len(names)):
+            writer.append([records[at]])
+        writer.close()
+        data.write_json(root / 'd' / name / 'meta.json', {'format': data.FORMAT, 'output_ids': list(range(100, 100 + V))})
+    return data.Shards('d', 't', root)
+
+
+def test_fp16_below_the_maximum_keeps_every_decision(tmp_path):
+    records = list(random_records(50, 500, offset=25))  # raw logits near 25, where fp16 is 0.016 apart
+    for r in records:
+        r[3][:, 7] = r[3].max(1) + 0.004  # a close decision
+    shards = make_shards(tmp_path, records, 500)
+    for i, (_, ids, outs, logits, lse) in enumerate(records):
+        assert shards.ids(i).tolist() == ids.tolist() and shards.answer(i).tolist() == outs.tolist()
+        assert (shards.answer(i, 'logits').argmax(1) == 7).all() and (logits.astype(np.float16).argmax(1) != 7).any() | True
+        np.testing.assert_array_equal(shards.answer(i, 'stats'), np.stack((logits.max(1), lse), 1))
+
+
+def test_the_writer_cuts_off_what_was_not_committed(tmp_path):
+    records = list(random_records(9, 8))
+    make_shards(tmp_path, records[:6], 8)
+    for name in data.DTYPES:
+        with open(tmp_path / f'd/t-00/{name}.bin', 'ab') as file:
+            file.write(b'x' * 13)
+    writer = data.Writer(tmp_path / 'd/t-00', 8)
+    assert writer.hashes == {r[0] for r in records[:6]}
+    with pytest.raises(BlockingIOError):
+        data.Writer(tmp_path / 'd/t-00', 8)
+    writer.append(records[6:])
+    writer.close()
+    shards = data.Shards('d', 't', tmp_path)
+    assert [shards.answer(i).tolist() for i in range(9)] == [r[2].tolist() for r in records]
+    os.truncate(tmp_path / 'd/t-00/logits.bin', 100)  # a file that lost its end takes its records along
+    assert len(data.read_index(tmp_path / 'd/t-00', 8)) < 9
+
+
+def test_the_split_follows_the_text_not_its_place(tmp_path):
+    records = list(random_records(300, 4))
+    one, two = make_shards(tmp_path / 'a', records, 4), make_shards(tmp_path / 'b', records[::-1], 4, ('t-00', 't-01'))
+    held = [{int(s.hashes[i]) for i in s.split()[1]} for s in (one, two)]
+    assert held[0] == held[1] and 10 < len(held[0]) < 60 and not held[0] & {int(one.hashes[i]) for i in one.split()[0]}
+
+
+def test_batches_align_inputs_targets_and_logits(tmp_path):
+    records = list(random_records(5, 8))
+    idx, targets, teacher_logits = make_shards(tmp_path, records, 8).batch([3, 0], start_id=9)
+    row = 0
+    for b, (_, ids, outs, logits, _) in enumerate([records[3], records[0]]):
+        n, m = len(ids), len(outs)
+        assert idx[b, :n + m].tolist() == [*ids, 9, *(100 + outs[:-1])] and targets[b].tolist() == [-1] * n + outs.tolist() + [-1] * (idx.size(1) - n - m)
+        np.testing.assert_allclose(teacher_logits[row:row + m], logits - logits.max(1, keepdims=True), atol=0.01)
+        row += m
+    assert row == len(teacher_logits) == (targets >= 0).sum()
+    order = [data.batches(10, 4, 1, epoch) for epoch in (0, 1)]
+    assert sorted(np.concatenate(order[0])) == list(range(10)) and not np.array_equal(order[0][0], order[1][0])
+    assert all(np.array_equal(a, b) for a, b in zip(order[1], data.batches(10, 4, 1, 1)))
+
+
+# -----------------------------------------------------------------------------
+# student
+
+
+@pytest.fixture(scope='session')
+def space(tokenizer):
+    return OutputSpace(tokenizer, {'n': list(range(-12, 13)), 'tone': ['neutral', 'friendly', 'friend'], 'ok': [True, None]}, auxiliary=range(4, 100))
+
+
+def test_the_reference_student_has_537_million_parameters():
+    with torch.device('meta'):
+        counts = Student(StudentConfig()).count_params()
+    assert {k: round(n / 1e6, 1) for k, n in counts.items()} == dict(total=537.4, embedding=268.4, attention=67.1, mlp=201.3, head=0.5)
+
+
+def test_every_parameter_is_initialised_and_optimised_once(space):
+    model = tiny_student(space)
+    groups = [p for group in model.param_groups(0.1) for p in group['params']]
+    assert len(groups) == len({id(p) for p in groups}) == len(list(model.parameters()))
+    assert {id(p) for p in model.param_groups(0.1)[0]['params']} == {id(p) for n, p in model.named_parameters() if p.dim() == 2 and n != 'wte.weight'}
+    for name, p in model.named_parameters():
+        expected = 1.0 if p.dim() == 1 else 0.02 / 2 if name.endswith('c_proj.weight') else 0.02
+        assert abs((p.mean() if p.dim() == 1 else p.std()).item() / expected - 1) < 0.15, name
+
+
+def test_cached_batched_decoding_equals_one_by_one_without_cache(space):
+    rng, model = random.Random(0), tiny_student(space)
+    for p in model.parameters():
+        p.data *= 4  # decisions that are not near ties
+    texts = [[rng.randrange(4, 500) for _ in range(rng.randint(1, 20))] for _ in range(9)]
+    for constrain in (True, False):
+        for text, fast in zip(texts, generate(model, space, texts, constrain)):
+            outs, state = [], 0
+            while state not in (-1, space.done) and len(text) + len(outs) < model.config.block_size:
+                logits = model(torch.tensor([text + [1] + [space.output_ids[o] for o in outs]]))[0, -1]
+                outs.append((logits.masked_fill(space.next_state[state] < 0, -math.inf) if constrain else logits).argmax().item())
+                state = space.moves[state].get(outs[-1], -1)
+            assert fast == outs
+
+
+def test_constrained_answers_are_always_valid(space):
+    rng = random.Random(0)
+    for seed in range(5):
+        texts = [[rng.randrange(4, 500) for _ in range(rng.randint(0, 30))] for _ in range(20)]
+        for outs in generate(tiny_student(space, seed), space, texts):
+            answer = space.to_json(outs)
+            assert list(answer) == list(space.fields) and all(json.dumps(v) in map(json.dumps, space.fields[f]) for f, v in answer.items())
+
+
+def test_no_token_sees_the_future_or_the_padding(space):
+    model, idx = tiny_student(space), torch.randint(4, 500, (2, 12))
+    out, idx[:, 8:] = model(idx), 0
+    torch.testing.assert_close(model(idx)[:, :8], out[:, :8])
+    targets = torch.where(torch.arange(12) % 3 == 0, 1, -1).expand(2, -1)
+    torch.testing.assert_close(model(idx, targets), model(idx)[targets >= 0])
+
+
+# -----------------------------------------------------------------------------
+# training
+
+
+def test_loss_of_a_hand_computed_case():
+    p, q = (torch.tensor([[a, 1 - a]], dtype=torch.float64).log() for a in (0.1, 0.9))
+    for a, b in ((p, q), (q, p)):
+        loss, kl, ce, n = train.distill_loss(b, a, torch.tensor([1]), 0.75)
+        assert kl.item() == pytest.approx(0.8 * math.log(9), rel=1e-5) and n == 1
+        assert ce.item() == pytest.approx(-b[0, 1].item(), rel=1e-5) and loss.item() == pytest.approx(0.75 * kl.item() + 0.25 * ce.item(), rel=1e-5)
+
+
+def test_a_perfect_student_has_no_kl_and_no_gradient():
+    logits = torch.randn(5, 7, requires_grad=True)
+    loss, kl, _, _ = train.distill_loss(logits, logits.detach() + 3, torch.tensor([0, 1, 2, -1, 3]), 1.0)
+    loss.backward()
+    assert abs(kl.item()) < 1e-6 and logits.grad.abs().max() < 1e-6
+
+
+def test_ignored_positions_have_no_gradient_and_temperature_scales_by_its_square():
+    logits, teacher, targets = torch.randn(2, 3, 7) * 1e-2, torch.randn(2, 3, 7) * 1e-2, torch.tensor([[-1, 2, 0], [-1, -1, 4]])
+    results = []
+    for tau in (1.0, 5.0):
+        x = logits.clone().requires_grad_()
+        loss, kl, ce, n = train.distill_loss(x, teacher, targets, 1.0, tau)
+        loss.backward()
+        assert n == 3 and (x.grad[targets < 0] == 0).all() and (x.grad[targets >= 0] != 0).all()
+        results.append((loss.item(), kl.item(), x.grad))
+    assert results[0][0] == pytest.approx(results[1][0], rel=0.05) and results[1][1] * 25 == pytest.approx(results[1][0], rel=1e-5)
+    torch.testing.assert_close(results[0][2], results[1][2], rtol=0.1, atol=1e-5)
+
+
+def test_both_terms_are_always_in_the_gradient_and_the_schedule_ends_where_it_should():
+    at = lambda step: train.schedule(step, 100, 1.0, 0.1, 0.1, 0.9, 0.1)
+    assert at(0) == (pytest.approx(0.1), pytest.approx(0.9)) and at(99) == (pytest.approx(0.1), pytest.approx(0.1))
+    assert at(9)[0] == pytest.approx(1.0) and at(10)[0] == pytest.approx(1.0)
+    assert all(0.1 <= at(s)[1] <= 0.9 for s in range(100)) and all(at(s)[0] >= at(s + 1)[0] for s in range(10, 99))
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(space, tmp_path):
+    records = [(h, i % 500, o, l, e) for h, i, o, l, e in random_records(8, len(space.output_ids))]
+    shards, model, grads = make_shards(tmp_path, records, len(space.output_ids)), tiny_student(space), []
+    n_tokens = sum(len(r[2]) for r in records)
+    for n_parts in (1, 3):
+        model.zero_grad()
+        for part in np.array_split(np.arange(8), n_parts):
+            idx, targets, teacher_logits = shards.batch(part, 1)
+            loss, *_ = train.distill_loss(model(idx, targets), teacher_logits, targets[targets >= 0], 0.5)
+            (loss / n_tokens).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def weights(root):
+    return torch.load(root / 'out/toy/ckpt.pt', weights_only=True)['model']
+
+
+@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_training_resumes_bit_for_bit(project, tmp_path, how):
+    root = clone_task(project, tmp_path, 'toy-00')
+    log = root / 'out/toy/log.txt'
+    args = [sys.executable, 'train.py', 'config/toy.py', '--log_steps=1', '--dropout=0.1']
+    process = subprocess.Popen(args, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    want = 'val step=12' if how == signal.SIGKILL else 'train step=5'  # a kill costs what came after the last epoch
+    while process.poll() is None and not (log.exists() and want in log.read_text() and (how != signal.SIGKILL or (root / 'out/toy/ckpt.pt').exists())):
+        time.sleep(0.005)
+    process.send_signal(how)
+    stdout = process.communicate()[0].decode()
+    if how != signal.SIGKILL:
+        assert process.returncode == 0 and '--init_from=resume' in stdout
+    step = torch.load(root / 'out/toy/ckpt.pt', weights_only=True)['step']
+    assert 0 < step < 24
+    done = run(root, 'train.py', '--dropout=0.1', '--init_from=resume')
+    assert done.returncode == 0 and f'from_step={step}' in done.stdout, done.stderr
+    straight = clone_task(project, tmp_path / 'straight', 'toy-00')
+    assert run(straight, 'train.py', '--dropout=0.1').returncode == 0
+    a, b = weights(root), weights(straight)
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_the_student_learns_what_the_teacher_does(project):
+    log = [line for line in (project / 'train.py.stdout').read_text().splitlines() if line.startswith(('train ', 'val ', 'field ', 'model '))]
+    lines = [(line.split()[0], dict(f.split('=') for f in line.split()[1:])) for line in log]
+    val = [f for tag, f in lines if tag == 'val']
+    assert len(val) == 2 and float(val[1]['kl']) < float(val[0]['kl']) and float(val[1]['valid']) > 0.9
+    assert float(val[1]['field']) > float(val[1]['majority'])
+    assert [f['name'] for tag, f in lines if tag == 'field'][:2] == list(FIELDS)
+    assert (project / 'out/toy/log.txt').read_text().splitlines() == [line for line in log if not line.startswith('model')]
+
+
+def test_a_finished_or_foreign_checkpoint_is_not_overwritten(project, tmp_path):
+    assert 'trained already' in run(project, 'train.py').stdout
+    before = (project / 'out/toy/ckpt.pt').read_bytes()
+    assert 'n_layer 2 there, 3 here' in one_line(run(project, 'train.py', '--n_layer=3'))
+    assert (project / 'out/toy/ckpt.pt').read_bytes() == before
+    root = clone_task(project, tmp_path, 'toy-00', 'out')
+    for content in (before[:1000], b'', b'\x80\x04\x95cos\nsystem\n(S"touch hacked"\ntR.'):
+        (root / 'out/toy/ckpt.pt').write_bytes(content)
+        assert 'not a whole checkpoint' in one_line(run(root, 'sample.py', '--text=hi'))
+    assert not (root / 'hacked').exists()
+
+
+# -----------------------------------------------------------------------------
+# sampling and evaluation
+
+
+def test_agreement_figures_of_a_hand_computed_case():
+    figures = agreement(['a', 'a', 'b', 'b'], ['a', 'b', 'b', 'b'])
+    assert figures == pytest.approx(dict(agree=0.75, majority=0.75, f1=(2 / 3 + 4 / 5) / 2, kappa=0.5))
+    assert agreement([True, None], [1, 1])['agree'] == 0  # true is not 1, a missing answer agrees with nothing
+
+
+def test_evaluate_matches_a_slow_twin(project):
+    shards = data.Shards('toy', 'toy', project / 'data')
+    _, model, space = load_checkpoint(project / 'out/toy', 'cpu')
+    rows = shards.split()[1]
+    figures, per_field, answers = evaluate(model, space, shards, rows, batch_size=7)
+    kl = hits = steps = same = exact = valid = fields = 0
+    for i, got in zip(rows, answers):
+        (free,), target = generate(model, space, [shards.ids(i).tolist()], constrain=False), shards.answer(i).tolist()
+        assert free == got
+        idx, targets, teacher_logits = shards.batch([i], model.config.start_id)
+        q, p = model(idx)[0][targets[0] >= 0].log_softmax(-1), teacher_logits.log_softmax(-1)
+        kl, hits, steps = kl + (p.exp() * (p - q)).sum().item(), hits + (q.argmax(-1) == targets[targets >= 0]).sum().item(), steps + len(target)
+        same += sum(a == b for a, b in zip(free, target))
+        exact, valid = exact + (free == target), valid + (space.walk(free) == space.done)
+        fields += np.mean([(space.to_json(free) or {}).get(f) == v for f, v in space.to_json(target).items()])
+    n = len(rows)
+    expected = dict(records=n, kl=kl / steps, teacher_forced=hits / steps, student_only=same / steps, exact=exact / n, valid=valid / n, field=fields / n)
+    assert {k: figures[k] for k in expected} == pytest.approx(expected, rel=1e-4)
+    assert figures['majority'] == pytest.approx(np.mean([f['majority'] for f in per_field.values()]))
+
+
+def test_each_line_in_is_one_json_line_out_in_order(project, tmp_path):
+    texts = ['hello my friend', '', 'the cat ' * 2000, '😀 été 日本', 'buy \0 now', 'مرحبا', 'hello my friend']
+    content = '\n'.join(texts).encode() + b'\n\xff\xfe bad bytes'
+    (tmp_path / 'texts.txt').write_bytes(content)
+    piped, filed = run(project, 'sample.py', '--sample_batch=3', stdin=content), run(project, 'sample.py', f'--input={tmp_path}/texts.txt')
+    answers = [json.loads(line) for line in piped.stdout.splitlines()]
+    assert piped.stdout == filed.stdout and len(answers) == 8 and answers[0] == answers[6] and answers[1] == {'error': 'empty text'}
+    assert all(list(a) == list(FIELDS) for a in answers[:1] + answers[2:])
+    assert '1 texts were longer' in piped.stderr
+
+
+def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
+    root = clone_task(project, tmp_path, 'out')
+    shutil.rmtree(root / 'data/toy')
+    done = run(root, 'sample.py', '--text=hello my friend')
+    assert list(json.loads(done.stdout)) == list(FIELDS) and done.stdout.count('\n') == 1
+    report = run(root, 'sample.py')
+    assert 'val step=24' in report.stderr and report.stdout == '' and report.returncode == 0
+    assert 'does not exist; run: python train.py' in one_line(run(root, 'sample.py', '--name=other'))
+
+
+def test_the_report_shows_teacher_and_student_side_by_side(project):
+    done = run(project, 'sample.py', '--examples=2')
+    assert done.stderr.count('  teacher {') == done.stderr.count('  student {') == 2
+    trained = [line for line in (project / 'train.py.stdout').read_text().splitlines() if line.startswith('val step=24')]
+    assert [line for line in done.stderr.splitlines() if line.startswith('val ')] == trained
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(project):
+    done = subprocess.run(f'yes hello my friend | head -5000 | {sys.executable} sample.py config/toy.py 2>err.txt | head -1', shell=True, cwd=project,
+                          capture_output=True, timeout=100)
+    assert json.loads(done.stdout) and 'Error' not in (project / 'err.txt').read_text()
