@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import json
 import re
+import signal
 import sys
 import time
 from collections import Counter, defaultdict
@@ -342,6 +343,8 @@ def plan_batches(hashes, ids, done, size, seed, block=4096):
 
 if __name__ == '__main__':
     logging.set_verbosity_error()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit('\nstopped; the records written so far are safe, the same command goes on from there'))
     source, folder = Path('data', dataset, 'input.jsonl'), Path('data', dataset, f'{name}-00')
     if not name or not dataset:
         sys.exit('no task; run: python extract.py config/demo.py')
@@ -402,6 +405,8 @@ if __name__ == '__main__':
         writer = Writer(folder, V)
     except BlockingIOError:
         sys.exit(f'another run is writing to {folder}; wait for it or choose another name')
+    except OSError as error:
+        sys.exit(f'cannot write to {folder}: {error.strerror}')
     plan = plan_batches(hashes, ids, writer.hashes, extract_batch, seed)
     todo = sum(map(len, plan))
     print(f'{folder} holds {len(writer.hashes)} records, {todo} texts are to do')
@@ -419,37 +424,36 @@ if __name__ == '__main__':
             for i in range(len(stored)):
                 drafts.add(stored.answer(i).tolist())
 
-        start, made, tokens, dropped = time.time(), 0, 0, Counter()
+        start, tokens, needed, made, dropped = time.time(), 0, 0, 0, Counter()
         bar = tqdm(total=todo, desc='extract', unit='rec', smoothing=0.05)
-        try:
-            for n, group in enumerate(plan):
-                whole = full_lse < 0 or len(writer.hashes) < full_lse
-                answers, computed = answer(engine, space, drafts, [ids[i] for i in group], meta['after'], constrain, whole)
-                good = [(hashes[i], ids[i], *a) for i, a in zip(group, answers) if not isinstance(a, str)]
-                dropped.update(a for a in answers if isinstance(a, str))
+        for n, group in enumerate(plan):
+            whole = full_lse < 0 or len(writer.hashes) < full_lse
+            answers, computed = answer(engine, space, drafts, [ids[i] for i in group], meta['after'], constrain, whole)
+            good = [(hashes[i], ids[i], *a) for i, a in zip(group, answers) if not isinstance(a, str)]
+            dropped.update(a for a in answers if isinstance(a, str))
+            try:
                 writer.append(good)
-                for record in good:
-                    drafts.add(record[2])
-                made, tokens = made + len(group), tokens + computed
-                bar.update(len(group))
-                if n == min(9, len(plan) - 1):  # the first ones are slower: they also go through the whole head
-                    gb = (writer.n_output * (2 * V + 10) + writer.n_input * 4) / len(writer.hashes or [0]) * (todo + len(writer.hashes)) / 1e9
-                    tqdm.write(f'plan records={todo} hours={todo / made * (time.time() - start) / 3600:.2f} gb={gb:.3f}')
-        except KeyboardInterrupt:
-            bar.close()
-            print(f'stopped; {len(writer.hashes)} records are safe in {folder}; the same command goes on from there')
-            sys.exit(130)
-        except OSError as error:
-            bar.close()
-            sys.exit(f'cannot write to {folder}: {error.strerror}; its {len(writer.hashes)} records are safe, the same command goes on')
+            except OSError as error:
+                bar.close()
+                sys.exit(f'cannot write to {folder}: {error.strerror}; its {len(writer.hashes)} records are safe, the same command goes on')
+            for record in good:
+                drafts.add(record[2])
+            made, tokens = made + len(group), tokens + computed
+            needed += sum(len(ids) + len(meta['after']) + len(outs) - 1 for _, ids, outs, _, _ in good)
+            bar.update(len(group))
+            if n == min(9, len(plan) - 1):  # the first ones are slower than the rest: they also go through the whole head
+                gb = (writer.n_output * (2 * V + 10) + writer.n_input * 4) / max(1, len(writer.hashes)) * (todo + len(writer.hashes)) / 1e9
+                tqdm.write(f'plan records={todo} hours={todo / made * (time.time() - start) / 3600:.3f} gb={gb:.3f}')
         bar.close()
-        steps = writer.n_output / len(writer.hashes) + len(meta['after']) + np.mean([len(i) for i in ids])
-        print(f'extract records={made} rec_s={made / (time.time() - start):.2f} passes={tokens / made / steps:.2f}',
-              *(f'dropped_{k}={v}' for k, v in sorted(dropped.items())))
+        print(f'extract records={made} rec_s={made / (time.time() - start):.2f} passes={tokens / max(1, needed):.2f}',
+              *(f'dropped_{reason}={k}' for reason, k in sorted(dropped.items())))
     writer.close()
 
     # how much of the teacher's probability the output vocabulary holds, and what it answers
-    shards = Shards(dataset, name)
+    try:
+        shards = Shards(dataset, name)
+    except FileNotFoundError:
+        sys.exit('no answer of the teacher obeys the schema; look at the dropped counts, and try constrain = True or another prompt')
     stats, mass = (np.concatenate([shards.answer(i, what) for i in range(len(shards))[:1000]]) for what in ('stats', 'logits'))
     known = ~np.isnan(stats[:, 1])
     if known.any():
