@@ -30,20 +30,13 @@ def settings_block(script):
 
 
 def convert(value, default):
-    """value as the type of default; text from the command line is read as that type. ValueError where it cannot be."""
-    if isinstance(default, str):
-        if isinstance(value, str):
-            return value
-    elif isinstance(default, bool):
-        if str(value) in ('True', 'true', 'False', 'false'):
-            return str(value) in ('True', 'true')
-    else:
-        if isinstance(value, str):
-            value = ast.literal_eval(value)  # numbers, lists, dicts, None: never code
-        if isinstance(default, float) and type(value) is int:
-            value = float(value)
-        if default is None or type(value) is type(default):
-            return value
+    """value with the type of default; text is read as that type. ValueError or SyntaxError where it cannot be."""
+    if isinstance(value, str) and not isinstance(default, str):
+        value = ast.literal_eval(value.replace('true', 'True').replace('false', 'False') if isinstance(default, bool) else value)
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if default is None or type(value) is type(default):
+        return value
     raise ValueError
 
 
@@ -58,7 +51,7 @@ def configure(g):
     if g['__name__'] != '__main__':
         return defaults
     owners = {key: s for s in SCRIPTS if s != this for key in settings_block(ROOT / s)[0]}
-    files, typed = [], []
+    changes, typed = [], []
     for arg in sys.argv[1:]:
         if arg in ('-h', '--help'):
             print(f'{g["__doc__"]}\nsettings, with their defaults:\n\n{block}')
@@ -66,20 +59,16 @@ def configure(g):
         key, equals, value = arg.partition('=')  # a value may hold more of them
         if arg.startswith('--') and equals:
             typed.append(('command line', key[2:].replace('-', '_'), value))
-        elif arg.startswith('-') or not arg.endswith('.py'):
+            continue
+        if arg.startswith('-') or not arg.endswith('.py'):
             sys.exit(f'{this}: cannot read {arg!r}; settings are typed --key=value, config files end in .py')
-        elif not Path(arg).is_file():
+        if not Path(arg).is_file():
             sys.exit(f'{arg} does not exist; there are: {", ".join(sorted(map(str, Path("config").glob("[!_]*.py"))))}')
-        else:
-            files.append(arg)
-
-    changes = []
-    for file in files:
         try:
-            values = runpy.run_path(file)
+            values = runpy.run_path(arg)
         except Exception as error:
-            sys.exit(f'{file} does not run: {type(error).__name__}: {error}')
-        changes += [(file, key, value) for key, value in values.items()
+            sys.exit(f'{arg} does not run: {type(error).__name__}: {error}')
+        changes += [(arg, key, value) for key, value in values.items()
                     if not (key.startswith('_') or callable(value) or isinstance(value, ModuleType))]
     for source, key, value in changes + typed:
         if key not in defaults:
