@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from config import configure
 from data import FORMAT, Shards, Writer, clean, text_hash, tokenizer_hash, write_json
-from model import OutputSpace
+from model import OutputSpace, pick_device
 
 # task
 name = ''            # names the shard data/<dataset>/<name>-00 and, in train.py, out/<name>
@@ -350,11 +350,10 @@ if __name__ == '__main__':
         sys.exit('no task; run: python extract.py config/demo.py')
     if not source.is_file():
         sys.exit(f'{source} does not exist; run: python data/{dataset}/prepare.py')
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    device = pick_device(device)
     if dtype == 'auto':
         cpu = torch.cpu.get_capabilities()
-        has = torch.cuda.is_bf16_supported() if device == 'cuda' else device == 'cpu' and (cpu.get('amx_bf16') or cpu.get('avx512_bf16'))
+        has = torch.cuda.is_bf16_supported() if device.startswith('cuda') else device == 'cpu' and (cpu.get('amx_bf16') or cpu.get('avx512_bf16'))
         dtype = 'bfloat16' if has else 'float32'
 
     # the folder's own record of the task, if it has one, must be this task

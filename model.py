@@ -16,6 +16,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+
+def pick_device(device):
+    """'auto' -> the fastest device there is."""
+    if device != 'auto':
+        return device
+    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+
 # -----------------------------------------------------------------------------
 # network
 

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from config import configure
 from data import Shards, clean, tokenizer_hash
-from model import OutputSpace, Student, StudentConfig, generate
+from model import OutputSpace, Student, StudentConfig, generate, pick_device
 
 name = ''            # out/<name>/ckpt.pt is the student
 dataset = ''         # data/<dataset>/<name>-* has the held-out records of the report
@@ -38,13 +38,6 @@ config = configure(globals())
 
 # -----------------------------------------------------------------------------
 # checkpoint
-
-
-def pick_device(device):
-    """'auto' -> the fastest device there is."""
-    if device != 'auto':
-        return device
-    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
 def load_checkpoint(folder, device):
@@ -196,7 +189,8 @@ if __name__ == '__main__':
                 for i, outs in list(zip(held, answers))[:examples]:
                     say(space.tokenizer.decode(shards.ids(i).tolist()))
                     say(f'  teacher {json.dumps(space.to_json(shards.answer(i).tolist()), ensure_ascii=False)}')
-                    say(f'  student {json.dumps(space.to_json(outs), ensure_ascii=False)}')
+                    ours = space.to_json(outs)
+                    say(f'  student {"an answer outside the schema" if ours is None else json.dumps(ours, ensure_ascii=False)}')
             except FileNotFoundError:
                 say('no held-out records here; these figures are from the end of training')
                 figures, per_field = checkpoint['figures'], checkpoint['per_field']

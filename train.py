@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from config import configure
 from data import Shards, batches
-from model import OutputSpace, Student, StudentConfig
-from sample import data_line, evaluate, load_checkpoint, pick_device
+from model import OutputSpace, Student, StudentConfig, pick_device
+from sample import data_line, evaluate, load_checkpoint
 
 # task
 name = ''              # out/<name> is written
