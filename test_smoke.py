@@ -1,4 +1,4 @@
-"""Behaviour tests, one promise each: tiny random teachers, no network, about a minute.    pytest -q"""
+"""Behaviour tests, one promise each: tiny random teachers, no network, under two minutes.    pytest -q"""
 import fcntl
 import json
 import math
@@ -356,7 +356,7 @@ def test_stored_records_are_what_the_teacher_says(project, teachers):
     sizes = {name: (shards.folder / f'{name}.bin').stat().st_size for name in data.DTYPES}
     n_input, n_output = sizes['input'] // 4, sizes['output'] // 2
     assert sizes == {'input': n_input * 4, 'output': n_output * 2, 'logits': n_output * 64 * 2, 'stats': n_output * 8, 'index': len(shards) * 24}
-    assert known or data.Shards('toy', 'toy', project / 'data').answer(0, 'stats')[0, 1] > 0
+    assert known  # at least the first record has its logsumexp
 
 
 def test_what_extract_prints_parses(project):
@@ -440,10 +440,11 @@ def test_fp16_below_the_maximum_keeps_every_decision(tmp_path):
     records = list(random_records(50, 500, offset=25))  # raw logits near 25, where fp16 is 0.016 apart
     for r in records:
         r[3][:, 7] = r[3].max(1) + 0.004  # a close decision
+    assert any((r[3].astype(np.float16).argmax(1) != 7).any() for r in records)  # plain fp16 would lose some
     shards = make_shards(tmp_path, records, 500)
     for i, (_, ids, outs, logits, lse) in enumerate(records):
         assert shards.ids(i).tolist() == ids.tolist() and shards.answer(i).tolist() == outs.tolist()
-        assert (shards.answer(i, 'logits').argmax(1) == 7).all() and (logits.astype(np.float16).argmax(1) != 7).any() | True
+        assert (shards.answer(i, 'logits').argmax(1) == 7).all()
         np.testing.assert_array_equal(shards.answer(i, 'stats'), np.stack((logits.max(1), lse), 1))
 
 

@@ -113,7 +113,7 @@ class Shards:
     """all records extracted for one task, memory-mapped. FileNotFoundError where there are none, ValueError where the
     shards disagree or have another format.
 
-    meta: dict of the first meta.json. hashes (N,). Record i is `ids[i]`, `outs(i)`, `logits(i)`, `stats(i)`.
+    meta: dict of the first meta.json. hashes (N,). Record i is `ids(i)` and `answer(i)`.
     """
 
     def __init__(self, dataset, name, root='data'):
