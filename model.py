@@ -183,6 +183,7 @@ class OutputSpace:
     next_state  (S, V) long the same as a table, -1 where the schema forbids
     done        int         the state after the end token
     forced      (S,) long   the only legal output index, -1 where there is a choice
+    field       per state   the field whose value is being written, None between them
     max_answer  int         tokens of the longest answer, end token included
     """
 
@@ -264,6 +265,8 @@ class OutputSpace:
                     todo.append(after)
                 row[token] = number[after]
         self.moves = [rows[state] for state in range(len(number))]
+        names = [name for name, values in self.fields.items() if len(values) > 1]  # odd segments are theirs, in order
+        self.field = [next((names[seg // 2] for seg, _, _ in state if seg % 2 and seg // 2 < len(names)), None) for state in number]
         self.next_state = torch.full((len(number), len(self.output_ids)), -1)
         for state, row in enumerate(self.moves):
             for token, after in row.items():
@@ -288,6 +291,21 @@ class OutputSpace:
         for out in outs:
             state = self.moves[state].get(out, -1) if state >= 0 else -1
         return state
+
+    def states(self, outs):
+        """the state before each of the output indices outs, which must be the start of a valid answer."""
+        states = [0]
+        for out in outs:
+            states.append(self.moves[states[-1]][out])
+        return states[:-1]
+
+    def from_json(self, answer):
+        """dict -> output indices of that answer, or None where the schema has no such answer."""
+        if not isinstance(answer, dict) or set(answer) != set(self.fields):
+            return None
+        if any(json.dumps(answer[name]) not in map(json.dumps, values) for name, values in self.fields.items()):
+            return None
+        return [self.output_index[i] for i in self.encode([answer[name] for name in self.fields])]
 
     def to_json(self, outs):
         """output indices of an answer -> dict, or None where they are not a whole valid answer."""

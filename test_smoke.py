@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 import config as configure_module
 import data
 import extract
+import teacher as engine_module
 import train
 from model import OutputSpace, Student, StudentConfig, generate
 from sample import agreement, evaluate, load_checkpoint
@@ -111,7 +113,7 @@ def write_texts(folder, texts):
 def project(tmp_path_factory, teachers, words):
     """a copy of the scripts with a small task, extracted and trained: what the four commands leave behind."""
     root = tmp_path_factory.mktemp('project')
-    for path in ('config', 'data', 'extract.py', 'model.py', 'train.py', 'sample.py'):
+    for path in ('config', 'data', 'extract.py', 'teacher.py', 'model.py', 'train.py', 'sample.py'):
         os.symlink(ROOT / path, root / path) if path.endswith('.py') else (root / path).mkdir()
     os.symlink(ROOT / 'config/__init__.py', root / 'config/__init__.py')
     os.symlink(ROOT / 'data/__init__.py', root / 'data/__init__.py')
@@ -137,7 +139,7 @@ def run(root, script, *args, stdin=subprocess.DEVNULL, **options):
 
 def one_line(done):
     """stderr of a failed run must be one line and no traceback, apart from what changed and the progress bars."""
-    lines = [line for line in done.stderr.replace('\r', '\n').splitlines() if line and ' (command line; was' not in line and ' (config/' not in line and 'it/s' not in line
+    lines = [line for line in done.stderr.replace('\r', '\n').splitlines() if line.strip() and ' (command line; was' not in line and ' (config/' not in line and 'it/s' not in line
              and not line.startswith(('filter:', 'extract:', 'train:'))]
     assert done.returncode == 1 and len(lines) == 1, (done.returncode, done.stderr)
     return lines[0]
@@ -263,13 +265,13 @@ def step_by_step(model, space, ids, constrain):
 @pytest.mark.parametrize('fields, indent, fence', SCHEMAS)
 def test_drafting_equals_step_by_step_decoding(teachers, family, fields, indent, fence):
     tokenizer, model = load_teacher(teachers[family])
-    before, after, end_id = extract.encode_prompt(tokenizer, 'the cat and the mat were there ' * 3 + '{text}\n', chat=False)
+    before, after, end_id = engine_module.encode_prompt(tokenizer, 'the cat and the mat were there ' * 3 + '{text}\n', chat=False)
     space = OutputSpace(tokenizer.backend_tokenizer, fields, indent, fence, end_id, auxiliary=range(4, 300))
-    engine, drafts = extract.Teacher(model, before, space.output_ids), extract.Drafts(space)
+    engine, drafts = engine_module.Teacher(model, before, space.output_ids), engine_module.Drafts(space)
     rng = np.random.default_rng(0)
     for _ in range(2):  # the second time the drafts have learned
-        texts = rng.integers(4, len(tokenizer), (5, 7))
-        answers, computed = extract.answer(engine, space, drafts, texts, after, whole=True)
+        texts = [rng.integers(4, len(tokenizer), n) for n in (7, 1, 12, 7, 3)]
+        answers, computed = engine_module.answer(engine, space, drafts, texts, after, whole=True)
         with torch.no_grad():
             for text, (outs, logits, lse) in zip(texts, answers):
                 slow_outs, slow_logits, slow_lse = step_by_step(model, space, before + text.tolist() + after, constrain=True)
@@ -283,15 +285,15 @@ def test_drafting_equals_step_by_step_decoding(teachers, family, fields, indent,
 @pytest.mark.parametrize('family', ['gemma', 'llama'])
 def test_free_drafting_equals_free_step_by_step_decoding(teachers, words, family):
     tokenizer, model = load_teacher(teachers[family])
-    before, after, end_id = extract.encode_prompt(tokenizer, PROMPT, chat=False)
+    before, after, end_id = engine_module.encode_prompt(tokenizer, PROMPT, chat=False)
     texts = [tokenizer.backend_tokenizer.encode(' '.join(random.Random(i).choices(words, k=4)), add_special_tokens=False).ids for i in range(40)]
     kinds = set()
     for fields, n_auxiliary in ((FIELDS, 300), ({**FIELDS, 'more': [1, 2]}, 300), ({'tone': ['neutral'], 'spam': [True, False]}, 0)):
         space = OutputSpace(tokenizer.backend_tokenizer, fields, None, False, end_id, auxiliary=range(4, 4 + n_auxiliary))
-        engine, drafts = extract.Teacher(model, before, space.output_ids), extract.Drafts(space)
+        engine, drafts = engine_module.Teacher(model, before, space.output_ids), engine_module.Drafts(space)
         with torch.no_grad():
             for text in texts:
-                fast = extract.answer(engine, space, drafts, [text, text], after, constrain=False)[0][1]
+                fast = engine_module.answer(engine, space, drafts, [text, text], after, constrain=False)[0][1]
                 slow = step_by_step(model, space, before + text + after, constrain=False)
                 kinds.add(slow if isinstance(slow, str) else 'valid')
                 assert (fast if isinstance(fast, str) else fast[0]) == (slow if isinstance(slow, str) else slow[0])
@@ -301,12 +303,12 @@ def test_free_drafting_equals_free_step_by_step_decoding(teachers, words, family
 def test_prompts_are_cut_at_the_text(teachers):
     tokenizer, _ = load_teacher(teachers['gemma'])
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
-    before, after, end_id = extract.encode_prompt(tokenizer, 'say {text} !', chat=False)
+    before, after, end_id = engine_module.encode_prompt(tokenizer, 'say {text} !', chat=False)
     assert (decode(before), decode(after), end_id) == ('<bos>say ', ' !', None)
-    before, after, end_id = extract.encode_prompt(tokenizer, 'say {text} !', chat=True)
+    before, after, end_id = engine_module.encode_prompt(tokenizer, 'say {text} !', chat=True)
     assert (decode(before), decode(after), decode([end_id])) == ('<bos>user:say ', ' !<turn>assistant:', '<turn>')
     with pytest.raises(SystemExit, match='once'):
-        extract.encode_prompt(tokenizer, 'say', chat=False)
+        engine_module.encode_prompt(tokenizer, 'say', chat=False)
 
 
 def test_texts_are_filtered_and_counted_whatever_they_hold(tokenizer, tmp_path):
@@ -314,11 +316,15 @@ def test_texts_are_filtered_and_counted_whatever_they_hold(tokenizer, tmp_path):
     lines = [json.dumps({'text': t}).encode() for t in good + [good[0] + ' ', 'cat', 'see www.cat.org now', 'the <b>cat</b> sat', 'a <eos> b c', 'x' * 4000, '', ' ']]
     lines += [b'', b'not json', b'{"text": 3}', b'[]', b'{"text": "\xff\xfe"}', b'{"text": "\\ud800 a b"}', b'[' * 100000]
     (tmp_path / 'input.jsonl').write_bytes(b'\n'.join(lines))
-    hashes, ids, counts = extract.filter_texts(extract.read_texts(tmp_path / 'input.jsonl'), tokenizer, 3, 60)
-    assert counts == dict(kept=4, duplicate=1, short=1, url=1, tag=2, long=1, empty=3, bad_json=4, bad_utf8=2)
-    assert [tokenizer.decode(i.tolist()) for i in ids] == [data.clean(t) for t in good] and hashes[0] == data.text_hash(good[0])
-    assert len(extract.filter_texts(extract.read_texts(tmp_path / 'input.jsonl'), tokenizer, 3, 60, limit=2)[1]) == 2
-    assert extract.filter_texts([('<turn>' 'cat sat', '')], tokenizer, 1, 60)[2] in ({'special': 1}, {'tag': 1})
+    counts = Counter()
+    read = lambda size, **limits: list(extract.read_groups(extract.read_texts(tmp_path / 'input.jsonl'), tokenizer, size, 3, 60, **limits))
+    groups = read(3, counts=counts)
+    assert counts == dict(kept=4, duplicate=1, short=1, url=1, tag=2, long=1, empty=3, bad_json=4, bad_utf8=2) and [len(g) for g in groups] == [3, 1]
+    assert [tokenizer.decode(ids.tolist()) for group in groups for _, ids, _ in group] == [data.clean(t) for t in good] and groups[0][0][0] == data.text_hash(good[0])
+    assert [len(g) for g in read(9, limit=2)] == [2] and [len(g) for g in read(2, limit=4)] == [2, 2]
+    extract_special = [('<turn>' 'cat sat', None, '')]
+    assert list(extract.read_groups(extract_special, tokenizer, 4, 1, 60)) == []
+    assert list(extract.fetch_ahead(iter(range(5)))) == list(range(5))
 
 
 def test_pip_teachers_are_found_without_running_their_package(tmp_path, monkeypatch):
@@ -327,11 +333,11 @@ def test_pip_teachers_are_found_without_running_their_package(tmp_path, monkeypa
         (tmp_path / module / 'sub').mkdir(parents=True)
         (tmp_path / module / '__init__.py').write_text(source)
         (tmp_path / module / 'sub' / f'{module[-1]}.gguf').touch()
-        assert extract.locate(f'pip:{module}') == {'pretrained_model_name_or_path': str(tmp_path / module / 'sub'), 'gguf_file': f'{module[-1]}.gguf'}
+        assert engine_module.locate(f'pip:{module}') == {'pretrained_model_name_or_path': str(tmp_path / module / 'sub'), 'gguf_file': f'{module[-1]}.gguf'}
     (tmp_path / 'wheel_a' / 'two.gguf').touch()
     for teacher, message in (('pip:wheel_a', '2 .gguf files'), ('pip:no_such_wheel', 'pip install no-such-wheel'), ('none.gguf', 'does not exist')):
         with pytest.raises(SystemExit, match=message):
-            extract.locate(teacher)
+            engine_module.locate(teacher)
 
 
 def test_stored_records_are_what_the_teacher_says(project, teachers):
@@ -373,22 +379,44 @@ def clone_task(project, tmp_path, *keep):
     return tmp_path / 'p'
 
 
-def test_a_killed_extraction_goes_on_to_identical_files(project, tmp_path):
-    root, kills = clone_task(project, tmp_path), 0
+def fork_extract(root):
+    """a child that runs extract.py without importing torch and transformers once more: its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.chdir(root)
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    sys.argv = ['extract.py', 'config/toy.py']
+    try:
+        runpy.run_path('extract.py', run_name='__main__')
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+@pytest.mark.parametrize('moment', ['records', 'anywhere'])
+def test_a_killed_extraction_goes_on_to_identical_files(project, tmp_path, moment):
+    """ten SIGKILLs once a few more records are there, ten at any moment of a run."""
+    root, kills, rng = clone_task(project, tmp_path), 0, random.Random(moment)
     folder, whole = root / 'data/toy/toy-00', project / 'data/toy/toy-00'
-    for fraction in (0.2, 0.6):  # SIGKILL once so much of it is there
-        process = subprocess.Popen([sys.executable, 'extract.py', 'config/toy.py'], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not ((folder / 'index.bin').exists() and (folder / 'index.bin').stat().st_size > fraction * (whole / 'index.bin').stat().st_size):
-            time.sleep(0.001)
-        kills += process.poll() is None
-        process.kill()
-        process.wait()
+    records, n_whole = lambda: (folder / 'index.bin').stat().st_size // 24 if (folder / 'index.bin').exists() else 0, (whole / 'index.bin').stat().st_size // 24
+    while kills < 10:
+        pid = fork_extract(root)
+        stop, at = records() + rng.randint(1, 30), time.time() + rng.uniform(0, 1.5)
+        while os.waitpid(pid, os.WNOHANG) == (0, 0):
+            if records() >= stop if moment == 'records' else time.time() >= at:
+                os.kill(pid, signal.SIGKILL)
+                kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+                break
+        if records() == n_whole:
+            shutil.rmtree(folder)  # all of it is there: from the start again
     (folder / 'logits.bin').open('ab').write(b'torn')  # and a write that was cut short
-    assert run(root, 'extract.py').returncode == 0 and kills
+    assert run(root, 'extract.py').returncode == 0
     for name in data.DTYPES:
         assert (folder / f'{name}.bin').read_bytes() == (whole / f'{name}.bin').read_bytes(), name
     again = run(root, 'extract.py')
-    assert again.returncode == 0 and '0 texts are to do' in again.stdout and 'loading' not in again.stdout
+    assert again.returncode == 0 and ', 0 are to do' in again.stdout and 'loading' not in again.stdout
 
 
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(project, tmp_path):
@@ -402,6 +430,139 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(project, tmp_path):
     for name in data.DTYPES:
         content = (root / f'data/toy/toy-00/{name}.bin').read_bytes()
         assert content and (project / f'data/toy/toy-00/{name}.bin').read_bytes().startswith(content)
+
+
+def test_two_ranks_killed_then_three_then_one_extract_every_text_once(project, tmp_path):
+    root = clone_task(project, tmp_path)
+    ranks = lambda n: [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}', f'--master_port={random.randint(20000, 60000)}', 'extract.py',
+                       'config/toy.py', '--extract_batch=8']
+    stored = lambda: [len(data.read_index(folder, 64)) for folder in data.shard_folders('toy', 'toy', root / 'data')]
+    env = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=str(random.randint(20000, 60000)))  # as torchrun does, whose death they survive
+    pair = [subprocess.Popen([sys.executable, 'extract.py', 'config/toy.py', '--extract_batch=1'], cwd=root, env={**env, 'RANK': str(r)},
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for r in range(2)]
+    while pair[0].poll() is None and not (len(stored()) == 2 and min(stored()) > 16):
+        time.sleep(0.001)
+    for process in pair:
+        process.kill()
+        process.wait()
+    before, whole = stored(), data.Shards('toy', 'toy', project / 'data')
+    assert len(before) == 2 and 0 < sum(before) < len(whole), before
+    done = subprocess.run(ranks(3), cwd=root, capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr.decode()
+    assert f'holds {sum(before)} texts, {len(whole) - sum(before)} are to do' in done.stdout.decode()
+    shards = data.Shards('toy', 'toy', root / 'data')
+    assert len(stored()) == 3 and sorted(shards.hashes) == sorted(whole.hashes)  # none is missing, none is there twice
+    assert ', 0 are to do' in run(root, 'extract.py').stdout
+    order = {int(h): i for i, h in enumerate(whole.hashes)}
+    for i in range(0, len(shards), 7):
+        j = order[int(shards.hashes[i])]
+        assert shards.ids(i).tolist() == whole.ids(j).tolist() and shards.answer(i).tolist() == whole.answer(j).tolist()
+        np.testing.assert_allclose(shards.answer(i, 'logits').astype(np.float32), whole.answer(j, 'logits'), atol=0.05)
+
+
+def test_verify_passes_good_records_and_fails_changed_ones(project, tmp_path):
+    root = clone_task(project, tmp_path, 'toy-00')
+    done = run(root, 'extract.py', '--verify=40')
+    figures = dict(f.split('=') for f in done.stdout.splitlines()[-1].split()[1:])
+    assert done.returncode == 0 and figures['equal'] == '1.0000' and float(figures['max_diff']) < 0.02
+    for name, kind in (('logits', '<f2'), ('output', '<u2')):
+        content = np.fromfile(root / f'data/toy/toy-00/{name}.bin', kind)
+        changed = content.copy()
+        changed[3::7 if name == 'logits' else 5] = changed[3] + 1 if name == 'logits' else content[0]
+        changed.tofile(root / f'data/toy/toy-00/{name}.bin')
+        if name == 'logits':
+            assert run(root, 'extract.py', '--verify=40').returncode == 1
+        content.tofile(root / f'data/toy/toy-00/{name}.bin')
+    assert run(root, 'extract.py', '--verify=40').returncode == 0
+
+
+def test_given_answers_are_scored_and_stored_in_the_same_format(project, tmp_path, teachers):
+    root, rng = clone_task(project, tmp_path), random.Random(0)
+    texts = [json.loads(line)['text'] for line in open(root / 'data/toy/input.jsonl')][:50]
+    given = {data.text_hash(data.clean(t)): dict(tone=rng.choice(FIELDS['tone']), spam=rng.choice(FIELDS['spam'])) for t in texts}
+    lines = [{'text': t, 'answer': given[data.text_hash(data.clean(t))]} for t in texts]
+    lines += [{'text': 'the cat sat there', 'answer': a} for a in (None,)] + [{'text': 'the dog sat there', 'answer': {'tone': 'rude', 'spam': 1}}]
+    (root / 'scored.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    done = run(root, 'extract.py', '--score=scored.jsonl')
+    assert done.returncode == 0 and 'dropped_invalid=2' in done.stdout, done.stderr
+    shards = data.Shards('toy', 'toy', root / 'data')
+    tokenizer, model = load_teacher(teachers['gemma'])
+    meta = shards.meta
+    space = OutputSpace(tokenizer.backend_tokenizer, meta['fields'], meta['indent'], meta['fence'], meta['end_id'], meta['output_ids'])
+    assert len(shards) == len(given)
+    for i in range(len(shards)):
+        outs = shards.answer(i).tolist()
+        assert space.to_json(outs) == given[int(shards.hashes[i])]
+        with torch.no_grad():
+            logits = model(torch.tensor([meta['before'] + shards.ids(i).tolist() + meta['after'] + [space.output_ids[o] for o in outs[:-1]]])).logits
+        kept = logits[0, -len(outs):][:, space.output_ids]
+        np.testing.assert_allclose(shards.answer(i, 'logits').astype(np.float32) + shards.answer(i, 'stats')[:, :1], kept, atol=0.02, rtol=1e-3)
+    assert run(root, 'extract.py', '--score=scored.jsonl', '--verify=9').returncode == 0
+    assert 'another score' in one_line(run(root, 'extract.py'))  # own and given answers do not mix in one folder
+    assert ', 0 are to do' in run(root, 'extract.py', '--score=scored.jsonl').stdout
+
+
+def test_free_answers_that_break_the_schema_are_dropped_counted_and_not_asked_again(project, tmp_path):
+    root = clone_task(project, tmp_path)
+    args = ("--fields={'tone': ['neutral'], 'spam': [True]}", '--constrain=False')
+    done = run(root, 'extract.py', *args)
+    figures = {line.split()[0]: dict(f.split('=') for f in line.split()[1:]) for line in done.stdout.splitlines() if line.startswith(('extract ', 'coverage '))}
+    shards, n = data.Shards('toy', 'toy', root / 'data'), int(figures['extract']['records'])
+    dropped = int(figures['coverage']['dropped_invalid']) + int(figures['coverage']['dropped_vocab'])
+    assert 0 < dropped == n - len(shards) < n
+    again = run(root, 'extract.py', *args)
+    assert ', 0 are to do' in again.stdout and f'dropped_invalid={figures["coverage"]["dropped_invalid"]} ' in again.stdout
+
+
+def test_a_vocabulary_that_misses_what_the_teacher_says_is_reported_and_can_be_widened(project, tmp_path):
+    root = clone_task(project, tmp_path)
+    fields = "--fields={'tone': ['neutral', 'friendly'], 'spam': [1, None]}"  # the teacher has learned to say true or false, friendly or neutral
+    done = run(root, 'extract.py', fields, '--output_vocab=24', '--min_coverage=0.9')
+    advice = [line for line in done.stdout.splitlines() if 'extra_vocab = ' in line]
+    assert done.returncode == 0 and advice, done.stdout
+    extra = advice[0].split('extra_vocab = ')[1].split(' and another name')[0]
+    mass = lambda text: float(text.split('coverage mass=')[1].split()[0])
+    wide = run(root, 'extract.py', fields, '--output_vocab=64', '--name=wide', f'--extra_vocab={extra}')
+    assert mass(wide.stdout) > mass(done.stdout) + 0.05
+
+
+def test_a_batch_that_does_not_fit_is_halved(teachers):
+    tokenizer, model = load_teacher(teachers['gemma'])
+    before, after, end_id = engine_module.encode_prompt(tokenizer, PROMPT, chat=False)
+    space = OutputSpace(tokenizer.backend_tokenizer, FIELDS, end_id=end_id)
+    engine, sizes = engine_module.Teacher(model, before, space.output_ids), []
+    plain_start = engine.start
+
+    def start(B, S):
+        sizes.append(B)
+        if B > 3:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        plain_start(B, S)
+    texts, drafts = [np.arange(5, 9 + i) for i in range(10)], engine_module.Drafts(space)
+    expected, _ = engine_module.answer(engine, space, drafts, texts, after)
+    engine.start = start
+    answers, _ = engine_module.answer_fitting(engine, space, drafts, texts, after)
+    assert sizes == [10, 5, 2, 2, 2, 2, 2] and [a[0] for a in answers] == [e[0] for e in expected]
+    engine.start = lambda B, S: 1 / 0  # other errors are not hidden
+    with pytest.raises(ZeroDivisionError):
+        engine_module.answer_fitting(engine, space, drafts, texts, after)
+
+
+def test_the_bench_compares_the_same_answers(project):
+    done = run(project, 'extract.py', '--bench=True', '--extract_batch=24')
+    figures = dict(f.split('=') for f in done.stdout.splitlines()[-1].split()[1:])
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith('bench '), done.stderr
+    assert float(figures['identical']) >= 0.97 and 1 <= float(figures['passes']) < 2 and float(figures['ratio']) > 1
+
+
+def test_a_set_of_hashes_in_eight_bytes_each():
+    rng = np.random.default_rng(0)
+    some, more = (rng.integers(0, 1 << 64, 300000, np.uint64).tolist() for _ in range(2))
+    hashes, twin = data.Hashes(some), set(some)
+    for h in more:
+        hashes.add(h)
+    assert len(hashes) == len(twin | set(more)) and len(hashes.sorted) > 500000  # the recent ones were merged
+    assert all(h in hashes for h in some[:1000] + more[-1000:]) and not any(h in hashes for h in rng.integers(0, 1 << 64, 1000, np.uint64).tolist())
 
 
 def test_another_task_or_a_second_run_does_not_touch_a_folder(project):
@@ -455,7 +616,7 @@ def test_the_writer_cuts_off_what_was_not_committed(tmp_path):
         with open(tmp_path / f'd/t-00/{name}.bin', 'ab') as file:
             file.write(b'x' * 13)
     writer = data.Writer(tmp_path / 'd/t-00', 8)
-    assert writer.hashes == {r[0] for r in records[:6]}
+    assert writer.n_records == 6
     with pytest.raises(BlockingIOError):
         data.Writer(tmp_path / 'd/t-00', 8)
     writer.append(records[6:])

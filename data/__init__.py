@@ -10,7 +10,7 @@
       tokenizer.json         the teacher's tokenizer
 
 A record exists when its row of index.bin does, and that row is written last: a run killed anywhere loses at most the
-batch in flight. Offsets count elements, not bytes.
+batch in flight. Offsets count elements, not bytes. A row without an answer marks a text whose answer was dropped.
 """
 import fcntl
 import hashlib
@@ -55,10 +55,29 @@ def write_json(path, value):
     os.replace(tmp, path)
 
 
+class Hashes:
+    """a set of 64-bit hashes at 8 bytes each, for more texts than a set of Python's has room for."""
+
+    def __init__(self, hashes=()):
+        self.sorted, self.recent = np.unique(np.array(hashes, np.uint64)), set()
+
+    def __len__(self):
+        return len(self.sorted) + len(self.recent)
+
+    def __contains__(self, hash_):
+        i = np.searchsorted(self.sorted, np.uint64(hash_))
+        return hash_ in self.recent or bool(i < len(self.sorted) and self.sorted[i] == hash_)
+
+    def add(self, hash_):
+        self.recent.add(hash_)
+        if len(self.recent) == 1 << 18:
+            self.__init__(np.concatenate((self.sorted, np.array(list(self.recent), np.uint64))))
+
+
 class Writer:
     """appends records to a shard; opening it cuts off whatever an interrupted run left uncommitted.
 
-    hashes: set of the texts already there. BlockingIOError where another run holds the shard.
+    n_records, n_output: what it holds. BlockingIOError where another run holds the shard.
     """
 
     def __init__(self, folder, V):
@@ -68,7 +87,7 @@ class Writer:
         index, (self.n_input, self.n_output) = read_index(folder, V), (0, 0)
         if len(index):
             self.n_input, self.n_output = map(int, index[-1, :2])
-        self.hashes = set(index[:, 2].tolist())
+        self.n_records = len(index)
         sizes = {'input': self.n_input, 'output': self.n_output, 'logits': self.n_output * V, 'stats': self.n_output * 2,
                  'index': index.size}
         for name, file in self.files.items():
@@ -93,7 +112,7 @@ class Writer:
             if name != 'index':
                 os.fsync(file.fileno())  # the index must never promise what a power cut can take
         self.n_input, self.n_output = n_input, n_output
-        self.hashes.update(row[2] for row in index)
+        self.n_records += len(index)
 
     def close(self):
         for file in self.files.values():
@@ -109,35 +128,51 @@ def read_index(folder, V):
     return index[(index[:, 0] <= have['input']) & (index[:, 1] <= steps)]
 
 
+def shard_folders(dataset, name, root='data'):
+    return sorted(path.parent for path in (Path(root) / dataset).glob(f'{name}-[0-9][0-9]/meta.json'))
+
+
+def stored_hashes(folders, meta):
+    """Hashes of every text in these shards, also of those whose answer was dropped."""
+    return Hashes(np.concatenate([np.empty(0, np.uint64), *(read_index(folder, len(meta['output_ids']))[:, 2] for folder in folders)]))
+
+
+def first_answers(folder, meta, n):
+    """list of (steps,) output indices, of the first n texts of a shard; empty where the answer was dropped."""
+    ends = read_index(folder, len(meta['output_ids']))[:n, 1].astype(np.int64)
+    return np.split(np.fromfile(folder / 'output.bin', DTYPES['output'], ends[-1]), ends[:-1]) if len(ends) else []
+
+
 class Shards:
     """all records extracted for one task, memory-mapped. FileNotFoundError where there are none, ValueError where the
     shards disagree or have another format.
 
-    meta: dict of the first meta.json. hashes (N,). Record i is `ids(i)` and `answer(i)`.
+    metas: dict of each meta.json; meta: the first. hashes (N,). Record i is `ids(i)` and `answer(i)`.
     """
 
     def __init__(self, dataset, name, root='data'):
-        folders = sorted(p.parent for p in (Path(root) / dataset).glob(f'{name}-[0-9][0-9]/meta.json'))
-        metas = [json.loads((folder / 'meta.json').read_text(encoding='utf-8')) for folder in folders]
-        for folder, meta in zip(folders, metas):
-            if meta['format'] != FORMAT or meta['output_ids'] != metas[0]['output_ids']:
+        folders = shard_folders(dataset, name, root)
+        self.metas = [json.loads((folder / 'meta.json').read_text(encoding='utf-8')) for folder in folders]
+        self.shards, spans, hashes = [], [], []
+        for folder, meta in zip(folders, self.metas):
+            if meta['format'] != FORMAT or meta['output_ids'] != self.metas[0]['output_ids']:
                 raise ValueError(f'{folder} has another format or output vocabulary than {folders[0]}; extract it again')
-        self.shards, spans = [], []
-        for n, (folder, meta) in enumerate(zip(folders, metas)):
             V = len(meta['output_ids'])
             index = read_index(folder, V)
-            if not len(index):
+            ends = index[:, :2].astype(np.int64)
+            starts = np.concatenate((np.zeros((1, 2), np.int64), ends))[:-1]
+            answered = ends[:, 1] > starts[:, 1]  # a text whose answer was dropped has none
+            if not answered.any():
                 continue
             shapes = {'input': (), 'output': (), 'logits': (V,), 'stats': (2,)}  # of one element
-            self.shards.append({key: np.memmap(folder / f'{key}.bin', DTYPES[key], 'r', shape=(int(index[-1, 0 if key == 'input' else 1]), *shape))
+            spans.append(np.column_stack((np.full(len(index), len(self.shards)), starts, ends))[answered])
+            hashes.append(index[answered, 2])
+            self.shards.append({key: np.memmap(folder / f'{key}.bin', DTYPES[key], 'r', shape=(int(ends[-1, 0 if key == 'input' else 1]), *shape))
                                 for key, shape in shapes.items()})
-            ends = np.concatenate((np.zeros((1, 2), np.int64), index[:, :2].astype(np.int64)))
-            spans += [(len(self.shards) - 1, *ends[i], *ends[i + 1], index[i, 2]) for i in range(len(index))]
         if not spans:
             raise FileNotFoundError(f'data/{dataset} has no records extracted for {name!r}')
-        self.folder, self.meta = folders[0], metas[0]
-        self.hashes = np.array([s[5] for s in spans], np.uint64)
-        self.spans = np.array([s[:5] for s in spans], np.int64)  # shard, input start, output start, input end, output end
+        self.folder, self.meta, self.hashes = folders[0], self.metas[0], np.concatenate(hashes)
+        self.spans = np.concatenate(spans)  # (N, 5) shard, input start, output start, input end, output end
 
     def __len__(self):
         return len(self.spans)
