@@ -55,7 +55,7 @@ output_vocab = 525   # tokens whose logits are kept: what answers need, then whi
 extra_vocab = []     # strings whose tokens are kept too; the coverage line says when some are missing
 min_coverage = 0.95  # share of the teacher's probability that should lie on these tokens, else there is advice
 full_lse = -1        # of the first so many records also keep logsumexp over the whole vocabulary, which is what coverage is
-                     # measured with. -1: all on a GPU, 64 on a CPU, where Gemma 3 270M's whole head doubles the time
+                     # measured with. -1: all on a GPU, 64 on a CPU, where Gemma 3 270M takes 2.7 times as long with it
 # instead of extracting
 score = ''           # .jsonl of {"text": ..., "answer": {...}}: keep the teacher's logits on these answers, not on its own
 verify = 0           # re-score so many stored records, slowly and plainly; exit status 1 where they differ
@@ -154,9 +154,9 @@ def report(shards, space, min_coverage):
         print(f'coverage mass={mean:.4f} worst_field={worst} worst_mass={worst_mass:.4f} steps={steps} '
               f'dropped_invalid={dropped["invalid"]} dropped_vocab={dropped["vocab"]}')
         if worst_mass < min_coverage and missing:
-            print(f'the teacher would rather say something else at {1 - worst_mass:.1%} of {worst}; most wanted of the tokens that are not kept:')
-            likely = {space.tokenizer.decode([int(i)], skip_special_tokens=False): mass / steps for i, mass in missing.most_common(8)}
-            print(' ', ', '.join(f'{token!r} {share:.2%}' for token, share in likely.items()))
+            print(f'the teacher would rather say something else at {1 - worst_mass:.1%} of {worst}; most wanted of the tokens that are not kept, of all fields:')
+            likely = {space.tokenizer.decode([int(i)], skip_special_tokens=False): p / missing.total() for i, p in missing.most_common(12)}
+            print(' ', ', '.join(f'{token!r} {share:.0%}' for token, share in likely.items()))
             print(f'  to keep them: extra_vocab = {list(likely)} and another name; where they are only other spacing or quotes, show that form in the prompt')
     answers = [space.to_json(shards.answer(i).tolist()) for i in rows]
     for field in space.fields:
@@ -205,6 +205,7 @@ def plan(task, teacher, dataset, name, source, filters):
                        'start_id': start_id, 'min_text': filters[0], 'max_text': filters[1]}
     V = len(meta['output_ids'])
     print(f'vocab required={meta["n_required"]} auxiliary={V - meta["n_required"]} total={V} teacher={meta["vocab_size"]}')
+    print(f'data/{dataset}/{name}-* holds {len(done)} texts, {todo} are to do')
     return meta, tokenizer, todo, counts
 
 
@@ -318,8 +319,6 @@ if __name__ == '__main__':
         sys.exit(f'cannot write to {folder}: {error.strerror}')
     folders = shard_folders(dataset, name)
     done = stored_hashes(folders, meta)
-    if rank == 0:
-        print(f'data/{dataset}/{name}-* holds {len(done)} texts, {todo} are to do')
     if todo:
         known = meta.setdefault('fingerprint', fingerprint(model)), meta['tokenizer_hash']
         if folders and known != (fingerprint(model), tokenizer_hash(load(AutoTokenizer, teacher).backend_tokenizer)):

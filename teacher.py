@@ -175,15 +175,15 @@ class Teacher:
         return out.reshape(1, H, N, D).transpose(1, 2), None
 
     def whole_head(self, hidden):
-        """(n, C) -> over the full vocabulary logsumexp (n,), the most likely ids (n,), and of the tokens that are not kept the
-        most likely id (n,) and its probability (n,)."""
+        """(n, C) -> over the full vocabulary logsumexp (n,) and the most likely ids (n,); of the tokens that are not kept the
+        eight most likely ids (n, 8) and their probabilities (n, 8)."""
         parts = []
         for h in hidden.split(64):  # 64 rows of 262,144 logits at a time
             logits = self.logits(h, self.head)
             lse, best = logits.logsumexp(-1), logits.argmax(-1)
             logits[:, self.output_ids] = -float('inf')
-            top, other = logits.max(-1)
-            parts.append((lse, best, other, (top - lse).exp()))
+            top, other = logits.topk(8)
+            parts.append((lse, best, other, (top - lse[:, None]).exp()))
         return [torch.cat(part).cpu().numpy() for part in zip(*parts)]
 
     def logits(self, hidden, rows):
@@ -250,7 +250,7 @@ def answer(teacher, space, drafts, texts, after, constrain=True, whole=False, gi
 
     texts: list of id arrays. after: ids between text and answer. whole: also logsumexp over the full vocabulary.
     given: answers (lists of output indices) to score instead of asking for the teacher's own. missing: a Counter, told how
-    likely the most likely token outside the output vocabulary was at each step, where the whole vocabulary was looked at.
+    likely tokens outside the output vocabulary were, summed over the steps at which the whole vocabulary was looked at.
     Returns per text (outs, logits (n, V) float32 before any constraint, lse (n,)), or 'invalid' or 'vocab' where a free
     answer leaves the schema or the output vocabulary. Second value: number of tokens read.
     """
@@ -290,7 +290,7 @@ def answer(teacher, space, drafts, texts, after, constrain=True, whole=False, gi
             for store, value in zip(results[r], (chosen[:n], logits[start:start + n], lse[start:start + n])):
                 store.extend(value)
             if missing is not None and (whole or not constrain):
-                for i, p in zip(other[start:start + n].tolist(), p_other[start:start + n].tolist()):
+                for i, p in zip(other[start:start + n].ravel().tolist(), p_other[start:start + n].ravel().tolist()):
                     missing[str(i)] += p
             start += len(outs)
             state = space.moves[states[n - 1]].get(chosen[n - 1], -1)
@@ -331,7 +331,7 @@ def answer_fitting(teacher, space, drafts, texts, after, constrain=True, whole=F
 def verify_records(model, shards, space, rows):
     """stored records against one plain forward pass each: no drafts, no cache, no batch. Returns whether they are
     the same within what the stored precision allows, and the line that says so."""
-    meta, worst, equal, steps = shards.meta, 0.0, 0, 0
+    meta, worst, beyond, equal, steps = shards.meta, 0.0, 0.0, 0, 0
     atol = 0.02 if model.dtype == torch.float32 else 0.75  # logits near 20 are 0.06 to 0.13 apart in bfloat16
     for i in tqdm(rows, desc='verify', unit='rec'):
         outs, (top, lse) = shards.answer(i), shards.answer(i, 'stats').T
@@ -339,16 +339,16 @@ def verify_records(model, shards, space, rows):
         logits = model(torch.tensor([ids], device=model.device), logits_to_keep=len(outs)).logits[0].float().cpu()
         kept = logits[:, space.output_ids]
         below = torch.from_numpy(shards.answer(i, 'logits').astype(np.float32))
-        off = (kept - torch.from_numpy(top)[:, None] - below).abs() - below.abs() / 1024  # fp16 keeps 11 bits
-        known = ~np.isnan(lse)
-        worst = max(worst, off.max().item(), np.abs(logits.logsumexp(-1).numpy() - lse)[known].max(initial=0))
+        off = (kept - torch.from_numpy(top)[:, None] - below).abs()
+        off_lse = np.abs(logits.logsumexp(-1).numpy() - lse)[~np.isnan(lse)].max(initial=0)
+        worst, beyond = max(worst, off.max().item(), off_lse), max(beyond, (off - below.abs() / 1024).max().item(), off_lse)  # fp16 keeps 11 bits
         if meta['constrain']:
             choice = kept.masked_fill(space.next_state[space.states(outs.tolist())] < 0, -float('inf')).argmax(-1).tolist()
         else:
             choice = [space.output_index.get(j, -1) for j in logits.argmax(-1).tolist()]
         equal, steps = equal + sum(a == b for a, b in zip(choice, outs)), steps + len(outs)
-    line = f'verify records={len(rows)} steps={steps} max_diff={worst:.4f} tolerance={atol} equal={equal / steps:.4f}'
-    return worst <= atol and (meta['score'] or equal >= (0.999 if atol < 0.1 else 0.97) * steps), line
+    line = f'verify records={len(rows)} steps={steps} max_diff={worst:.4f} tolerance={atol}+x/1024 equal={equal / steps:.4f}'
+    return beyond <= atol and (meta['score'] or equal >= (0.999 if atol < 0.1 else 0.97) * steps), line
 
 
 class Held(LogitsProcessor):

