@@ -31,7 +31,7 @@ from transformers.utils import logging
 from config import configure
 from data import FORMAT, Hashes, Shards, Writer, clean, first_answers, shard_folders, stored_hashes, text_hash, tokenizer_hash, write_json
 from model import OutputSpace, pick_device
-from teacher import Drafts, Teacher, answer_fitting, bench_task, encode_prompt, fingerprint, load, peak_gb, verify_records
+from teacher import Drafts, Teacher, answer_fitting, encode_prompt, fingerprint, load, peak_gb, verify_records
 
 # task
 name = ''            # names the shard data/<dataset>/<name>-00 and, in train.py, out/<name>
@@ -307,6 +307,7 @@ if __name__ == '__main__':
         print(figures)
         sys.exit(not good)
     if bench:
+        from bench import bench_task
         print(bench_task(Teacher(model, meta['before'], space.output_ids), space, groups, meta, full_lse == sys.maxsize))
         sys.exit()
 

@@ -11,6 +11,7 @@ import json
 import math
 import random
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -37,23 +38,23 @@ class StudentConfig:
     n_head: int = 16
     n_kv_head: int = 16       # fewer than n_head: grouped-query attention
     n_embd: int = 1024
-    n_mlp: int = 4096         # hidden width of the GeGLU
+    n_mlp: int = 4096         # hidden width of the gated MLP
     dropout: float = 0.0
     rope_base: float = 10000.0
     start_id: int = 2         # the id between text and answer
-
-
-def rope_table(config):
-    """(block_size, D) cosines and sines of rotary position embedding, https://arxiv.org/abs/2104.09864"""
-    D = config.n_embd // config.n_head
-    freq = config.rope_base ** (-torch.arange(0, D, 2).float() / D)
-    angle = torch.arange(config.block_size).float()[:, None] * freq  # (block_size, D/2)
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()
+    # what it takes to hold layers of a Gemma 3 or Llama teacher; norm offsets, embedding and query scales go into weights
+    head_size: int = 0        # 0: n_embd // n_head
+    n_table: int = 0          # width of the input embedding; 0: n_embd, else it is projected to that
+    activation: str = 'gelu'  # of the MLP: gelu (its tanh form) or silu
+    qk_norm: bool = False     # RMSNorm on queries and keys
+    sandwich: bool = False    # RMSNorm also after attention and MLP
+    norm_eps: float = 1e-6
+    rope_of_layer: tuple = ()  # row of rope_freq that each layer uses; (): 0
 
 
 def rotate(x, cos, sin):
-    """x (B, H, T, D) turned by the angles of its positions, cos and sin (B or 1, 1, T, D); halves are the pairs."""
+    """x (B, H, T, D) turned by the angles of its positions, cos and sin (B or 1, 1, T, D); halves are the pairs.
+    Rotary position embedding, https://arxiv.org/abs/2104.09864"""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
@@ -62,14 +63,18 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head, self.dropout = config.n_head, config.n_kv_head, config.dropout
-        self.head_size = config.n_embd // config.n_head
+        self.head_size = config.head_size or config.n_embd // config.n_head
         self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_size, bias=False)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_proj = nn.Linear(config.n_head * self.head_size, config.n_embd, bias=False)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(self.head_size, eps=config.norm_eps) for _ in range(2))
 
     def forward(self, x, cos, sin, cache=None, pos=None, mask=None):
         B, T, C = x.shape
         sizes = [h * self.head_size for h in (self.n_head, self.n_kv_head, self.n_kv_head)]
         q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2) for y in self.c_attn(x).split(sizes, dim=2))
+        if hasattr(self, 'q_norm'):
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, D)
         if cache is not None:  # each row writes at its own positions and reads everything up to them
             rows = torch.arange(B, device=x.device)[:, None]
@@ -79,48 +84,55 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
                                            enable_gqa=self.n_head != self.n_kv_head)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
-    """GeGLU, https://arxiv.org/abs/2002.05202"""
+    """GeGLU or SwiGLU, https://arxiv.org/abs/2002.05202"""
 
     def __init__(self, config):
         super().__init__()
         self.c_gate = nn.Linear(config.n_embd, config.n_mlp, bias=False)
         self.c_up = nn.Linear(config.n_embd, config.n_mlp, bias=False)
         self.c_proj = nn.Linear(config.n_mlp, config.n_embd, bias=False)
+        self.activation = {'gelu': partial(F.gelu, approximate='tanh'), 'silu': F.silu}[config.activation]
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_gate(x), approximate='tanh') * self.c_up(x))
+        return self.c_proj(self.activation(self.c_gate(x)) * self.c_up(x))
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm_1, self.attn = nn.RMSNorm(config.n_embd, eps=1e-6), Attention(config)
-        self.norm_2, self.mlp = nn.RMSNorm(config.n_embd, eps=1e-6), MLP(config)
+        norm = partial(nn.RMSNorm, config.n_embd, eps=config.norm_eps)
+        self.norm_1, self.attn, self.norm_2, self.mlp = norm(), Attention(config), norm(), MLP(config)
+        self.post_1, self.post_2 = (norm(), norm()) if config.sandwich else (nn.Identity(), nn.Identity())
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, *attn_args):
-        x = x + self.drop(self.attn(self.norm_1(x), *attn_args))
-        return x + self.drop(self.mlp(self.norm_2(x)))
+        x = x + self.drop(self.post_1(self.attn(self.norm_1(x), *attn_args)))
+        return x + self.drop(self.post_2(self.mlp(self.norm_2(x))))
 
 
 class Student(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        width = config.n_table or config.n_embd
+        self.wte = nn.Embedding(config.vocab_size, width)
+        self.wte_proj = nn.Linear(width, config.n_embd, bias=False) if width != config.n_embd else nn.Identity()
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm_f = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.norm_f = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.output_vocab, bias=False)
-        for name, table in zip(('cos', 'sin'), rope_table(config)):
-            self.register_buffer(name, table, persistent=False)
+        D, self.rope_of_layer = self.h[0].attn.head_size, config.rope_of_layer or (0,) * config.n_layer
+        freq = config.rope_base ** (-torch.arange(0, D, 2).float() / D)
+        self.register_buffer('rope_freq', freq.expand(max(self.rope_of_layer) + 1, -1).clone())  # (n_rope, D/2)
         for name, p in self.named_parameters():
             if p.dim() == 2:  # residual projections are scaled down so that depth does not grow the stream (GPT-2)
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02)
+        if width != config.n_embd:
+            nn.init.normal_(self.wte_proj.weight, std=width ** -0.5)  # keeps the variance
 
     def forward(self, idx, targets=None, cache=None, pos=None):
         """idx (B, T) ids, rows padded on the right -> logits over the output vocabulary.
@@ -132,31 +144,35 @@ class Student(nn.Module):
         assert cache is not None or T <= self.config.block_size, f'{T} tokens do not fit block_size {self.config.block_size}'
         mask = None
         if cache is None:
-            cos, sin = self.cos[None, None, :T], self.sin[None, None, :T]
+            pos = torch.arange(T, device=idx.device)[None]
         else:
-            cos, sin = self.cos[pos][:, None], self.sin[pos][:, None]  # (B, 1, T, D)
             mask = torch.arange(cache[0][0].size(2), device=idx.device) <= pos[:, None, :, None]  # (B, 1, T, S)
-        x = self.drop(self.wte(idx))  # (B, T, C)
+        angle = pos[:, None, :, None] * self.rope_freq[:, None, None, None]  # (n_rope, B or 1, 1, T, D/2)
+        angle = torch.cat((angle, angle), dim=-1)
+        cos, sin = angle.cos(), angle.sin()
+        x = self.drop(self.wte_proj(self.wte(idx).to(self.lm_head.weight.dtype)))  # (B, T, C)
         for i, block in enumerate(self.h):
-            x = block(x, cos, sin, None if cache is None else cache[i], pos, mask)
+            rope = self.rope_of_layer[i]
+            x = block(x, cos[rope], sin[rope], None if cache is None else cache[i], pos, mask)
         x = self.norm_f(x)
         return self.lm_head(x if targets is None else x[targets >= 0])
 
     def new_cache(self, B):
         """empty keys and values for B rows: per layer a pair of (B, n_kv_head, block_size, D)."""
         c, p = self.config, self.lm_head.weight
-        shape = (2, B, c.n_kv_head, c.block_size, c.n_embd // c.n_head)
+        shape = (2, B, c.n_kv_head, c.block_size, self.h[0].attn.head_size)
         return [torch.zeros(shape, dtype=p.dtype, device=p.device) for _ in self.h]
 
     def param_groups(self, weight_decay):
         """AdamW groups: matrices decay; the embedding and the norms do not (a row unseen in a batch must not shrink)."""
-        decay = [p for name, p in self.named_parameters() if p.dim() == 2 and name != 'wte.weight']
-        rest = [p for name, p in self.named_parameters() if p.dim() != 2 or name == 'wte.weight']
+        learned = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        decay = [p for name, p in learned if p.dim() == 2 and name != 'wte.weight']
+        rest = [p for name, p in learned if p.dim() != 2 or name == 'wte.weight']
         return [{'params': decay, 'weight_decay': weight_decay}, {'params': rest, 'weight_decay': 0.0}]
 
     def count_params(self):
         """number of parameters by part; `total` is their sum and that of the norms."""
-        parts = {'total': '', 'embedding': 'wte.', 'attention': '.attn.', 'mlp': '.mlp.', 'head': 'lm_head.'}
+        parts = {'total': '', 'embedding': 'wte', 'attention': '.attn.', 'mlp': '.mlp.', 'head': 'lm_head.'}
         return {part: sum(p.numel() for name, p in self.named_parameters() if key in name) for part, key in parts.items()}
 
 

@@ -26,13 +26,15 @@ from config import configure
 from data import Shards, clean, tokenizer_hash
 from model import OutputSpace, Student, StudentConfig, generate, pick_device
 
-name = ''            # out/<name>/ckpt.pt is the student
-dataset = ''         # data/<dataset>/<name>-* has the held-out records of the report
+name = ''            # data/<dataset>/<name>-* has the held-out records of the report
+dataset = ''
+run = ''             # out/<run> is the student; '': out/<name>
 text = ''            # one text to label
 input = ''           # a file with a text on each line
 constrain = True     # hold answers to the schema, so that they always parse; False shows the student running free
 sample_batch = 64    # texts decoded together
 examples = 5         # held-out texts shown before the report
+which = 'best'       # the epoch to use: 'best' by train.py's best_by, or 'last'
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
 config = configure(globals())
 
@@ -40,17 +42,24 @@ config = configure(globals())
 # checkpoint
 
 
-def load_checkpoint(folder, device):
-    """folder of a training run -> checkpoint dict, Student, OutputSpace. SystemExit with one line where it will not do."""
-    path = Path(folder, 'ckpt.pt')
+def load_checkpoint(folder, device, which='best'):
+    """folder of a training run -> checkpoint dict, Student, OutputSpace. SystemExit with one line where it will not do.
+    which: the 'best' epoch's, or the 'last' one's."""
+    path = Path(folder, 'best.pt')
+    if which == 'last' or not path.is_file():
+        path = Path(folder, 'ckpt.pt')
     if not path.is_file():
         sys.exit(f'{path} does not exist; run: python train.py config/{Path(folder).name}.py')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
-        model = Student(StudentConfig(**checkpoint['student'])).to(device)
-        model.load_state_dict(checkpoint['model'])
+        with torch.device('meta'):
+            model = Student(StudentConfig(**checkpoint['student']))
+        model.load_state_dict(checkpoint['model'], assign=True)  # as stored: a frozen table is in half precision
+        model.to(device)
         tokenizer = Tokenizer.from_file(str(Path(folder, 'tokenizer.json')))
         task = checkpoint['task']
+        if checkpoint['format'] != 2:
+            raise KeyError
         space = OutputSpace(tokenizer, task['fields'], task['indent'], task['fence'], task['end_id'], task['output_ids'])
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
         sys.exit(f'{path} is not a whole checkpoint of this version ({type(error).__name__}); train again')
@@ -121,6 +130,29 @@ def evaluate(model, space, shards, rows, batch_size=64):
     return figures, per_field, answers
 
 
+def linear_baseline(shards, space, train_rows, rows):
+    """What a linear model learns from the same records, as the yardstick of whether a student is worth it: TF-IDF of words and
+    pairs of words, logistic regression per field. {} where scikit-learn is missing, else field, exact and fields: {name: agreement}."""
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+    except ImportError:
+        return {}
+    texts, held = ([space.tokenizer.decode(shards.ids(i).tolist()) for i in r] for r in (train_rows, rows))
+    labels, truth = ([space.to_json(shards.answer(i).tolist()) for i in r] for r in (train_rows, rows))
+    right = {}
+    for field in space.fields:
+        known = [json.dumps(a[field]) for a in labels]
+        guess = known[:1] * len(held)
+        if len(set(known)) > 1:
+            pipeline = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r'\S+'), LogisticRegression(max_iter=1000))
+            guess = pipeline.fit(texts, known).predict(held)
+        right[field] = np.array([g == json.dumps(a[field]) for g, a in zip(guess, truth)])
+    return {'field': float(np.mean([r.mean() for r in right.values()])), 'exact': float(np.all(list(right.values()), axis=0).mean()),
+            'fields': {field: float(r.mean()) for field, r in right.items()}}
+
+
 def data_line(tag, figures):
     """<tag> key=value ...; floats to four figures."""
     return ' '.join([tag, *(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in figures.items())])
@@ -170,7 +202,7 @@ if __name__ == '__main__':
     piped = not sys.stdin.closed and (stat.S_ISFIFO(mode := os.fstat(0).st_mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode))
     if input and not Path(input).is_file():
         sys.exit(f'{input} does not exist')
-    checkpoint, model, space = load_checkpoint(Path('out', name), pick_device(device))
+    checkpoint, model, space = load_checkpoint(Path('out', run or name), pick_device(device), which)
     task = checkpoint['task']
     args = model, space, task, sample_batch, constrain
     try:
@@ -183,9 +215,10 @@ if __name__ == '__main__':
             try:
                 shards = Shards(dataset, name)
                 if shards.meta['tokenizer_hash'] != task['tokenizer_hash'] or shards.meta['output_ids'] != task['output_ids']:
-                    sys.exit(f'{shards.folder} and out/{name} have different tokenizers or output vocabularies; train again')
+                    sys.exit(f'{shards.folder} and out/{run or name} have different tokenizers or output vocabularies; train again')
                 held = shards.split()[1]
                 figures, per_field, answers = evaluate(model, space, shards, held, sample_batch)
+                linear = checkpoint['linear']
                 for i, outs in list(zip(held, answers))[:examples]:
                     say(space.tokenizer.decode(shards.ids(i).tolist()))
                     say(f'  teacher {json.dumps(space.to_json(shards.answer(i).tolist()), ensure_ascii=False)}')
@@ -193,10 +226,10 @@ if __name__ == '__main__':
                     say(f'  student {"an answer outside the schema" if ours is None else json.dumps(ours, ensure_ascii=False)}')
             except FileNotFoundError:
                 say('no held-out records here; these figures are from the end of training')
-                figures, per_field = checkpoint['figures'], checkpoint['per_field']
-            say(data_line('val', {'step': checkpoint['step']} | figures))
+                figures, per_field, linear = checkpoint['figures'], checkpoint['per_field'], checkpoint['linear']
+            say(data_line('val', {'step': checkpoint['step']} | figures | {f'linear_{k}': linear[k] for k in ('field', 'exact') if linear}))
             for field, values in per_field.items():
-                say(data_line('field', {'name': field} | values))
+                say(data_line('field', {'name': field} | values | ({'linear': linear['fields'][field]} if linear else {})))
             while sys.stdin.isatty():
                 say('a text to label (Ctrl-D ends):')
                 label_stream([next(sys.stdin)], *args)

@@ -17,16 +17,14 @@ import importlib
 import importlib.util
 import resource
 import sys
-import time
 from collections import Counter, defaultdict
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AttentionInterface, DynamicCache, LogitsProcessor
+from transformers import AttentionInterface, DynamicCache
 
 # -----------------------------------------------------------------------------
 # loading
@@ -324,6 +322,62 @@ def answer_fitting(teacher, space, drafts, texts, after, constrain=True, whole=F
 
 
 # -----------------------------------------------------------------------------
+# a student from its layers
+
+
+def student_shape(config):
+    """the StudentConfig fields that make a student's block the same function as this transformers config's."""
+    config = config.get_text_config()
+    types = getattr(config, 'layer_types', None) or ['full_attention'] * config.num_hidden_layers
+    gemma = 'gemma' in config.model_type
+    return dict(n_embd=config.hidden_size, n_head=config.num_attention_heads, n_kv_head=config.num_key_value_heads, n_mlp=config.intermediate_size,
+                head_size=getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads, norm_eps=float(config.rms_norm_eps),
+                activation='gelu' if gemma else 'silu', qk_norm=gemma, sandwich=gemma), types
+
+
+@torch.no_grad()
+def copy_layers(student, model, output_ids, layers):
+    """makes the student's blocks those of the teacher's numbered `layers`, its head the rows output_ids of the teacher's,
+    and its table the teacher's. A student of all layers computes the teacher's logits (DistilBERT, https://arxiv.org/abs/1910.01108,
+    takes every other layer). ValueError where the teacher's block has parts the student's does not."""
+    config, body = model.config.get_text_config(), model.get_decoder()
+    if config.model_type not in ('gemma3_text', 'llama', 'mistral') or getattr(config, 'attention_bias', False):
+        raise ValueError(f'layers of a {config.model_type} teacher cannot be taken over, only its table: set teacher_layers = none')
+    one = 1.0 if 'gemma' in config.model_type else 0.0  # Gemma stores norm weights less 1
+    copy_table(student, model)
+    student.lm_head.weight.copy_(model.get_output_embeddings().weight[output_ids])
+    student.norm_f.weight.copy_(body.norm.weight + one)
+    scale = (config.query_pre_attn_scalar / student.h[0].attn.head_size) ** -0.5 if hasattr(config, 'query_pre_attn_scalar') else 1.0
+    for block, i in zip(student.h, layers):
+        layer, attn = body.layers[i], body.layers[i].self_attn
+        block.attn.c_attn.weight.copy_(torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]))
+        block.attn.c_proj.weight.copy_(attn.o_proj.weight)
+        for name in ('gate', 'up'):
+            getattr(block.mlp, f'c_{name}').weight.copy_(getattr(layer.mlp, f'{name}_proj').weight)
+        block.mlp.c_proj.weight.copy_(layer.mlp.down_proj.weight)
+        norms = {'norm_1': layer.input_layernorm, 'norm_2': layer.post_attention_layernorm}
+        if student.config.sandwich:
+            norms = {'norm_1': layer.input_layernorm, 'post_1': layer.post_attention_layernorm, 'norm_2': layer.pre_feedforward_layernorm,
+                     'post_2': layer.post_feedforward_layernorm}
+        for name, norm in norms.items():
+            getattr(block, name).weight.copy_(norm.weight + one)
+        if student.config.qk_norm:
+            block.attn.q_norm.weight.copy_((attn.q_norm.weight + one) * scale)
+            block.attn.k_norm.weight.copy_(attn.k_norm.weight + one)
+    rotary, types = body.rotary_emb, student_shape(config)[1]
+    for row, kind in enumerate(sorted(set(types))):
+        if row < len(student.rope_freq):
+            student.rope_freq[row] = getattr(rotary, f'{kind}_inv_freq', None) if hasattr(rotary, f'{kind}_inv_freq') else rotary.inv_freq
+
+
+@torch.no_grad()
+def copy_table(student, model):
+    """the teacher's input embedding, with the scale it is multiplied by."""
+    embed = model.get_input_embeddings()
+    student.wte.weight.copy_(embed.weight * getattr(embed, 'embed_scale', 1.0))
+
+
+# -----------------------------------------------------------------------------
 # checking it
 
 
@@ -349,74 +403,6 @@ def verify_records(model, shards, space, rows):
         equal, steps = equal + sum(a == b for a, b in zip(choice, outs)), steps + len(outs)
     line = f'verify records={len(rows)} steps={steps} max_diff={worst:.4f} tolerance={atol}+x/1024 equal={equal / steps:.4f}'
     return beyond <= atol and (meta['score'] or equal >= (0.999 if atol < 0.1 else 0.97) * steps), line
-
-
-class Held(LogitsProcessor):
-    """holds generate to the schema, as our own engine is held."""
-
-    def __init__(self, space, n_prompt):
-        self.space, self.n_prompt = space, n_prompt
-
-    def __call__(self, input_ids, scores):
-        held = torch.full_like(scores, -float('inf'))
-        for r, ids in enumerate(input_ids[:, self.n_prompt:].tolist()):
-            state = self.space.walk([self.space.output_index.get(i, -1) for i in ids])
-            legal = [self.space.output_ids[o] for o in self.space.moves[state]] if state >= 0 else []
-            legal = legal or [0]  # the answer is complete
-            held[r, legal] = scores[r, legal]
-        return held
-
-
-@torch.inference_mode()
-def bench_task(engine, space, groups, meta, whole, n_generate=32, rounds=3):
-    """a line with the records/s of answer() beside generate's on the same texts, medians of alternating rounds, and the
-    speed that matrix products alone would have if every token were read once."""
-    model, drafts, rates, identical, tokens, needed = engine.model, Drafts(space), ([], [], []), [], 0, 0
-    config, now = model.config.get_text_config(), lambda: (torch.cuda.synchronize() if model.device.type == 'cuda' else None, time.perf_counter())[1]
-    size = 8192 if model.device.type == 'cuda' else 2048
-    square = torch.randn(size, size, dtype=model.dtype, device=model.device)
-    ends = {space.output_ids[o] for row in space.moves for o, state in row.items() if state == space.done}
-    ends -= {space.output_ids[o] for row in space.moves for o, state in row.items() if state != space.done}
-    for n in tqdm(range(rounds + 1), desc='bench', unit='round'):  # the first warms up: drafts learn, memory is mapped
-        texts = [[ids for _, ids, _ in group] for group in islice(groups, 2)]
-        if not texts:
-            sys.exit('too few texts for a bench')
-        start, answers = now(), []
-        for part in texts:
-            got, read = answer_fitting(engine, space, drafts, part, meta['after'], meta['constrain'], whole)
-            for a in got:
-                if not isinstance(a, str):
-                    drafts.add(a[0])
-            answers += got
-            if n:
-                tokens += read
-        seconds = now() - start
-        if not n:
-            continue
-        rates[0].append(sum(map(len, texts)) / seconds)
-        needed += sum(len(ids) + len(meta['after']) + len(a[0]) - 1 for ids, a in zip(sum(texts, []), answers) if not isinstance(a, str))
-        rows = [[*meta['before'], *map(int, ids), *meta['after']] for ids in sum(texts, [])[:n_generate]]
-        width = max(map(len, rows))
-        idx = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-        start = now()
-        out = model.generate(idx, attention_mask=mask, max_new_tokens=space.max_answer, do_sample=False, output_logits=True, return_dict_in_generate=True,
-                             logits_processor=[Held(space, width)] if meta['constrain'] else None, pad_token_id=0, eos_token_id=list(ends) or None)
-        rates[1].append(len(rows) / (now() - start))
-        for theirs, ours in zip(out.sequences[:, width:].tolist(), answers):
-            outs = [space.output_index.get(i, -1) for i in theirs]
-            identical.append(space.walk(outs[:-1]) < 0 if isinstance(ours, str) else outs[:len(ours[0])] == ours[0])
-        start = now()
-        for _ in range(8):
-            square @ square
-        rates[2].append(8 * 2 * size ** 3 / (now() - start))
-    rec_s, generate_rec_s, flops = map(np.median, rates)
-    body = sum(p.numel() for key, p in engine.body.named_parameters() if p.dim() == 2 and 'embed' not in key)
-    context = len(meta['before']) + needed / len(rates[0]) / sum(map(len, texts)) / 2  # tokens a token looks at, on average
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * getattr(config, 'head_dim', config.hidden_size // config.num_attention_heads) * context
-    bound = flops / ((2 * body + attention) * needed / (sum(map(len, texts)) * rounds))
-    return (f'bench rec_s={rec_s:.2f} generate_rec_s={generate_rec_s:.3f} ratio={rec_s / generate_rec_s:.1f} passes={tokens / max(1, needed):.3f} '
-            f'identical={np.mean(identical):.3f} bound_rec_s={bound:.1f} of_bound={rec_s / bound:.2f} matmul_gflops={flops / 1e9:.0f} peak_gb={peak_gb(model.device.type):.1f}')
 
 
 def peak_gb(device):

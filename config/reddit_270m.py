@@ -25,3 +25,6 @@ _shots = [
 ]
 prompt = ''.join(f'Comment: {text}\nLabel:\n{json.dumps(dict(zip(fields, values)), indent=2)}\n' for text, *values in _shots) + 'Comment: {text}\nLabel:\n'
 max_records = 6000
+# student
+n_layer = 4
+block_size = 75

@@ -207,7 +207,14 @@ class Shards:
         return torch.from_numpy(idx), torch.from_numpy(targets), torch.from_numpy(logits)
 
 
-def batches(n, batch_size, seed, epoch):
-    """the order of an epoch, a pure function of its arguments: arrays of positions below n, the last one may be short."""
-    order = np.random.default_rng((seed, epoch)).permutation(n)
-    return [order[i:i + batch_size] for i in range(0, n, batch_size)]
+def batches(lengths, batch_size, seed, epoch, window=16):
+    """the order of an epoch, a pure function of its arguments: arrays of positions in lengths (n,), one may be short.
+
+    Records of like length share a batch, so that little is padded: a random order is cut into windows of 16 batches, each
+    window is sorted by length and cut into batches, and the batches are shuffled.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order, size = rng.permutation(len(lengths)), window * batch_size
+    windows = [w[np.argsort(lengths[w], kind='stable')] for w in (order[i:i + size] for i in range(0, len(order), size))]
+    cut = [w[i:i + batch_size] for w in windows for i in range(0, len(w), batch_size)]
+    return [cut[i] for i in rng.permutation(len(cut))]
