@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from itertools import product
@@ -131,12 +132,35 @@ def project(tmp_path_factory, teachers, words):
     return root
 
 
-def run(root, script, *args, stdin=subprocess.DEVNULL, **options):
-    """a script as a user runs it."""
-    feed = {'input': stdin} if isinstance(stdin, bytes) else {'stdin': stdin}
-    done = subprocess.run([sys.executable, script, 'config/toy.py', *args], cwd=root, capture_output=True, timeout=100, **feed, **options)
-    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
-    return done
+CHILDREN = multiprocessing.get_context('forkserver')  # children of a process that has imported torch already: a run costs no import
+CHILDREN.set_forkserver_preload(['torch', 'transformers', 'test_smoke'])
+
+
+def run_script(root, script, args, files, file_limit):
+    """the target of a child process: a script as a user runs it, its standard streams in files."""
+    os.chdir(root)
+    for stream, path in enumerate(files):
+        os.dup2(os.open(path, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    sys.argv = [script, 'config/toy.py', *args]
+    try:
+        runpy.run_path(script, run_name='__main__')
+    finally:
+        sys.stdout.flush()
+
+
+def run(root, script, *args, stdin=b'', file_limit=0):
+    """a script as a user runs it -> object with returncode, stdout, stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [os.devnull if not stdin else f'{folder}/0', f'{folder}/1', f'{folder}/2']
+        if stdin:
+            Path(files[0]).write_bytes(stdin)
+        process = CHILDREN.Process(target=run_script, args=(root, script, args, files, file_limit))
+        process.start()
+        process.join(100)
+        assert process.exitcode is not None, f'{script} {args} hangs'
+        return SimpleNamespace(returncode=process.exitcode, stdout=Path(files[1]).read_text(), stderr=Path(files[2]).read_text())
 
 
 def one_line(done):
@@ -381,25 +405,14 @@ def clone_task(project, tmp_path, *keep):
     return tmp_path / 'p'
 
 
-def run_extract(root):
-    """extract.py in this process, silently."""
-    os.chdir(root)
-    for stream in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    sys.argv = ['extract.py', 'config/toy.py']
-    runpy.run_path('extract.py', run_name='__main__')
-
-
 @pytest.mark.parametrize('moment', ['records', 'anywhere'])
 def test_a_killed_extraction_goes_on_to_identical_files(project, tmp_path, moment):
     """ten SIGKILLs once a few more records are there, ten at any moment of a run."""
     root, kills, rng = clone_task(project, tmp_path), 0, random.Random(moment)
     folder, whole = root / 'data/toy/toy-00', project / 'data/toy/toy-00'
     records, n_whole = lambda: (folder / 'index.bin').stat().st_size // 24 if (folder / 'index.bin').exists() else 0, (whole / 'index.bin').stat().st_size // 24
-    context = multiprocessing.get_context('forkserver')  # children of a process that has imported torch already
-    context.set_forkserver_preload(['torch', 'transformers', 'test_smoke'])
     while kills < 10:
-        process = context.Process(target=run_extract, args=(root,))
+        process = CHILDREN.Process(target=run_script, args=(root, 'extract.py', (), [os.devnull] * 3, 0))
         process.start()
         stop, at = records() + rng.randint(1, 30), time.time() + rng.uniform(0.2, 1.2)
         while process.is_alive() and (records() < stop if moment == 'records' else time.time() < at):
@@ -420,8 +433,7 @@ def test_a_killed_extraction_goes_on_to_identical_files(project, tmp_path, momen
 
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(project, tmp_path):
     root = clone_task(project, tmp_path)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300000, 300000))
-    assert 'records are safe' in one_line(run(root, 'extract.py', preexec_fn=limit))
+    assert 'records are safe' in one_line(run(root, 'extract.py', file_limit=300000))
     kept, whole = (data.Shards('toy', 'toy', r / 'data') for r in (root, project))
     assert 0 < len(kept) < len(whole)
     writer = data.Writer(root / 'data/toy/toy-00', 64)  # what the next run does first
@@ -897,8 +909,10 @@ def test_the_training_bench_and_a_tracker(project, tmp_path):
     figures = dict(f.split('=') for f in done.stdout.splitlines()[-1].split()[1:])
     assert done.returncode == 0 and float(figures['ratio']) > 1 and 0 < float(figures['mfu']) < 1.5, done.stderr
     assert not (root / 'out').exists()
-    (root / 'trackio.py').write_text('lines = []\ninit = lambda **k: print("init", k["name"])\nlog = lambda f: print("logged", *f)\nfinish = lambda: print("finished")\n')
-    done = run(root, 'train.py', '--tracker=trackio', '--max_epochs=1', env={**os.environ, 'PYTHONPATH': str(root)})
+    (root / 'trackio' / '__init__.py').parent.mkdir()
+    (root / 'trackio' / '__init__.py').write_text('lines = []\ninit = lambda **k: print("init", k["name"])\nlog = lambda f: print("logged", *f)\nfinish = lambda: print("finished")\n')
+    done = subprocess.run([sys.executable, 'train.py', 'config/toy.py', '--tracker=trackio', '--max_epochs=1'], cwd=root, capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONPATH': str(root)}, timeout=100)
     assert 'init toy' in done.stdout and 'logged train/step' in done.stdout and 'logged val/step' in done.stdout and 'finished' in done.stdout
     assert 'pip install wandb' in one_line(run(root, 'train.py', '--tracker=wandb'))
 

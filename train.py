@@ -335,10 +335,12 @@ if __name__ == '__main__':
     model.train()
     bar = tqdm(total=n_steps, initial=step, desc='train', unit='step', smoothing=0.05, disable=rank > 0)
     since, n_seen, totals, stopping, begun, pilot = time.time(), 0, np.zeros(4), False, step, time.time()  # totals: loss, kl, ce, answer tokens
-    waited = 0 if best is None else (step // per_epoch) - best['epoch']
+    waited, order = 0 if best is None else (step // per_epoch) - best['epoch'], None
     while step < n_steps and not stopping:
         epoch, k = divmod(step, per_epoch)
-        rows = train_rows[batches(lengths, batch_size, seed, epoch)[k]]
+        if k == 0 or order is None:
+            order = batches(lengths, batch_size, seed, epoch)
+        rows = train_rows[order[k]]
         lr, kl_weight = schedule(step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end)
         tau = kd_temperature + (1 - kd_temperature) * step / max(1, n_steps - 1) if kd_anneal else kd_temperature
         for group in optimizer.param_groups:
@@ -366,7 +368,7 @@ if __name__ == '__main__':
             dist.all_reduce(sums)
         *part_totals, stopping = sums.tolist()
         totals += part_totals
-        n_seen += int(lengths[batches(lengths, batch_size, seed, epoch)[k]].sum())
+        n_seen += int(lengths[order[k]].sum())
         gnorm = torch.nn.utils.clip_grad_norm_(learned, grad_clip or math.inf).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
