@@ -1,4 +1,4 @@
-"""Behaviour tests, one promise each: tiny random teachers, no network, under two minutes.    pytest -q"""
+"""Behaviour tests, one promise each: tiny random teachers, no network, under three minutes.    pytest -q"""
 import fcntl
 import json
 import math
@@ -873,7 +873,7 @@ def test_two_processes_train_the_same_student(project, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)  # torchrun passes it on; what was saved goes on
     process.wait()
-    assert 0 < torch.load(root / 'out/toy/ckpt.pt', weights_only=True)['step'] < 48
+    assert 0 < torch.load(root / 'out/toy/ckpt.pt', weights_only=True)['step'] < 46
     done = subprocess.run([*launch, *args], cwd=root, capture_output=True, timeout=100)
     assert done.returncode == 0, done.stderr.decode()
     a, b = weights(root), weights(one)
@@ -935,7 +935,7 @@ def test_a_stopped_training_resumes_bit_for_bit(project, tmp_path, how):
     log = root / 'out/toy/log.txt'
     args = [sys.executable, 'train.py', 'config/toy.py', '--log_steps=1', '--dropout=0.1']
     process = subprocess.Popen(args, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    want = 'val step=24' if how == signal.SIGKILL else 'train step=5'  # a kill costs what came after the last epoch
+    want = 'val step=23' if how == signal.SIGKILL else 'train step=5'  # a kill costs what came after the last epoch
     while process.poll() is None and not (log.exists() and want in log.read_text() and (how != signal.SIGKILL or (root / 'out/toy/ckpt.pt').exists())):
         time.sleep(0.005)
     process.send_signal(how)
@@ -943,7 +943,7 @@ def test_a_stopped_training_resumes_bit_for_bit(project, tmp_path, how):
     if how != signal.SIGKILL:
         assert process.returncode == 0 and 'the same command goes on' in stdout
     step = torch.load(root / 'out/toy/ckpt.pt', weights_only=True)['step']
-    assert 0 < step < 120
+    assert 0 < step < 115
     done = run(root, 'train.py', '--dropout=0.1', '--init_from=resume')
     assert done.returncode == 0 and f'from_step={step}' in done.stdout, done.stderr
     straight = clone_task(project, tmp_path / 'straight', 'toy-00')
@@ -953,7 +953,7 @@ def test_a_stopped_training_resumes_bit_for_bit(project, tmp_path, how):
 
 
 def test_the_student_learns_what_the_teacher_does(project):
-    log = [line for line in (project / 'train.py.stdout').read_text().splitlines() if line.startswith(('train ', 'val ', 'field ', 'model '))]
+    log = [line for line in (project / 'train.py.stdout').read_text().splitlines() if line.startswith(('train ', 'val ', 'field ', 'plan ', 'model '))]
     lines = [(line.split()[0], dict(f.split('=') for f in line.split()[1:])) for line in log]
     val = [f for tag, f in lines if tag == 'val']
     assert len(val) == 5 and float(val[-1]['kl']) < float(val[0]['kl']) and float(val[-1]['valid']) > 0.9
@@ -970,7 +970,7 @@ def test_a_finished_or_foreign_checkpoint_is_not_overwritten(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00', 'out')
     for content in (before[:1000], b'', b'\x80\x04\x95cos\nsystem\n(S"touch hacked"\ntR.'):
         (root / 'out/toy/ckpt.pt').write_bytes(content)
-        assert 'not a whole checkpoint' in one_line(run(root, 'sample.py', '--text=hi'))
+        assert 'not a whole checkpoint' in one_line(run(root, 'sample.py', '--text=hi', '--which=last'))
     assert not (root / 'hacked').exists()
 
 
@@ -1022,7 +1022,7 @@ def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
     done = run(root, 'sample.py', '--text=hello my friend')
     assert list(json.loads(done.stdout)) == list(FIELDS) and done.stdout.count('\n') == 1
     report = run(root, 'sample.py', '--which=last')
-    assert 'val step=120' in report.stderr and report.stdout == '' and report.returncode == 0
+    assert 'val step=115' in report.stderr and report.stdout == '' and report.returncode == 0
     assert 'does not exist; run: python train.py' in one_line(run(root, 'sample.py', '--name=other'))
 
 
