@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -53,7 +54,7 @@ min_text = 3         # tokens; shorter texts say too little to be labelled
 max_text = 25        # tokens; also the longest text the student will read
 output_vocab = 525   # tokens whose logits are kept: what answers need, then whitespace, the prompt, frequent words
 extra_vocab = []     # strings whose tokens are kept too; the coverage line says when some are missing
-min_coverage = 0.95  # share of the teacher's probability that should lie on these tokens, else there is advice
+min_coverage = 0.95  # share of the teacher's probability that should lie on these tokens at every field, else there is advice
 full_lse = -1        # of the first so many records also keep logsumexp over the whole vocabulary, which is what coverage is
                      # measured with. -1: all on a GPU, 64 on a CPU, where Gemma 3 270M takes 2.7 times as long with it
 # instead of extracting
@@ -165,8 +166,8 @@ def report(shards, space, min_coverage):
 
 
 def plan(task, teacher, dataset, name, source, filters):
-    """what the folder knows of the task, or a new folder will: (meta, tokenizer, texts to do, what became of the lines).
-    SystemExit where the folder belongs to another task."""
+    """what the folder knows of the task, or a new folder will: (meta, tokenizer, texts to do). SystemExit where the folder
+    belongs to another task."""
     folders, done, meta = shard_folders(dataset, name), Hashes(), None
     if folders:
         meta = json.loads((folders[0] / 'meta.json').read_text(encoding='utf-8'))
@@ -206,7 +207,7 @@ def plan(task, teacher, dataset, name, source, filters):
     V = len(meta['output_ids'])
     print(f'vocab required={meta["n_required"]} auxiliary={V - meta["n_required"]} total={V} teacher={meta["vocab_size"]}')
     print(f'data/{dataset}/{name}-* holds {len(done)} texts, {todo} are to do')
-    return meta, tokenizer, todo, counts
+    return meta | {'counts': dict(counts)}, tokenizer, todo
 
 
 LEARN = 10000  # of so many texts the drafts learn; a bound, so that a run that goes on learns the same again
@@ -214,7 +215,7 @@ LEARN = 10000  # of so many texts the drafts learn; a bound, so that a run that 
 
 def extract(engine, space, drafts, groups, writer, meta, full_lse, todo, world):
     """answers every text of groups, or scores the answers given with it, and writes them. meta['dropped'] and
-    meta['missing'] are brought up to date. OSError where the disk is full."""
+    meta['missing'] are kept up to date. OSError where the disk is full."""
     start, asking, made, tokens, needed, dropped = time.perf_counter(), 0.0, 0, 0, 0, Counter()
     n_seen, n_output, pending = writer.n_records, 0, None
     none = np.zeros((0, len(space.output_ids)), np.float32)
@@ -244,15 +245,15 @@ def extract(engine, space, drafts, groups, writer, meta, full_lse, todo, world):
                 pending.result()
             pending = disk.submit(writer.append, records)  # while the next group is asked
             dropped.update(reasons)
+            meta['dropped'].update(reasons)
             made, tokens, n_seen = made + len(group), tokens + read, n_seen + len(group)
             bar.update(len(group))
-            if n == min(3, (todo - 1) // world // len(group)):
+            if n == 3:  # sooner would be a guess: the first groups also go through the whole head
                 gb = todo * n_output / made * (2 * len(space.output_ids) + 10) / 1e9
                 hours = todo / made / world * (time.perf_counter() - start) / 3600
                 tqdm.write(f'plan records={todo} hours={hours:.3f} disk_gb={gb:.3f} memory_gb={peak_gb(engine.device.type):.2f}')
         if pending:
             pending.result()
-    meta['dropped'] = dict(Counter(meta['dropped']) + dropped)
     seconds = time.perf_counter() - start
     print(f'extract records={made} rec_s={made / seconds:.2f} passes={tokens / max(1, needed):.3f} teacher={asking / seconds:.2f}',
           *(f'dropped_{reason}={k}' for reason, k in sorted(dropped.items())))
@@ -288,20 +289,24 @@ if __name__ == '__main__':
     if rank == 0:
         task = {'teacher': teacher, 'prompt': prompt, 'chat': chat, 'fields': fields, 'indent': indent, 'fence': fence, 'constrain': constrain,
                 'output_vocab': output_vocab, 'extra_vocab': extra_vocab, 'score': bool(score)}
-        meta, tokenizer, todo, counts = plan(task, teacher, dataset, name, source, filters)
-        told = [(meta | {'counts': dict(counts), 'dtype': dtype}, tokenizer.to_str(), todo)]
+        meta, tokenizer, todo = plan(task, teacher, dataset, name, source, filters)
+        told = [(meta | {'dtype': dtype}, tokenizer.to_str(), todo)]
     if world > 1:
         dist.broadcast_object_list(told)
     meta, tokenizer, todo = told[0]
     space = OutputSpace(Tokenizer.from_str(tokenizer), fields, indent, fence, meta['end_id'], meta['output_ids'])
     groups = fetch_ahead(read_groups(read_texts(source), space.tokenizer, extract_batch, *filters))
 
+    if verify:
+        try:
+            shards = Shards(dataset, name)
+        except FileNotFoundError as error:
+            sys.exit(f'{error}; there is nothing to verify yet')
     if todo or bench or verify:
         if rank == 0:
             print(f'loading {teacher} as {dtype} on {device}')
         model = load(AutoModelForCausalLM, teacher, dtype=getattr(torch, dtype)).to(device).eval()
     if verify:
-        shards = Shards(dataset, name)
         rows = np.random.default_rng().choice(len(shards), min(verify, len(shards)), replace=False)
         good, figures = verify_records(model, shards, space, rows)
         print(figures)
@@ -318,15 +323,14 @@ if __name__ == '__main__':
         sys.exit(f'another run is writing to {folder}; wait for it or choose another name')
     except OSError as error:
         sys.exit(f'cannot write to {folder}: {error.strerror}')
-    folders = shard_folders(dataset, name)
-    done = stored_hashes(folders, meta)
+    done = stored_hashes(shard_folders(dataset, name), meta)
     if todo:
-        known = meta.setdefault('fingerprint', fingerprint(model)), meta['tokenizer_hash']
-        if folders and known != (fingerprint(model), tokenizer_hash(load(AutoTokenizer, teacher).backend_tokenizer)):
-            sys.exit(f'{folders[0]} was extracted with other weights or another tokenizer of {teacher}; choose another name or remove the folder')
+        mark = fingerprint(model)
+        if 'fingerprint' in meta and (meta['fingerprint'], meta['tokenizer_hash']) != (mark, tokenizer_hash(load(AutoTokenizer, teacher).backend_tokenizer)):
+            sys.exit(f'data/{dataset}/{name}-* was extracted with other weights or another tokenizer of {teacher}; choose another name or remove the folder')
         notes = folder / 'meta.json'
         old = json.loads(notes.read_text(encoding='utf-8')) if notes.exists() else {}
-        meta |= {'dropped': old.get('dropped', {}), 'missing': Counter(old.get('missing', {}))}
+        meta |= {'fingerprint': mark, 'dropped': Counter(old.get('dropped', {})), 'missing': Counter(old.get('missing', {}))}
         (folder / 'tokenizer.json').write_text(tokenizer, encoding='utf-8')
         write_json(notes, meta)  # the records to come need it, so it is there first
         drafts = Drafts(space)
@@ -337,7 +341,9 @@ if __name__ == '__main__':
             extract(Teacher(model, meta['before'], space.output_ids), space, drafts, filter(None, mine), writer, meta, full_lse, todo, world)
         except OSError as error:
             sys.exit(f'cannot write to {folder}: {error.strerror}; its {writer.n_records} records are safe, the same command goes on')
-        write_json(notes, meta)
+        finally:
+            with suppress(OSError):  # on a full disk the counts are the smaller loss
+                write_json(notes, meta)
     writer.close()
     if world > 1:
         dist.barrier()

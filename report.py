@@ -18,16 +18,16 @@ from sample import evaluate, load_checkpoint
 
 
 @torch.no_grad()
-def reliability(model, shards, rows, n_bins=10):
+def reliability(model, space, shards, rows, n_bins=10):
     """per answer token that the schema does not force: how sure the student is of its choice, and whether it is the teacher's.
     Returns mean confidence, share right and number of tokens of each non-empty bin."""
     sure, right = [], []
     for i in rows:
-        idx, targets, teacher_logits = shards.batch([i], model.config.start_id)
+        idx, targets, _ = shards.batch([i], model.config.start_id)
         p, choice = model(idx, targets).float().softmax(-1).max(-1)
-        open_ = teacher_logits.softmax(-1).max(-1).values < 0.999  # a step where the teacher itself has a choice
-        sure += p[open_].tolist()
-        right += (choice == targets[targets >= 0])[open_].tolist()
+        free = space.forced[space.states(shards.answer(i).tolist())] < 0
+        sure += p[free].tolist()
+        right += (choice == targets[targets >= 0])[free].tolist()
     sure, right = np.array(sure), np.array(right)
     bins = np.clip((sure * n_bins).astype(int), 0, n_bins - 1)
     return [(sure[bins == b].mean(), right[bins == b].mean(), (bins == b).sum()) for b in range(n_bins) if (bins == b).any()]
@@ -62,10 +62,10 @@ def draw(out, shards, rows):
             axes[1, 0].bar(x + 0.25 * (k - 1), bars[key], 0.25, label=key)
     axes[1, 0].set(title='agreement per field', ylim=(min(bars['majority']) - 0.1, 1))
     axes[1, 0].set_xticks(x, per_field)
-    points = reliability(model, shards, rows)
+    points = reliability(model, space, shards, rows)
     axes[1, 1].plot([0, 1], [0, 1], 'k:')
     axes[1, 1].scatter(*zip(*[p[:2] for p in points]), s=[20 + 200 * p[2] / max(q[2] for q in points) for p in points])
-    axes[1, 1].set(title='reliability of open steps', xlabel='confidence of the student', ylabel='share equal to the teacher')
+    axes[1, 1].set(title='reliability of decisions', xlabel='confidence of the student', ylabel='share equal to the teacher')
     for ax in (*axes[0, :3], axes[1, 0]):
         ax.legend(fontsize=8)
     theirs = [space.to_json(shards.answer(i).tolist()) for i in rows]

@@ -153,6 +153,13 @@ def linear_baseline(shards, space, train_rows, rows):
             'fields': {field: float(r.mean()) for field, r in right.items()}}
 
 
+def report_lines(step, figures, per_field, linear):
+    """yields (tag, figures) of the val line and of a line per field, the linear baseline in each."""
+    yield 'val', {'step': step} | figures | {f'linear_{key}': linear[key] for key in ('field', 'exact') if linear}
+    for field, values in per_field.items():
+        yield 'field', {'name': field} | values | ({'linear': linear['fields'][field]} if linear else {})
+
+
 def data_line(tag, figures):
     """<tag> key=value ...; floats to four figures."""
     return ' '.join([tag, *(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in figures.items())])
@@ -218,7 +225,6 @@ if __name__ == '__main__':
                     sys.exit(f'{shards.folder} and out/{run or name} have different tokenizers or output vocabularies; train again')
                 held = shards.split()[1]
                 figures, per_field, answers = evaluate(model, space, shards, held, sample_batch)
-                linear = checkpoint['linear']
                 for i, outs in list(zip(held, answers))[:examples]:
                     say(space.tokenizer.decode(shards.ids(i).tolist()))
                     say(f'  teacher {json.dumps(space.to_json(shards.answer(i).tolist()), ensure_ascii=False)}')
@@ -226,10 +232,9 @@ if __name__ == '__main__':
                     say(f'  student {"an answer outside the schema" if ours is None else json.dumps(ours, ensure_ascii=False)}')
             except FileNotFoundError:
                 say('no held-out records here; these figures are from the end of training')
-                figures, per_field, linear = checkpoint['figures'], checkpoint['per_field'], checkpoint['linear']
-            say(data_line('val', {'step': checkpoint['step']} | figures | {f'linear_{k}': linear[k] for k in ('field', 'exact') if linear}))
-            for field, values in per_field.items():
-                say(data_line('field', {'name': field} | values | ({'linear': linear['fields'][field]} if linear else {})))
+                figures, per_field = checkpoint['figures'], checkpoint['per_field']
+            for line in report_lines(checkpoint['step'], figures, per_field, checkpoint['linear']):
+                say(data_line(*line))
             while sys.stdin.isatty():
                 say('a text to label (Ctrl-D ends):')
                 label_stream([next(sys.stdin)], *args)

@@ -326,7 +326,8 @@ def answer_fitting(teacher, space, drafts, texts, after, constrain=True, whole=F
 
 
 def student_shape(config):
-    """the StudentConfig fields that make a student's block the same function as this transformers config's."""
+    """the StudentConfig fields that make a student's block the same function as that of this transformers config, and the
+    attention type of each of its layers."""
     config = config.get_text_config()
     types = getattr(config, 'layer_types', None) or ['full_attention'] * config.num_hidden_layers
     gemma = 'gemma' in config.model_type
@@ -341,7 +342,7 @@ def copy_layers(student, model, output_ids, layers):
     and its table the teacher's. A student of all layers computes the teacher's logits (DistilBERT, https://arxiv.org/abs/1910.01108,
     takes every other layer). ValueError where the teacher's block has parts the student's does not."""
     config, body = model.config.get_text_config(), model.get_decoder()
-    if config.model_type not in ('gemma3_text', 'llama', 'mistral') or getattr(config, 'attention_bias', False):
+    if config.model_type not in ('gemma3_text', 'llama') or getattr(config, 'attention_bias', False):
         raise ValueError(f'layers of a {config.model_type} teacher cannot be taken over, only its table: set teacher_layers = none')
     one = 1.0 if 'gemma' in config.model_type else 0.0  # Gemma stores norm weights less 1
     copy_table(student, model)
@@ -367,14 +368,14 @@ def copy_layers(student, model, output_ids, layers):
     rotary, types = body.rotary_emb, student_shape(config)[1]
     for row, kind in enumerate(sorted(set(types))):
         if row < len(student.rope_freq):
-            student.rope_freq[row] = getattr(rotary, f'{kind}_inv_freq', None) if hasattr(rotary, f'{kind}_inv_freq') else rotary.inv_freq
+            student.rope_freq[row] = getattr(rotary, f'{kind}_inv_freq' if hasattr(rotary, f'{kind}_inv_freq') else 'inv_freq')
 
 
 @torch.no_grad()
 def copy_table(student, model):
     """the teacher's input embedding, with the scale it is multiplied by."""
     embed = model.get_input_embeddings()
-    student.wte.weight.copy_(embed.weight * getattr(embed, 'embed_scale', 1.0))
+    student.wte.weight.copy_(embed.weight[:len(student.wte.weight)] * getattr(embed, 'embed_scale', 1.0))  # it may be padded
 
 
 # -----------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from config import configure
 from data import Shards, batches
 from model import OutputSpace, Student, StudentConfig, pick_device
-from sample import data_line, evaluate, linear_baseline, load_checkpoint
+from sample import data_line, evaluate, linear_baseline, load_checkpoint, report_lines
 
 # task
 name = ''              # data/<dataset>/<name>-* is read ...
@@ -53,7 +53,7 @@ n_embd = 1024
 n_mlp = 4096
 block_size = 75        # text + answer tokens; the start-up check says what the data needs
 dropout = 0.0
-token_dropout = 0.0    # share of text tokens hidden at each step; helps small data
+token_dropout = 0.0    # share of text tokens hidden at each step, against learning few texts by heart
 # loss and curriculum
 divergence = 'forward'  # from the teacher's distribution: 'forward' KL, 'reverse' KL, or 'jsd'
 jsd_beta = 0.5         # weight of the teacher in the mixture of jsd
@@ -221,7 +221,9 @@ if __name__ == '__main__':
     out, device = Path('out', run or name), pick_device(device)
     if world > 1:
         dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
-        device = f'cuda:{os.environ["LOCAL_RANK"]}' if device == 'cuda' else device
+        if device == 'cuda':
+            device = f'cuda:{os.environ["LOCAL_RANK"]}'
+            torch.cuda.set_device(device)
     say = print if rank == 0 else lambda *_: None
     try:
         shards = Shards(dataset, name)
@@ -335,7 +337,7 @@ if __name__ == '__main__':
     model.train()
     bar = tqdm(total=n_steps, initial=step, desc='train', unit='step', smoothing=0.05, disable=rank > 0)
     since, n_seen, totals, stopping, begun, pilot = time.time(), 0, np.zeros(4), False, step, time.time()  # totals: loss, kl, ce, answer tokens
-    waited, order = 0 if best is None else (step // per_epoch) - best['epoch'], None
+    enough, order, waited = False, None, 0 if best is None else (step // per_epoch) - best['epoch']
     while step < n_steps and not stopping:
         epoch, k = divmod(step, per_epoch)
         if k == 0 or order is None:
@@ -396,10 +398,8 @@ if __name__ == '__main__':
             figures, per_field, _ = evaluate(model, space, shards, val_rows, batch_size)
             if seen:
                 seen.cut()
-            figures |= {f'linear_{k}': linear[k] for k in ('field', 'exact') if linear}
-            log('val', {'step': step} | figures)
-            for field, values in per_field.items():
-                log('field', {'name': field} | values | ({'linear': linear['fields'][field]} if linear else {}))
+            for tag, values in report_lines(step, figures, per_field, linear):
+                log(tag, values)
             score = figures[best_by] * (-1 if best_by in ('kl', 'ce') else 1)
             waited += 1
             if best is None or score > best['score']:
@@ -423,7 +423,7 @@ if __name__ == '__main__':
         sys.exit()
     if tracker:
         track.finish()
-    if step < n_steps and len(stop):
+    if step < n_steps and not enough:
         print(f'stopped after step {step} of {n_steps}; the same command goes on')
         sys.exit()
     if importlib.util.find_spec('matplotlib'):

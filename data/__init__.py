@@ -71,7 +71,7 @@ class Hashes:
     def add(self, hash_):
         self.recent.add(hash_)
         if len(self.recent) == 1 << 18:
-            self.__init__(np.concatenate((self.sorted, np.array(list(self.recent), np.uint64))))
+            self.sorted, self.recent = np.union1d(self.sorted, np.array(list(self.recent), np.uint64)), set()
 
 
 class Writer:
