@@ -31,7 +31,8 @@ from transformers.utils import logging
 
 from config import configure
 from data import FORMAT, Hashes, Shards, Writer, clean, first_answers, shard_folders, stored_hashes, text_hash, tokenizer_hash, write_json
-from model import OutputSpace, pick_device
+from model import pick_device
+from space import OutputSpace
 from teacher import Drafts, Teacher, answer_fitting, encode_prompt, fingerprint, load, peak_gb, verify_records
 
 # task

@@ -1,18 +1,16 @@
-"""The student: the network, its output space, and greedy decoding. No settings, no printing, no files.
+"""The student: the network and greedy decoding. No settings, no printing, no files.
 
     model = Student(StudentConfig(vocab_size=262144, output_vocab=525))
     space = OutputSpace(tokenizer, {'tone': ['neutral', 'friendly'], 'spam': [True, False]})
     space.to_json(generate(model, space, [tokenizer.encode('hi there', add_special_tokens=False).ids])[0])
 
-Two vocabularies meet here. An *id* is a row of the teacher's vocabulary (what the tokenizer gives, what the student
-reads). An *output index* is a position in space.output_ids (what the student predicts, what output.bin stores).
+It reads ids of the teacher's whole vocabulary and predicts output indices (space.py says what those are).
 """
-import json
 import math
-import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -69,21 +67,18 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(self.head_size, eps=config.norm_eps) for _ in range(2))
 
-    def forward(self, x, cos, sin, cache=None, pos=None, mask=None):
+    def forward(self, x, cos, sin, attend=None):
         B, T, C = x.shape
         sizes = [h * self.head_size for h in (self.n_head, self.n_kv_head, self.n_kv_head)]
         q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2) for y in self.c_attn(x).split(sizes, dim=2))
         if hasattr(self, 'q_norm'):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, D)
-        if cache is not None:  # each row writes at its own positions and reads everything up to them
-            rows = torch.arange(B, device=x.device)[:, None]
-            for store, new in zip(cache, (k, v)):
-                store[rows, :, pos] = new.transpose(1, 2)  # store (B, n_kv_head, S, D)
-            k, v = cache
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
-                                           enable_gqa=self.n_head != self.n_kv_head)
+        if attend is not None:
+            y = attend(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True,
+                                               enable_gqa=self.n_head != self.n_kv_head)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -109,8 +104,8 @@ class Block(nn.Module):
         self.post_1, self.post_2 = (norm(), norm()) if config.sandwich else (nn.Identity(), nn.Identity())
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, *attn_args):
-        x = x + self.drop(self.post_1(self.attn(self.norm_1(x), *attn_args)))
+    def forward(self, x, cos, sin, attend=None):
+        x = x + self.drop(self.post_1(self.attn(self.norm_1(x), cos, sin, attend)))
         return x + self.drop(self.post_2(self.mlp(self.norm_2(x))))
 
 
@@ -138,30 +133,23 @@ class Student(nn.Module):
         """idx (B, T) ids, rows padded on the right -> logits over the output vocabulary.
 
         Without targets (B, T, V). With targets (B, T) only where targets >= 0, as (n, V) in row order: the head never
-        sees a text position. With a cache (see new_cache), pos (B, T) says where in its row each column of idx belongs.
+        sees a text position. With a Cache, idx (1, N) are the new tokens of several rows one after another, pos (1, N)
+        their positions, and the result is the last hidden states (1, N, C): the caller knows which the head must see.
         """
-        B, T = idx.shape
+        T = idx.size(1)
         assert cache is not None or T <= self.config.block_size, f'{T} tokens do not fit block_size {self.config.block_size}'
-        mask = None
-        if cache is None:
-            pos = torch.arange(T, device=idx.device)[None]
-        else:
-            mask = torch.arange(cache[0][0].size(2), device=idx.device) <= pos[:, None, :, None]  # (B, 1, T, S)
-        angle = pos[:, None, :, None] * self.rope_freq[:, None, None, None]  # (n_rope, B or 1, 1, T, D/2)
+        pos = torch.arange(T, device=idx.device)[None] if pos is None else pos
+        angle = pos[:, None, :, None] * self.rope_freq[:, None, None, None]  # (n_rope, 1, 1, T, D/2)
         angle = torch.cat((angle, angle), dim=-1)
         cos, sin = angle.cos(), angle.sin()
         x = self.drop(self.wte_proj(self.wte(idx).to(self.lm_head.weight.dtype)))  # (B, T, C)
         for i, block in enumerate(self.h):
             rope = self.rope_of_layer[i]
-            x = block(x, cos[rope], sin[rope], None if cache is None else cache[i], pos, mask)
+            x = block(x, cos[rope], sin[rope], None if cache is None else partial(cache.attend, i))
         x = self.norm_f(x)
+        if cache is not None:
+            return x
         return self.lm_head(x if targets is None else x[targets >= 0])
-
-    def new_cache(self, B):
-        """empty keys and values for B rows: per layer a pair of (B, n_kv_head, block_size, D)."""
-        c, p = self.config, self.lm_head.weight
-        shape = (2, B, c.n_kv_head, c.block_size, self.h[0].attn.head_size)
-        return [torch.zeros(shape, dtype=p.dtype, device=p.device) for _ in self.h]
 
     def param_groups(self, weight_decay):
         """AdamW groups: matrices decay; the embedding and the norms do not (a row unseen in a batch must not shrink)."""
@@ -177,195 +165,125 @@ class Student(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# output space: every valid answer as a token automaton
-
-
-def common_prefix(seqs):
-    n = 0
-    while all(len(s) > n for s in seqs) and len({s[n] for s in seqs}) == 1:
-        n += 1
-    return n
-
-
-class OutputSpace:
-    """All answers a schema allows, as a DFA over tokens, and the output vocabulary they and their neighbours need.
-
-    tokenizer: a tokenizers.Tokenizer. fields: {name: [allowed JSON values]} in output order. indent, fence: style of
-    the JSON. end_id: the teacher's end of turn, or None where a newline ends the answer (few-shot completion).
-    auxiliary: ids appended to the output vocabulary. ValueError where the schema cannot be compiled.
-
-    output_ids  (V,) list   ids of the output vocabulary, the n_required of valid answers first
-    moves       per state {legal output index: state after it}; answers start in state 0
-    next_state  (S, V) long the same as a table, -1 where the schema forbids
-    done        int         the state after the end token
-    forced      (S,) long   the only legal output index, -1 where there is a choice
-    field       per state   the field whose value is being written, None between them
-    max_answer  int         tokens of the longest answer, end token included
-    """
-
-    def __init__(self, tokenizer, fields, indent=None, fence=False, end_id=None, auxiliary=()):
-        self.tokenizer, self.fields, self.indent, self.fence, self.end_id = tokenizer, fields, indent, fence, end_id
-        for name, values in fields.items():
-            if not values or len({json.dumps(v) for v in values}) < len(values):
-                raise ValueError(f'field {name!r} needs a list of different values, not {values!r}')
-        if not fields:
-            raise ValueError("no fields; a task needs fields = {'name': [allowed values], ...}")
-        self.segments = self.find_segments()
-        required = dict.fromkeys(t for alternatives in self.segments for a in alternatives for t in a)
-        self.n_required = len(required)
-        self.output_ids = list(required | dict.fromkeys(auxiliary))
-        self.output_index = {t: i for i, t in enumerate(self.output_ids)}
-        self.compile()
-        self.verify()
-        self.parsed = {}  # answers seen by to_json: few are distinct
-
-    def text(self, values):
-        """the canonical text of an answer; values in field order."""
-        answer = json.dumps(dict(zip(self.fields, values)), indent=self.indent, ensure_ascii=False,
-                            separators=(',', ':' if self.indent is None else ': '))
-        answer = f'```json\n{answer}\n```' if self.fence else answer
-        return answer if self.end_id is not None else answer + '\n'
-
-    def encode(self, values):
-        """ids of an answer, end token included."""
-        ids = self.tokenizer.encode(self.text(values), add_special_tokens=False).ids
-        return ids if self.end_id is None else ids + [self.end_id]
-
-    def find_segments(self):
-        """the answer as a row of segments, each a list of alternative id tuples: scaffolding has one, a field several.
-
-        One encoding per value: what differs between the values of a field, all else equal, is that field's span.
-        """
-        base = [values[0] for values in self.fields.values()]
-        base_ids, segments, at = self.encode(base), [], 0
-        for i, (name, values) in enumerate(self.fields.items()):
-            if len(values) == 1:
-                continue  # a constant is scaffolding
-            seqs = [self.encode(base[:i] + [v] + base[i + 1:]) for v in values]
-            start = common_prefix(seqs)
-            stop = common_prefix([s[start:][::-1] for s in seqs])  # counted from the end
-            if start < at:
-                raise ValueError(f'the tokens of field {name!r} merge with the field before; use indent = 2')
-            segments += [[tuple(base_ids[at:start])], [tuple(s[start:len(s) - stop]) for s in seqs]]
-            at = len(base_ids) - stop
-        return segments + [[tuple(base_ids[at:])]]
-
-    def compile(self):
-        """subset construction: a state is the set of (segment, alternative, position) that the tokens so far allow,
-        so values that are prefixes of each other need no special case."""
-        def settle(points):
-            seen, todo = set(), list(points)
-            while todo:
-                seg, alt, at = point = todo.pop()
-                if seg < len(self.segments) and at == len(self.segments[seg][alt]):  # finished: open the next segment
-                    following = self.segments[seg + 1] if seg + 1 < len(self.segments) else [()]
-                    todo += [(seg + 1, a, 0) for a in range(len(following))]
-                else:
-                    seen.add(point)
-            return frozenset(seen)
-
-        start = settle((0, a, 0) for a in range(len(self.segments[0])))
-        number, rows, todo = {start: 0}, {}, [start]
-        while todo:
-            state = todo.pop()
-            moves = {}
-            for seg, alt, at in state:
-                if seg < len(self.segments):
-                    token = self.output_index[self.segments[seg][alt][at]]
-                    moves.setdefault(token, set()).add((seg, alt, at + 1))
-            row = rows[number[state]] = {}
-            for token in sorted(moves):
-                after = settle(moves[token])
-                if after not in number:
-                    number[after] = len(number)
-                    todo.append(after)
-                row[token] = number[after]
-        self.moves = [rows[state] for state in range(len(number))]
-        names = [name for name, values in self.fields.items() if len(values) > 1]  # odd segments are theirs, in order
-        self.field = [next((names[seg // 2] for seg, _, _ in state if seg % 2 and seg // 2 < len(names)), None) for state in number]
-        self.next_state = torch.full((len(number), len(self.output_ids)), -1)
-        for state, row in enumerate(self.moves):
-            for token, after in row.items():
-                self.next_state[state, token] = after
-        self.done = number[frozenset({(len(self.segments), 0, 0)})]
-        legal = self.next_state >= 0
-        self.forced = torch.where(legal.sum(1) == 1, legal.int().argmax(1), -1)
-        self.max_answer = sum(max(map(len, alternatives)) for alternatives in self.segments)
-
-    def verify(self, n=200):
-        """random whole answers must be accepted token for token as the tokenizer writes them. ValueError if not."""
-        rng = random.Random(0)
-        for _ in range(n):
-            values = [rng.choice(v) for v in self.fields.values()]
-            outs = [self.output_index.get(t, -1) for t in self.encode(values)]
-            if -1 in outs or self.walk(outs) != self.done:
-                raise ValueError(f'the tokenizer writes {self.text(values)!r} in a way its parts do not; try another indent')
-
-    def walk(self, outs):
-        """state after the output indices outs, -1 once they have left the schema."""
-        state = 0
-        for out in outs:
-            state = self.moves[state].get(out, -1) if state >= 0 else -1
-        return state
-
-    def states(self, outs):
-        """the state before each of the output indices outs, which must be the start of a valid answer."""
-        states = [0]
-        for out in outs:
-            states.append(self.moves[states[-1]][out])
-        return states[:-1]
-
-    def from_json(self, answer):
-        """dict -> output indices of that answer, or None where the schema has no such answer."""
-        if not isinstance(answer, dict) or set(answer) != set(self.fields):
-            return None
-        if any(json.dumps(answer[name]) not in map(json.dumps, values) for name, values in self.fields.items()):
-            return None
-        return [self.output_index[i] for i in self.encode([answer[name] for name in self.fields])]
-
-    def to_json(self, outs):
-        """output indices of an answer -> dict, or None where they are not a whole valid answer."""
-        key = tuple(outs)
-        if key not in self.parsed:
-            text = self.tokenizer.decode([self.output_ids[o] for o in outs], skip_special_tokens=True)
-            text = text.strip().removeprefix('```json').removesuffix('```')
-            self.parsed[key] = json.loads(text) if self.walk(outs) == self.done else None
-        return self.parsed[key]
-
-
-# -----------------------------------------------------------------------------
 # greedy decoding
 
 
-@torch.no_grad()
-def generate(model, space, texts, constrain=True):
-    """texts: list of lists of ids -> list of lists of output indices, end token included.
+class Cache:
+    """keys and values of rows, and the attention of new tokens to them. A row is a slot that can be used again."""
 
-    constrain: the answer is held to the schema, so it always parses. Else the student runs free and a row stops at its
-    first token outside the schema (kept, so that the caller sees it), at the end token or when block_size is full.
+    def __init__(self, student):
+        c, p = student.config, student.lm_head.weight
+        self.store = torch.zeros(c.n_layer, 2, 0, c.block_size, c.n_kv_head, student.h[0].attn.head_size, dtype=p.dtype, device=p.device)
+        self.gqa = c.n_head != c.n_kv_head
+
+    def place(self, slots, starts, counts):
+        """where the coming N tokens go: for each of R rows its slot, the position of its first new token and their number.
+        Returns the positions (1, N)."""
+        device, more = self.store.device, max(slots) + 1 - self.store.size(2)
+        if more > 0:
+            self.store = torch.cat((self.store, self.store.new_zeros(*self.store.shape[:2], more, *self.store.shape[3:])), 2)
+        slot = np.repeat(slots, counts)  # (N,)
+        col = np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts, counts)
+        pos = np.repeat(starts, counts) + col
+        self.B, self.S, self.T = max(slots) + 1, pos.max() + 1, max(counts)
+        grid = np.zeros((self.B, self.T), np.int64)  # positions, where the rows are padded to T
+        grid[slot, col] = pos
+        self.slot, self.pos, self.cell, grid = (torch.from_numpy(x).to(device) for x in (slot, pos, slot * self.T + col, grid))
+        self.mask = torch.arange(self.S, device=device) <= grid[:, None, :, None]  # (B, 1, T, S): a token sees its row up to itself
+        return self.pos[None]
+
+    def attend(self, layer, q, k, v):
+        """q (1, H, N, D), k and v (1, n_kv_head, N, D) of the placed tokens -> (1, H, N, D)."""
+        H, N, D = q.shape[1:]
+        for store, new in zip(self.store[layer], (k, v)):
+            store[self.slot, self.pos] = new[0].transpose(0, 1)
+        k, v = self.store[layer, :, :self.B, :self.S].transpose(2, 3)  # (B, n_kv_head, S, D) each
+        padded = q.new_zeros(self.B * self.T, H, D)
+        padded[self.cell] = q[0].transpose(0, 1)
+        y = F.scaled_dot_product_attention(padded.view(self.B, self.T, H, D).transpose(1, 2), k, v, attn_mask=self.mask, enable_gqa=self.gqa)
+        return y.transpose(1, 2).reshape(-1, H, D)[self.cell].transpose(0, 1)[None]
+
+
+@dataclass
+class Row:
+    """a text whose answer is under way."""
+    number: int   # of the text
+    feed: list    # ids to read next
+    draft: list   # output indices the schema forces there
+    state: int    # after the draft: a decision, or done
+    at: int = 0   # tokens read
+    outs: list = field(default_factory=list)
+    log_p: dict = field(default_factory=dict)  # of the value chosen, per field
+
+
+@torch.no_grad()
+def decode(model, space, take, batch_size=64, constrain=True, temperature=1.0):
+    """Answers to a stream of texts, with one forward pass per decision: what the schema forces in between costs none.
+
+    take(wait) -> the ids of the next text; None if there is none yet and wait is False; StopIteration at the end.
+    Yields in the order of the texts (output indices with the end token, {field: probability of the value chosen}).
+
+    constrain: *guaranteed*: the student is asked only where the schema leaves a choice, and held to what is legal there. Else
+    *lossless*: forced tokens are a draft which the student reads and must itself have chosen, so that the answer is its free
+    greedy one, token for token; it ends with the first token outside the schema, if there is one, and its probabilities are {}.
+    (Speculative decoding, https://arxiv.org/abs/2211.17192, with the schema as the draft.)
+    A value's probability is exact for the student held to the schema: the product, along the value's tokens, of the softmax
+    over the legal ones at this temperature.
+
+    A pass reads the new tokens of all rows as one long row; where an answer is complete, the next text takes its place.
     """
-    device, block_size = model.lm_head.weight.device, model.config.block_size
-    next_state, output_ids = space.next_state.to(device), torch.tensor(space.output_ids, device=device)
-    lengths = torch.tensor([len(t) for t in texts], device=device)
-    rows = torch.arange(len(texts), device=device)
-    idx = torch.full((len(texts), int(lengths.max()) + 1), model.config.start_id, device=device)  # padding is never attended to
-    for i, text in enumerate(texts):
-        idx[i, :len(text)] = torch.tensor(text, device=device)
-    cache = model.new_cache(len(texts))
-    pos = torch.arange(idx.size(1), device=device).expand_as(idx)
-    logits = model(idx, cache=cache, pos=pos)[rows, lengths]  # (B, V), read at each row's start token
-    state, alive, at = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool), lengths
-    outs = []
-    while True:
-        if constrain:
-            logits = logits.masked_fill((next_state[state] < 0), -math.inf)
-        choice = logits.argmax(-1)
-        outs.append(torch.where(alive, choice, -1))
-        state = torch.where(alive, next_state[state, choice], state)
-        at = at + 1
-        alive = alive & (state >= 0) & (state != space.done) & (at < block_size)
-        if not alive.any():
+    device, legal = model.lm_head.weight.device, space.next_state.to(model.lm_head.weight.device) >= 0
+    ids_of = lambda outs: [space.output_ids[o] for o in outs]
+    cache, rows, done, n_in, n_out, more = Cache(model), {}, {}, 0, 0, True
+    while more or rows:
+        while more and len(rows) < batch_size:
+            try:
+                text = take(not rows)
+            except StopIteration:
+                more = False
+                break
+            if text is None:
+                break
+            draft, state = space.runs[0]
+            assert len(text) + space.max_answer <= model.config.block_size, f'{len(text)} tokens leave no room for an answer'
+            rows[next(s for s in range(batch_size) if s not in rows)] = Row(n_in, [*text, model.config.start_id, *ids_of(draft)], draft, state)
+            n_in += 1
+        if not rows:
             break
-        state, at = state.clamp(min=0), at.clamp(max=block_size - 1)  # finished rows idle
-        logits = model(output_ids[choice][:, None], cache=cache, pos=at[:, None])[:, 0]
-    return [[o for o in row if o >= 0] for row in torch.stack(outs, 1).tolist()]
+        counts = [len(row.feed) for row in rows.values()]
+        pos = cache.place(list(rows), [row.at for row in rows.values()], counts)
+        hidden = model(torch.tensor([[i for row in rows.values() for i in row.feed]], device=device), cache=cache, pos=pos)[0]
+        asked = [1 if constrain else len(row.draft) + (row.state != space.done) for row in rows.values()]  # positions, the last of each feed
+        logits = model.lm_head(hidden[np.concatenate([np.arange(end - n, end) for end, n in zip(np.cumsum(counts), asked)])]).float()
+        last = np.cumsum(asked) - 1
+        held = logits[last].masked_fill(~legal[[row.state for row in rows.values()]], -math.inf)
+        choice = (held if constrain else logits).argmax(-1)
+        log_p = (held / temperature).log_softmax(-1).gather(1, choice[last][:, None])[:, 0].tolist()
+        choice = np.split(choice.cpu().numpy(), last[:-1] + 1)
+
+        for (slot, row), picks, p in zip(list(rows.items()), choice, log_p):
+            picks = row.draft + picks.tolist() if constrain else picks.tolist()
+            n = next((j for j, pair in enumerate(zip(picks, row.draft)) if pair[0] != pair[1]), len(row.draft))  # of the draft, accepted
+            row.outs += picks[:n + 1]
+            state = -1 if n < len(row.draft) else space.moves[row.state].get(picks[-1], -1) if row.state != space.done else space.done
+            if state >= 0 and row.state != space.done:
+                name = space.field[row.state]
+                row.log_p[name] = row.log_p.get(name, 0) + p
+            draft, after = space.runs[state] if state >= 0 else ([], -1)
+            if constrain and after == space.done:
+                row.outs, draft, state = row.outs + draft, [], after
+            if state in (-1, space.done):
+                done[row.number] = row.outs, {name: math.exp(row.log_p.get(name, 0)) for name in space.fields if state >= 0}
+                del rows[slot]
+            else:  # the end token itself need not be read
+                row.at += len(row.feed)
+                row.feed, row.draft, row.state = ids_of([picks[-1], *draft])[:len(draft) + (after != space.done)], draft, after
+        while n_out in done:
+            yield done.pop(n_out)
+            n_out += 1
+
+
+def generate(model, space, texts, constrain=True, batch_size=64):
+    """texts: list of lists of ids -> list of lists of output indices, end token included; see decode."""
+    texts = iter(texts)
+    return [outs for outs, _ in decode(model, space, lambda wait: next(texts), batch_size, constrain)]

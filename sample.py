@@ -24,7 +24,8 @@ from tokenizers import Tokenizer
 
 from config import configure
 from data import Shards, clean, tokenizer_hash
-from model import OutputSpace, Student, StudentConfig, generate, pick_device
+from model import Student, StudentConfig, generate, pick_device
+from space import OutputSpace
 
 name = ''            # data/<dataset>/<name>-* has the held-out records of the report
 dataset = ''

@@ -30,8 +30,9 @@ import data
 import extract
 import teacher as engine_module
 import train
-from model import OutputSpace, Student, StudentConfig, generate
+from model import Student, StudentConfig, generate
 from sample import agreement, evaluate, load_checkpoint
+from space import OutputSpace
 
 torch.set_num_threads(1)  # tiny models gain nothing from more
 os.environ['OMP_NUM_THREADS'] = '1'
@@ -116,7 +117,7 @@ def write_texts(folder, texts):
 def project(tmp_path_factory, teachers, words):
     """a copy of the scripts with a small task, extracted and trained: what the four commands leave behind."""
     root = tmp_path_factory.mktemp('project')
-    for path in ('config', 'data', 'extract.py', 'teacher.py', 'model.py', 'train.py', 'sample.py', 'report.py', 'bench.py'):
+    for path in ('config', 'data', 'extract.py', 'teacher.py', 'model.py', 'space.py', 'train.py', 'sample.py', 'report.py', 'bench.py'):
         os.symlink(ROOT / path, root / path) if path.endswith('.py') else (root / path).mkdir()
     os.symlink(ROOT / 'config/__init__.py', root / 'config/__init__.py')
     os.symlink(ROOT / 'data/__init__.py', root / 'data/__init__.py')

@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 from config import configure
 from data import Shards, batches
-from model import OutputSpace, Student, StudentConfig, pick_device
+from model import Student, StudentConfig, pick_device
 from sample import data_line, evaluate, linear_baseline, load_checkpoint, report_lines
+from space import OutputSpace
 
 # task
 name = ''              # data/<dataset>/<name>-* is read ...

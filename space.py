@@ -1,0 +1,173 @@
+"""The output space: every answer a schema allows, as an automaton over tokens, and the output vocabulary it needs.
+
+    space = OutputSpace(tokenizer, {'tone': ['neutral', 'friendly'], 'spam': [True, False]})
+    space.to_json(space.from_json({'tone': 'friendly', 'spam': False}))
+
+An *id* is a row of the teacher's vocabulary: what the tokenizer gives and the student reads. An *output index* is a position
+in space.output_ids: what the student predicts and output.bin stores.
+"""
+import json
+import random
+
+import torch
+
+
+def common_prefix(seqs):
+    n = 0
+    while all(len(s) > n for s in seqs) and len({s[n] for s in seqs}) == 1:
+        n += 1
+    return n
+
+
+class OutputSpace:
+    """All answers a schema allows, as a DFA over tokens, and the output vocabulary they and their neighbours need.
+
+    tokenizer: a tokenizers.Tokenizer. fields: {name: [allowed JSON values]} in output order. indent, fence: style of
+    the JSON. end_id: the teacher's end of turn, or None where a newline ends the answer (few-shot completion).
+    auxiliary: ids appended to the output vocabulary. ValueError where the schema cannot be compiled.
+
+    output_ids  (V,) list   ids of the output vocabulary, the n_required of valid answers first
+    moves       per state {legal output index: state after it}; answers start in state 0
+    next_state  (S, V) long the same as a table, -1 where the schema forbids
+    done        int         the state after the end token
+    forced      (S,) long   the only legal output index, -1 where there is a choice
+    runs        per state   the forced output indices that follow, and the state after them: a decision, or done
+    field       per state   the field whose value is being written, None between them
+    max_answer  int         tokens of the longest answer, end token included
+    """
+
+    def __init__(self, tokenizer, fields, indent=None, fence=False, end_id=None, auxiliary=()):
+        self.tokenizer, self.fields, self.indent, self.fence, self.end_id = tokenizer, fields, indent, fence, end_id
+        for name, values in fields.items():
+            if not values or len({json.dumps(v) for v in values}) < len(values):
+                raise ValueError(f'field {name!r} needs a list of different values, not {values!r}')
+        if not any(len(values) > 1 for values in fields.values()):
+            raise ValueError("nothing to decide; a task needs fields = {'name': [two or more allowed values], ...}")
+        self.segments = self.find_segments()
+        required = dict.fromkeys(t for alternatives in self.segments for a in alternatives for t in a)
+        self.n_required = len(required)
+        self.output_ids = list(required | dict.fromkeys(auxiliary))
+        self.output_index = {t: i for i, t in enumerate(self.output_ids)}
+        self.compile()
+        self.verify()
+        self.parsed = {}  # answers seen by to_json: few are distinct
+
+    def text(self, values):
+        """the canonical text of an answer; values in field order."""
+        answer = json.dumps(dict(zip(self.fields, values)), indent=self.indent, ensure_ascii=False,
+                            separators=(',', ':' if self.indent is None else ': '))
+        answer = f'```json\n{answer}\n```' if self.fence else answer
+        return answer if self.end_id is not None else answer + '\n'
+
+    def encode(self, values):
+        """ids of an answer, end token included."""
+        ids = self.tokenizer.encode(self.text(values), add_special_tokens=False).ids
+        return ids if self.end_id is None else ids + [self.end_id]
+
+    def find_segments(self):
+        """the answer as a row of segments, each a list of alternative id tuples: scaffolding has one, a field several.
+
+        One encoding per value: what differs between the values of a field, all else equal, is that field's span.
+        """
+        base = [values[0] for values in self.fields.values()]
+        base_ids, segments, at = self.encode(base), [], 0
+        for i, (name, values) in enumerate(self.fields.items()):
+            if len(values) == 1:
+                continue  # a constant is scaffolding
+            seqs = [self.encode(base[:i] + [v] + base[i + 1:]) for v in values]
+            start = common_prefix(seqs)
+            stop = common_prefix([s[start:][::-1] for s in seqs])  # counted from the end
+            if start < at:
+                raise ValueError(f'the tokens of field {name!r} merge with the field before; use indent = 2')
+            segments += [[tuple(base_ids[at:start])], [tuple(s[start:len(s) - stop]) for s in seqs]]
+            at = len(base_ids) - stop
+        return segments + [[tuple(base_ids[at:])]]
+
+    def compile(self):
+        """subset construction: a state is the set of (segment, alternative, position) that the tokens so far allow,
+        so values that are prefixes of each other need no special case."""
+        def settle(points):
+            seen, todo = set(), list(points)
+            while todo:
+                seg, alt, at = point = todo.pop()
+                if seg < len(self.segments) and at == len(self.segments[seg][alt]):  # finished: open the next segment
+                    following = self.segments[seg + 1] if seg + 1 < len(self.segments) else [()]
+                    todo += [(seg + 1, a, 0) for a in range(len(following))]
+                else:
+                    seen.add(point)
+            return frozenset(seen)
+
+        start = settle((0, a, 0) for a in range(len(self.segments[0])))
+        number, rows, todo = {start: 0}, {}, [start]
+        while todo:
+            state = todo.pop()
+            moves = {}
+            for seg, alt, at in state:
+                if seg < len(self.segments):
+                    token = self.output_index[self.segments[seg][alt][at]]
+                    moves.setdefault(token, set()).add((seg, alt, at + 1))
+            row = rows[number[state]] = {}
+            for token in sorted(moves):
+                after = settle(moves[token])
+                if after not in number:
+                    number[after] = len(number)
+                    todo.append(after)
+                row[token] = number[after]
+        self.moves = [rows[state] for state in range(len(number))]
+        names = [name for name, values in self.fields.items() if len(values) > 1]  # odd segments are theirs, in order
+        self.field = [next((names[seg // 2] for seg, _, _ in state if seg % 2 and seg // 2 < len(names)), None) for state in number]
+        self.next_state = torch.full((len(number), len(self.output_ids)), -1)
+        for state, row in enumerate(self.moves):
+            for token, after in row.items():
+                self.next_state[state, token] = after
+        self.done = number[frozenset({(len(self.segments), 0, 0)})]
+        legal = self.next_state >= 0
+        self.forced = torch.where(legal.sum(1) == 1, legal.int().argmax(1), -1)
+        self.runs = []
+        for state in range(len(self.moves)):
+            run = []
+            while len(self.moves[state]) == 1:
+                (out, state), = self.moves[state].items()
+                run.append(out)
+            self.runs.append((run, state))
+        self.max_answer = sum(max(map(len, alternatives)) for alternatives in self.segments)
+
+    def verify(self, n=200):
+        """random whole answers must be accepted token for token as the tokenizer writes them. ValueError if not."""
+        rng = random.Random(0)
+        for _ in range(n):
+            values = [rng.choice(v) for v in self.fields.values()]
+            outs = [self.output_index.get(t, -1) for t in self.encode(values)]
+            if -1 in outs or self.walk(outs) != self.done:
+                raise ValueError(f'the tokenizer writes {self.text(values)!r} in a way its parts do not; try another indent')
+
+    def walk(self, outs):
+        """state after the output indices outs, -1 once they have left the schema."""
+        state = 0
+        for out in outs:
+            state = self.moves[state].get(out, -1) if state >= 0 else -1
+        return state
+
+    def states(self, outs):
+        """the state before each of the output indices outs, which must be the start of a valid answer."""
+        states = [0]
+        for out in outs:
+            states.append(self.moves[states[-1]][out])
+        return states[:-1]
+
+    def from_json(self, answer):
+        """dict -> output indices of that answer, or None where the schema has no such answer."""
+        if not isinstance(answer, dict) or set(answer) != set(self.fields):
+            return None
+        if any(json.dumps(answer[name]) not in map(json.dumps, values) for name, values in self.fields.items()):
+            return None
+        return [self.output_index[i] for i in self.encode([answer[name] for name in self.fields])]
+
+    def to_json(self, outs):
+        """output indices of an answer -> dict, or None where they are not a whole valid answer."""
+        key = tuple(outs)
+        if key not in self.parsed:
+            text = self.tokenizer.decode([self.output_ids[o] for o in outs], skip_special_tokens=True)
+            text = text.strip().removeprefix('```json').removesuffix('```')
+            self.parsed[key] = json.loads(text) if self.walk(outs) == self.done else None
+        return self.parsed[key]
