@@ -1,20 +1,24 @@
-"""What --bench=True of extract.py and train.py measures: our way beside the usual one, in one run, on the user's task.
+"""What --bench=True of the three scripts measures: our way beside the usual one, in one run, on the user's task.
 
 Timings are medians of alternating rounds; a ratio holds on the machine and for the shapes it was measured with.
 """
+import math
 import sys
 import time
+from dataclasses import asdict
 from itertools import islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LogitsProcessor
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LogitsProcessor
 
 from data import batches
-from sample import data_line
-from teacher import Drafts, answer_fitting, peak_gb
+from evaluate import data_line
+from model import Cache, Student, StudentConfig, generate
+from space import OutputSpace
+from teacher import Drafts, Teacher, answer_fitting, load, peak_gb
 from train import SeenRows, distill_loss
 
 
@@ -35,6 +39,21 @@ class Held(LogitsProcessor):
 
 
 @torch.inference_mode()
+def generate_held(model, space, task, texts, constrain=True):
+    """what people do without this project: model.generate with the whole prompt, on lists of ids at once, held to the schema and
+    keeping its logits. Returns lists of output indices, -1 outside the output vocabulary."""
+    ends = {space.output_ids[o] for row in space.moves for o, state in row.items() if state == space.done}
+    ends -= {space.output_ids[o] for row in space.moves for o, state in row.items() if state != space.done}
+    rows = [[*task['before'], *map(int, ids), *task['after']] for ids in texts]
+    width = max(map(len, rows))
+    idx = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    out = model.generate(idx, attention_mask=mask, max_new_tokens=space.max_answer, do_sample=False, output_logits=True, return_dict_in_generate=True,
+                         logits_processor=[Held(space, width)] if constrain else None, pad_token_id=0, eos_token_id=list(ends) or None)
+    return [[space.output_index.get(i, -1) for i in row] for row in out.sequences[:, width:].tolist()]
+
+
+@torch.inference_mode()
 def bench_task(engine, space, groups, meta, whole, n_generate=32, rounds=3):
     """a line with the records/s of answer() beside generate's on the same texts, medians of alternating rounds, and the
     speed that matrix products alone would have if every token were read once."""
@@ -42,8 +61,6 @@ def bench_task(engine, space, groups, meta, whole, n_generate=32, rounds=3):
     config, now = model.config.get_text_config(), lambda: (torch.cuda.synchronize() if model.device.type == 'cuda' else None, time.perf_counter())[1]
     size = 8192 if model.device.type == 'cuda' else 2048
     square = torch.randn(size, size, dtype=model.dtype, device=model.device)
-    ends = {space.output_ids[o] for row in space.moves for o, state in row.items() if state == space.done}
-    ends -= {space.output_ids[o] for row in space.moves for o, state in row.items() if state != space.done}
     for n in tqdm(range(rounds + 1), desc='bench', unit='round'):  # the first warms up: drafts learn, memory is mapped
         texts = [[ids for _, ids, _ in group] for group in islice(groups, 2)]
         if not texts:
@@ -62,16 +79,11 @@ def bench_task(engine, space, groups, meta, whole, n_generate=32, rounds=3):
             continue
         rates[0].append(sum(map(len, texts)) / seconds)
         needed += sum(len(ids) + len(meta['after']) + len(a[0]) - 1 for ids, a in zip(sum(texts, []), answers) if not isinstance(a, str))
-        rows = [[*meta['before'], *map(int, ids), *meta['after']] for ids in sum(texts, [])[:n_generate]]
-        width = max(map(len, rows))
-        idx = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        some = sum(texts, [])[:n_generate]
         start = now()
-        out = model.generate(idx, attention_mask=mask, max_new_tokens=space.max_answer, do_sample=False, output_logits=True, return_dict_in_generate=True,
-                             logits_processor=[Held(space, width)] if meta['constrain'] else None, pad_token_id=0, eos_token_id=list(ends) or None)
-        rates[1].append(len(rows) / (now() - start))
-        for theirs, ours in zip(out.sequences[:, width:].tolist(), answers):
-            outs = [space.output_index.get(i, -1) for i in theirs]
+        sequences = generate_held(model, space, meta, some, meta['constrain'])
+        rates[1].append(len(some) / (now() - start))
+        for outs, ours in zip(sequences, answers):
             identical.append(space.walk(outs[:-1]) < 0 if isinstance(ours, str) else outs[:len(ours[0])] == ours[0])
         start = now()
         for _ in range(8):
@@ -148,3 +160,74 @@ def bench_training(model, shards, rows, batch_size, steps=12):
             rates['plain'] += [tokens / t for t in times[1:]]
     ours_s, plain_s, matmul, used = (float(np.median(rates[k])) for k in ('ours', 'plain', 'matmul', 'flops'))
     return data_line('bench', {'tok_s': ours_s, 'mfu': used / matmul, 'plain_tok_s': plain_s, 'ratio': ours_s / plain_s, 'matmul_gflops': matmul / 1e9})
+
+
+@torch.no_grad()
+def stepwise(model, space, texts, constrain=True):
+    """decoding as it is usually done: one forward pass per token, all rows in step until the last is done."""
+    legal, device = space.next_state.to(model.lm_head.weight.device) >= 0, model.lm_head.weight.device
+    cache, rows, states, outs = Cache(model), list(range(len(texts))), [0] * len(texts), [[] for _ in texts]
+    feed, at = [[*text, model.config.start_id] for text in texts], [0] * len(texts)
+    while rows:
+        counts = [len(feed[r]) for r in rows]
+        pos = cache.place(rows, [at[r] for r in rows], counts)
+        hidden = model(torch.tensor([[i for r in rows for i in feed[r]]], device=device), cache=cache, pos=pos)[0]
+        logits = model.lm_head(hidden[np.cumsum(counts) - 1]).float()
+        if constrain:
+            logits = logits.masked_fill(~legal[[states[r] for r in rows]], -float('inf'))
+        for r, out in zip(rows, logits.argmax(-1).tolist()):
+            outs[r].append(out)
+            at[r] += len(feed[r])
+            feed[r], states[r] = [space.output_ids[out]], space.moves[states[r]].get(out, -1)
+        rows = [r for r in rows if states[r] not in (-1, space.done)]
+    return outs
+
+
+def bench_decoding(model, space, task, shards, teacher, device, say, rounds=5, n_generate=32):
+    """says bench lines: the student's decoding beside one token at a time at batch 1 and 64, in the task's style and fenced (there
+    with a student of the same shape and random weights); its latency; and records/s beside the teacher's, through generate and
+    through our own engine."""
+    if shards is None:
+        sys.exit('a bench decodes held-out texts, and there are none here; run: python extract.py CONFIG')
+    texts = [shards.ids(i).tolist() for i in shards.split()[1]][:256]
+    sync = lambda: torch.cuda.synchronize() if device.startswith('cuda') else None
+    passes = []
+
+    def clock(f):
+        sync()
+        start = time.perf_counter()
+        f()
+        sync()
+        return time.perf_counter() - start
+
+    fenced = OutputSpace(space.tokenizer, space.fields, 2, True, space.end_id, space.output_ids)
+    shape = dict(asdict(model.config), output_vocab=len(fenced.output_ids), block_size=task['max_text'] + fenced.max_answer)
+    styles = {'own': (model, space), 'fenced': (Student(StudentConfig(**shape)).to(device).eval(), fenced)}
+    for style, (student, its_space) in styles.items():
+        for batch in (1, 64):
+            some = texts if batch > 1 else texts[:32]
+            ways = {'rec_s': lambda: generate(student, its_space, some, True, batch), 'lossless_rec_s': lambda: generate(student, its_space, some, False, batch),
+                    'stepwise_rec_s': lambda: [outs for i in range(0, len(some), batch) for outs in stepwise(student, its_space, some[i:i + batch])]}
+            times = [[clock(way) for way in ways.values()] for _ in range(rounds + 1)][1:]  # the first warms up
+            rates = dict(zip(ways, (len(some) / np.median(times, axis=0)).tolist()))
+            hook = student.register_forward_pre_hook(lambda *_: passes.append(1))
+            passes.clear()
+            answers = generate(student, its_space, some, True, batch)
+            hook.remove()
+            say(data_line('bench', {'style': style, 'tokens': np.mean([len(a) for a in answers]), 'batch': batch, **rates, 'ratio': rates['rec_s'] / rates['stepwise_rec_s'],
+                                    'passes': len(passes) / math.ceil(len(some) / batch), 'identical': float(np.mean([a == b for a, b in zip(answers, ways['stepwise_rec_s']())]))}))
+    times = [clock(lambda: generate(model, space, [text], True, 1)) * 1e3 for text in texts]
+    say(data_line('bench', {'what': 'latency', 'records': len(times), 'median_ms': float(np.median(times)), 'p99_ms': float(np.quantile(times, 0.99))}))
+    student_gb = peak_gb(device)
+
+    say(f'loading {teacher or task["teacher"]}')
+    large = load(AutoModelForCausalLM, teacher or task['teacher'], dtype=torch.float32 if device == 'cpu' else torch.bfloat16).to(device).eval()
+    engine, drafts = Teacher(large, task['before'], space.output_ids), Drafts(space)
+    for outs in answer_fitting(engine, space, drafts, texts[-64:], task['after'])[0]:
+        drafts.add(outs[0])
+    ways = {'student_rec_s': (texts, lambda: generate(model, space, texts, True, 64)), 'engine_rec_s': (texts[:64], lambda: answer_fitting(engine, space, drafts, texts[:64], task['after'])),
+            'generate_rec_s': (texts[:n_generate], lambda: generate_held(large, space, task, texts[:n_generate]))}
+    times = [[clock(way) / len(some) for some, way in ways.values()] for _ in range(4)][1:]
+    rates = dict(zip(ways, (1 / np.median(times, axis=0)).tolist()))
+    say(data_line('bench', {'what': 'teacher', **rates, 'of_generate': rates['student_rec_s'] / rates['generate_rec_s'], 'of_engine': rates['student_rec_s'] / rates['engine_rec_s'],
+                            'student_peak_gb': student_gb, 'both_peak_gb': peak_gb(device)}))

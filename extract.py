@@ -215,9 +215,10 @@ LEARN = 10000  # of so many texts the drafts learn; a bound, so that a run that 
 
 
 def extract(engine, space, drafts, groups, writer, meta, full_lse, todo, world):
-    """answers every text of groups, or scores the answers given with it, and writes them. meta['dropped'] and
-    meta['missing'] are kept up to date. OSError where the disk is full."""
+    """answers every text of groups, or scores the answers given with it, and writes them. meta['dropped'],
+    meta['missing'] and meta['timed'] are kept up to date. OSError where the disk is full."""
     start, asking, made, tokens, needed, dropped = time.perf_counter(), 0.0, 0, 0, 0, Counter()
+    last = start
     n_seen, n_output, pending = writer.n_records, 0, None
     none = np.zeros((0, len(space.output_ids)), np.float32)
     with tqdm(total=todo // world, desc='extract', unit='rec', smoothing=0.05) as bar, ThreadPoolExecutor(1) as disk:
@@ -248,6 +249,8 @@ def extract(engine, space, drafts, groups, writer, meta, full_lse, todo, world):
             dropped.update(reasons)
             meta['dropped'].update(reasons)
             made, tokens, n_seen = made + len(group), tokens + read, n_seen + len(group)
+            meta['timed'].update(records=len(group), seconds=time.perf_counter() - last)
+            last = time.perf_counter()
             bar.update(len(group))
             if n == 3:  # sooner would be a guess: the first groups also go through the whole head
                 gb = todo * n_output / made * (2 * len(space.output_ids) + 10) / 1e9
@@ -331,7 +334,7 @@ if __name__ == '__main__':
             sys.exit(f'data/{dataset}/{name}-* was extracted with other weights or another tokenizer of {teacher}; choose another name or remove the folder')
         notes = folder / 'meta.json'
         old = json.loads(notes.read_text(encoding='utf-8')) if notes.exists() else {}
-        meta |= {'fingerprint': mark, 'dropped': Counter(old.get('dropped', {})), 'missing': Counter(old.get('missing', {}))}
+        meta |= {'fingerprint': mark} | {key: Counter(old.get(key, {})) for key in ('dropped', 'missing', 'timed')}
         (folder / 'tokenizer.json').write_text(tokenizer, encoding='utf-8')
         write_json(notes, meta)  # the records to come need it, so it is there first
         drafts = Drafts(space)

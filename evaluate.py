@@ -1,0 +1,151 @@
+"""How well a student agrees with its teacher on held-out records, how well it knows that, and the yardsticks beside it."""
+import json
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model import decode, generate
+
+
+def data_line(tag, figures):
+    """<tag> key=value ...; floats to four figures."""
+    return ' '.join([tag, *(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in figures.items())])
+
+
+# -----------------------------------------------------------------------------
+# agreement
+
+
+def agreement(ours, theirs):
+    """two equally long lists of values of one field -> agreement, majority, macro f1, Cohen's kappa (0 to 1; kappa below).
+
+    majority: share of the commonest value among theirs. f1 averages over the values that either side uses.
+    kappa: (agreement - chance) / (1 - chance), Cohen 1960, https://doi.org/10.1177/001316446002000104
+    """
+    ours, theirs = ([json.dumps(v) for v in values] for values in (ours, theirs))
+    values, n = sorted({*ours, *theirs}), len(theirs)
+    table = np.zeros((len(values), len(values)))  # [teacher, student]
+    np.add.at(table, ([values.index(v) for v in theirs], [values.index(v) for v in ours]), 1)
+    hit, rows, columns = table.diagonal(), table.sum(1), table.sum(0)
+    chance = (rows * columns).sum() / n ** 2
+    agree = hit.sum() / n
+    figures = {'agree': agree, 'majority': rows.max() / n, 'f1': (2 * hit / (rows + columns)).mean(),
+               'kappa': (agree - chance) / (1 - chance) if chance < 1 else 1.0}
+    return {key: float(value) for key, value in figures.items()}  # plain numbers: they go into checkpoints
+
+
+@torch.no_grad()
+def evaluate(model, space, shards, rows, batch_size=64):
+    """How well the student agrees with the teacher on records `rows` of shards (words: README.md).
+
+    Returns (figures, per field figures, the student's free-running answers as output indices). An answer that breaks the
+    schema agrees in no field. The temperature among the figures is fitted on the even rows: see doubt.
+    """
+    training, device = model.training, model.lm_head.weight.device
+    model.eval()
+    kl = ce = hits = steps = 0
+    held, chosen = [], []  # what the temperature is fitted on
+    order = sorted(range(len(rows)), key=lambda i: len(shards.ids(rows[i])))  # texts of like length pad little
+    for start in range(0, len(rows), batch_size):
+        batch = [rows[i] for i in order[start:start + batch_size]]
+        idx, targets, teacher_logits = (x.to(device) for x in shards.batch(batch, model.config.start_id))
+        logits, targets = model(idx, targets).float(), targets[targets >= 0]
+        log_q, log_p = F.log_softmax(logits, -1), F.log_softmax(teacher_logits, -1)
+        kl += (log_p.exp() * (log_p - log_q)).sum().item()
+        ce += F.nll_loss(log_q, targets, reduction='sum').item()
+        hits += (logits.argmax(-1) == targets).sum().item()
+        steps += len(targets)
+        states = torch.tensor([s for i in batch for s in space.states(shards.answer(i).tolist())])
+        even = torch.tensor([i % 2 == 0 for i in batch for _ in shards.answer(i)])
+        use = even & (space.forced[states] < 0)
+        held.append(logits.cpu()[use].masked_fill(space.next_state[states[use]] < 0, -math.inf))
+        chosen.append(targets.cpu()[use])
+    answers = generate(model, space, [shards.ids(i).tolist() for i in rows], constrain=False, batch_size=batch_size)
+    model.train(training)
+
+    targets = [shards.answer(i).tolist() for i in rows]
+    ours, theirs = [space.to_json(a) for a in answers], [space.to_json(t) for t in targets]
+    per_field = {f: agreement([o and o[f] for o in ours], [t[f] for t in theirs]) for f in space.fields}
+    field, majority = (float(np.mean([v[key] for v in per_field.values()])) for key in ('agree', 'majority'))
+    figures = {
+        'records': len(rows), 'kl': kl / steps, 'ce': ce / steps, 'teacher_forced': hits / steps,
+        'student_only': sum(a == b for x, y in zip(answers, targets) for a, b in zip(x, y)) / steps,
+        'exact': sum(o == t for o, t in zip(ours, theirs)) / len(rows),
+        'field': field, 'majority': majority, 'closed': (field - majority) / (1 - majority) if majority < 1 else math.nan,
+        'valid': sum(o is not None for o in ours) / len(rows), 'temperature': fit_temperature(torch.cat(held), torch.cat(chosen))}
+    return figures, per_field, answers
+
+
+def linear_baseline(shards, space, train_rows, rows):
+    """What a linear model learns from the same records, as the yardstick of whether a student is worth it: TF-IDF of words and
+    pairs of words, logistic regression per field. {} where scikit-learn is missing, else field, exact and fields: {name: agreement}."""
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+    except ImportError:
+        return {}
+    texts, held = ([space.tokenizer.decode(shards.ids(i).tolist()) for i in r] for r in (train_rows, rows))
+    labels, truth = ([space.to_json(shards.answer(i).tolist()) for i in r] for r in (train_rows, rows))
+    right = {}
+    for field in space.fields:
+        known = [json.dumps(a[field]) for a in labels]
+        guess = known[:1] * len(held)
+        if len(set(known)) > 1:
+            pipeline = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r'\S+'), LogisticRegression(max_iter=1000))
+            guess = pipeline.fit(texts, known).predict(held)
+        right[field] = np.array([g == json.dumps(a[field]) for g, a in zip(guess, truth)])
+    return {'field': float(np.mean([r.mean() for r in right.values()])), 'exact': float(np.all(list(right.values()), axis=0).mean()),
+            'fields': {field: float(r.mean()) for field, r in right.items()}}
+
+
+def report_lines(step, figures, per_field, linear):
+    """yields (tag, figures) of the val line and of a line per field, the linear baseline in each."""
+    yield 'val', {'step': step} | figures | {f'linear_{key}': linear[key] for key in ('field', 'exact') if linear}
+    for field, values in per_field.items():
+        yield 'field', {'name': field} | values | ({'linear': linear['fields'][field]} if linear else {})
+
+
+# -----------------------------------------------------------------------------
+# doubt
+
+
+def fit_temperature(logits, targets):
+    """logits (n, V), -inf where the schema forbids, and targets (n,) of decisions -> the temperature at which their likelihood
+    is largest, 0.1 to 10. https://arxiv.org/abs/1706.04599"""
+    if not len(targets):
+        return 1.0
+    grid = torch.logspace(-1, 1, 201)
+    return grid[torch.stack([F.cross_entropy(logits / t, targets) for t in grid]).argmin()].item()
+
+
+def calibration_error(sure, right, n_bins=10):
+    """confidences and hits, the same shape -> expected calibration error: how far confidence is from the share of hits, on
+    average over bins of confidence. https://arxiv.org/abs/1706.04599"""
+    sure, right = np.ravel(sure), np.ravel(right)
+    bins = np.clip((sure * n_bins).astype(int), 0, n_bins - 1)
+    return float(sum(abs(sure[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean() for b in range(n_bins) if (bins == b).any()))
+
+
+def confidences(model, space, shards, rows, temperature, batch_size=64):
+    """of guaranteed answers: (answers, confidence (N, fields), whether the field is the teacher's (N, fields))"""
+    texts = (shards.ids(i).tolist() for i in rows)
+    answers, sure = zip(*decode(model, space, lambda wait: next(texts), batch_size, temperature=temperature))
+    ours, theirs = [space.to_json(a) for a in answers], [space.to_json(shards.answer(i).tolist()) for i in rows]
+    right = [[json.dumps(o[f]) == json.dumps(t[f]) for f in space.fields] for o, t in zip(ours, theirs)]
+    return list(answers), np.array([[s[f] for f in space.fields] for s in sure]), np.array(right)
+
+
+def cascade(sure, right, shares=(0, 0.05, 0.1, 0.2, 0.3, 0.5)):
+    """what becomes of the agreement when the records with the least sure field go to the teacher: yields
+    {deferred, min_confidence, field, exact, kept_field}. sure, right (N, fields); kept_field: of the student's own records."""
+    least = sure.min(1)
+    order = np.argsort(least, kind='stable')
+    for share in shares:
+        n = round(share * len(order))
+        mixed = right.copy()
+        mixed[order[:n]] = True
+        yield {'deferred': n / len(order), 'min_confidence': float(least[order[n]]) if n < len(order) else 1.0, 'field': float(mixed.mean()),
+               'exact': float(mixed.all(1).mean()), 'kept_field': float(right[order[n:]].mean()) if n < len(order) else 1.0}
