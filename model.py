@@ -67,7 +67,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(self.head_size, eps=config.norm_eps) for _ in range(2))
 
-    def forward(self, x, cos, sin, attend=None):
+    def forward(self, x, cos, sin, attend=None, keep=None):
         B, T, C = x.shape
         sizes = [h * self.head_size for h in (self.n_head, self.n_kv_head, self.n_kv_head)]
         q, k, v = (y.view(B, T, -1, self.head_size).transpose(1, 2) for y in self.c_attn(x).split(sizes, dim=2))
@@ -75,11 +75,11 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, D)
         if attend is not None:
-            y = attend(q, k, v)
+            y = attend(q if keep is None else q[:, :, keep], k, v)
         else:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True,
                                                enable_gqa=self.n_head != self.n_kv_head)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -104,8 +104,9 @@ class Block(nn.Module):
         self.post_1, self.post_2 = (norm(), norm()) if config.sandwich else (nn.Identity(), nn.Identity())
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin, attend=None):
-        x = x + self.drop(self.post_1(self.attn(self.norm_1(x), cos, sin, attend)))
+    def forward(self, x, cos, sin, attend=None, keep=None):
+        y = self.attn(self.norm_1(x), cos, sin, attend, keep)
+        x = (x if keep is None else x[:, keep]) + self.drop(self.post_1(y))
         return x + self.drop(self.post_2(self.mlp(self.norm_2(x))))
 
 
@@ -129,12 +130,12 @@ class Student(nn.Module):
         if width != config.n_embd:
             nn.init.normal_(self.wte_proj.weight, std=width ** -0.5)  # keeps the variance
 
-    def forward(self, idx, targets=None, cache=None, pos=None):
+    def forward(self, idx, targets=None, cache=None, pos=None, keep=None):
         """idx (B, T) ids, rows padded on the right -> logits over the output vocabulary.
 
         Without targets (B, T, V). With targets (B, T) only where targets >= 0, as (n, V) in row order: the head never
         sees a text position. With a Cache, idx (1, N) are the new tokens of several rows one after another, pos (1, N)
-        their positions, and the result is the last hidden states (1, N, C): the caller knows which the head must see.
+        their positions, keep (M,) those whose output is asked for, and the result is (M, V).
         """
         T = idx.size(1)
         assert cache is not None or T <= self.config.block_size, f'{T} tokens do not fit block_size {self.config.block_size}'
@@ -145,11 +146,9 @@ class Student(nn.Module):
         x = self.drop(self.wte_proj(self.wte(idx).to(self.lm_head.weight.dtype)))  # (B, T, C)
         for i, block in enumerate(self.h):
             rope = self.rope_of_layer[i]
-            x = block(x, cos[rope], sin[rope], None if cache is None else partial(cache.attend, i))
-        x = self.norm_f(x)
-        if cache is not None:
-            return x
-        return self.lm_head(x if targets is None else x[targets >= 0])
+            x = block(x, cos[rope], sin[rope], None if cache is None else partial(cache.attend, i), keep if i == len(self.h) - 1 else None)
+        x = self.norm_f(x if targets is None else x[targets >= 0])
+        return self.lm_head(x if cache is None else x[0])
 
     def param_groups(self, weight_decay):
         """AdamW groups: matrices decay; the embedding and the norms do not (a row unseen in a batch must not shrink)."""
@@ -176,32 +175,40 @@ class Cache:
         self.store = torch.zeros(c.n_layer, 2, 0, c.block_size, c.n_kv_head, student.h[0].attn.head_size, dtype=p.dtype, device=p.device)
         self.gqa = c.n_head != c.n_kv_head
 
-    def place(self, slots, starts, counts):
-        """where the coming N tokens go: for each of R rows its slot, the position of its first new token and their number.
-        Returns the positions (1, N)."""
+    def place(self, slots, starts, counts, asked):
+        """where the coming N tokens go: for each of R rows its slot, the position of its first new token, their number, and for how
+        many of the last of them an output is asked. Returns the positions (1, N), and which of the N are asked for (M,)."""
         device, more = self.store.device, max(slots) + 1 - self.store.size(2)
         if more > 0:
             self.store = torch.cat((self.store, self.store.new_zeros(*self.store.shape[:2], more, *self.store.shape[3:])), 2)
-        slot = np.repeat(slots, counts)  # (N,)
-        col = np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts, counts)
-        pos = np.repeat(starts, counts) + col
-        self.B, self.S, self.T = max(slots) + 1, pos.max() + 1, max(counts)
-        grid = np.zeros((self.B, self.T), np.int64)  # positions, where the rows are padded to T
-        grid[slot, col] = pos
-        self.slot, self.pos, self.cell, grid = (torch.from_numpy(x).to(device) for x in (slot, pos, slot * self.T + col, grid))
-        self.mask = torch.arange(self.S, device=device) <= grid[:, None, :, None]  # (B, 1, T, S): a token sees its row up to itself
-        return self.pos[None]
+        ends, slot = np.cumsum(counts), np.repeat(slots, counts)  # slot (N,)
+        pos = np.arange(len(slot)) + np.repeat(np.array(starts) - ends + counts, counts)
+        keep = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, asked)])
+        self.B, self.S = max(slots) + 1, int(pos.max()) + 1
+        self.grids = [self.grid(slot, pos, counts), self.grid(slot[keep], pos[keep], asked)]
+        self.slot, self.pos, keep = (torch.from_numpy(x).to(device) for x in (slot, pos, keep))
+        return self.pos[None], keep
+
+    def grid(self, slot, pos, counts):
+        """for attention these tokens are padded to (B, T): the cell of each, T, and the mask (B, 1, T, S)."""
+        T, device = max(counts), self.store.device
+        cell = slot * T + np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts, counts)
+        padded = np.zeros(self.B * T, np.int64)
+        padded[cell] = pos
+        mask = torch.arange(self.S, device=device) <= torch.from_numpy(padded).to(device).view(self.B, 1, T, 1)  # its row, up to itself
+        return torch.from_numpy(cell).to(device), T, mask
 
     def attend(self, layer, q, k, v):
-        """q (1, H, N, D), k and v (1, n_kv_head, N, D) of the placed tokens -> (1, H, N, D)."""
-        H, N, D = q.shape[1:]
+        """k and v (1, n_kv_head, N, D) of the placed tokens; q (1, H, N or M, D) of all, or of those asked for -> like q."""
+        H, n, D = q.shape[1:]
         for store, new in zip(self.store[layer], (k, v)):
             store[self.slot, self.pos] = new[0].transpose(0, 1)
+        cell, T, mask = next(grid for grid in self.grids if len(grid[0]) == n)
         k, v = self.store[layer, :, :self.B, :self.S].transpose(2, 3)  # (B, n_kv_head, S, D) each
-        padded = q.new_zeros(self.B * self.T, H, D)
-        padded[self.cell] = q[0].transpose(0, 1)
-        y = F.scaled_dot_product_attention(padded.view(self.B, self.T, H, D).transpose(1, 2), k, v, attn_mask=self.mask, enable_gqa=self.gqa)
-        return y.transpose(1, 2).reshape(-1, H, D)[self.cell].transpose(0, 1)[None]
+        padded = q.new_zeros(self.B * T, H, D)
+        padded[cell] = q[0].transpose(0, 1)
+        y = F.scaled_dot_product_attention(padded.view(self.B, T, H, D).transpose(1, 2), k, v, attn_mask=mask, enable_gqa=self.gqa)
+        return y.transpose(1, 2).reshape(-1, H, D)[cell].transpose(0, 1)[None]
 
 
 @dataclass
@@ -213,22 +220,20 @@ class Row:
     state: int    # after the draft: a decision, or done
     at: int = 0   # tokens read
     outs: list = field(default_factory=list)
-    log_p: dict = field(default_factory=dict)  # of the value chosen, per field
+    decisions: list = field(default_factory=list)
 
 
 @torch.no_grad()
-def decode(model, space, take, batch_size=64, constrain=True, temperature=1.0):
+def decode(model, space, take, batch_size=64, constrain=True):
     """Answers to a stream of texts, with one forward pass per decision: what the schema forces in between costs none.
 
     take(wait) -> the ids of the next text; None if there is none yet and wait is False; StopIteration at the end.
-    Yields in the order of the texts (output indices with the end token, {field: probability of the value chosen}).
+    Yields in the order of the texts (output indices with the end token, decisions: what confidence takes).
 
     constrain: *guaranteed*: the student is asked only where the schema leaves a choice, and held to what is legal there. Else
     *lossless*: forced tokens are a draft which the student reads and must itself have chosen, so that the answer is its free
-    greedy one, token for token; it ends with the first token outside the schema, if there is one, and its probabilities are {}.
+    greedy one, token for token; it ends with the first token outside the schema, if there is one.
     (Speculative decoding, https://arxiv.org/abs/2211.17192, with the schema as the draft.)
-    A value's probability is exact for the student held to the schema: the product, along the value's tokens, of the softmax
-    over the legal ones at this temperature.
 
     A pass reads the new tokens of all rows as one long row; where an answer is complete, the next text takes its place.
     """
@@ -251,29 +256,25 @@ def decode(model, space, take, batch_size=64, constrain=True, temperature=1.0):
         if not rows:
             break
         counts = [len(row.feed) for row in rows.values()]
-        pos = cache.place(list(rows), [row.at for row in rows.values()], counts)
-        hidden = model(torch.tensor([[i for row in rows.values() for i in row.feed]], device=device), cache=cache, pos=pos)[0]
-        asked = [1 if constrain else len(row.draft) + (row.state != space.done) for row in rows.values()]  # positions, the last of each feed
-        logits = model.lm_head(hidden[np.concatenate([np.arange(end - n, end) for end, n in zip(np.cumsum(counts), asked)])]).float()
+        asked = [1 if constrain else len(row.draft) + (row.state != space.done) for row in rows.values()]  # the last of each feed
+        pos, keep = cache.place(list(rows), [row.at for row in rows.values()], counts, asked)
+        logits = model(torch.tensor([[i for row in rows.values() for i in row.feed]], device=device), cache=cache, pos=pos, keep=keep).float()
         last = np.cumsum(asked) - 1
-        held = logits[last].masked_fill(~legal[[row.state for row in rows.values()]], -math.inf)
-        choice = (held if constrain else logits).argmax(-1)
-        log_p = (held / temperature).log_softmax(-1).gather(1, choice[last][:, None])[:, 0].tolist()
-        choice = np.split(choice.cpu().numpy(), last[:-1] + 1)
+        held = logits[last].masked_fill(~legal[[row.state for row in rows.values()]], -math.inf)  # (R, V)
+        choice = np.split((held if constrain else logits).argmax(-1).cpu().numpy(), last[:-1] + 1)
 
-        for (slot, row), picks, p in zip(list(rows.items()), choice, log_p):
+        for (slot, row), picks, logits in zip(list(rows.items()), choice, held.cpu()):
             picks = row.draft + picks.tolist() if constrain else picks.tolist()
             n = next((j for j, pair in enumerate(zip(picks, row.draft)) if pair[0] != pair[1]), len(row.draft))  # of the draft, accepted
             row.outs += picks[:n + 1]
             state = -1 if n < len(row.draft) else space.moves[row.state].get(picks[-1], -1) if row.state != space.done else space.done
             if state >= 0 and row.state != space.done:
-                name = space.field[row.state]
-                row.log_p[name] = row.log_p.get(name, 0) + p
+                row.decisions.append((space.field[row.state], logits, picks[-1]))
             draft, after = space.runs[state] if state >= 0 else ([], -1)
             if constrain and after == space.done:
                 row.outs, draft, state = row.outs + draft, [], after
             if state in (-1, space.done):
-                done[row.number] = row.outs, {name: math.exp(row.log_p.get(name, 0)) for name in space.fields if state >= 0}
+                done[row.number] = row.outs, row.decisions
                 del rows[slot]
             else:  # the end token itself need not be read
                 row.at += len(row.feed)
@@ -281,6 +282,16 @@ def decode(model, space, take, batch_size=64, constrain=True, temperature=1.0):
         while n_out in done:
             yield done.pop(n_out)
             n_out += 1
+
+
+def confidence(fields, decisions, temperature=None):
+    """{field: probability of the value chosen}: of the student held to the schema, given the fields before. It is the product, along the
+    value's tokens, of the softmax over the legal ones. decisions: of an answer, [(field, logits (V,), -inf where illegal, the choice)].
+    temperature: {field: what its logits are divided by}, see evaluate.py."""
+    log_p = dict.fromkeys(fields, 0.0)
+    for name, logits, choice in decisions:
+        log_p[name] += (logits / (temperature or {}).get(name, 1.0)).log_softmax(-1)[choice].item()
+    return {name: math.exp(p) for name, p in log_p.items()}
 
 
 def generate(model, space, texts, constrain=True, batch_size=64):

@@ -24,13 +24,15 @@ import time
 from collections import deque
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from config import configure
 from data import Shards, clean, tokenizer_hash
-from evaluate import calibration_error, cascade, confidences, data_line, evaluate, report_lines
+from evaluate import calibration_error, cascade, data_line, evaluate, report_lines
 from model import Student, StudentConfig, decode, pick_device
+from model import confidence as confidence_of
 from space import OutputSpace
 
 name = ''            # data/<dataset>/<name>-* has the held-out records of the report
@@ -135,7 +137,7 @@ def arriving(file):
     return take
 
 
-def label(take, model, space, task, temperature=1.0, batch_size=64, constrain=True, too_long='cut', confidence=False, min_confidence=0.0, ask=None):
+def label(take, model, space, task, temperature=None, batch_size=64, constrain=True, too_long='cut', confidence=False, min_confidence=0.0, ask=None):
     """yields (JSON line, number of its text's tokens that were cut off) for every line of bytes that take gives, in order."""
     texts, results, idle = deque(), [], False  # texts: what is being decoded
 
@@ -174,8 +176,10 @@ def label(take, model, space, task, temperature=1.0, batch_size=64, constrain=Tr
             yield json.dumps(answer, ensure_ascii=False), 0 if error else n_cut
         results.clear()
 
-    for outs, sure in decode(model, space, take_ids, batch_size, constrain, temperature):
+    for outs, decisions in decode(model, space, take_ids, batch_size, constrain):
         ids, error, n_cut = texts.popleft()
+        valid = (confidence or min_confidence) and space.to_json(outs) is not None
+        sure = confidence_of(space.fields, decisions, temperature) if valid else {}
         results.append((ids, outs, sure, error, n_cut))
         if not ask or idle or len(results) >= batch_size:
             yield from finish()
@@ -215,7 +219,7 @@ def cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
             'days': calls / calls_per_day}
 
 
-def report(checkpoint, model, space, shards, rows, work):
+def report(checkpoint, model, space, shards, rows, work, temperature):
     """says examples, agreement, calibration, cascade and cost on held-out records."""
     figures, per_field, answers = evaluate(model, space, shards, rows, sample_batch)
     shown = lambda outs: json.dumps(answer, ensure_ascii=False) if (answer := space.to_json(outs)) else 'an answer outside the schema'
@@ -223,16 +227,15 @@ def report(checkpoint, model, space, shards, rows, work):
         say(f'{space.tokenizer.decode(shards.ids(i).tolist())}\n  teacher {shown(shards.answer(i).tolist())}\n  student {shown(outs)}')
     for line in report_lines(checkpoint['step'], figures, per_field, checkpoint['linear']):
         say(data_line(*line))
-    temperature, odd = checkpoint['figures']['temperature'], [i for i in rows if i % 2]  # it was fitted on the even ones
-    if not odd:
-        return
-    (_, before, right), start = confidences(model, space, shards, odd, 1.0, sample_batch), time.perf_counter()
-    held, sure, right = confidences(model, space, shards, odd, temperature, sample_batch)
-    rec_s = len(odd) / (time.perf_counter() - start)
-    free = dict(zip(rows, answers))
-    say(data_line('calibration', {'records': len(odd), 'temperature': temperature, 'ece_before': calibration_error(before, right),
-                                  'ece_after': calibration_error(sure, right), 'free_differs': sum(a != free[i] for i, a in zip(odd, held)) / len(odd)}))
-    money = cost(work, rec_s, hour_price, teacher_price, calls_per_day)
+    texts, start = iter([shards.ids(i).tolist() for i in rows]), time.perf_counter()
+    held, decisions = zip(*decode(model, space, lambda wait: next(texts), sample_batch))
+    money = cost(work, len(rows) / (time.perf_counter() - start), hour_price, teacher_price, calls_per_day)
+    odd = [i for i, row in enumerate(rows) if row % 2]  # the temperatures were fitted on the even ones
+    pairs = [(space.to_json(held[i]), space.to_json(shards.answer(rows[i]).tolist())) for i in odd]
+    right = np.array([[json.dumps(ours[f]) == json.dumps(theirs[f]) for f in space.fields] for ours, theirs in pairs])
+    before, sure = (np.array([list(confidence_of(space.fields, decisions[i], t).values()) for i in odd]) for t in (None, temperature))
+    say(data_line('calibration', {'records': len(odd), 'ece_before': calibration_error(before, right), 'ece_after': calibration_error(sure, right),
+                                  'free_differs': float(np.mean([a != b for a, b in zip(held, answers)]))}))
     for point in cascade(sure, right):
         say(data_line('cascade', point | {'million': money['student_million'] + point['deferred'] * money['teacher_million']}))
     say(data_line('cost', money))
@@ -265,7 +268,8 @@ if __name__ == '__main__':
         from bench import bench_decoding  # it needs transformers and the teacher
         sys.exit(bench_decoding(model, space, task, shards, teacher, device, say))
     ask = ask_teacher(teacher, task, space, device) if min_confidence and any(arg.startswith('--teacher=') for arg in sys.argv) else None
-    args = model, space, task, checkpoint['figures']['temperature'], sample_batch, constrain, too_long, confidence, min_confidence, ask
+    temperature = {f: figures['temperature'] for f, figures in checkpoint['per_field'].items()}
+    args = model, space, task, temperature, sample_batch, constrain, too_long, confidence, min_confidence, ask
     try:
         if text or input or piped:
             one = iter([text.encode('utf-8', 'replace')])
@@ -274,7 +278,7 @@ if __name__ == '__main__':
         if shards:
             last = Path('out', run or name, 'ckpt.pt')  # it knows how long the whole training took
             work = torch.load(last, map_location='cpu', weights_only=True, mmap=True)['work'] if last.exists() else checkpoint['work']
-            report(checkpoint, model, space, shards, shards.split()[1], work)
+            report(checkpoint, model, space, shards, shards.split()[1], work, temperature)
         else:
             say('no held-out records here; these figures are from the end of training')
             for line in report_lines(checkpoint['step'], checkpoint['figures'], checkpoint['per_field'], checkpoint['linear']):

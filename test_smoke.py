@@ -32,7 +32,7 @@ import data
 import extract
 import teacher as engine_module
 import train
-from model import Cache, Student, StudentConfig, decode, generate
+from model import Cache, Student, StudentConfig, confidence, decode, generate
 from bench import stepwise
 from evaluate import agreement, calibration_error, cascade, evaluate, fit_temperature
 from sample import cost, load_checkpoint
@@ -740,8 +740,9 @@ def test_any_schema_and_student_gives_valid_answers_equal_to_one_token_at_a_time
     for constrain in (True, False):
         answers = list(decode(model, space, as_stream(texts), batch_size, constrain))
         assert [outs for outs, _ in answers] == stepwise(model, space, texts, constrain)
-        for outs, sure in answers:
-            assert space.to_json(outs) is None if not sure else all(0 < p <= 1 for p in sure.values()) and list(sure) == list(fields)
+        for outs, decisions in answers:
+            sure = confidence(fields, decisions)
+            assert all(0 < p <= 1 + 1e-6 for p in sure.values()) and list(sure) == list(fields)
             if constrain:
                 assert [json.dumps(v) for v in space.to_json(outs).values()] == [json.dumps(v) for v in json.loads(space.text(list(space.to_json(outs).values())).strip().removeprefix('```json').removesuffix('```')).values()]
                 assert space.from_json(space.to_json(outs)) == outs if space.end_id is None else space.walk(outs) == space.done
@@ -769,8 +770,8 @@ def test_confidence_is_the_probability_of_the_value_among_all_allowed_ones(space
     for p in model.parameters():
         p.data *= 3
     for temperature in (1.0, 2.5):
-        (outs, sure), = decode(model, space, as_stream([text]), temperature=temperature)
-        chosen = space.to_json(outs)
+        (outs, decisions), = decode(model, space, as_stream([text]))
+        sure, chosen = confidence(space.fields, decisions, dict.fromkeys(space.fields, temperature)), space.to_json(outs)
         for field, values in space.fields.items():
             posterior = []
             for value in values:  # each value's whole path, the fields before as they were chosen
@@ -899,8 +900,8 @@ def test_a_student_of_all_layers_is_the_teacher(teachers, family):
         torch.testing.assert_close(student(idx), model(idx).logits[..., output_ids], atol=1e-5, rtol=1e-5)
         cache, parts = Cache(student), []
         for start, stop in ((0, 9), (9, 10), (10, 22)):
-            pos = cache.place([0, 1, 2], [start] * 3, [stop - start] * 3)
-            parts.append(student.lm_head(student(idx[:, start:stop].reshape(1, -1), cache=cache, pos=pos)).view(3, stop - start, -1))
+            pos, keep = cache.place([0, 1, 2], [start] * 3, [stop - start] * 3, [stop - start] * 3)
+            parts.append(student(idx[:, start:stop].reshape(1, -1), cache=cache, pos=pos, keep=keep).view(3, stop - start, -1))
         torch.testing.assert_close(torch.cat(parts, 1), student(idx), atol=1e-5, rtol=1e-5)
 
 
@@ -941,12 +942,13 @@ def test_two_processes_train_the_same_student(project, tmp_path):
     launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={random.randint(20000, 60000)}', 'train.py', 'config/toy.py']
     args = ['--max_epochs=2', '--save_steps=5']
     assert run(one, 'train.py', *args).returncode == 0
-    process = subprocess.Popen([*launch, *args, '--log_steps=1'], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not ((root / 'out/toy/log.txt').exists() and 'train step=7' in (root / 'out/toy/log.txt').read_text()):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)  # torchrun passes it on; what was saved goes on
-    process.wait()
-    assert 0 < torch.load(root / 'out/toy/ckpt.pt', weights_only=True)['step'] < 46
+    for want, how in (('train step=7 ', signal.SIGTERM), ('train step=27 ', signal.SIGKILL)):  # what was saved goes on
+        process = subprocess.Popen([*launch, *args, '--log_steps=1'], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        while process.poll() is None and not ((root / 'out/toy/log.txt').exists() and want in (root / 'out/toy/log.txt').read_text()):
+            time.sleep(0.01)
+        process.send_signal(how) if how == signal.SIGTERM else os.killpg(process.pid, how)  # torchrun passes the first on
+        process.wait()
+        assert 0 < torch.load(root / 'out/toy/ckpt.pt', weights_only=True)['step'] < 46
     done = subprocess.run([*launch, *args], cwd=root, capture_output=True, timeout=100)
     assert done.returncode == 0, done.stderr.decode()
     a, b = weights(root), weights(one)
@@ -1006,8 +1008,8 @@ def weights(root):
 def test_a_stopped_training_resumes_bit_for_bit(project, tmp_path, how):
     root = clone_task(project, tmp_path, 'toy-00')
     log = root / 'out/toy/log.txt'
-    args = [sys.executable, 'train.py', 'config/toy.py', '--log_steps=1', '--dropout=0.1']
-    process = subprocess.Popen(args, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    settings = ['--dropout=0.1', f'--grad_accum={1 if how == signal.SIGINT else 3}']
+    process = subprocess.Popen([sys.executable, 'train.py', 'config/toy.py', '--log_steps=1', *settings], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     want = 'val step=23' if how == signal.SIGKILL else 'train step=5'  # a kill costs what came after the last epoch
     while process.poll() is None and not (log.exists() and want in log.read_text() and (how != signal.SIGKILL or (root / 'out/toy/ckpt.pt').exists())):
         time.sleep(0.005)
@@ -1017,10 +1019,10 @@ def test_a_stopped_training_resumes_bit_for_bit(project, tmp_path, how):
         assert process.returncode == 0 and 'the same command goes on' in stdout
     step = torch.load(root / 'out/toy/ckpt.pt', weights_only=True)['step']
     assert 0 < step < 115
-    done = run(root, 'train.py', '--dropout=0.1', '--init_from=resume')
+    done = run(root, 'train.py', *settings, '--init_from=resume')
     assert done.returncode == 0 and f'from_step={step}' in done.stdout, done.stderr
     straight = clone_task(project, tmp_path / 'straight', 'toy-00')
-    assert run(straight, 'train.py', '--dropout=0.1').returncode == 0
+    assert run(straight, 'train.py', *settings).returncode == 0
     a, b = weights(root), weights(straight)
     assert all(torch.equal(a[k], b[k]) for k in b)
 
@@ -1129,10 +1131,14 @@ def test_a_line_of_a_slow_pipe_is_answered_at_once(project):
 def test_temperature_calibration_error_cascade_and_cost_on_cases_done_by_hand():
     torch.manual_seed(0)
     logits = torch.randn(4000, 3)
-    targets = torch.multinomial((logits / 2).softmax(-1), 1)[:, 0]
-    assert fit_temperature(logits, targets) == pytest.approx(2, rel=0.1) and fit_temperature(logits * 3, targets) == pytest.approx(6, rel=0.1)
-    held = torch.cat((logits, torch.full((4000, 2), -math.inf)), 1)
-    assert fit_temperature(held, targets) == fit_temperature(logits, targets)
+    held, choice = torch.cat((logits, torch.full((4000, 2), -math.inf)), 1), logits.argmax(-1)
+    targets = torch.multinomial((logits / 2).softmax(-1), 1)[:, 0]  # the teacher is half as sure as the student
+    for scale in (1, 3):
+        decisions = [[('f', z * scale, c)] for z, c in zip(held, choice)]
+        assert fit_temperature(decisions, (choice == targets).tolist()) == pytest.approx(2 * scale, rel=0.1)
+    two_steps = [[('f', z, c), ('f', z, c)] for z, c in zip(held, choice)]  # a value of two tokens
+    both = (choice == targets) & (choice == torch.multinomial((logits / 2).softmax(-1), 1)[:, 0])
+    assert fit_temperature(two_steps, both.tolist()) == pytest.approx(2, rel=0.1) and fit_temperature([[], []], [True, False]) == 1
     assert calibration_error([0.95, 0.95, 0.55, 0.55], [True, False, True, False]) == pytest.approx(0.5 * 0.45 + 0.5 * 0.05)
     sure, right = np.array([[0.9, 0.9], [0.4, 0.9], [0.8, 0.3], [0.7, 0.7]]), np.array([[1, 1], [0, 1], [1, 0], [1, 0]], bool)
     assert list(cascade(sure, right, (0, 0.5, 1))) == [
