@@ -120,9 +120,11 @@ def arriving(file):
     lines = queue.Queue(1000)
 
     def read():
-        for line in file:
-            lines.put(line)
-        lines.put(None)
+        try:
+            for line in file:
+                lines.put(line)
+        finally:
+            lines.put(None)
     threading.Thread(target=read, daemon=True).start()
 
     def take(wait):
@@ -210,13 +212,26 @@ def say(line):
 
 def cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
     """when a student has paid for itself. work: {extract_hours, train_hours, teacher_rec_s}. Prices are per
-    million calls; break_even is in calls, inf where a call of the student saves nothing."""
+    million calls; break_even is in calls, inf where a call of the student saves nothing, nan where the teacher was not timed."""
     million = lambda rec_s: 1e6 / rec_s / 3600 * hour_price
     teacher, student = teacher_price or million(work['teacher_rec_s']), million(student_rec_s)
     spent = (work['extract_hours'] + work['train_hours']) * hour_price
-    calls = spent / (teacher - student) * 1e6 if teacher > student else math.inf
+    calls = math.inf if teacher <= student else spent / (teacher - student) * 1e6
     return {**work, 'student_rec_s': student_rec_s, 'teacher_million': teacher, 'student_million': student, 'spent': spent, 'break_even': calls,
             'days': calls / calls_per_day}
+
+
+def held_out(dataset, name, task):
+    """the Shards a student was trained on, or None where they are not here."""
+    try:
+        shards = Shards(dataset, name)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        sys.exit(str(error))
+    if shards.meta['tokenizer_hash'] != task['tokenizer_hash'] or shards.meta['output_ids'] != task['output_ids']:
+        sys.exit(f'{shards.folder} and this student have different tokenizers or output vocabularies; train again')
+    return shards
 
 
 def report(checkpoint, model, space, shards, rows, work, temperature):
@@ -258,15 +273,9 @@ if __name__ == '__main__':
         sys.exit(f'{input} does not exist')
     checkpoint, model, space = load_checkpoint(Path('out', run or name), device, which)
     task = checkpoint['task']
-    try:
-        shards = Shards(dataset, name)
-        if shards.meta['tokenizer_hash'] != task['tokenizer_hash'] or shards.meta['output_ids'] != task['output_ids']:
-            sys.exit(f'{shards.folder} and out/{run or name} have different tokenizers or output vocabularies; train again')
-    except FileNotFoundError:
-        shards = None
     if bench:
         from bench import bench_decoding  # it needs transformers and the teacher
-        sys.exit(bench_decoding(model, space, task, shards, teacher, device, say))
+        sys.exit(bench_decoding(model, space, task, held_out(dataset, name, task), teacher, device, say))
     ask = ask_teacher(teacher, task, space, device) if min_confidence and any(arg.startswith('--teacher=') for arg in sys.argv) else None
     temperature = {f: figures['temperature'] for f, figures in checkpoint['per_field'].items()}
     args = model, space, task, temperature, sample_batch, constrain, too_long, confidence, min_confidence, ask
@@ -275,7 +284,7 @@ if __name__ == '__main__':
             one = iter([text.encode('utf-8', 'replace')])
             label_stream((lambda wait: next(one)) if text else arriving(open(input or 0, 'rb')), *args)
             sys.exit()
-        if shards:
+        if shards := held_out(dataset, name, task):
             last = Path('out', run or name, 'ckpt.pt')  # it knows how long the whole training took
             work = torch.load(last, map_location='cpu', weights_only=True, mmap=True)['work'] if last.exists() else checkpoint['work']
             report(checkpoint, model, space, shards, shards.split()[1], work, temperature)
