@@ -47,9 +47,9 @@ n_head = 4
 n_embd = 128
 n_mlp = 512
 block_size = 50        # 25 in + 25 out
-dropout = 0.1
-# training
-max_epochs = 6
+token_dropout = 0.15
+# training: the divergence alone (train.py's default), see README.md
+max_epochs = 12
 batch_size = 32
 learning_rate = 1e-3
 min_lr = 1e-4

@@ -31,9 +31,7 @@ teacher_layers = 'first'
 n_layer = 4
 block_size = 75
 token_dropout = 0.15
-# training: 6,000 records are few, and the teacher's hesitation says more than its word
-kl_start = 1.0
-kl_end = 1.0
+# training
 max_epochs = 3
 batch_size = 32
 learning_rate = 3e-4
