@@ -113,7 +113,7 @@ class Teacher:
         cache, probe = DynamicCache(), torch.tensor([[*before, *some]], device=self.device)  # it keeps all, whatever the window
         with torch.inference_mode():
             theirs = model(probe, logits_to_keep=20).logits[0].float()
-            self.body(probe[:, :len(before)], past_key_values=cache, use_cache=True)
+            self.body(probe[:, :len(before)], None, None, cache, use_cache=True)  # by position: the name changed in transformers 5.24
             self.prefix = [(layer.keys[0], layer.values[0]) for layer in cache.layers]  # each (n_kv_head, P, D)
             self.start(2, 20)
             self.read([0, 1], [some[:9], some[:7]], [0, 0])
