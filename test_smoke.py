@@ -1176,6 +1176,12 @@ def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
     shutil.rmtree(root / 'data/toy')
     done = run(root, 'sample.py', '--text=hello my friend')
     assert list(json.loads(done.stdout)) == list(FIELDS) and done.stdout.count('\n') == 1
+    few = tmp_path / 'elsewhere'
+    for path in ('sample.py', 'evaluate.py', 'model.py', 'space.py', 'config/__init__.py', 'data/__init__.py', 'out/toy/best.pt', 'out/toy/tokenizer.json'):
+        (few / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / path, few / path)
+    alone = subprocess.run([sys.executable, 'sample.py', '--name=toy', '--device=cpu', '--text=hello my friend'], cwd=few, capture_output=True)
+    assert alone.stdout.decode() == done.stdout, alone.stderr.decode()
     report = run(root, 'sample.py', '--which=last')
     assert 'val step=115' in report.stderr and report.stdout == '' and report.returncode == 0
     assert 'does not exist; run: python train.py' in one_line(run(root, 'sample.py', '--name=other'))

@@ -50,7 +50,7 @@ def configure(g):
     defaults = {name: g[name] for name in names}
     if g['__name__'] != '__main__':
         return defaults
-    owners = {key: s for s in SCRIPTS if s != this for key in settings_block(ROOT / s)[0]}
+    owners = {key: s for s in SCRIPTS if s != this and (ROOT / s).is_file() for key in settings_block(ROOT / s)[0]}  # sample.py may be alone
     changes, typed = [], []
     for arg in sys.argv[1:]:
         if arg in ('-h', '--help'):
