@@ -64,13 +64,13 @@ def evaluate(model, space, shards, rows, batch_size=64):
     ours, theirs = [space.to_json(a) for a in answers], [space.to_json(t) for t in targets]
     per_field = {f: agreement([o and o[f] for o in ours], [t[f] for t in theirs]) for f in space.fields}
     even = [i for i, row in enumerate(rows) if row % 2 == 0 and ours[i]]
-    for f, figures in per_field.items():
-        figures['temperature'] = fit_temperature([[d for d in decisions[i] if d[0] == f] for i in even], [ours[i][f] == theirs[i][f] for i in even])
+    for f, values in per_field.items():
+        values['temperature'] = fit_temperature([[d for d in decisions[i] if d[0] == f] for i in even], [json.dumps(ours[i][f]) == json.dumps(theirs[i][f]) for i in even])
     field, majority = (float(np.mean([v[key] for v in per_field.values()])) for key in ('agree', 'majority'))
     figures = {
         'records': len(rows), 'kl': kl / steps, 'ce': ce / steps, 'teacher_forced': hits / steps,
         'student_only': sum(a == b for x, y in zip(answers, targets) for a, b in zip(x, y)) / steps,
-        'exact': sum(o == t for o, t in zip(ours, theirs)) / len(rows),
+        'exact': sum(a == t for a, t in zip(answers, targets)) / len(rows),  # tokens: to Python true is 1
         'field': field, 'majority': majority, 'closed': (field - majority) / (1 - majority) if majority < 1 else math.nan,
         'valid': sum(o is not None for o in ours) / len(rows)}
     return figures, per_field, answers
