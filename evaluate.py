@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data import read_texts, text_hash
 from model import decode
 
 
@@ -74,6 +75,22 @@ def evaluate(model, space, shards, rows, batch_size=64):
         'field': field, 'majority': majority, 'closed': (field - majority) / (1 - majority) if majority < 1 else math.nan,
         'valid': sum(o is not None for o in ours) / len(rows)}
     return figures, per_field, answers
+
+
+def truth_lines(path, space, shards, rows, answers):
+    """where texts of the .jsonl at path carry the truth, {"text": ..., "truth": {field: value}}: yields per field how often the
+    teacher and the student say it. rows: held-out records; answers: the student's, as output indices."""
+    place, said = {int(hash_): n for n, hash_ in enumerate(shards.hashes[rows])}, {field: [] for field in space.fields}
+    for text, truth, _ in read_texts(path, 'truth'):
+        if not isinstance(truth, dict) or (n := place.get(text_hash(text))) is None:
+            continue
+        teacher, student = space.to_json(shards.answer(rows[n]).tolist()), space.to_json(answers[n]) or {}
+        for field in said.keys() & truth:
+            said[field].append([json.dumps(answer.get(field)) == json.dumps(truth[field]) for answer in (teacher, student)])
+    for field, pairs in said.items():
+        if pairs:
+            teacher, student = np.mean(pairs, axis=0)
+            yield 'truth', {'name': field, 'records': len(pairs), 'teacher': float(teacher), 'student': float(student)}
 
 
 def linear_baseline(shards, space, train_rows, rows):

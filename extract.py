@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from config import configure
-from data import FORMAT, Hashes, Shards, Writer, clean, first_answers, shard_folders, stored_hashes, text_hash, tokenizer_hash, write_json
+from data import FORMAT, Hashes, Shards, Writer, clean, first_answers, read_texts, shard_folders, stored_hashes, text_hash, tokenizer_hash, write_json
 from model import pick_device
 from space import OutputSpace
 from teacher import Drafts, Teacher, answer_fitting, encode_prompt, fingerprint, load, peak_gb, verify_records
@@ -53,6 +53,7 @@ extract_batch = 64   # texts answered together; more do not help a CPU, a GPU wa
 max_records = 0      # stop after so many texts; 0: all of them
 min_text = 3         # tokens; shorter texts say too little to be labelled
 max_text = 25        # tokens; also the longest text the student will read
+too_long = 'refuse'  # longer texts are passed over, or 'cut': what is left of them is labelled as if it were all
 output_vocab = 525   # tokens whose logits are kept: what answers need, then whitespace, the prompt, frequent words
 extra_vocab = []     # strings whose tokens are kept too; the coverage line says when some are missing
 min_coverage = 0.95  # share of the teacher's probability that should lie on these tokens at every field, else there is advice
@@ -71,40 +72,29 @@ URL = re.compile(r'https?:|www\.|\b[\w-]+\.(com|org|net|io|edu|gov)\b', re.I)
 TAG = re.compile(r'</?[a-zA-Z!][^>]*>|<\||&\w+;|\[[^\]]*\]\([^)]*\)|```|\*\*')  # HTML, chat markup, markdown
 
 
-def read_texts(path):
-    """yields each line of a .jsonl as (text, answer or None, '') or ('', None, why it is no text); any bytes will do."""
-    with open(path, 'rb') as file:
-        for line in file:
-            try:
-                record = json.loads(line) if line.strip() else {'text': ''}
-                text = clean(record['text'])
-                text.encode()  # a lone surrogate is no text
-                yield (text, record.get('answer'), '') if text else ('', None, 'empty')
-            except UnicodeError:
-                yield '', None, 'bad_utf8'
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                yield '', None, 'bad_json'
-
-
-def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, counts=None):
+def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut=False, counts=None):
     """yields the texts worth labelling in groups of `size`, each a list of (hash, ids, answer), in the order of the file.
 
+    texts: from data.read_texts. cut: of a text longer than max_text tokens keep the first so many, else pass it over.
     Streams: all it remembers is 8 bytes a text. counts, a Counter, is told what became of each line.
     """
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     counts, seen, group, texts = Counter() if counts is None else counts, Hashes(), [], iter(texts)
+    most = 100 * max_text  # characters: no need to tokenize a book
     while block := list(islice(texts, 1024)):
-        reasons = [reason or ('long' if len(text) > 100 * max_text else 'url' if URL.search(text) else 'tag' if TAG.search(text) else '')
-                   for text, _, reason in block]
-        encodings = tokenizer.encode_batch(['' if reason else text for (text, *_), reason in zip(block, reasons)], add_special_tokens=False)
-        for (text, answer, _), reason, encoding in zip(block, reasons, encodings):
-            n, hash_ = len(encoding.ids), text_hash(text)
-            reason = reason or ('special' if special.intersection(encoding.ids) else 'short' if n < min_text else 'long' if n > max_text else
+        encodings = tokenizer.encode_batch([text[:most] for text, *_ in block], add_special_tokens=False)
+        for (text, answer, reason), encoding in zip(block, encodings):
+            ids, long = encoding.ids, len(encoding.ids) > max_text or len(text) > most
+            if cut and long:
+                ids, text = ids[:max_text], clean(text[:encoding.offsets[:max_text][-1][1]])  # the text as the student will read it
+            hash_ = text_hash(text)
+            reason = reason or ('long' if long and not cut else 'url' if URL.search(text) else 'tag' if TAG.search(text) else
+                                'special' if special.intersection(ids) else 'short' if len(ids) < min_text else
                                 'duplicate' if hash_ in seen else 'kept')
             counts[reason] += 1
             if reason == 'kept':
                 seen.add(hash_)
-                group.append((hash_, np.array(encoding.ids, np.uint32), answer))
+                group.append((hash_, np.array(ids, np.uint32), answer))
                 last = counts['kept'] == limit
                 if len(group) == size or last:
                     yield group
@@ -272,6 +262,8 @@ if __name__ == '__main__':
         signal.signal(number, lambda *_: sys.exit('\nstopped; the records written so far are safe, the same command goes on from there'))
     if not name or not dataset:
         sys.exit('no task; run: python extract.py config/demo.py')
+    if too_long not in ('cut', 'refuse'):
+        sys.exit(f"too_long is {too_long!r}; it must be one of 'cut', 'refuse'")
     source = Path(score) if score else Path('data', dataset, 'input.jsonl')
     if not source.is_file():
         sys.exit(f'{source} does not exist' + ('' if score else f'; run: python data/{dataset}/prepare.py'))
@@ -289,7 +281,7 @@ if __name__ == '__main__':
         full_lse = sys.maxsize if device.startswith('cuda') else 64
 
     # the first process finds out what is to do and tells the others
-    told, filters = [None], (min_text, max_text, max_records)
+    told, filters = [None], (min_text, max_text, max_records, too_long == 'cut')
     if rank == 0:
         task = {'teacher': teacher, 'prompt': prompt, 'chat': chat, 'fields': fields, 'indent': indent, 'fence': fence, 'constrain': constrain,
                 'output_vocab': output_vocab, 'extra_vocab': extra_vocab, 'score': bool(score)}

@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 
 from config import configure
 from data import Shards, clean, tokenizer_hash
-from evaluate import calibration_error, cascade, data_line, evaluate, report_lines
+from evaluate import calibration_error, cascade, data_line, evaluate, report_lines, truth_lines
 from model import Student, StudentConfig, decode, pick_device
 from model import confidence as confidence_of
 from space import OutputSpace
@@ -242,6 +242,9 @@ def report(checkpoint, model, space, shards, rows, work, temperature):
         say(f'{space.tokenizer.decode(shards.ids(i).tolist())}\n  teacher {shown(shards.answer(i).tolist())}\n  student {shown(outs)}')
     for line in report_lines(checkpoint['step'], figures, per_field, checkpoint['linear']):
         say(data_line(*line))
+    if (source := Path('data', dataset, 'input.jsonl')).is_file():
+        for line in truth_lines(source, space, shards, rows, answers):
+            say(data_line(*line))
     texts, start = iter([shards.ids(i).tolist() for i in rows]), time.perf_counter()
     held, decisions = zip(*decode(model, space, lambda wait: next(texts), sample_batch))
     money = cost(work, len(rows) / (time.perf_counter() - start), hour_price, teacher_price, calls_per_day)

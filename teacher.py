@@ -394,7 +394,7 @@ def verify_records(model, shards, space, rows):
         logits = model(torch.tensor([ids], device=model.device), logits_to_keep=len(outs)).logits[0].float().cpu()
         kept = logits[:, space.output_ids]
         below = torch.from_numpy(shards.answer(i, 'logits').astype(np.float32))
-        off = (kept - torch.from_numpy(top)[:, None] - below).abs()
+        off = (kept - torch.tensor(top)[:, None] - below).abs()
         off_lse = np.abs(logits.logsumexp(-1).numpy() - lse)[~np.isnan(lse)].max(initial=0)
         worst, beyond = max(worst, off.max().item(), off_lse), max(beyond, (off - below.abs() / 1024).max().item(), off_lse)  # fp16 keeps 11 bits
         if meta['constrain']:

@@ -1,16 +1,19 @@
 """Behaviour tests, one promise each: tiny random teachers, no network, under three minutes.    pytest -q"""
 import fcntl
+import io
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections import Counter
@@ -34,7 +37,7 @@ import teacher as engine_module
 import train
 from model import Cache, Student, StudentConfig, confidence, decode, generate
 from bench import stepwise
-from evaluate import agreement, calibration_error, cascade, evaluate, fit_temperature
+from evaluate import agreement, calibration_error, cascade, evaluate, fit_temperature, truth_lines
 from sample import cost, load_checkpoint
 from space import OutputSpace
 
@@ -236,6 +239,37 @@ def test_shipped_configs_fit_every_script(script, monkeypatch):
         assert configure_module.configure(g)['name'] == path.stem
 
 
+def prepared(folder, name, *args):
+    """the texts that a copy of data/<name>/prepare.py writes in folder."""
+    (folder / name).mkdir(exist_ok=True)
+    shutil.copy(ROOT / 'data' / name / 'prepare.py', folder / name)
+    done = subprocess.run([sys.executable, f'{name}/prepare.py', *args], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (folder / name / 'input.jsonl').open(encoding='utf-8')]
+
+
+def test_equations_have_the_solution_they_claim(tmp_path):
+    records = prepared(tmp_path, 'math')
+    for text, x in ((r['text'], r['truth']['x']) for r in records):
+        left, right = re.sub(r'(\d)x', r'\1*x', text).split('=')
+        assert eval(left, {'x': x}) == eval(right, {'x': x}) and -99 <= x <= 99
+    assert len(records) > 5000 and records == prepared(tmp_path, 'math')
+
+
+def test_mails_are_read_whatever_their_form(tmp_path):
+    mails = ['Subject: Re: [list] lunch\n\nOn Monday, Bob wrote:\n> are you there\nI will be there at noon, see http://a.org\n',
+             'Subject: =?utf-8?b?w6l0w6k=?=\nContent-Type: text/html\n\n<style>x</style><b>Buy</b> this &amp; that now or never\n',
+             'Subject: bad\nContent-Type: text/plain; charset=nobody-knows\n\none two three four five six\n', 'no headers', '']
+    (tmp_path / 'mail').mkdir()
+    with tarfile.open(tmp_path / 'mail/stdlib-x.tgz', 'w:gz') as package:
+        for n, mail in enumerate(mails):
+            content = json.dumps({'text': mail}).encode()
+            member = tarfile.TarInfo(f'package/data/spam-1/{n}.json')
+            member.size = len(content)
+            package.addfile(member, io.BytesIO(content))
+    assert {r['text'] for r in prepared(tmp_path, 'mail')} >= {'lunch. I will be there at noon, see', 'été. Buy this & that now or never'}
+
+
 # -----------------------------------------------------------------------------
 # output space
 
@@ -349,7 +383,7 @@ def test_texts_are_filtered_and_counted_whatever_they_hold(tokenizer, tmp_path):
     lines += [b'', b'not json', b'{"text": 3}', b'[]', b'{"text": "\xff\xfe"}', b'{"text": "\\ud800 a b"}', b'[' * 100000]
     (tmp_path / 'input.jsonl').write_bytes(b'\n'.join(lines))
     counts = Counter()
-    read = lambda size, **limits: list(extract.read_groups(extract.read_texts(tmp_path / 'input.jsonl'), tokenizer, size, 3, 60, **limits))
+    read = lambda size, **limits: list(extract.read_groups(data.read_texts(tmp_path / 'input.jsonl'), tokenizer, size, 3, 60, **limits))
     groups = read(3, counts=counts)
     assert counts == dict(kept=4, duplicate=1, short=1, url=1, tag=2, long=1, empty=3, bad_json=4, bad_utf8=2) and [len(g) for g in groups] == [3, 1]
     assert [tokenizer.decode(ids.tolist()) for group in groups for _, ids, _ in group] == [data.clean(t) for t in good] and groups[0][0][0] == data.text_hash(good[0])
@@ -357,6 +391,18 @@ def test_texts_are_filtered_and_counted_whatever_they_hold(tokenizer, tmp_path):
     extract_special = [('<turn>' 'cat sat', None, '')]
     assert list(extract.read_groups(extract_special, tokenizer, 4, 1, 60)) == []
     assert list(extract.fetch_ahead(iter(range(5)))) == list(range(5))
+
+
+def test_long_texts_are_cut_as_the_student_will_cut_them(tokenizer):
+    long = ['the cat sat on a mat', 'the cat sat on a mat and said hello to my friend', 'the cat sat on a dog', 'été 日本 😀 été 日本 😀', 'a cat ' * 3000]
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    for max_text in range(1, 12):
+        (group,) = extract.read_groups([(text, None, '') for text in long], tokenizer, 9, 1, max_text, cut=True, counts=(counts := Counter()))
+        assert [ids.tolist() for _, ids, _ in group] == list(map(list, dict.fromkeys(tuple(encode(text)[:max_text]) for text in long))) and not counts['long']
+    assert counts['kept'] + counts['duplicate'] == len(long)
+    text = 'the cat sat'
+    ((hash_, ids, _),), = extract.read_groups([(f'{text} on www.cat.org', None, '')], tokenizer, 9, 1, len(encode(text)), cut=True)
+    assert hash_ == data.text_hash(text) and ids.tolist() == encode(text)  # what is cut off does not count
 
 
 def test_pip_teachers_are_found_without_running_their_package(tmp_path, monkeypatch):
@@ -1078,6 +1124,24 @@ def test_evaluate_matches_a_slow_twin(project):
     expected = dict(records=n, kl=kl / steps, teacher_forced=hits / steps, student_only=same / steps, exact=exact / n, valid=valid / n, field=fields / n)
     assert {k: figures[k] for k in expected} == pytest.approx(expected, rel=1e-4)
     assert figures['majority'] == pytest.approx(np.mean([f['majority'] for f in per_field.values()]))
+
+
+def test_teacher_and_student_are_shown_against_the_truth_where_there_is_one(project, tmp_path):
+    shards = data.Shards('toy', 'toy', project / 'data')
+    _, model, space = load_checkpoint(project / 'out/toy', 'cpu')
+    rows = shards.split()[1]
+    answers = generate(model, space, [shards.ids(i).tolist() for i in rows])
+    records, expected = [{'text': 'of another split', 'truth': {'spam': True}}, {'text': 'no truth'}, {'text': 'bad', 'truth': 3}], []
+    for n, i in enumerate(rows):
+        truth = {'spam': n % 3 == 0} | ({'tone': 'friendly'} if n % 2 else {})
+        records.append({'text': space.tokenizer.decode(shards.ids(i).tolist()), 'truth': truth})
+        expected += [(f, space.to_json(shards.answer(i).tolist())[f] == v, space.to_json(answers[n])[f] == v) for f, v in truth.items()]
+    (tmp_path / 'input.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records))
+    lines = {line['name']: line for _, line in truth_lines(tmp_path / 'input.jsonl', space, shards, rows, answers)}
+    for field in FIELDS:
+        mine = [pair[1:] for pair in expected if pair[0] == field]
+        assert [lines[field][k] for k in ('records', 'teacher', 'student')] == pytest.approx([len(mine), *np.mean(mine, axis=0)])
+    assert not list(truth_lines(project / 'data/toy/input.jsonl', space, shards, rows, answers))
 
 
 def test_each_line_in_is_one_json_line_out_in_order(project, tmp_path):

@@ -31,6 +31,21 @@ def clean(text):
     return ' '.join(text.split())
 
 
+def read_texts(path, key='answer'):
+    """yields each line of a .jsonl as (text, what it holds under key or None, '') or ('', None, why it is no text); any bytes will do."""
+    with open(path, 'rb') as file:
+        for line in file:
+            try:
+                record = json.loads(line) if line.strip() else {'text': ''}
+                text = clean(record['text'])
+                text.encode()  # a lone surrogate is no text
+                yield (text, record.get(key), '') if text else ('', None, 'empty')
+            except UnicodeError:
+                yield '', None, 'bad_utf8'
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                yield '', None, 'bad_json'
+
+
 def text_hash(text):
     """64-bit hash of a cleaned text, the same on every machine. UnicodeEncodeError on a lone surrogate."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'little')

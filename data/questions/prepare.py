@@ -1,0 +1,26 @@
+"""Questions people ask in the chitchat-dataset package -> data/questions/input.jsonl
+
+    python data/questions/prepare.py
+
+The last sentence of each message that ends in a question mark: what an assistant would be asked.
+"""
+import importlib.util
+import json
+import os
+import random
+import re
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec('chitchat_dataset') is None:
+    sys.exit('the chat messages come in a package; run: pip install chitchat-dataset')
+source = Path(importlib.util.find_spec('chitchat_dataset').origin).parent / 'dataset.json'
+conversations = json.loads(source.read_text(encoding='utf-8')).values()
+messages = [part['text'] for talk in conversations for turn in talk['messages'] for part in turn]
+asked = sorted({re.split(r'(?<=[.!?])\s+', text.strip())[-1] for text in messages if text.strip().endswith('?')})
+random.Random(1337).shuffle(asked)  # one order on every machine, and any first thousand is a fair sample
+target = Path(__file__).parent / 'input.jsonl'
+with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
+    file.writelines(json.dumps({'text': text}) + '\n' for text in asked)
+os.replace(target.with_suffix('.tmp'), target)
+print(f'{target}: {len(asked)} questions in {len(messages)} messages')
