@@ -239,6 +239,20 @@ def test_shipped_configs_fit_every_script(script, monkeypatch):
         assert configure_module.configure(g)['name'] == path.stem
 
 
+def test_commands_that_are_shown_name_files_and_settings_that_exist():
+    documents = [ROOT / 'README.md', *(ROOT / script for script in configure_module.SCRIPTS), *(ROOT / 'config').glob('*.py')]
+    text = '\n'.join(document.read_text() for document in documents)
+    commands = re.findall(r'(?:python|torchrun \S+) ([\w/]+\.py)((?: +(?:--\w+=(?:"[^"]*"|[^\s`]*)|config/\w+\.py))*)', text)
+    assert len(commands) > 50
+    for script, arguments in commands:
+        assert (ROOT / script).is_file() or 'mine' in script, script
+        for argument in re.findall(r'config/\w+\.py|--\w+', arguments):
+            if argument.startswith('config/'):
+                assert (ROOT / argument).is_file() or 'mine' in argument, (script, argument)
+            elif script in configure_module.SCRIPTS:
+                assert argument[2:] in configure_module.settings_block(ROOT / script)[0], (script, argument)
+
+
 def prepared(folder, name, *args):
     """the texts that a copy of data/<name>/prepare.py writes in folder."""
     (folder / name).mkdir(exist_ok=True)
