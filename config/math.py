@@ -32,7 +32,7 @@ Solution:
 Equation: {text}
 Solution:
 '''
-max_records = 2000
+max_records = 8000
 # student: the teacher's table, frozen, and four small layers of its own
 init_from = 'teacher'
 teacher_layers = 'none'

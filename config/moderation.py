@@ -21,7 +21,7 @@ _shots = [
     ('The train was late again today.', 'none', 0, True),
 ]
 prompt = ''.join(f'Comment: {text}\nDecision:\n{json.dumps(dict(zip(fields, values)), separators=(",", ":"))}\n' for text, *values in _shots) + 'Comment: {text}\nDecision:\n'
-max_records = 2000
+max_records = 4000
 # student: the teacher's table, frozen, and four small layers of its own
 init_from = 'teacher'
 teacher_layers = 'none'

@@ -22,7 +22,7 @@ _shots = [
     ('How are you doing today?', 'none', False),
 ]
 prompt = ''.join(f'Question: {text}\nAnswer:\n{json.dumps(dict(zip(fields, values)), separators=(",", ":"))}\n' for text, *values in _shots) + 'Question: {text}\nAnswer:\n'
-max_records = 2000
+max_records = 4000
 # student: the teacher's table, frozen, and four small layers of its own
 init_from = 'teacher'
 teacher_layers = 'none'
