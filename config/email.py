@@ -34,7 +34,7 @@ n_mlp = 768
 block_size = 115
 token_dropout = 0.15
 # training
-max_epochs = 8
+max_epochs = 20
 batch_size = 32
 learning_rate = 1e-3
 min_lr = 1e-4
