@@ -19,4 +19,4 @@ test: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv out data/*/*.jsonl data/*/*-[0-9][0-9]
+	rm -rf .venv .pytest_cache

@@ -199,6 +199,8 @@ def plan(task, teacher, dataset, name, source, filters):
         meta = task | {'format': FORMAT, 'tokenizer_hash': tokenizer_hash(tokenizer), 'vocab_size': len(frequency), 'before': before, 'after': after,
                        'end_id': end_id, 'output_ids': space.output_ids, 'n_required': space.n_required, 'max_answer': space.max_answer,
                        'start_id': start_id, 'min_text': filters[0], 'max_text': filters[1]}
+        for misfit in list(space.misfits(task['prompt']))[:3]:
+            print(f'look at the prompt: {misfit}')
     V = len(meta['output_ids'])
     print(f'vocab required={meta["n_required"]} auxiliary={V - meta["n_required"]} total={V} teacher={meta["vocab_size"]}')
     print(f'data/{dataset}/{name}-* holds {len(done)} texts, {todo} are to do')
@@ -270,7 +272,11 @@ if __name__ == '__main__':
         sys.exit(f"too_long is {too_long!r}; it must be one of 'cut', 'refuse'")
     source = Path(score) if score else Path('data', dataset, 'input.jsonl')
     if not source.is_file():
-        sys.exit(f'{source} does not exist' + ('' if score else f'; run: python data/{dataset}/prepare.py'))
+        known = ', '.join(sorted(path.parent.name for path in Path('data').glob('*/prepare.py')))
+        advice = '' if score else f'; run: python data/{dataset}/prepare.py' if source.parent.is_dir() else f'; a prepare.py is in the folders {known} of data/'
+        sys.exit(f'{source} does not exist{advice}')
+    if prompt.count('{text}') != 1:
+        sys.exit(f'the prompt must hold {{text}} once, where the text goes, not {prompt.count("{text}")} times')
     world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))  # torchrun sets them
     if world > 1:
         dist.init_process_group('gloo', timeout=datetime.timedelta(days=7))

@@ -71,7 +71,7 @@ def load_checkpoint(folder, device, which='best'):
     if which == 'last' or not path.is_file():
         path = Path(folder, 'ckpt.pt')
     if not path.is_file():
-        sys.exit(f'{path} does not exist; run: python train.py config/{Path(folder).name}.py')
+        sys.exit(f'{path} does not exist; run: python train.py {next((a for a in sys.argv[1:] if a.endswith(".py")), f"config/{Path(folder).name}.py")}')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
         with torch.device('meta'):
@@ -221,7 +221,7 @@ def cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
             'days': calls / calls_per_day}
 
 
-def held_out(dataset, name, task):
+def find_shards(dataset, name, task):
     """the Shards a student was trained on, or None where they are not here."""
     try:
         shards = Shards(dataset, name)
@@ -278,7 +278,7 @@ if __name__ == '__main__':
     task = checkpoint['task']
     if bench:
         from bench import bench_decoding  # it needs transformers and the teacher
-        sys.exit(bench_decoding(model, space, task, held_out(dataset, name, task), teacher, device, say))
+        sys.exit(bench_decoding(model, space, task, find_shards(dataset, name, task), teacher, device, say))
     ask = ask_teacher(teacher, task, space, device) if min_confidence and any(arg.startswith('--teacher=') for arg in sys.argv) else None
     temperature = {f: figures['temperature'] for f, figures in checkpoint['per_field'].items()}
     args = model, space, task, temperature, sample_batch, constrain, too_long, confidence, min_confidence, ask
@@ -287,7 +287,7 @@ if __name__ == '__main__':
             one = iter([text.encode('utf-8', 'replace')])
             label_stream((lambda wait: next(one)) if text else arriving(open(input or 0, 'rb')), *args)
             sys.exit()
-        if shards := held_out(dataset, name, task):
+        if shards := find_shards(dataset, name, task):
             last = Path('out', run or name, 'ckpt.pt')  # it knows how long the whole training took
             work = torch.load(last, map_location='cpu', weights_only=True, mmap=True)['work'] if last.exists() else checkpoint['work']
             report(checkpoint, model, space, shards, shards.split()[1], work, temperature)

@@ -8,6 +8,7 @@ in space.output_ids: what the student predicts and output.bin stores.
 """
 import json
 import random
+import re
 
 import torch
 
@@ -39,7 +40,7 @@ class OutputSpace:
     def __init__(self, tokenizer, fields, indent=None, fence=False, end_id=None, auxiliary=()):
         self.tokenizer, self.fields, self.indent, self.fence, self.end_id = tokenizer, fields, indent, fence, end_id
         for name, values in fields.items():
-            if not values or len({json.dumps(v) for v in values}) < len(values):
+            if not isinstance(values, list) or not values or len({json.dumps(v) for v in values}) < len(values):
                 raise ValueError(f'field {name!r} needs a list of different values, not {values!r}')
         if not any(len(values) > 1 for values in fields.values()):
             raise ValueError("nothing to decide; a task needs fields = {'name': [two or more allowed values], ...}")
@@ -140,6 +141,18 @@ class OutputSpace:
             outs = [self.output_index.get(t, -1) for t in self.encode(values)]
             if -1 in outs or self.walk(outs) != self.done:
                 raise ValueError(f'the tokenizer writes {self.text(values)!r} in a way its parts do not; try another indent')
+
+    def misfits(self, prompt):
+        """yields each JSON object a prompt shows that is not an answer of this schema in the form it will be asked for."""
+        for shown in re.findall(r'\{[^{}]*"[^{}]*\}', prompt):
+            try:
+                answer = json.loads(shown)
+            except ValueError:
+                continue
+            if self.from_json(answer) is None:
+                yield f'{shown} is no answer of this schema'
+            elif shown not in (due := self.text([answer[name] for name in self.fields])):
+                yield f'{shown} will have to be written {due.strip()}'
 
     def walk(self, outs):
         """state after the output indices outs, -1 once they have left the schema."""

@@ -64,10 +64,8 @@ def load(auto_class, teacher, **options):
 
 
 def encode_prompt(tokenizer, prompt, chat):
-    """ids before the text, ids after it, and the id that ends an answer (None: a newline does)."""
+    """ids before the {text} of a prompt, ids after it, and the id that ends an answer (None: a newline does)."""
     encode, end_id = tokenizer.backend_tokenizer.encode, None
-    if prompt.count('{text}') != 1:
-        sys.exit(f'the prompt must hold {{text}} once, where the text goes; it does {prompt.count("{text}")} times')
     if chat:
         if not tokenizer.chat_template:
             sys.exit('this teacher has no chat template; set chat = False and write a few-shot prompt (see config/demo.py)')

@@ -304,6 +304,20 @@ def test_the_automaton_accepts_exactly_the_valid_answers(tokenizer, fields, inde
         assert space.to_json(outs[:-1]) is None
 
 
+def test_examples_that_are_not_in_the_form_of_the_answer_are_named(tokenizer):
+    space = OutputSpace(tokenizer, FIELDS)
+    good = space.text(['neutral', True])
+    assert not list(space.misfits(good + 'say {text} or {x: y}\n{"tone": "neutral" | "friendly"}\n'))
+    wrong = good.replace(',', ', '), good.replace('neutral', 'angry'), '{"spam":true,"tone":"neutral"}', '{"tone":"neutral"}'
+    assert [m.split('} ')[1][:16] for m in space.misfits(' '.join(wrong))] == ['will have to be ', 'is no answer of ', 'will have to be ', 'is no answer of ']
+    for path in (ROOT / 'config').glob('[!_]*.py'):
+        task = runpy.run_path(str(path))
+        style = SimpleNamespace(fields=task['fields'], indent=task.get('indent'), fence=task.get('fence'), end_id=1, text=None, from_json=None)
+        style.text, style.from_json = (lambda values: OutputSpace.text(style, values)), lambda answer: answer if all(
+            answer[f] in values for f, values in task['fields'].items()) else None
+        assert not list(OutputSpace.misfits(style, task['prompt'])), path
+
+
 def test_output_vocabulary_is_required_then_auxiliary(tokenizer):
     space = OutputSpace(tokenizer, FIELDS, auxiliary=[50, 51, 50])
     assert space.output_ids[-2:] == [50, 51] and len(set(space.output_ids)) == len(space.output_ids) == space.n_required + 2
@@ -315,7 +329,7 @@ def test_output_vocabulary_is_required_then_auxiliary(tokenizer):
 
 
 def test_schemas_that_cannot_work_are_refused(tokenizer):
-    for fields in ({}, {'a': []}, {'a': [1, 1]}):
+    for fields in ({}, {'a': []}, {'a': [1, 1]}, {'a': True, 'b': [1, 2]}, {'a': 'yes'}):
         with pytest.raises(ValueError):
             OutputSpace(tokenizer, fields)
 
@@ -387,8 +401,6 @@ def test_prompts_are_cut_at_the_text(teachers):
     assert (decode(before), decode(after), end_id) == ('<bos>say ', ' !', None)
     before, after, end_id = engine_module.encode_prompt(tokenizer, 'say {text} !', chat=True)
     assert (decode(before), decode(after), decode([end_id])) == ('<bos>user:say ', ' !<turn>assistant:', '<turn>')
-    with pytest.raises(SystemExit, match='once'):
-        engine_module.encode_prompt(tokenizer, 'say', chat=False)
 
 
 def test_texts_are_filtered_and_counted_whatever_they_hold(tokenizer, tmp_path):
@@ -649,6 +661,7 @@ def test_another_task_or_a_second_run_does_not_touch_a_folder(project):
         fcntl.flock(file, fcntl.LOCK_EX)
         assert 'another run is writing' in one_line(run(project, 'extract.py'))
     assert 'prepare.py' in one_line(run(project, 'extract.py', '--dataset=nowhere'))
+    assert 'hold {text} once' in one_line(run(project, 'extract.py', '--prompt=say', '--name=other'))
     assert 'nothing to verify' in one_line(run(project, 'extract.py', '--verify=3', '--name=other'))
     assert (project / 'data/toy/toy-00/index.bin').read_bytes() == before
 
@@ -1101,6 +1114,9 @@ def test_a_finished_or_foreign_checkpoint_is_not_overwritten(project, tmp_path):
     assert 'trained already' in run(project, 'train.py').stdout
     before = (project / 'out/toy/ckpt.pt').read_bytes()
     assert 'n_layer 2 there, 3 here' in one_line(run(project, 'train.py', '--n_layer=3'))
+    shards = data.Shards('toy', 'toy', project / 'data')
+    needs = shards.meta['max_text'] + shards.meta['max_answer']  # more than any record here has, but not than a text may have
+    assert f'set block_size = {needs} or more' in one_line(run(project, 'train.py', f'--block_size={needs - 1}', '--run=small'))
     assert (project / 'out/toy/ckpt.pt').read_bytes() == before
     root = clone_task(project, tmp_path, 'toy-00', 'out')
     for content in (before[:1000], b'', b'\x80\x04\x95cos\nsystem\n(S"touch hacked"\ntR.'):

@@ -44,7 +44,7 @@ run = ''               # ... and out/<run> written; '': out/<name>. Many student
 max_records = 0        # train on those of the first so many records that are not held out; 0: all
 init_from = 'scratch'  # how a new run starts: 'scratch', or 'teacher': with its embedding table and some of its layers.
                        # A run that was interrupted goes on either way; 'resume' insists on one
-overwrite = False      # start over where out/<name> holds another or a finished run
+overwrite = False      # start over where out/<run> holds another or a finished run
 teacher_layers = 'first'  # of a 'teacher' start: its 'first' n_layer layers, 'even'ly spaced ones, or 'none': the table alone.
                        # With layers, the student's shape is the teacher's and the sizes below, n_layer excepted, are not used
 freeze_table = True    # of a 'teacher' start: keep the embedding table as it is. It knows words that training never shows
@@ -224,6 +224,7 @@ if __name__ == '__main__':
     begin = time.time()
     world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))  # torchrun sets them
     out, device = Path('out', run or name), pick_device(device)
+    task_file = next((a for a in sys.argv[1:] if a.endswith('.py')), f'config/{name}.py')
     if world > 1:
         dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
         if device == 'cuda':
@@ -233,7 +234,7 @@ if __name__ == '__main__':
     try:
         shards = Shards(dataset, name)
     except (FileNotFoundError, ValueError) as error:
-        sys.exit(f'{error}; run: python extract.py config/{name}.py')
+        sys.exit(f'{error}; run: python extract.py {task_file}')
     meta = shards.meta
     train_rows, val_rows = shards.split()
     if max_records:
@@ -242,10 +243,9 @@ if __name__ == '__main__':
         sys.exit(f'{len(train_rows)} records to train on and {len(val_rows)} held out are too few for batch_size = {batch_size}; extract more')
     if eval_records:
         val_rows = val_rows[np.random.default_rng(0).permutation(len(val_rows))[:eval_records]]  # the same for every seed
-    lengths = [len(shards.ids(i)) + len(shards.answer(i)) for i in range(len(shards))]
-    if max(lengths) > block_size:
-        sys.exit(f'the longest record has {max(lengths)} tokens; set block_size = {max(lengths)} or more')
-    lengths = np.array(lengths)[train_rows]
+    if (needs := meta['max_text'] + meta['max_answer']) > block_size:
+        sys.exit(f'a text may have {meta["max_text"]} tokens and an answer {meta["max_answer"]}; set block_size = {needs} or more')
+    lengths = np.array([len(shards.ids(i)) + len(shards.answer(i)) for i in train_rows])
 
     # a run goes on only as the run it was: same settings, same records
     sizes = dict(vocab_size=meta['vocab_size'], output_vocab=len(meta['output_ids']), block_size=block_size, n_layer=n_layer, n_head=n_head,
@@ -263,7 +263,7 @@ if __name__ == '__main__':
         old, new = ({**f['config'], **f['task'], 'n_train': f['n_train']} for f in (checkpoint, facts))
         differ = [f'{key} {old.get(key)!r:.40} there, {new[key]!r:.40} here' for key in new if new[key] != old.get(key) and (key, new[key]) != ('init_from', 'resume')]
         if differ:
-            sys.exit(f'{out} holds another run ({"; ".join(differ)}); choose another name, or replace it with --overwrite=True')
+            sys.exit(f'{out} holds another run ({"; ".join(differ)}); keep both with --run=other, or replace it with --overwrite=True')
         facts['config'] = checkpoint['config']
         if checkpoint['config']['init_from'] == 'teacher' and freeze_table:
             model.wte.requires_grad_(False)
@@ -283,7 +283,7 @@ if __name__ == '__main__':
     step, per_epoch = checkpoint['step'], math.ceil(len(train_rows) / batch_size)
     n_steps = max_epochs * per_epoch
     if checkpoint.get('finished'):
-        sys.exit(say(f'{out} is trained already ({step} steps); another run needs another name, or --overwrite=True'))
+        sys.exit(say(f'{out} is trained already ({step} steps); train another beside it with --run=other, or again with --overwrite=True'))
     counts = model.count_params()
     say('model ' + ' '.join(f'{k}={n / 1e6:.1f}M' for k, n in counts.items()).replace('total', 'params'))
     say(data_line('check', check_data(shards, space, train_rows, val_rows, np.random.default_rng(seed))))
@@ -438,4 +438,6 @@ if __name__ == '__main__':
     if importlib.util.find_spec('matplotlib'):
         from report import draw
         draw(out, shards, val_rows)
-    print(f'trained; best {best_by} at step {best["step"]}. Try it: python sample.py {" ".join(a for a in sys.argv[1:] if a.endswith(".py"))} --text="..."')
+    if best['step'] == n_steps:
+        print(f'the last epoch was the best: more of them (max_epochs = {2 * max_epochs}) may be better still')
+    print(f'trained; best {best_by} at step {best["step"]}. Try it: python sample.py {task_file}{f" --run={run}" if run else ""} --text="..."')

