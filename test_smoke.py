@@ -262,6 +262,18 @@ def prepared(folder, name, *args):
     return [json.loads(line) for line in (folder / name / 'input.jsonl').open(encoding='utf-8')]
 
 
+def test_a_file_of_any_kind_becomes_texts(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(b'one, two\n\n  three \none, two\n\xff bad\n')
+    (tmp_path / 'a.csv').write_text('id,text\n1,"one, two"\n2,three\n3\n')
+    (tmp_path / 'a.tsv').write_text('one, two\t1\nthree "\t2\n')
+    (tmp_path / 'a.jsonl').write_text('{"text": "one, two"}\n{"no": 1}\nnot json\n{"text": 3}\n{"text": "three"}\n')
+    texts = {kind: [r['text'] for r in prepared(tmp_path, 'reddit', f'--input={tmp_path}/a.{kind}')] for kind in ('txt', 'csv', 'tsv', 'jsonl')}
+    assert texts == dict(txt=['one, two', 'three', '\ufffd bad'], csv=['one, two', 'three'], tsv=['one, two', 'three "'], jsonl=['one, two', 'three'])
+    for wrong in ('--input', '--input=nowhere.txt', 'a.txt'):
+        done = subprocess.run([sys.executable, 'reddit/prepare.py', wrong], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def test_equations_have_the_solution_they_claim(tmp_path):
     records = prepared(tmp_path, 'math')
     for text, x in ((r['text'], r['truth']['x']) for r in records):
