@@ -48,7 +48,7 @@ n_embd = 128
 n_mlp = 512
 block_size = 50        # 25 in + 25 out
 token_dropout = 0.15
-# training: the divergence alone (train.py's default), see README.md
+# training
 max_epochs = 12
 batch_size = 32
 learning_rate = 1e-3

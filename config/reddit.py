@@ -38,5 +38,5 @@ max_epochs = 15
 batch_size = 64
 learning_rate = 3e-4
 min_lr = 3e-5
-kl_start = 0.9
+kl_start = 0.9         # the curriculum: first what the teacher hesitates between, then what it decides
 kl_end = 0.1
