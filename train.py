@@ -62,7 +62,7 @@ divergence = 'forward'  # from the teacher's distribution: 'forward' KL, 'revers
 jsd_beta = 0.5         # weight of the teacher in the mixture of jsd
 kl_start = 0.9         # weight of the divergence at the first step ...
 kl_end = 0.1           # ... and at the last, on a cosine; the rest of 1 is on the cross-entropy with the teacher's token. 1 and 1,
-                       # the divergence alone, ends at a far lower kl and agrees less: near ties stay undecided (README.md)
+                       # the divergence alone, is better for many passes over few records, and worse for few passes (README.md)
 kd_temperature = 1.0   # softens both distributions of the divergence
 kd_anneal = False      # bring it down to 1 over the run, in a line
 # optimizer
