@@ -128,7 +128,7 @@ def report_lines(step, figures, per_field, linear):
 
 
 def fit_temperature(decisions, right):
-    """the temperature, 0.01 to 10, at which the confidence in one field's values is most likely to have come with these hits.
+    """the temperature, 0.1 to 10, at which the confidence in one field's values is most likely to have come with these hits.
     decisions: per record those of the field (see model.confidence); right: per record whether its value is the teacher's.
 
     One number per field, after https://arxiv.org/abs/1706.04599, but fitted on the student's own answers: its probabilities are those
@@ -139,7 +139,7 @@ def fit_temperature(decisions, right):
         return 1.0
     record = torch.tensor([n for n, i in enumerate(rows) for _ in decisions[i]])
     logits, choice = torch.stack([z for i in rows for _, z, _ in decisions[i]]), torch.tensor([c for i in rows for *_, c in decisions[i]])
-    hit, grid = torch.tensor([float(right[i]) for i in rows]), torch.logspace(-2, 1, 121)
+    hit, grid = torch.tensor([float(right[i]) for i in rows]), torch.logspace(-1, 1, 81)
     losses = []
     for t in grid:
         log_p = (logits / t).log_softmax(-1).gather(1, choice[:, None])[:, 0]
