@@ -79,7 +79,7 @@ def evaluate(model, space, shards, rows, batch_size=64):
 
 def truth_lines(path, space, shards, rows, answers):
     """where texts of the .jsonl at path carry the truth, {"text": ..., "truth": {field: value}}: yields per field how often the
-    teacher and the student say it. rows: held-out records; answers: the student's, as output indices."""
+    teacher and the student say it. rows: held-out records; answers: the student's, as output indices. Texts that were cut are not found."""
     place, said = {int(hash_): n for n, hash_ in enumerate(shards.hashes[rows])}, {field: [] for field in space.fields}
     for text, truth, _ in read_texts(path, 'truth'):
         if not isinstance(truth, dict) or (n := place.get(text_hash(text))) is None:

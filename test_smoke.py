@@ -1,4 +1,4 @@
-"""Behaviour tests, one promise each: tiny random teachers, no network, under three minutes.    pytest -q"""
+"""Behaviour tests, one promise each: tiny random teachers, no network, in three minutes or so.    pytest -q"""
 import fcntl
 import io
 import json
