@@ -951,9 +951,24 @@ def test_ignored_positions_have_no_gradient_and_temperature_scales_by_its_square
 
 def test_both_terms_are_always_in_the_gradient_and_the_schedule_ends_where_it_should():
     at = lambda step: train.schedule(step, 100, 1.0, 0.1, 0.1, 0.9, 0.1)
-    assert at(0) == (pytest.approx(0.1), pytest.approx(0.9)) and at(99) == (pytest.approx(0.1), pytest.approx(0.1))
+    assert at(0) == (pytest.approx(0.1), pytest.approx(0.9), 1) and at(99) == (pytest.approx(0.1), pytest.approx(0.1), 1)
     assert at(9)[0] == pytest.approx(1.0) and at(10)[0] == pytest.approx(1.0)
     assert all(0.1 <= at(s)[1] <= 0.9 for s in range(100)) and all(at(s)[0] >= at(s + 1)[0] for s in range(10, 99))
+    tau = lambda step, anneal: train.schedule(step, 101, 1.0, 0.1, 0.1, 1.0, 1.0, 0.1, anneal)[2]
+    assert [tau(step, True) for step in (0, 50, 100)] == pytest.approx([0.1, 0.55, 1.0]) and tau(0, False) == tau(100, False) == 0.1
+
+
+def test_a_low_temperature_gives_near_ties_a_larger_share_of_the_gradient():
+    def share(tau):
+        """of the gradient: a near tie, beside a clear decision whose confidence alone is off."""
+        logits = torch.tensor([[0.0, 0.0], [2.0, -2.0]], requires_grad=True)
+        train.distill_loss(logits, torch.tensor([[0.1, -0.1], [1.5, -1.5]]), torch.tensor([0, 0]), 1.0, tau)[0].backward()
+        tie, clear = logits.grad.norm(dim=1)
+        return (tie / (tie + clear)).item()
+    # by hand, two classes: tau (sigmoid(student's difference / tau) - sigmoid(teacher's / tau)) for both, here at tau = 1
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+    tie, clear = abs(sigmoid(0) - sigmoid(0.2)), abs(sigmoid(4) - sigmoid(3))
+    assert share(1.0) == pytest.approx(tie / (tie + clear), rel=1e-4) and share(0.1) > 0.99 > share(1.0)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(space, tmp_path):

@@ -63,8 +63,8 @@ jsd_beta = 0.5         # weight of the teacher in the mixture of jsd
 kl_start = 0.9         # weight of the divergence at the first step ...
 kl_end = 0.1           # ... and at the last, on a cosine; the rest of 1 is on the cross-entropy with the teacher's token. 1 and 1,
                        # the divergence alone, is better for many passes over few records, and worse for few passes (README.md)
-kd_temperature = 1.0   # softens both distributions of the divergence
-kd_anneal = False      # bring it down to 1 over the run, in a line
+kd_temperature = 1.0   # of both distributions in the divergence: above 1 it softens them; below 1 it makes near ties weigh more (README.md)
+kd_anneal = False      # from there to 1 over the run, in a line
 # optimizer
 max_epochs = 15
 batch_size = 64        # records per optimizer step
@@ -122,12 +122,14 @@ def cosine(start, end, progress):
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def schedule(step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end):
-    """learning rate and KL weight of a step, 0 <= step < n_steps."""
+def schedule(step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end, kd_temperature=1.0, kd_anneal=False):
+    """learning rate, KL weight and temperature of a step, 0 <= step < n_steps."""
     n_warm = max(1, round(warmup * n_steps))
     lr = learning_rate * (step + 1) / n_warm if step < n_warm else \
         cosine(learning_rate, min_lr, (step - n_warm) / max(1, n_steps - 1 - n_warm))
-    return lr, cosine(kl_start, kl_end, step / max(1, n_steps - 1))
+    progress = step / max(1, n_steps - 1)
+    tau = kd_temperature + (1 - kd_temperature) * progress if kd_anneal else kd_temperature  # https://arxiv.org/abs/2104.07163
+    return lr, cosine(kl_start, kl_end, progress), tau
 
 
 # -----------------------------------------------------------------------------
@@ -352,8 +354,7 @@ if __name__ == '__main__':
         if k == 0 or order is None:
             order = batches(lengths, batch_size, seed, epoch)
         rows = train_rows[order[k]]
-        lr, kl_weight = schedule(step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end)
-        tau = kd_temperature + (1 - kd_temperature) * step / max(1, n_steps - 1) if kd_anneal else kd_temperature
+        lr, kl_weight, tau = schedule(step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end, kd_temperature, kd_anneal)
         for group in optimizer.param_groups:
             group['lr'] = lr
         torch.manual_seed((seed + step) * world + rank)  # dropout too is a function of the step: resuming needs no generator state
