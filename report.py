@@ -51,8 +51,9 @@ def draw(out, shards, rows):
     axes[0, 0].plot(column('val', 'step'), column('val', 'kl'), 'k.--', label='held-out kl')
     axes[0, 0].set(title='nats per answer token', yscale='log', xlabel='step')
     axes[0, 1].plot(column('train', 'step'), column('train', 'kl_weight'), label='kl weight')
+    axes[0, 1].plot(column('train', 'step'), column('train', 'tau'), label='temperature')
     axes[0, 1].plot(column('train', 'step'), np.array(column('train', 'lr')) / max(column('train', 'lr')), label='learning rate / peak')
-    axes[0, 1].set(title='curriculum', xlabel='step', ylim=(0, 1.05))
+    axes[0, 1].set(title='curriculum', xlabel='step', ylim=(0, None))
     for key in ('field', 'exact', 'majority', 'linear_field'):
         if all(key in f for t, f in lines if t == 'val'):
             axes[0, 2].plot(column('val', 'step'), column('val', key), '.-', label=key)

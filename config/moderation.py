@@ -36,5 +36,3 @@ max_epochs = 8
 batch_size = 32
 learning_rate = 1e-3
 min_lr = 1e-4
-kl_start = 1.0         # the divergence alone: cross-entropy learns few records by heart when it sees them many times (README.md)
-kl_end = 1.0
