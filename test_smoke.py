@@ -950,7 +950,7 @@ def test_ignored_positions_have_no_gradient_and_temperature_scales_by_its_square
 
 
 def test_both_terms_are_always_in_the_gradient_and_the_schedule_ends_where_it_should():
-    at = lambda step: train.schedule(step, 100, 1.0, 0.1, 0.1, 0.9, 0.1)
+    at = lambda step: train.schedule(step, 100, 1.0, 0.1, 0.1, 0.9, 0.1, 1.0, False)
     assert at(0) == (pytest.approx(0.1), pytest.approx(0.9), 1) and at(99) == (pytest.approx(0.1), pytest.approx(0.1), 1)
     assert at(9)[0] == pytest.approx(1.0) and at(10)[0] == pytest.approx(1.0)
     assert all(0.1 <= at(s)[1] <= 0.9 for s in range(100)) and all(at(s)[0] >= at(s + 1)[0] for s in range(10, 99))

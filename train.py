@@ -62,8 +62,9 @@ divergence = 'forward'  # from the teacher's distribution: 'forward' KL, 'revers
 jsd_beta = 0.5         # weight of the teacher in the mixture of jsd
 kl_start = 1.0         # weight of the divergence at the first step ...
 kl_end = 1.0           # ... and at the last, on a cosine; the rest of 1 is on the cross-entropy with the teacher's token
-kd_temperature = 0.1   # of both distributions in the divergence: above 1 it softens them, below 1 it makes near ties weigh more
-kd_anneal = True       # from there to 1 over the run, in a line. With these four it agrees most (README.md, A better student)
+kd_temperature = 0.1   # tau: the logits of both are divided by it in the divergence. Above 1 it softens; below 1 it sharpens, and near ties
+                       # weigh more beside the rest, which agreed most on the benchmark task (README.md, A better student)
+kd_anneal = True       # from kd_temperature to 1 over the run, in a line
 # optimizer
 max_epochs = 15
 batch_size = 64        # records per optimizer step
@@ -98,8 +99,9 @@ def distill_loss(logits, teacher_logits, targets, kl_weight, temperature=1.0, di
 
     Returns (loss, kl, ce, n): sums over the n positions with a target, in nats; divide by the step's token count.
     loss = kl_weight * tau^2 * kl + (1 - kl_weight) * ce. kl is the divergence of p (teacher) and q (student) at temperature
-    tau over the output vocabulary, 0 when they are equal; ce is the cross-entropy with the teacher's token. tau^2 keeps the
-    gradient of the kl from shrinking with tau (Hinton et al. 2015, https://arxiv.org/abs/1503.02531). float32.
+    tau over the output vocabulary, 0 when they are equal; ce is the cross-entropy with the teacher's token. tau^2 (Hinton et al.
+    2015, https://arxiv.org/abs/1503.02531) makes the kl's gradient tau (q - p): at a near tie much the same for every tau, at a
+    clear decision less, the lower tau is. float32.
     """
     keep = targets >= 0
     logits, teacher_logits, targets = logits[keep].float(), teacher_logits[keep].float(), targets[keep]
@@ -121,7 +123,7 @@ def cosine(start, end, progress):
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def schedule(step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end, kd_temperature=1.0, kd_anneal=False):
+def schedule(step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end, kd_temperature, kd_anneal):
     """learning rate, KL weight and temperature of a step, 0 <= step < n_steps."""
     n_warm = max(1, round(warmup * n_steps))
     lr = learning_rate * (step + 1) / n_warm if step < n_warm else \
