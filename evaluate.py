@@ -1,13 +1,43 @@
-"""How well a student agrees with its teacher on held-out records, how well it knows that, and the yardsticks beside it."""
+"""How well a student agrees with its teacher on held-out records, how well it knows that, and whether it is worth it.
+
+    python evaluate.py config/demo.py                        # examples side by side, figures, cost, a picture
+    python evaluate.py config/demo.py --examples=40
+    python evaluate.py --compare=out/demo,out/other          # students side by side: a table, and out/compare.png
+
+Reads out/<name>/ and the held-out tenth of data/<dataset>/<name>-*; writes out/<name>/report.png where matplotlib is
+installed. What the words mean: README.md and docs/results.md. train.py calls the same functions after every epoch.
+"""
+import importlib.util
 import json
 import math
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import read_texts, text_hash
-from model import decode
+from config import check_choices, configure, pick_device, stop
+from data import Shards, read_texts, text_hash
+from sample import confidence_of, decode, generate, load_checkpoint
+
+name = ''            # data/<dataset>/<name>-* has the held-out records
+dataset = ''
+run = ''             # out/<run> is the student; '': out/<name>
+which = 'best'       # the epoch to use: 'best' by train.py's best_by, or 'last'
+sample_batch = 64    # texts decoded together
+examples = 5         # held-out texts shown
+# savings
+hour_price = 1.0     # of the machine that runs teacher and student, in any currency
+teacher_price = 0.0  # of a million calls, where the teacher is bought by the call; 0: what its hours cost
+calls_per_day = 100_000
+# instead
+compare = ''         # folders of runs, parted by commas: a table of them, and out/compare.png
+device = 'auto'      # auto: cuda, mps or cpu, whichever is there
+config = configure(globals())
+
+BROKEN = ''  # stands for the value in an answer that breaks the schema: no JSON text is empty, so it agrees with nothing
 
 
 def data_line(tag, figures):
@@ -15,104 +45,125 @@ def data_line(tag, figures):
     return ' '.join([tag, *(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in figures.items())])
 
 
+def field_texts(space, answers):
+    """{field: the JSON text of its value in each answer}; answers: lists of output indices. As texts 1, '1' and true
+    differ; BROKEN where an answer breaks the schema."""
+    parsed = [space.to_json(outs) for outs in answers]
+    return {field: [json.dumps(answer[field]) if answer else BROKEN for answer in parsed] for field in space.fields}
+
+
 # -----------------------------------------------------------------------------
 # agreement
 
 
 def agreement(ours, theirs):
-    """two equally long lists of values of one field -> agreement, majority, macro f1, Cohen's kappa (0 to 1; kappa below).
+    """two equally long lists of JSON texts, the student's and the teacher's values of one field -> agreement, majority,
+    macro f1, Cohen's kappa (0 to 1; kappa also below).
 
     majority: share of the commonest value among theirs. f1 averages over the values that either side uses.
     kappa: (agreement - chance) / (1 - chance), Cohen 1960, https://doi.org/10.1177/001316446002000104
     """
-    ours, theirs = ([json.dumps(v) for v in values] for values in (ours, theirs))
     values, n = sorted({*ours, *theirs}), len(theirs)
-    table = np.zeros((len(values), len(values)))  # [teacher, student]
+    table = np.zeros((len(values), len(values)))                            # [teacher, student]
     np.add.at(table, ([values.index(v) for v in theirs], [values.index(v) for v in ours]), 1)
     hit, rows, columns = table.diagonal(), table.sum(1), table.sum(0)
     chance = (rows * columns).sum() / n ** 2
     agree = hit.sum() / n
     figures = {'agree': agree, 'majority': rows.max() / n, 'f1': (2 * hit / (rows + columns)).mean(),
                'kappa': (agree - chance) / (1 - chance) if chance < 1 else 1.0}
-    return {key: float(value) for key, value in figures.items()}  # plain numbers: they go into checkpoints
+    return {key: float(value) for key, value in figures.items()}            # plain numbers: they go into checkpoints
+
+
+def teacher_forced_sums(student, shards, rows, batch_size):
+    """kl, ce, hits and steps summed over the answer tokens of these records, each given the teacher's tokens before."""
+    device, sums = student.lm_head.weight.device, np.zeros(4)
+    order = sorted(rows, key=lambda i: len(shards.ids(i)))                  # texts of like length pad little
+    for start in range(0, len(rows), batch_size):
+        batch = shards.batch(order[start:start + batch_size], student.config.start_id)
+        idx, targets, teacher_logits = (x.to(device) for x in batch)
+        logits, targets = student(idx, targets).float(), targets[targets >= 0]  # (n, V), (n,)
+        log_q, log_p = F.log_softmax(logits, -1), F.log_softmax(teacher_logits, -1)
+        kl = (log_p.exp() * (log_p - log_q)).sum().item()
+        ce = F.nll_loss(log_q, targets, reduction='sum').item()
+        hits = (logits.argmax(-1) == targets).sum().item()
+        sums += kl, ce, hits, len(targets)
+    return sums.tolist()
 
 
 @torch.no_grad()
-def evaluate(model, space, shards, rows, batch_size=64):
+def evaluate(student, space, shards, rows, batch_size=64):
     """How well the student agrees with the teacher on records `rows` of shards (words: README.md).
 
-    Returns (figures, per field figures, the student's free-running answers as output indices). An answer that breaks the
-    schema agrees in no field. The temperature of a field is fitted on the even rows, so that the odd ones can judge it.
+    Returns figures, {field: figures}, and of each record the student's free-running answer as output indices and its
+    decisions. An answer that breaks the schema agrees in no field. The temperature of a field is fitted on the even
+    record numbers, so that the odd ones can judge it.
     """
-    training, device = model.training, model.lm_head.weight.device
-    model.eval()
-    kl = ce = hits = steps = 0
-    order = sorted(range(len(rows)), key=lambda i: len(shards.ids(rows[i])))  # texts of like length pad little
-    for start in range(0, len(rows), batch_size):
-        batch = [rows[i] for i in order[start:start + batch_size]]
-        idx, targets, teacher_logits = (x.to(device) for x in shards.batch(batch, model.config.start_id))
-        logits, targets = model(idx, targets).float(), targets[targets >= 0]
-        log_q, log_p = F.log_softmax(logits, -1), F.log_softmax(teacher_logits, -1)
-        kl += (log_p.exp() * (log_p - log_q)).sum().item()
-        ce += F.nll_loss(log_q, targets, reduction='sum').item()
-        hits += (logits.argmax(-1) == targets).sum().item()
-        steps += len(targets)
+    training = student.training
+    student.eval()
+    kl, ce, hits, steps = teacher_forced_sums(student, shards, rows, batch_size)
     texts = (shards.ids(i).tolist() for i in rows)
-    answers, decisions = map(list, zip(*decode(model, space, lambda wait: next(texts), batch_size, constrain=False)))
-    model.train(training)
+    answers, decisions = map(list, zip(*decode(student, space, texts, batch_size, constrain=False)))
+    student.train(training)
 
     targets = [shards.answer(i).tolist() for i in rows]
-    ours, theirs = [space.to_json(a) for a in answers], [space.to_json(t) for t in targets]
-    per_field = {f: agreement([o and o[f] for o in ours], [t[f] for t in theirs]) for f in space.fields}
-    even = [i for i, row in enumerate(rows) if row % 2 == 0 and ours[i]]
-    for f, values in per_field.items():
-        values['temperature'] = fit_temperature([[d for d in decisions[i] if d[0] == f] for i in even], [json.dumps(ours[i][f]) == json.dumps(theirs[i][f]) for i in even])
-    field, majority = (float(np.mean([v[key] for v in per_field.values()])) for key in ('agree', 'majority'))
-    figures = {
-        'records': len(rows), 'kl': kl / steps, 'ce': ce / steps, 'teacher_forced': hits / steps,
-        'student_only': sum(a == b for x, y in zip(answers, targets) for a, b in zip(x, y)) / steps,
-        'exact': sum(a == t for a, t in zip(answers, targets)) / len(rows),  # tokens: to Python true is 1
-        'field': field, 'majority': majority, 'closed': (field - majority) / (1 - majority) if majority < 1 else math.nan,
-        'valid': sum(o is not None for o in ours) / len(rows)}
-    return figures, per_field, answers
+    ours, theirs = field_texts(space, answers), field_texts(space, targets)
+    whole = [space.to_json(outs) is not None for outs in answers]
+    per_field = {}
+    for field in space.fields:
+        even = [n for n, i in enumerate(rows) if i % 2 == 0 and whole[n]]
+        of_field = [[d for d in decisions[n] if d[0] == field] for n in even]
+        right = [ours[field][n] == theirs[field][n] for n in even]
+        per_field[field] = agreement(ours[field], theirs[field])
+        per_field[field]['temperature'] = fit_temperature(of_field, right)
+    mean, majority = (float(np.mean([figures[key] for figures in per_field.values()])) for key in ('agree', 'majority'))
+    same = sum(a == b for outs, target in zip(answers, targets) for a, b in zip(outs, target))
+    figures = {'records': len(rows), 'kl': kl / steps, 'ce': ce / steps, 'teacher_forced': hits / steps,
+               'student_only': same / steps,
+               'exact': sum(outs == target for outs, target in zip(answers, targets)) / len(rows),
+               'field': mean, 'majority': majority,
+               'closed': (mean - majority) / (1 - majority) if majority < 1 else math.nan,
+               'valid': sum(whole) / len(rows)}
+    return figures, per_field, answers, decisions
 
 
 def truth_lines(path, space, shards, rows, answers):
-    """where texts of the .jsonl at path carry the truth, {"text": ..., "truth": {field: value}}: yields per field how often the
-    teacher and the student say it. rows: held-out records; answers: the student's, as output indices. Texts that were cut are not found."""
+    """where texts of the .jsonl at path carry the truth, {"text": ..., "truth": {field: value}}: yields per field how often
+    the teacher and the student say it. rows: held-out records; answers: the student's. Texts that were cut are not found."""
     place, said = {int(hash_): n for n, hash_ in enumerate(shards.hashes[rows])}, {field: [] for field in space.fields}
+    ours, theirs = field_texts(space, answers), field_texts(space, [shards.answer(i).tolist() for i in rows])
     for text, truth, _ in read_texts(path, 'truth'):
-        if not isinstance(truth, dict) or (n := place.get(text_hash(text))) is None:
+        n = place.get(text_hash(text)) if isinstance(truth, dict) else None
+        if n is None:
             continue
-        teacher, student = space.to_json(shards.answer(rows[n]).tolist()), space.to_json(answers[n]) or {}
         for field in said.keys() & truth:
-            said[field].append([json.dumps(answer.get(field)) == json.dumps(truth[field]) for answer in (teacher, student)])
+            due = json.dumps(truth[field])
+            said[field].append((theirs[field][n] == due, ours[field][n] == due))
     for field, pairs in said.items():
         if pairs:
-            teacher, student = np.mean(pairs, axis=0)
-            yield 'truth', {'name': field, 'records': len(pairs), 'teacher': float(teacher), 'student': float(student)}
+            teacher_right, student_right = np.mean(pairs, axis=0).tolist()
+            yield 'truth', {'name': field, 'records': len(pairs), 'teacher': teacher_right, 'student': student_right}
 
 
 def linear_baseline(shards, space, train_rows, rows):
-    """What a linear model learns from the same records, as the yardstick of whether a student is worth it: TF-IDF of words and
-    pairs of words, logistic regression per field. {} where scikit-learn is missing, else field, exact and fields: {name: agreement}."""
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-    except ImportError:
+    """What a linear model learns from the same records, as the yardstick of whether a student is worth it: TF-IDF of words
+    and pairs of words, logistic regression per field. {} where scikit-learn is missing, else field, exact and fields:
+    {name: agreement}."""
+    if not importlib.util.find_spec('sklearn'):
         return {}
-    texts, held = ([space.tokenizer.decode(shards.ids(i).tolist()) for i in r] for r in (train_rows, rows))
-    labels, truth = ([space.to_json(shards.answer(i).tolist()) for i in r] for r in (train_rows, rows))
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    texts, held = ([space.tokenizer.decode(shards.ids(i).tolist()) for i in some] for some in (train_rows, rows))
+    known, theirs = (field_texts(space, [shards.answer(i).tolist() for i in some]) for some in (train_rows, rows))
     right = {}
     for field in space.fields:
-        known = [json.dumps(a[field]) for a in labels]
-        guess = known[:1] * len(held)
-        if len(set(known)) > 1:
-            pipeline = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r'\S+'), LogisticRegression(max_iter=1000))
-            guess = pipeline.fit(texts, known).predict(held)
-        right[field] = np.array([g == json.dumps(a[field]) for g, a in zip(guess, truth)])
-    return {'field': float(np.mean([r.mean() for r in right.values()])), 'exact': float(np.all(list(right.values()), axis=0).mean()),
+        guess = known[field][:1] * len(held)
+        if len(set(known[field])) > 1:
+            words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r'\S+')
+            guess = make_pipeline(words, LogisticRegression(max_iter=1000)).fit(texts, known[field]).predict(held)
+        right[field] = np.array([g == t for g, t in zip(guess, theirs[field])])
+    return {'field': float(np.mean([r.mean() for r in right.values()])),
+            'exact': float(np.all(list(right.values()), axis=0).mean()),
             'fields': {field: float(r.mean()) for field, r in right.items()}}
 
 
@@ -128,42 +179,280 @@ def report_lines(step, figures, per_field, linear):
 
 
 def fit_temperature(decisions, right):
-    """the temperature, 0.1 to 10, at which the confidence in one field's values is most likely to have come with these hits.
-    decisions: per record those of the field (see model.confidence); right: per record whether its value is the teacher's.
+    """the temperature, 0.1 to 10, at which the confidence in one field's values is most likely to have come with these
+    hits. decisions: per record those of the field (see sample.confidence_of); right: per record whether its value is
+    the teacher's.
 
-    One number per field, after https://arxiv.org/abs/1706.04599, but fitted on the student's own answers: its probabilities are those
-    of a value given the fields it has answered before, and do not know that those can be wrong.
+    One number per field, after https://arxiv.org/abs/1706.04599, but fitted on the student's own answers: its
+    probabilities are of a value given the fields it has answered before, and do not know that those can be wrong.
     """
-    rows = [i for i, d in enumerate(decisions) if d]
-    if not rows:
+    some = [n for n, of_record in enumerate(decisions) if of_record]
+    if not some:
         return 1.0
-    record = torch.tensor([n for n, i in enumerate(rows) for _ in decisions[i]])
-    logits, choice = torch.stack([z for i in rows for _, z, _ in decisions[i]]), torch.tensor([c for i in rows for *_, c in decisions[i]])
-    hit, grid = torch.tensor([float(right[i]) for i in rows]), torch.logspace(-1, 1, 81)
+    flat = [(k, logits, choice) for k, n in enumerate(some) for _, logits, choice in decisions[n]]
+    record, logits, choice = zip(*flat)
+    record, logits, choice = torch.tensor(record), torch.stack(logits), torch.tensor(choice)  # (n,), (n, V), (n,)
+    hit, grid = torch.tensor([float(right[n]) for n in some]), torch.logspace(-1, 1, 81)
     losses = []
     for t in grid:
         log_p = (logits / t).log_softmax(-1).gather(1, choice[:, None])[:, 0]
-        p = torch.zeros(len(rows)).index_add(0, record, log_p).exp().clamp(1e-6, 1 - 1e-6)
-        losses.append(F.binary_cross_entropy(p, hit))
+        p = torch.zeros(len(some)).index_add(0, record, log_p).exp()        # of a value: the product along its tokens
+        losses.append(F.binary_cross_entropy(p.clamp(1e-6, 1 - 1e-6), hit))
     return grid[torch.stack(losses).argmin()].item()
 
 
-def calibration_error(sure, right, n_bins=10):
-    """confidences and hits, the same shape -> expected calibration error: how far confidence is from the share of hits, on
-    average over bins of confidence. https://arxiv.org/abs/1706.04599"""
+def bins_of(sure, right, n_bins=10):
+    """confidences and hits, the same shape -> [(mean confidence, share of hits, share of all)] per non-empty bin."""
     sure, right = np.ravel(sure), np.ravel(right)
-    bins = np.clip((sure * n_bins).astype(int), 0, n_bins - 1)
-    return float(sum(abs(sure[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean() for b in range(n_bins) if (bins == b).any()))
+    number = np.clip((sure * n_bins).astype(int), 0, n_bins - 1)
+    return [(sure[number == b].mean(), right[number == b].mean(), (number == b).mean())
+            for b in range(n_bins) if (number == b).any()]
+
+
+def calibration_error(sure, right):
+    """expected calibration error: how far confidence is from the share of hits, on average over bins of confidence.
+    https://arxiv.org/abs/1706.04599"""
+    return float(sum(abs(confidence - hits) * share for confidence, hits, share in bins_of(sure, right)))
 
 
 def cascade(sure, right, shares=(0, 0.05, 0.1, 0.2, 0.3, 0.5)):
     """what becomes of the agreement when the records with the least sure field go to the teacher: yields
-    {deferred, min_confidence, field, exact, kept_field}. sure, right (N, fields); kept_field: of the student's own records."""
-    least = sure.min(1)
+    {deferred, min_confidence, field, exact, kept_field}. sure, right (N, fields); kept_field: of the student's own."""
+    least = sure.min(1)                                                     # (N,)
     order = np.argsort(least, kind='stable')
     for share in shares:
         n = round(share * len(order))
-        mixed = right.copy()
+        mixed, kept = right.copy(), order[n:]
         mixed[order[:n]] = True
-        yield {'deferred': n / len(order), 'min_confidence': float(least[order[n]]) if n < len(order) else 1.0, 'field': float(mixed.mean()),
-               'exact': float(mixed.all(1).mean()), 'kept_field': float(right[order[n:]].mean()) if n < len(order) else 1.0}
+        yield {'deferred': n / len(order), 'min_confidence': float(least[kept[0]]) if len(kept) else 1.0,
+               'field': float(mixed.mean()), 'exact': float(mixed.all(1).mean()),
+               'kept_field': float(right[kept].mean()) if len(kept) else 1.0}
+
+
+def cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
+    """when a student has paid for itself. work: {extract_hours, train_hours, teacher_rec_s}. Prices are per million calls;
+    break_even is in calls, inf where a call of the student saves nothing, nan where the teacher was not timed."""
+    million = lambda rec_s: 1e6 / rec_s / 3600 * hour_price
+    teacher_million, student_million = teacher_price or million(work['teacher_rec_s']), million(student_rec_s)
+    spent = (work['extract_hours'] + work['train_hours']) * hour_price
+    calls = math.inf if teacher_million <= student_million else spent / (teacher_million - student_million) * 1e6
+    return {**work, 'student_rec_s': student_rec_s, 'teacher_million': teacher_million,
+            'student_million': student_million, 'spent': spent, 'break_even': calls, 'days': calls / calls_per_day}
+
+
+# -----------------------------------------------------------------------------
+# pictures
+
+
+def start_drawing():
+    """matplotlib.pyplot without a screen, or None where matplotlib is not installed: pictures are optional."""
+    if not importlib.util.find_spec('matplotlib'):
+        return None
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def draw_log(axes, log):
+    """three axes: losses, curriculum and held-out agreement over the steps. log: the lines of log.txt."""
+    lines = [(line.split()[0], dict(pair.split('=') for pair in line.split()[1:])) for line in log]
+
+    def curve(ax, tag, key, style='-', label=None, of_peak=False):
+        points = [(int(f['step']), float(f[key])) for t, f in lines if t == tag and key in f]
+        if points:  # a run may be shorter than log_steps, or without a linear baseline
+            steps, values = np.array(points).T
+            ax.plot(steps, values / values.max() if of_peak else values, style, label=label or key)
+
+    for key in ('loss', 'kl', 'ce'):
+        curve(axes[0], 'train', key)
+    curve(axes[0], 'val', 'kl', 'k.--', 'held-out kl')
+    curve(axes[1], 'train', 'kl_weight', label='kl weight')
+    curve(axes[1], 'train', 'tau', label='temperature')
+    curve(axes[1], 'train', 'lr', label='learning rate / peak', of_peak=True)
+    for key in ('field', 'exact', 'majority', 'linear_field', 'teacher_forced'):
+        curve(axes[2], 'val', key, '.-')
+    curve(axes[2], 'train', 'teacher_forced', ':', 'teacher_forced in training')
+    axes[0].set(title='nats per answer token', yscale='log', xlabel='step')
+    axes[1].set(title='curriculum', xlabel='step', ylim=(0, None))
+    axes[2].set(title='agreement', xlabel='step')
+
+
+def draw_confusion(ax, field, values, ours, theirs):
+    """how often the teacher's value (down) became which of the student's (across); at most twelve values."""
+    names = [json.dumps(value) for value in values][:12]
+    table = np.zeros((len(names), len(names)))
+    for a, b in zip(theirs, ours):
+        if a in names and b in names:
+            table[names.index(a), names.index(b)] += 1
+    ax.imshow(table / np.maximum(table.sum(1, keepdims=True), 1), vmin=0, vmax=1, cmap='Blues')
+    for i, j in np.ndindex(table.shape):
+        ax.text(j, i, int(table[i, j]), ha='center', va='center', fontsize=8)
+    ax.set(title=field, xlabel='student', ylabel='teacher')
+    ax.set_xticks(range(len(names)), names, rotation=45, fontsize=7)
+    ax.set_yticks(range(len(names)), names, fontsize=7)
+
+
+def draw(out, shards, rows):
+    """writes out/report.png: the training, agreement per field beside its baselines, a reliability diagram and the
+    confusion of every field, on these held-out records. Returns its path, or None without matplotlib or a log."""
+    plt = start_drawing()
+    if not plt or not (out / 'log.txt').is_file():
+        return None
+    checkpoint, student, space = load_checkpoint(out, 'cpu')
+    _, per_field, answers, decisions = evaluate(student, space, shards, rows)
+    ours, theirs = field_texts(space, answers), field_texts(space, [shards.answer(i).tolist() for i in rows])
+    n = max(3, len(per_field))
+    fig, axes = plt.subplots(3, n, figsize=(4 * n, 10), squeeze=False)
+    draw_log(axes[0], (out / 'log.txt').read_text().splitlines())
+
+    bars = {'majority': [figures['majority'] for figures in per_field.values()]}
+    if checkpoint['linear']:
+        bars['linear'] = [checkpoint['linear']['fields'][field] for field in per_field]
+    bars['student'] = [figures['agree'] for figures in per_field.values()]
+    x = np.arange(len(per_field))
+    for k, (key, heights) in enumerate(bars.items()):
+        axes[1, 0].bar(x + 0.25 * (k - 1), heights, 0.25, label=key)
+    axes[1, 0].set(title='agreement per field', ylim=(max(0, min(bars['majority']) - 0.1), 1))
+    axes[1, 0].set_xticks(x, per_field)
+
+    temperature = {field: figures['temperature'] for field, figures in checkpoint['per_field'].items()}
+    sure = [list(confidence_of(space.fields, d, temperature).values()) for d in decisions]
+    right = np.array([[a == b for a, b in zip(ours[field], theirs[field])] for field in space.fields]).T
+    points = bins_of(sure, right)
+    axes[1, 1].plot([0, 1], [0, 1], 'k:')
+    axes[1, 1].scatter([p[0] for p in points], [p[1] for p in points], s=[20 + 400 * p[2] for p in points])
+    axes[1, 1].set(title='reliability', xlabel='confidence of the student', ylabel='share equal to the teacher')
+    for ax in (*axes[0, :3], axes[1, 0]):
+        ax.legend(fontsize=8)
+    for k, (field, values) in enumerate(space.fields.items()):
+        draw_confusion(axes[2, k], field, values, ours[field], theirs[field])
+    for ax in axes.flat:
+        if not ax.has_data():
+            ax.axis('off')
+    fig.tight_layout()
+    fig.savefig(out / 'report.png', dpi=80)
+    plt.close(fig)
+    return out / 'report.png'
+
+
+def compare_runs(folders, device, rounds=5):
+    """prints a table of students (one 'student' line each) and writes out/compare.png: agreement against speed. The
+    figures are those of each one's training; the speed is measured now, in alternating rounds, on the same number of its
+    own held-out texts."""
+    runs, times = [], []
+    for folder in folders:
+        checkpoint, student, space = load_checkpoint(folder, device)
+        shards = find_shards(checkpoint['config']['dataset'], checkpoint['config']['name'], checkpoint['task'])
+        if not shards:
+            stop(f'{folder} cannot be timed: its held-out texts are not here')
+        runs.append((folder, checkpoint, student, space, [shards.ids(i).tolist() for i in shards.split()[1][:128]]))
+    for _ in range(rounds + 1):
+        times.append([])
+        for *_, student, space, texts in runs:
+            for some, batch_size in ((texts, 64), (texts[:32], 1)):
+                start = time.perf_counter()
+                generate(student, space, some, True, batch_size)
+                times[-1].append((time.perf_counter() - start) / len(some))
+    times = np.median(times[1:], axis=0).reshape(-1, 2).tolist()            # the first round warms up
+    plt, points = start_drawing(), []
+    for (folder, checkpoint, student, *_), (throughput, latency) in zip(runs, times):
+        params, figures = student.count_params(), checkpoint['figures']
+        path = folder / 'best.pt' if (folder / 'best.pt').exists() else folder / 'ckpt.pt'
+        points.append((folder.name, 1 / throughput, figures['field']))
+        print(data_line('student', {
+            'run': folder.name, 'params_m': params['total'] / 1e6,
+            'without_embedding_m': (params['total'] - params['embedding']) / 1e6,
+            **{key: figures[key] for key in ('records', 'field', 'majority', 'exact', 'kl')},
+            'rec_s': 1 / throughput, 'latency_ms': latency * 1e3, 'disk_mb': path.stat().st_size / 1e6}))
+    if not plt:
+        return
+    fig, ax = plt.subplots(figsize=(7, 5))
+    for label, rec_s, field in points:
+        ax.scatter(rec_s, field)
+        ax.annotate(label, (rec_s, field), xytext=(5, 5), textcoords='offset points')
+    ax.set(xlabel='records/s in batches of 64', ylabel='field agreement with the teacher', xscale='log')
+    fig.tight_layout()
+    fig.savefig('out/compare.png', dpi=80)
+    print('out/compare.png shows them')
+
+
+# -----------------------------------------------------------------------------
+# main
+
+
+def find_shards(dataset, name, task):
+    """the Shards a student was trained on, or None where they are not here."""
+    try:
+        shards = Shards(dataset, name)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        stop(str(error))
+    if shards.meta['tokenizer_hash'] != task['tokenizer_hash'] or shards.meta['output_ids'] != task['output_ids']:
+        stop(f'{shards.folder} and this student have different tokenizers or output vocabularies; train again')
+    return shards
+
+
+def print_examples(space, shards, rows, answers, n):
+    """prints n texts with the teacher's answer and the student's."""
+    for i, outs in list(zip(rows, answers))[:n]:
+        print(space.tokenizer.decode(shards.ids(i).tolist()))
+        for who, answer in (('teacher', space.to_json(shards.answer(i).tolist())), ('student', space.to_json(outs))):
+            print(f'  {who} {json.dumps(answer, ensure_ascii=False) if answer else "an answer outside the schema"}')
+
+
+def print_doubt_and_cost(checkpoint, student, space, shards, rows, free_answers, batch_size, *prices):
+    """prints how well the student knows what it does not know, what a cascade gives, and when it has paid for itself.
+    prices: the last arguments of cost."""
+    start = time.perf_counter()
+    held, decisions = zip(*decode(student, space, (shards.ids(i).tolist() for i in rows), batch_size))
+    money = cost(checkpoint['work'], len(rows) / (time.perf_counter() - start), *prices)
+    odd = [n for n, i in enumerate(rows) if i % 2]                          # temperatures were fitted on the even ones
+    ours = field_texts(space, [held[n] for n in odd])
+    theirs = field_texts(space, [shards.answer(rows[n]).tolist() for n in odd])
+    right = np.array([[a == b for a, b in zip(ours[field], theirs[field])] for field in space.fields]).T  # (N, fields)
+    temperature = {field: figures['temperature'] for field, figures in checkpoint['per_field'].items()}
+    before, sure = (np.array([list(confidence_of(space.fields, decisions[n], t).values()) for n in odd])
+                    for t in (None, temperature))
+    print(data_line('calibration', {
+        'records': len(odd), 'ece_before': calibration_error(before, right), 'ece_after': calibration_error(sure, right),
+        'free_differs': float(np.mean([a != b for a, b in zip(held, free_answers)]))}))
+    for point in cascade(sure, right):
+        million = money['student_million'] + point['deferred'] * money['teacher_million']
+        print(data_line('cascade', point | {'million': million}))
+    print(data_line('cost', money))
+    if money['break_even'] == math.inf:
+        print('at these prices a call of the student is no cheaper than one of the teacher: keep the teacher')
+
+
+if __name__ == '__main__':
+    if not name and not compare:
+        stop('no task; run: python evaluate.py config/demo.py')
+    check_choices(config, {'which': ('best', 'last')})
+    device = pick_device(device)
+    if compare:
+        sys.exit(compare_runs([Path(folder) for folder in compare.split(',')], device))
+    out = Path('out', run or name)
+    checkpoint, student, space = load_checkpoint(out, device, which)
+    shards = find_shards(dataset, name, checkpoint['task'])
+    if not shards:
+        print('no held-out records here; these figures are from the end of training')
+        for line in report_lines(*(checkpoint[key] for key in ('step', 'figures', 'per_field', 'linear'))):
+            print(data_line(*line))
+        sys.exit()
+    rows = shards.split()[1]
+    if (out / 'ckpt.pt').exists():  # it knows how long the whole training took
+        checkpoint['work'] = torch.load(out / 'ckpt.pt', map_location='cpu', weights_only=True, mmap=True)['work']
+    figures, per_field, answers, _ = evaluate(student, space, shards, rows, sample_batch)
+    print_examples(space, shards, rows, answers, examples)
+    for line in report_lines(checkpoint['step'], figures, per_field, checkpoint['linear']):
+        print(data_line(*line))
+    source = Path('data', dataset, 'input.jsonl')
+    if source.is_file():
+        for line in truth_lines(source, space, shards, rows, answers):
+            print(data_line(*line))
+    print_doubt_and_cost(checkpoint, student, space, shards, rows, answers, sample_batch, hour_price, teacher_price,
+                         calls_per_day)
+    if picture := draw(out, shards, rows[:500]):
+        print(f'{picture} shows the training, the fields, the confidence and the confusions')

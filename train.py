@@ -3,11 +3,10 @@
     python train.py config/demo.py
     python train.py config/demo.py --max_epochs=2 --overwrite=True
     python train.py config/demo.py                          # again, after Ctrl-C: goes on as if nothing had happened
-    python train.py config/demo.py --bench=True             # how fast is a step, beside a plain Hugging Face student's?
     torchrun --nproc_per_node=2 train.py config/demo.py     # the same steps, each shared by two processes
 
-Reads data/<dataset>/<name>-*; writes out/<name>/: ckpt.pt (the last epoch), best.pt (the best one), tokenizer.json, log.txt
-and, where matplotlib is installed, report.png.
+Reads data/<dataset>/<name>-*; writes out/<name>/: ckpt.pt (the last epoch), best.pt (the best one), tokenizer.json,
+log.txt and, where matplotlib is installed, report.png.
 """
 import importlib
 import importlib.util
@@ -18,8 +17,8 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,23 +29,24 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from config import configure
+from config import RANK, WORLD, check_choices, command, configure, end_ranks, pick_device, start_ranks, stop, tell_all
 from data import Shards, batches
-from evaluate import data_line, evaluate, linear_baseline, report_lines
-from model import Student, StudentConfig, pick_device
-from sample import load_checkpoint
+from evaluate import data_line, draw, evaluate, linear_baseline, report_lines
+from model import Student, StudentConfig
+from sample import CHECKPOINT, load_checkpoint
 from space import OutputSpace
+from teacher import load_model
 
 # task
 name = ''              # data/<dataset>/<name>-* is read ...
 dataset = ''
 run = ''               # ... and out/<run> written; '': out/<name>. Many students can learn from one extraction
 max_records = 0        # train on those of the first so many records that are not held out; 0: all
-init_from = 'scratch'  # how a new run starts: 'scratch', or 'teacher': with its embedding table and some of its layers.
-                       # A run that was interrupted goes on either way; 'resume' insists on one
+init_from = 'scratch'  # how a new run starts: 'scratch', or 'teacher': with its embedding table and some of its
+                       # layers. A run that was interrupted goes on either way; 'resume' insists on one
 overwrite = False      # start over where out/<run> holds another or a finished run
-teacher_layers = 'first'  # of a 'teacher' start: its 'first' n_layer layers, 'even'ly spaced ones, or 'none': the table alone.
-                       # With layers, the student's shape is the teacher's and the sizes below, n_layer excepted, are not used
+teacher_layers = 'first'  # of a 'teacher' start: its 'first' n_layer layers, 'even'ly spaced ones, or 'none': the table
+                       # alone. With layers the student's shape is the teacher's; of the sizes below only n_layer counts
 freeze_table = True    # of a 'teacher' start: keep the embedding table as it is. It knows words that training never shows
 # student
 n_layer = 16
@@ -62,8 +62,8 @@ divergence = 'forward'  # from the teacher's distribution: 'forward' KL, 'revers
 jsd_beta = 0.5         # weight of the teacher in the mixture of jsd
 kl_start = 1.0         # weight of the divergence at the first step ...
 kl_end = 1.0           # ... and at the last, on a cosine; the rest of 1 is on the cross-entropy with the teacher's token
-kd_temperature = 0.1   # tau: the logits of both are divided by it in the divergence. Above 1 it softens; below 1 it sharpens, and near ties
-                       # weigh more beside the rest, which agreed most on the benchmark task (README.md, A better student)
+kd_temperature = 0.1   # tau: the logits of both are divided by it in the divergence. Above 1 it softens; below 1 it
+                       # sharpens, and near ties weigh more beside the rest, which agreed most (docs/results.md)
 kd_anneal = True       # from kd_temperature to 1 over the run, in a line
 # optimizer
 max_epochs = 15
@@ -78,15 +78,14 @@ beta2 = 0.95
 grad_clip = 1.0        # 0: off
 # run
 device = 'auto'        # auto: cuda, mps or cpu, whichever is there
-dtype = 'auto'         # auto: bfloat16 autocast on a GPU that has it, else float32
-compile = 'auto'       # torch.compile; auto: on a GPU. Short runs on a CPU never earn back the minute it takes
+dtype = 'auto'         # 'float32', 'bfloat16' (autocast), or auto: bfloat16 on a GPU that has it
+compile = 'auto'       # torch.compile: True, False, or auto: on a GPU. Short runs on a CPU never earn back its minute
 eval_records = 2000    # of the held-out tenth, at the end of each epoch; 0: all
 best_by = 'field'      # the figure of the val line that says which epoch becomes best.pt
 patience = 0           # stop after so many epochs without a better one; 0: never
 save_steps = 0         # checkpoint also every so many steps; 0: at the end of each epoch
 log_steps = 10         # steps between train lines
 tracker = ''           # 'wandb' or 'trackio': lines go there too
-bench = False          # measure instead of training
 seed = 1337
 config = configure(globals())
 
@@ -98,14 +97,15 @@ def distill_loss(logits, teacher_logits, targets, kl_weight, temperature=1.0, di
     """logits (..., V) of the student; teacher_logits the same shape; targets (...) output indices, -1 = ignore.
 
     Returns (loss, kl, ce, n): sums over the n positions with a target, in nats; divide by the step's token count.
-    loss = kl_weight * tau^2 * kl + (1 - kl_weight) * ce. kl is the divergence of p (teacher) and q (student) at temperature
-    tau over the output vocabulary, 0 when they are equal; ce is the cross-entropy with the teacher's token. tau^2 (Hinton et al.
-    2015, https://arxiv.org/abs/1503.02531) makes the kl's gradient tau (q - p): at a near tie much the same for every tau, at a
-    clear decision less, the lower tau is. float32.
+    loss = kl_weight * tau^2 * kl + (1 - kl_weight) * ce. kl is the divergence of p (teacher) and q (student) at
+    temperature tau over the output vocabulary, 0 when they are equal; ce is the cross-entropy with the teacher's token.
+    tau^2 (Hinton et al. 2015, https://arxiv.org/abs/1503.02531) makes the kl's gradient tau (q - p): at a near tie much
+    the same for every tau, at a clear decision less, the lower tau is. float32.
     """
     keep = targets >= 0
-    logits, teacher_logits, targets = logits[keep].float(), teacher_logits[keep].float(), targets[keep]
-    log_p, log_q = F.log_softmax(teacher_logits / temperature, dim=-1), F.log_softmax(logits / temperature, dim=-1)
+    logits, teacher_logits, targets = logits[keep].float(), teacher_logits[keep].float(), targets[keep]  # (n, V), (n,)
+    log_p = F.log_softmax(teacher_logits / temperature, dim=-1)             # (n, V)
+    log_q = F.log_softmax(logits / temperature, dim=-1)
     kl_div = lambda log_a, log_b: F.kl_div(log_b, log_a, reduction='sum', log_target=True)  # KL(a || b)
     if divergence == 'forward':    # covers all that the teacher might say
         kl = kl_div(log_p, log_q)
@@ -126,41 +126,63 @@ def cosine(start, end, progress):
 def schedule(step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end, kd_temperature, kd_anneal):
     """learning rate, KL weight and temperature of a step, 0 <= step < n_steps."""
     n_warm = max(1, round(warmup * n_steps))
-    lr = learning_rate * (step + 1) / n_warm if step < n_warm else \
-        cosine(learning_rate, min_lr, (step - n_warm) / max(1, n_steps - 1 - n_warm))
-    progress = step / max(1, n_steps - 1)
-    tau = kd_temperature + (1 - kd_temperature) * progress if kd_anneal else kd_temperature  # https://arxiv.org/abs/2104.07163
+    lr = learning_rate * (step + 1) / n_warm                                # a line up, ...
+    if step >= n_warm:                                                      # ... then half a cosine down
+        lr = cosine(learning_rate, min_lr, (step - n_warm) / max(1, n_steps - 1 - n_warm))
+    progress, tau = step / max(1, n_steps - 1), kd_temperature
+    if kd_anneal:  # annealing, the other way round than in https://arxiv.org/abs/2104.07163
+        tau += (1 - kd_temperature) * progress
     return lr, cosine(kl_start, kl_end, progress), tau
 
 
 # -----------------------------------------------------------------------------
-# the student to train
+# records, and the student to train on them
+
+
+def open_records(dataset, name, max_records, eval_records):
+    """the Shards of a task, numbers of the records to train on and of those to evaluate on."""
+    try:
+        shards = Shards(dataset, name)
+    except (FileNotFoundError, ValueError) as error:
+        stop(f'{error}; run: {command("extract.py")}')
+    train_rows, val_rows = shards.split()
+    if max_records:
+        train_rows = train_rows[train_rows < max_records]
+    if eval_records:  # the same for every seed
+        val_rows = val_rows[np.random.default_rng(0).permutation(len(val_rows))[:eval_records]]
+    return shards, train_rows, val_rows
+
+
+def check_data(shards, space, train_rows, val_rows, rng):
+    """what must hold before it makes sense to train, on a sample of the data: the figures of the check line. SystemExit
+    else. teacher_ce is the cross-entropy of a student that equals its teacher: none gets lower without learning by heart."""
+    wrong = steps = ce = 0
+    for i in rng.permutation(train_rows)[:1000]:
+        outs = shards.answer(i).tolist()
+        logits = torch.from_numpy(shards.answer(i, 'logits').astype(np.float32))  # (n, V)
+        legal = space.next_state[space.states(outs)] >= 0
+        wrong += (logits.masked_fill(~legal, -math.inf).argmax(-1) != torch.tensor(outs)).sum().item()
+        ce += F.cross_entropy(logits, torch.tensor(outs), reduction='sum').item()
+        steps += len(outs)
+    if wrong > 1e-3 * steps and not shards.meta.get('score'):
+        stop(f'{wrong} of {steps} stored tokens are not the teacher\'s likeliest legal one; '
+             f'the files of {shards.folder} do not belong together')
+    texts = [{shards.ids(i).tobytes() for i in rows} for rows in (train_rows, val_rows)]
+    overlap = len(texts[0] & texts[1])
+    if overlap:
+        stop(f'{overlap} held-out texts are also trained on; extract again')
+    return {'stored_tokens': 1 - wrong / steps, 'teacher_ce': ce / steps, 'overlap': overlap}
 
 
 def new_student(sizes, init_from, teacher_layers, freeze_table, meta):
     """a Student at the start of a run, on the CPU. sizes: its StudentConfig fields."""
     if init_from != 'teacher':
         return Student(StudentConfig(**sizes))
-    from transformers import AutoModelForCausalLM  # a student from scratch can do without
-    from teacher import copy_layers, copy_table, load, student_shape
     print(f'loading {meta["teacher"]} for its {"table" if teacher_layers == "none" else "table and layers"}')
-    model = load(AutoModelForCausalLM, meta['teacher'], dtype=torch.float32)
-    table = model.get_input_embeddings().weight
-    if teacher_layers == 'none':
-        student = Student(StudentConfig(**{**sizes, 'n_table': table.size(1)}))
-        copy_table(student, model)
-    else:
-        shape, types = student_shape(model.config)
-        n = sizes['n_layer']
-        layers = list(range(n)) if teacher_layers == 'first' else [round(i * (len(types) - 1) / max(1, n - 1)) for i in range(n)]
-        if n > len(types):
-            sys.exit(f'n_layer = {n}, but the teacher has {len(types)}')
-        kinds = sorted(set(types))
-        student = Student(StudentConfig(**{**sizes, **shape, 'rope_of_layer': tuple(kinds.index(types[i]) for i in layers)}))
-        try:
-            copy_layers(student, model, meta['output_ids'], layers)
-        except ValueError as error:
-            sys.exit(str(error))
+    try:
+        student = Student.from_teacher(load_model(meta['teacher']), sizes, meta['output_ids'], teacher_layers)
+    except ValueError as error:
+        stop(str(error))
     if freeze_table:
         student.wte.requires_grad_(False).half()  # it never changes: half the memory and a smaller checkpoint
     return student
@@ -169,277 +191,333 @@ def new_student(sizes, init_from, teacher_layers, freeze_table, meta):
 class SeenRows:
     """The input table, cut down to the tokens that occur in training while it is trained.
 
-    AdamW leaves a row alone that never has a gradient (the table has no weight decay), so the others need not be given to
-    it: the result is the same and a step no longer costs 262,144 rows. `cut` and `restore` swap the tables of the model.
+    AdamW leaves a row alone that never has a gradient (the table has no weight decay), so the others need not be given
+    to it: the result is the same and a step no longer costs 262,144 rows.
     """
 
-    def __init__(self, model, ids):
-        self.model, self.whole = model, model.wte
-        self.ids = torch.tensor(ids, device=self.whole.weight.device)
-        self.lookup = torch.zeros(len(self.whole.weight), dtype=torch.long, device=self.whole.weight.device)
-        self.lookup[self.ids] = torch.arange(len(ids), device=self.lookup.device)
-        self.part = nn.Embedding(len(ids), self.whole.weight.size(1), device=self.lookup.device)
-        self.part.weight.data.copy_(self.whole.weight[self.ids])
+    def __init__(self, student, ids):
+        self.student, self.table = student, student.wte
+        weight = self.table.weight                                          # (all ids, C)
+        self.ids = torch.tensor(ids, device=weight.device)                  # (seen,)
+        self.lookup = torch.zeros(len(weight), dtype=torch.long, device=weight.device)
+        self.lookup[self.ids] = torch.arange(len(ids), device=weight.device)
+        self.part = nn.Embedding(len(ids), weight.size(1), device=weight.device)
+        self.part.weight.data.copy_(weight[self.ids])
+        student.wte = self.part
 
-    def cut(self):
-        self.model.wte = self.part
+    @contextmanager
+    def whole(self):
+        """the student with its whole table, what was learned in it: to evaluate, to save."""
+        self.table.weight.data[self.ids] = self.part.weight.data
+        self.student.wte = self.table
+        yield
+        self.student.wte = self.part
 
-    def restore(self):
-        self.whole.weight.data[self.ids] = self.part.weight.data
-        self.model.wte = self.whole
+
+# -----------------------------------------------------------------------------
+# a run: beginning it, going on, one step, the end of an epoch
+
+# settings that may change when a run goes on: where and how fast it runs, not what comes out
+FREE = {'device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum', 'overwrite', 'save_steps', 'tracker'}
 
 
-def check_data(shards, space, train_rows, val_rows, rng):
-    """what must hold before it makes sense to train, on a sample of the data: the figures of the check line. SystemExit else."""
-    sample, wrong, steps = rng.permutation(train_rows)[:1000], 0, 0
-    for i in sample:
-        outs = shards.answer(i)
-        legal = space.next_state[space.states(outs.tolist())] >= 0
-        logits = torch.from_numpy(shards.answer(i, 'logits').astype(np.float32))
-        wrong += (logits.masked_fill(~legal, -math.inf).argmax(-1).numpy() != outs).sum().item()
-        steps += len(outs)
-    if wrong > 1e-3 * steps and not shards.meta.get('score'):
-        sys.exit(f'{wrong} of {steps} stored tokens are not the teacher\'s likeliest legal one; the files of {shards.folder} do not belong together')
-    texts = lambda rows: {shards.ids(i).tobytes() for i in rows}
-    overlap = len(texts(train_rows) & texts(val_rows))
-    if overlap:
-        sys.exit(f'{overlap} held-out texts are also trained on; extract again')
-    _, targets, teacher_logits = shards.batch(sample[:32], 0)
-    perfect = distill_loss(teacher_logits, teacher_logits, targets[targets >= 0], 1.0)[0].item()
-    assert abs(perfect) < 1e-3, perfect
-    return {'stored_tokens': 1 - wrong / steps, 'perfect_loss': perfect, 'overlap': overlap}
+@dataclass
+class Run:
+    """a training under way: what its checkpoints hold, and what it takes to make the next step."""
+    out: Path
+    facts: dict               # config, task and n_train: a run goes on only as the run it was
+    student: Student
+    space: OutputSpace
+    step: int = 0
+    finished: bool = False
+    figures: dict = None      # of the last evaluation
+    per_field: dict = None
+    best: dict = None         # {'value', 'epoch', 'step'} of the best epoch so far
+    linear: dict = None       # the linear baseline, {} where it cannot be had
+    work: dict = None         # hours and speeds that evaluate.py's cost line is made of
+    optimizer: object = None
+    seen: SeenRows = None     # None: the table is frozen
+    track: object = None      # the tracker's module
+    begun: float = field(default_factory=time.time)
+
+    def whole_table(self):
+        return self.seen.whole() if self.seen else nullcontext()
+
+    def log(self, tag, figures):
+        """a data line, to the terminal, log.txt and the tracker."""
+        line = data_line(tag, figures)
+        tqdm.write(line)
+        with open(self.out / 'log.txt', 'a') as file:
+            file.write(line + '\n')
+        if self.track and tag != 'field':
+            self.track.log({f'{tag}/{key}': v for key, v in figures.items() if isinstance(v, (int, float))})
+
+    def save(self, file, finished=False):
+        """weights, plain facts and, where it is not over, what it takes to go on; whole or not at all."""
+        hours = self.work['train_hours'] + (time.time() - self.begun) / 3600
+        state = {'format': CHECKPOINT, 'student': asdict(self.student.config), 'finished': finished,
+                 'step': self.step, 'figures': self.figures, 'per_field': self.per_field, 'best': self.best,
+                 'linear': self.linear, 'work': self.work | {'train_hours': hours}, **self.facts}
+        if file == 'ckpt.pt' and not finished:
+            state['optimizer'] = self.optimizer.state_dict()
+        with self.whole_table():
+            state['model'] = self.student.state_dict()
+        try:
+            torch.save(state, self.out / 'ckpt.tmp')
+            os.replace(self.out / 'ckpt.tmp', self.out / file)
+        except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
+            (self.out / 'ckpt.tmp').unlink(missing_ok=True)
+            sys.exit(f'cannot write {self.out}/{file}: {str(error).splitlines()[0]}; the checkpoint before it is whole')
+
+
+def differences(old, new):
+    """what of the facts of two runs is not the same, in words."""
+    old, new = ({**facts['config'], **facts['task'], 'n_train': facts['n_train']} for facts in (old, new))
+    differ = [key for key in new if new[key] != old.get(key) and (key, new[key]) != ('init_from', 'resume')]
+    return [f'{key} {old.get(key)!r:.40} there, {new[key]!r:.40} here' for key in differ]
+
+
+def resume_run(out, facts, freeze_table, device):
+    """the Run in a folder, where it stopped, and the state of its optimizer."""
+    checkpoint, student, space = load_checkpoint(out, device, 'last')
+    if differ := differences(checkpoint, facts):
+        stop(f'{out} holds another run ({"; ".join(differ)}); keep both with --run=other, or replace it with '
+             '--overwrite=True')
+    if checkpoint['config']['init_from'] == 'teacher' and freeze_table:
+        student.wte.requires_grad_(False)
+    kept = {key: checkpoint[key] for key in ('step', 'finished', 'figures', 'per_field', 'best', 'linear', 'work')}
+    return Run(out, {**facts, 'config': checkpoint['config']}, student, space, **kept), checkpoint.get('optimizer')
+
+
+def new_run(out, facts, student, shards):
+    """a Run at its first step; in the first process also its folder, emptied of an earlier run."""
+    task = facts['task']
+    tokenizer = Tokenizer.from_file(str(shards.folder / 'tokenizer.json'))
+    space = OutputSpace(tokenizer, *(task[key] for key in ('fields', 'indent', 'fence', 'end_id', 'output_ids')))
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copy(shards.folder / 'tokenizer.json', out / 'tokenizer.json')
+        for file in ('ckpt.pt', 'best.pt'):
+            (out / file).unlink(missing_ok=True)
+        (out / 'log.txt').write_text('')
+    return Run(out, facts, student, space), None
+
+
+def make_optimizer(run, shards, train_rows, weight_decay, learning_rate, betas, state):
+    """gives the run its AdamW, with the state where there is one, and a table of the rows that training can change."""
+    if run.student.wte.weight.requires_grad:
+        texts = [shards.ids(i) for i in train_rows]
+        run.seen = SeenRows(run.student, np.unique(np.concatenate(
+            [*texts, shards.meta['output_ids'], [run.student.config.start_id]])))
+    groups = run.student.param_groups(weight_decay)
+    learned = [p for group in groups for p in group['params']]
+    assert len(learned) == len({id(p) for p in learned}) == sum(p.requires_grad for p in run.student.parameters())
+    run.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    if state:
+        run.optimizer.load_state_dict(state)
+
+
+def hide_text(idx, targets, share, start_id):
+    """replaces this share of the text tokens, chosen at random, by the start token, in place: neither the answer nor the
+    token before it is touched. idx (B, T) ids, targets (B, T) output indices, -1 on text and padding."""
+    idx[(torch.rand(idx.shape, device=idx.device) < share) & (targets < 0)] = start_id
+
+
+def take_step(run, shards, rows, lr, grad_accum, grad_clip, token_dropout, autocast, **loss_options):
+    """one optimizer step on the records `rows`, shared among the processes and micro-batches: the result does not depend
+    on how. Returns sums over the step, (loss, kl, ce, answer tokens right, answer tokens), and the gradient's norm."""
+    learned = [p for group in run.optimizer.param_groups for p in group['params']]
+    device, start_id = run.student.lm_head.weight.device, run.student.config.start_id
+    n_tokens = sum(len(shards.answer(i)) for i in rows)                     # one denominator, however the step is cut
+    sums = torch.zeros(5, dtype=torch.float64)
+    for part in np.array_split(rows, grad_accum * WORLD)[RANK::WORLD]:
+        if not len(part):
+            continue
+        idx, targets, teacher_logits = (x.to(device) for x in shards.batch(part, start_id))  # (B, T), (B, T), (n, V)
+        if token_dropout:
+            hide_text(idx, targets, token_dropout, start_id)
+        with autocast:
+            logits = run.student(run.seen.lookup[idx] if run.seen else idx, targets)         # (n, V)
+        targets = targets[targets >= 0]                                                      # (n,)
+        loss, kl, ce, n = distill_loss(logits, teacher_logits, targets, **loss_options)
+        (loss / n_tokens).backward()
+        hits = (logits.argmax(-1) == targets).sum()
+        sums += torch.tensor([loss.item(), kl.item(), ce.item(), hits.item(), n], dtype=torch.float64)
+    if WORLD > 1:  # a sum, since every part was divided by the tokens of the whole step
+        for p in learned:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+    gnorm = torch.nn.utils.clip_grad_norm_(learned, grad_clip or math.inf).item()
+    for group in run.optimizer.param_groups:
+        group['lr'] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    return np.array(sums.tolist()), gnorm
+
+
+def end_epoch(run, epoch, shards, val_rows, batch_size, best_by, patience, last):
+    """evaluates, logs and saves, in the first process. Whether that is enough: no better epoch for so long."""
+    with run.whole_table():
+        run.figures, run.per_field, *_ = evaluate(run.student, run.space, shards, val_rows, batch_size)
+    for tag, figures in report_lines(run.step, run.figures, run.per_field, run.linear):
+        run.log(tag, figures)
+    value = run.figures[best_by] * (-1 if best_by in ('kl', 'ce') else 1)
+    if run.best is None or value > run.best['value']:
+        run.best = {'value': value, 'epoch': epoch, 'step': run.step}
+        run.save('best.pt', finished=True)
+    enough = bool(patience) and epoch - run.best['epoch'] >= patience
+    run.save('ckpt.pt', finished=last or enough)
+    if enough:
+        print(f'no better {best_by} in {patience} epochs: that is enough')
+    return enough
+
+
+def catch_signals():
+    """a list that is no longer empty once the user wants to stop: the step is finished, the run saved. A second signal is
+    not caught."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return caught
+
+
+def any_process(flag, device):
+    """whether the flag is set in any of the processes."""
+    flags = torch.tensor([float(bool(flag))], device=device)
+    if WORLD > 1:
+        dist.all_reduce(flags)
+    return flags.item() > 0
 
 
 # -----------------------------------------------------------------------------
 # main
 
-if __name__ == '__main__':
-    if not name or not dataset:
-        sys.exit('no task; run: python train.py config/demo.py')
-    choices = {'init_from': ('scratch', 'teacher', 'resume'), 'teacher_layers': ('first', 'even', 'none'), 'divergence': ('forward', 'reverse', 'jsd'),
-               'compile': ('auto', 'True', 'true', 'False', 'false'), 'best_by': ('kl', 'ce', 'field', 'exact', 'teacher_forced', 'student_only', 'valid'),
-               'tracker': ('', 'wandb', 'trackio')}
-    for key, allowed in choices.items():
-        if config[key] not in allowed:
-            sys.exit(f'{key} is {config[key]!r}; it must be one of {", ".join(map(repr, allowed))}')
+
+def check_settings(config):
+    """ends in one line where a setting cannot be."""
+    if not config['name'] or not config['dataset']:
+        stop('no task; run: python train.py config/demo.py')
+    best_by = 'kl', 'ce', 'field', 'exact', 'teacher_forced', 'student_only', 'valid'
+    check_choices(config, {'init_from': ('scratch', 'teacher', 'resume'), 'teacher_layers': ('first', 'even', 'none'),
+                           'divergence': ('forward', 'reverse', 'jsd'), 'compile': ('auto', 'True', 'true', 'False', 'false'),
+                           'dtype': ('auto', 'float32', 'bfloat16'), 'best_by': best_by, 'tracker': ('', 'wandb', 'trackio')})
+    tracker, tau = config['tracker'], config['kd_temperature']
     if tracker and not importlib.util.find_spec(tracker):
-        sys.exit(f'tracker = {tracker}: no such package here; run: pip install {tracker}')
-    begin = time.time()
-    world, rank = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))  # torchrun sets them
-    out, device = Path('out', run or name), pick_device(device)
-    task_file = next((a for a in sys.argv[1:] if a.endswith('.py')), f'config/{name}.py')
-    if world > 1:
-        dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
-        if device == 'cuda':
-            device = f'cuda:{os.environ["LOCAL_RANK"]}'
-            torch.cuda.set_device(device)
-    say = print if rank == 0 else lambda *_: None
-    try:
-        shards = Shards(dataset, name)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f'{error}; run: python extract.py {task_file}')
-    meta = shards.meta
-    train_rows, val_rows = shards.split()
-    if max_records:
-        train_rows = train_rows[train_rows < max_records]
+        stop(f'tracker = {tracker}: no such package here; run: pip install {tracker}')
+    if tau < 1 and min(config['kl_start'], config['kl_end']) < 1:
+        print(f'note: at kd_temperature = {tau} the gradient of the KL is {tau:g} times what it is at 1 where the teacher is '
+              'sure, so the cross-entropy beside it takes nearly all; for the curriculum set --kd_temperature=1')
+
+
+if __name__ == '__main__':
+    device = start_ranks(pick_device(device), 'nccl' if pick_device(device) == 'cuda' else 'gloo')
+    check_settings(config)
+    out = Path('out', run or name)
+    shards, train_rows, val_rows = open_records(dataset, name, max_records, eval_records)
+    meta, needs = shards.meta, shards.meta['max_text'] + shards.meta['max_answer']
     if len(train_rows) < batch_size or not len(val_rows):
-        sys.exit(f'{len(train_rows)} records to train on and {len(val_rows)} held out are too few for batch_size = {batch_size}; extract more')
-    if eval_records:
-        val_rows = val_rows[np.random.default_rng(0).permutation(len(val_rows))[:eval_records]]  # the same for every seed
-    if (needs := meta['max_text'] + meta['max_answer']) > block_size:
-        sys.exit(f'a text may have {meta["max_text"]} tokens and an answer {meta["max_answer"]}; set block_size = {needs} or more')
-    lengths = np.array([len(shards.ids(i)) + len(shards.answer(i)) for i in train_rows])
+        stop(f'{len(train_rows)} records to train on and {len(val_rows)} held out are too few for '
+             f'batch_size = {batch_size}; extract more')
+    if needs > block_size:
+        stop(f'a text may have {meta["max_text"]} tokens and an answer {meta["max_answer"]}; '
+             f'set block_size = {needs} or more')
 
     # a run goes on only as the run it was: same settings, same records
-    sizes = dict(vocab_size=meta['vocab_size'], output_vocab=len(meta['output_ids']), block_size=block_size, n_layer=n_layer, n_head=n_head,
-                 n_kv_head=n_kv_head or n_head, n_embd=n_embd, n_mlp=n_mlp, dropout=dropout, start_id=meta['start_id'])
-    task = {key: meta[key] for key in ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'tokenizer_hash', 'max_text',
-                                        'before', 'after', 'fingerprint')}
-    free = {'device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum', 'overwrite', 'save_steps', 'tracker', 'bench'}  # may change in between
-    facts = {'config': {k: v for k, v in config.items() if k not in free}, 'task': task, 'n_train': len(train_rows)}
+    task = {key: meta[key] for key in ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids',
+                                       'tokenizer_hash', 'max_text', 'before', 'after', 'fingerprint')}
+    facts = {'config': {k: v for k, v in config.items() if k not in FREE}, 'task': task, 'n_train': len(train_rows)}
     torch.manual_seed(seed)
-    resume = (out / 'ckpt.pt').exists() and not overwrite and not bench
+    resume = (out / 'ckpt.pt').exists() and not overwrite
     if init_from == 'resume' and not resume:
-        sys.exit(f'{out}/ckpt.pt does not exist; there is nothing to resume')
+        stop(f'{out}/ckpt.pt does not exist; there is nothing to resume')
     if resume:
-        checkpoint, model, space = load_checkpoint(out, device, 'last')
-        old, new = ({**f['config'], **f['task'], 'n_train': f['n_train']} for f in (checkpoint, facts))
-        differ = [f'{key} {old.get(key)!r:.40} there, {new[key]!r:.40} here' for key in new if new[key] != old.get(key) and (key, new[key]) != ('init_from', 'resume')]
-        if differ:
-            sys.exit(f'{out} holds another run ({"; ".join(differ)}); keep both with --run=other, or replace it with --overwrite=True')
-        facts['config'] = checkpoint['config']
-        if checkpoint['config']['init_from'] == 'teacher' and freeze_table:
-            model.wte.requires_grad_(False)
+        run, optimizer_state = resume_run(out, facts, freeze_table, device)
     else:
-        checkpoint, model = {'step': 0}, new_student(sizes, init_from, teacher_layers, freeze_table, meta).to(device)
-        space = OutputSpace(Tokenizer.from_file(str(shards.folder / 'tokenizer.json')), *(task[k] for k in ('fields', 'indent', 'fence', 'end_id', 'output_ids')))
-        if rank == 0 and not bench:
-            out.mkdir(parents=True, exist_ok=True)
-            shutil.copy(shards.folder / 'tokenizer.json', out / 'tokenizer.json')
-            for old in ('ckpt.pt', 'best.pt'):
-                (out / old).unlink(missing_ok=True)
-            (out / 'log.txt').write_text('')
-    student = model.config
-    if bench:
-        from bench import bench_training  # it needs transformers, which training does without
-        sys.exit(print(bench_training(model, shards, train_rows, batch_size)))
-    step, per_epoch = checkpoint['step'], math.ceil(len(train_rows) / batch_size)
-    n_steps = max_epochs * per_epoch
-    if checkpoint.get('finished'):
-        sys.exit(say(f'{out} is trained already ({step} steps); train another beside it with --run=other, or again with --overwrite=True'))
-    counts = model.count_params()
-    say('model ' + ' '.join(f'{k}={n / 1e6:.1f}M' for k, n in counts.items()).replace('total', 'params'))
-    say(data_line('check', check_data(shards, space, train_rows, val_rows, np.random.default_rng(seed))))
-    seen = None
-    if model.wte.weight.requires_grad:
-        seen = SeenRows(model, np.unique(np.concatenate([shards.ids(i) for i in train_rows] + [meta['output_ids'], [student.start_id]])))
-        seen.cut()
-    groups = model.param_groups(weight_decay)
-    learned = [p for group in groups for p in group['params']]
-    assert len(learned) == len({id(p) for p in learned}) == sum(p.requires_grad for p in model.parameters())
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
-    if resume:
-        optimizer.load_state_dict(checkpoint['optimizer'])
-    figures, per_field, best = (checkpoint.get(key) for key in ('figures', 'per_field', 'best'))
-    linear = checkpoint.get('linear') or (linear_baseline(shards, space, train_rows, val_rows) if rank == 0 else {})
-    timed = sum((Counter(m.get('timed', {})) for m in shards.metas), Counter())  # what the student costs, for sample.py
-    teacher_rec_s = timed['records'] / timed['seconds'] if timed else math.nan
-    work = checkpoint.get('work') or {'extract_hours': len(shards) / teacher_rec_s / 3600, 'train_hours': 0.0, 'teacher_rec_s': teacher_rec_s}
-    del checkpoint
-
-    bf16 = dtype == 'bfloat16' or dtype == 'auto' and device.startswith('cuda') and torch.cuda.is_bf16_supported()
+        sizes = dict(vocab_size=meta['vocab_size'], output_vocab=len(meta['output_ids']), block_size=block_size,
+                     n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head or n_head, n_embd=n_embd, n_mlp=n_mlp,
+                     dropout=dropout, start_id=meta['start_id'])
+        student = new_student(sizes, init_from, teacher_layers, freeze_table, meta).to(device)
+        run, optimizer_state = new_run(out, facts, student, shards)
+    if run.finished:
+        print(f'{out} is trained already ({run.step} steps); train another beside it with --run=other, '
+              'or again with --overwrite=True')
+        sys.exit()
+    counts = run.student.count_params()
+    print('model', *(f'{"params" if k == "total" else k}={n / 1e6:.1f}M' for k, n in counts.items()))
+    print(data_line('check', check_data(shards, run.space, train_rows, val_rows, np.random.default_rng(seed))))
+    make_optimizer(run, shards, train_rows, weight_decay, learning_rate, (beta1, beta2), optimizer_state)
+    if run.linear is None and RANK == 0:
+        run.linear = linear_baseline(shards, run.space, train_rows, val_rows)
+    if run.work is None:  # what the student costs, for evaluate.py
+        timed = sum((Counter(m.get('timed', {})) for m in shards.metas), Counter())
+        teacher_rec_s = timed['records'] / timed['seconds'] if timed else math.nan
+        run.work = {'extract_hours': len(shards) / teacher_rec_s / 3600, 'train_hours': 0.0,
+                    'teacher_rec_s': teacher_rec_s}
+    on_gpu = device.startswith('cuda')
+    bf16 = dtype == 'bfloat16' or dtype == 'auto' and on_gpu and torch.cuda.is_bf16_supported()
     autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if bf16 else nullcontext()
-    if compile == 'auto' and device.startswith('cuda') or compile in ('True', 'true'):
-        model.compile(dynamic=True)
-    say(f'records train={len(train_rows)} held_out={len(val_rows)} epochs={max_epochs} steps={n_steps} longest={lengths.max()} from_step={step}')
-    if tracker and rank == 0:
-        track = importlib.import_module(tracker)
-        track.init(project='distillation', name=run or name, config=facts['config'])
+    if compile == 'auto' and on_gpu or compile in ('True', 'true'):
+        run.student.compile(dynamic=True)
+    if tracker and RANK == 0:
+        run.track = importlib.import_module(tracker)
+        run.track.init(project='distillation', name=out.name, config=facts['config'])
 
-    def log(tag, figures):
-        line = data_line(tag, figures)
-        tqdm.write(line)
-        with open(out / 'log.txt', 'a') as file:
-            file.write(line + '\n')
-        if tracker and tag != 'field':
-            track.log({f'{tag}/{k}': v for k, v in figures.items() if isinstance(v, (int, float))})
-
-    def save(file, finished=False):
-        """weights, plain facts and, where it is not over, what it takes to go on; whole or not at all."""
-        state = {'format': 3, 'step': step, 'finished': finished, 'student': asdict(student), 'figures': figures, 'per_field': per_field, 'best': best,
-                 'linear': linear, 'work': work | {'train_hours': work['train_hours'] + (time.time() - begin) / 3600}, **facts}
-        if file == 'ckpt.pt' and not finished:
-            state['optimizer'] = optimizer.state_dict()
-        if seen:
-            seen.restore()
-        state['model'] = model.state_dict()
-        if seen:
-            seen.cut()
-        try:
-            torch.save(state, out / 'ckpt.tmp')
-            os.replace(out / 'ckpt.tmp', out / file)
-        except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
-            (out / 'ckpt.tmp').unlink(missing_ok=True)
-            sys.exit(f'cannot write {out}/{file}: {str(error).splitlines()[0]}; the checkpoint before it is whole')
-
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, leave; a second signal is not caught
-        signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
-
-    model.train()
-    bar = tqdm(total=n_steps, initial=step, desc='train', unit='step', smoothing=0.05, disable=rank > 0)
-    since, n_seen, totals, stopping, begun, pilot = time.time(), 0, np.zeros(4), False, step, time.time()  # totals: loss, kl, ce, answer tokens
-    enough, order, waited = False, None, 0 if best is None else (step // per_epoch) - best['epoch']
-    while step < n_steps and not stopping:
-        epoch, k = divmod(step, per_epoch)
-        if k == 0 or order is None:
+    lengths = np.array([len(shards.ids(i)) + len(shards.answer(i)) for i in train_rows])
+    per_epoch = math.ceil(len(train_rows) / batch_size)
+    n_steps, first = max_epochs * per_epoch, run.step
+    print(f'records train={len(train_rows)} held_out={len(val_rows)} epochs={max_epochs} steps={n_steps} '
+          f'longest={lengths.max()} from_step={first}')
+    caught, enough, stopping = catch_signals(), False, False
+    sums, n_seen, seconds, all_seconds = np.zeros(5), 0, 0.0, 0.0           # since the last train line; since the start
+    run.student.train()
+    bar = tqdm(total=n_steps, initial=first, desc='train', unit='step', smoothing=0.05, disable=RANK > 0)
+    while run.step < n_steps and not (stopping or enough):
+        start, (epoch, k) = time.time(), divmod(run.step, per_epoch)
+        if k == 0 or run.step == first:
             order = batches(lengths, batch_size, seed, epoch)
-        rows = train_rows[order[k]]
-        lr, kl_weight, tau = schedule(step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end, kd_temperature, kd_anneal)
-        for group in optimizer.param_groups:
-            group['lr'] = lr
-        torch.manual_seed((seed + step) * world + rank)  # dropout too is a function of the step: resuming needs no generator state
-        n_tokens = sum(len(shards.answer(i)) for i in rows)  # one denominator, however the step is cut up
-        sums = torch.zeros(5, dtype=torch.float64)
-        for part in np.array_split(rows, grad_accum * world)[rank::world]:
-            if not len(part):
-                continue
-            idx, targets, teacher_logits = (x.to(device) for x in shards.batch(part, student.start_id))
-            if token_dropout:
-                idx[(torch.rand(idx.shape, device=device) < token_dropout) & (targets < 0)] = student.start_id
-            with autocast:
-                logits = model(seen.lookup[idx] if seen else idx, targets)  # (n, V)
-            loss, kl, ce, n = distill_loss(logits, teacher_logits, targets[targets >= 0], kl_weight, tau, divergence, jsd_beta)
-            (loss / n_tokens).backward()
-            sums += torch.tensor([loss.item(), kl.item(), ce.item(), n, 0], dtype=torch.float64)
-        sums[4] = len(stop)
-        if world > 1:  # a sum, since every part was divided by the tokens of the whole step
-            for p in learned:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)
-            sums = sums.to(device)
-            dist.all_reduce(sums)
-        *part_totals, stopping = sums.tolist()
-        totals += part_totals
-        n_seen += int(lengths[order[k]].sum())
-        gnorm = torch.nn.utils.clip_grad_norm_(learned, grad_clip or math.inf).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
+        lr, kl_weight, tau = schedule(run.step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end, kd_temperature,
+                                      kd_anneal)
+        torch.manual_seed((seed + run.step) * WORLD + RANK)  # dropout too is a function of the step
+        step_sums, gnorm = take_step(run, shards, train_rows[order[k]], lr, grad_accum, grad_clip, token_dropout, autocast,
+                                     kl_weight=kl_weight, temperature=tau, divergence=divergence, jsd_beta=jsd_beta)
+        stopping = any_process(caught, device)
+        sums, n_seen, spent = sums + step_sums, n_seen + int(lengths[order[k]].sum()), time.time() - start
+        seconds, all_seconds = seconds + spent, all_seconds + spent
         bar.update()
-        if rank:
-            if step % per_epoch == 0 and patience:
-                box = [None]
-                dist.broadcast_object_list(box)
-                stopping = stopping or box[0]
-            continue
-
-        if step == min(begun + 100, n_steps):
-            hours = (time.time() - pilot) / (step - begun) * n_steps / 3600
-            log('plan', {'epochs': max_epochs, 'hours': hours, 'records': len(train_rows)})
-        if step % log_steps == 0:
-            seconds, mean = time.time() - since, totals[:3] / totals[3]
-            log('train', {'step': step, 'loss': mean[0], 'kl': mean[1], 'ce': mean[2], 'kl_weight': kl_weight, 'tau': tau, 'lr': lr, 'gnorm': gnorm,
-                          'ms': seconds / log_steps * 1e3, 'tok_s': n_seen / seconds, 'eta_min': seconds / log_steps * (n_steps - step) / 60})
-            since, n_seen, totals = time.time(), 0, np.zeros(4)
-        if step % per_epoch == 0:
-            paused = time.time()
-            if seen:
-                seen.restore()
-            figures, per_field, _ = evaluate(model, space, shards, val_rows, batch_size)
-            if seen:
-                seen.cut()
-            for tag, values in report_lines(step, figures, per_field, linear):
-                log(tag, values)
-            score = figures[best_by] * (-1 if best_by in ('kl', 'ce') else 1)
-            waited += 1
-            if best is None or score > best['score']:
-                best, waited = {'score': score, 'epoch': step // per_epoch, 'step': step}, 0
-                save('best.pt', finished=True)
-            enough = bool(patience) and waited >= patience
-            if patience and world > 1:
-                dist.broadcast_object_list([enough])
-            stopping = stopping or enough
-            save('ckpt.pt', finished=step == n_steps or enough)
-            if enough:
-                say(f'no better {best_by} in {patience} epochs: that is enough')
-            since, pilot = since + time.time() - paused, pilot + time.time() - paused
-        elif stopping or save_steps and step % save_steps == 0:
-            save('ckpt.pt')
+        if run.step == min(first + 100, n_steps) and RANK == 0:
+            hours = all_seconds / (run.step - first) * n_steps / 3600
+            run.log('plan', {'epochs': max_epochs, 'hours': hours, 'records': len(train_rows)})
+        if run.step % log_steps == 0:
+            loss, kl, ce, hits = (sums[:4] / sums[4]).tolist()
+            if RANK == 0:
+                run.log('train', {'step': run.step, 'loss': loss, 'kl': kl, 'ce': ce, 'teacher_forced': hits,
+                                  'kl_weight': kl_weight, 'tau': tau, 'lr': lr, 'gnorm': gnorm,
+                                  'ms': seconds / log_steps * 1e3, 'tok_s': n_seen / seconds,
+                                  'eta_min': seconds / log_steps * (n_steps - run.step) / 60})
+            sums, n_seen, seconds = np.zeros(5), 0, 0.0
+        if run.step % per_epoch == 0:
+            last = run.step == n_steps
+            enough = tell_all(lambda: end_epoch(run, epoch + 1, shards, val_rows, batch_size, best_by, patience, last))
+        elif RANK == 0 and (stopping or save_steps and run.step % save_steps == 0):
+            run.save('ckpt.pt')
     bar.close()
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank:
+    end_ranks()
+    if RANK:
         sys.exit()
-    if tracker:
-        track.finish()
-    if step < n_steps and not enough:
-        print(f'stopped after step {step} of {n_steps}; the same command goes on')
+    if run.track:
+        run.track.finish()
+    if run.step < n_steps and not enough:
+        print(f'stopped after step {run.step} of {n_steps}; the same command goes on')
         sys.exit()
-    if importlib.util.find_spec('matplotlib'):
-        from report import draw
-        draw(out, shards, val_rows)
-    if best['step'] == n_steps:
+    draw(out, shards, val_rows[:500])
+    if run.best['step'] == n_steps:
         print(f'the last epoch was the best: more of them (max_epochs = {2 * max_epochs}) may be better still')
-    print(f'trained; best {best_by} at step {best["step"]}. Try it: python sample.py {task_file}{f" --run={run}" if run else ""} --text="..."')
+    print(f'trained; best {best_by} at step {run.best["step"]}. Look: {command("evaluate.py")}. '
+          f'Use it: {command("sample.py")} --text="..."')

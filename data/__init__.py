@@ -1,16 +1,16 @@
-"""The file format between teacher and student: an append-and-commit writer, a memmap reader, the split, the batches.
+"""The file format between teacher and student: append-and-commit writer, memmap reader, split, batches.
 
     data/<dataset>/<name>-00/    one shard, little-endian, append-only
       input.bin    uint32    ids of each text, concatenated
       output.bin   uint16    the teacher's answers as output-vocabulary indices, concatenated
       logits.bin   float16   (steps, V) raw logit minus the row's maximum over V: fp16 is exact enough near 0
-      stats.bin    float32   (steps, 2) that maximum, and logsumexp over the full vocabulary (nan where not asked for)
+      stats.bin    float32   (steps, 2) that maximum, and logsumexp over the full vocabulary (nan: not asked for)
       index.bin    uint64    (records, 3) end offset in input.bin, end offset in output.bin, hash of the text
       meta.json              teacher, tokenizer hash, prompt, fields, output ids: enough to rebuild the output space
       tokenizer.json         the teacher's tokenizer
 
-A record exists when its row of index.bin does, and that row is written last: a run killed anywhere loses at most the
-batch in flight. Offsets count elements, not bytes. A row without an answer marks a text whose answer was dropped.
+A record exists when its row of index.bin does, and that row is written last: a run killed anywhere loses at most
+the batch in flight. Offsets count elements, not bytes. A row without an answer is a text whose answer was dropped.
 """
 import fcntl
 import hashlib
@@ -27,12 +27,13 @@ DTYPES = {'input': np.dtype('<u4'), 'output': np.dtype('<u2'), 'logits': np.dtyp
 
 
 def clean(text):
-    """the one form of a text that is hashed, labelled, trained on and sampled from: runs of whitespace are one space."""
+    """the one form of a text that is hashed, labelled, trained on and sampled from: runs of whitespace as one space."""
     return ' '.join(text.split())
 
 
 def read_texts(path, key='answer'):
-    """yields each line of a .jsonl as (text, what it holds under key or None, '') or ('', None, why it is no text); any bytes will do."""
+    """yields for each line of a .jsonl, whatever its bytes, (text, what it holds under key or None, '') or
+    ('', None, why it is no text)."""
     with open(path, 'rb') as file:
         for line in file:
             try:
@@ -54,13 +55,6 @@ def text_hash(text):
 def held_out(hashes):
     """True for the tenth of all texts that is never trained on; it stays put when data grows, moves or resumes."""
     return np.asarray(hashes, np.uint64) % np.uint64(10) == 0
-
-
-def tokenizer_hash(tokenizer):
-    """hash of what a tokenizers.Tokenizer does: its vocabulary, and how it cuts a probe text."""
-    probe = tokenizer.encode('{"a": "b c", "n": -12}\n```json\n  été 日本 😀 <b> I\'m', add_special_tokens=False).ids
-    vocab = sorted((i, t) for t, i in tokenizer.get_vocab().items())
-    return hashlib.blake2b(repr((vocab, probe)).encode('utf-8', 'backslashreplace'), digest_size=8).hexdigest()
 
 
 def write_json(path, value):
@@ -103,8 +97,8 @@ class Writer:
         if len(index):
             self.n_input, self.n_output = map(int, index[-1, :2])
         self.n_records = len(index)
-        sizes = {'input': self.n_input, 'output': self.n_output, 'logits': self.n_output * V, 'stats': self.n_output * 2,
-                 'index': index.size}
+        sizes = {'input': self.n_input, 'output': self.n_output, 'logits': self.n_output * V,
+                 'stats': self.n_output * 2, 'index': index.size}
         for name, file in self.files.items():
             file.truncate(sizes[name] * DTYPES[name].itemsize)
 
@@ -114,7 +108,8 @@ class Writer:
         n_input, n_output = self.n_input, self.n_output
         for hash_, ids, outs, logits, lse in records:
             top = logits.max(axis=1)
-            values = {'input': ids, 'output': outs, 'logits': logits - top[:, None], 'stats': np.stack((top, lse), axis=1)}
+            values = {'input': ids, 'output': outs, 'logits': logits - top[:, None],
+                      'stats': np.stack((top, lse), axis=1)}
             for name, value in values.items():
                 parts[name].append(np.asarray(value).astype(DTYPES[name]).tobytes())
             n_input, n_output = n_input + len(ids), n_output + len(outs)
@@ -149,13 +144,16 @@ def shard_folders(dataset, name, root='data'):
 
 def stored_hashes(folders, meta):
     """Hashes of every text in these shards, also of those whose answer was dropped."""
-    return Hashes(np.concatenate([np.empty(0, np.uint64), *(read_index(folder, len(meta['output_ids']))[:, 2] for folder in folders)]))
+    parts = [read_index(folder, len(meta['output_ids']))[:, 2] for folder in folders]
+    return Hashes(np.concatenate([np.empty(0, np.uint64), *parts]))
 
 
 def first_answers(folder, meta, n):
     """list of (steps,) output indices, of the first n texts of a shard; empty where the answer was dropped."""
     ends = read_index(folder, len(meta['output_ids']))[:n, 1].astype(np.int64)
-    return np.split(np.fromfile(folder / 'output.bin', DTYPES['output'], ends[-1]), ends[:-1]) if len(ends) else []
+    if not len(ends):
+        return []
+    return np.split(np.fromfile(folder / 'output.bin', DTYPES['output'], ends[-1]), ends[:-1])
 
 
 class Shards:
@@ -171,7 +169,8 @@ class Shards:
         self.shards, spans, hashes = [], [], []
         for folder, meta in zip(folders, self.metas):
             if meta['format'] != FORMAT or meta['output_ids'] != self.metas[0]['output_ids']:
-                raise ValueError(f'{folder} has another format or output vocabulary than {folders[0]}; extract it again')
+                raise ValueError(f'{folder} has another format or output vocabulary than {folders[0]}; '
+                                 'extract it again')
             V = len(meta['output_ids'])
             index = read_index(folder, V)
             ends = index[:, :2].astype(np.int64)
@@ -179,10 +178,11 @@ class Shards:
             answered = ends[:, 1] > starts[:, 1]  # a text whose answer was dropped has none
             if not answered.any():
                 continue
-            shapes = {'input': (), 'output': (), 'logits': (V,), 'stats': (2,)}  # of one element
             spans.append(np.column_stack((np.full(len(index), len(self.shards)), starts, ends))[answered])
             hashes.append(index[answered, 2])
-            self.shards.append({key: np.memmap(folder / f'{key}.bin', DTYPES[key], 'r', shape=(int(ends[-1, 0 if key == 'input' else 1]), *shape))
+            n_input, n_output = map(int, ends[-1])
+            shapes = {'input': (n_input,), 'output': (n_output,), 'logits': (n_output, V), 'stats': (n_output, 2)}
+            self.shards.append({key: np.memmap(folder / f'{key}.bin', DTYPES[key], 'r', shape=shape)
                                 for key, shape in shapes.items()})
         if not spans:
             raise FileNotFoundError(f'data/{dataset} has no records extracted for {name!r}')
@@ -208,8 +208,8 @@ class Shards:
         return np.flatnonzero(~held), np.flatnonzero(held)
 
     def batch(self, rows, start_id):
-        """idx (B, T) ids: text, start, answer without its last token. targets (B, T) output indices, -1 on the text and
-        the padding. teacher_logits (n, V) float32, one row per target >= 0, in their order."""
+        """idx (B, T) ids: text, start, answer without its last token. targets (B, T) output indices, -1 on the text
+        and the padding. teacher_logits (n, V) float32, one row per target >= 0, in their order."""
         texts, outs = [self.ids(i) for i in rows], [self.answer(i) for i in rows]
         T = max(len(t) + len(o) for t, o in zip(texts, outs))
         output_ids = np.array(self.meta['output_ids'])
@@ -223,13 +223,16 @@ class Shards:
 
 
 def batches(lengths, batch_size, seed, epoch, window=16):
-    """the order of an epoch, a pure function of its arguments: arrays of positions in lengths (n,), one may be short.
+    """the order of an epoch, a pure function of its arguments: arrays of positions in lengths (n,), the last of a
+    window may be short.
 
-    Records of like length share a batch, so that little is padded: a random order is cut into windows of 16 batches, each
-    window is sorted by length and cut into batches, and the batches are shuffled.
+    Records of like length share a batch, so that little is padded: a random order is cut into windows of 16 batches,
+    each window is sorted by length and cut into batches, and the batches are shuffled.
     """
     rng = np.random.default_rng((seed, epoch))
-    order, size = rng.permutation(len(lengths)), window * batch_size
-    windows = [w[np.argsort(lengths[w], kind='stable')] for w in (order[i:i + size] for i in range(0, len(order), size))]
-    cut = [w[i:i + batch_size] for w in windows for i in range(0, len(w), batch_size)]
+    order, size, cut = rng.permutation(len(lengths)), window * batch_size, []
+    for start in range(0, len(order), size):
+        part = order[start:start + size]
+        part = part[np.argsort(lengths[part], kind='stable')]
+        cut += [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
     return [cut[i] for i in rng.permutation(len(cut))]

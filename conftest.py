@@ -1,0 +1,203 @@
+"""What all tests share: a real tokenizer trained on a page of text, tiny teachers that read it, and a project in which the
+four commands have run. No network."""
+import json
+import multiprocessing
+import os
+import random
+import resource
+import runpy
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+import data
+from model import Student, StudentConfig
+from space import OutputSpace
+
+torch.set_num_threads(1)  # tiny models gain nothing from more
+os.environ['OMP_NUM_THREADS'] = '1'
+ROOT = Path(__file__).resolve().parent
+PROGRAMS = 'extract.py', 'train.py', 'sample.py', 'evaluate.py', 'bench.py'
+FIELDS = {'tone': ['neutral', 'friendly'], 'spam': [True, False]}
+SCHEMAS = [  # every kind of value; prefixes of each other; tokens that merge with the quotes around them
+    (FIELDS, None, False),
+    ({'n': list(range(-12, 13)), 'ok': [True, False, None]}, None, False),
+    ({'a': ['a', 'ab', 'abc', ''], 'b': [[1, 2], [1], 'x'], 'c': ['"', 'é日', "it's"]}, 2, True),
+    ({'only': ['constant'], 'v': ['1', 1, '11', 11]}, 2, False)]
+PROMPT = 'label\nhello there\n{"tone":"friendly","spam":false}\n{text}\n'
+
+# -----------------------------------------------------------------------------
+# a tokenizer, and teachers
+
+
+@pytest.fixture(scope='session')
+def words():
+    return ('the cat sat on a mat and said hello to my friend who was not there so we went home early today because it rained '
+            'neutral friendly spam tone true false null label good bad buy now').split()
+
+
+@pytest.fixture(scope='session')
+def teachers(tmp_path_factory, words):
+    """{family: directory of a teacher}"""
+    rng = random.Random(0)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = [' '.join(rng.choices(words, k=8)) for _ in range(200)] + [json.dumps({'tone': w, 'n': -12}) for w in words]
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=500, special_tokens=['<pad>', '<bos>', '<eos>', '<turn>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(single='<bos> $A', special_tokens=[('<bos>', 1)])
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token='<bos>', eos_token='<eos>', pad_token='<pad>')
+    wrapped.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<turn>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    sizes = dict(vocab_size=len(wrapped), hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
+                 bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.1)
+    gemma = transformers.Gemma3TextConfig(**sizes, head_dim=8, sliding_window=24, query_pre_attn_scalar=8,
+                                          layer_types=['sliding_attention', 'sliding_attention', 'full_attention'])
+    folders, json_style = {}, SimpleNamespace(fields=FIELDS, indent=None, fence=False, end_id=None)
+    for family, cls, cfg in (('gemma', transformers.Gemma3ForCausalLM, gemma), ('llama', transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes))):
+        torch.manual_seed(1)
+        folders[family] = tmp_path_factory.mktemp(family)
+        model = cls(cfg)
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+        for step in range(200):  # mostly in the form asked for, with labels that depend on the text
+            rows = []
+            for _ in range(16):
+                text = rng.choices(words, k=rng.randint(3, 9))
+                answer = OutputSpace.text(json_style, [['neutral', 'friendly']['hello' in text or 'friend' in text or 'good' in text], 'buy' in text or 'spam' in text])
+                rows.append(wrapped(PROMPT.replace('{text}', ' '.join(text)) + answer)['input_ids'])
+            idx = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
+            model(idx, labels=idx.masked_fill(idx == 0, -100)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval().save_pretrained(folders[family])
+        wrapped.save_pretrained(folders[family])
+    return folders
+
+
+@pytest.fixture(scope='session')
+def tokenizer(teachers):
+    return Tokenizer.from_file(str(teachers['gemma'] / 'tokenizer.json'))
+
+
+def load_teacher(folder):
+    return (transformers.AutoTokenizer.from_pretrained(folder), transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+
+# -----------------------------------------------------------------------------
+# students, records
+
+
+@pytest.fixture(scope='session')
+def space(tokenizer):
+    return OutputSpace(tokenizer, {'n': list(range(-12, 13)), 'tone': ['neutral', 'friendly', 'friend'], 'ok': [True, None]}, auxiliary=range(4, 100))
+
+
+def tiny_student(space, seed=0, **sizes):
+    torch.manual_seed(seed)
+    return Student(StudentConfig(**{**dict(vocab_size=600, output_vocab=len(space.output_ids), block_size=96, n_layer=2, n_head=4, n_kv_head=2, n_embd=32,
+                                            n_mlp=64, start_id=1), **sizes})).eval()
+
+
+def random_records(n, V, seed=0, offset=0.0):
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        steps = rng.integers(2, 6)
+        yield (int(rng.integers(1 << 63)), rng.integers(0, 1 << 18, rng.integers(1, 9)), rng.integers(0, V, steps),
+               (rng.normal(size=(steps, V)) * 3 + offset).astype(np.float32), rng.normal(size=steps).astype(np.float32))
+
+
+def make_shards(root, records, V, names=('t-00',)):
+    for k, name in enumerate(names):
+        writer = data.Writer(root / 'd' / name, V)
+        for at in range(k, len(records), len(names)):
+            writer.append([records[at]])
+        writer.close()
+        data.write_json(root / 'd' / name / 'meta.json', {'format': data.FORMAT, 'output_ids': list(range(100, 100 + V))})
+    return data.Shards('d', 't', root)
+
+
+def write_texts(folder, texts):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'input.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
+
+# -----------------------------------------------------------------------------
+# a project, and programs run in it as a user does
+
+
+CHILDREN = multiprocessing.get_context('forkserver')  # children of a process that has imported torch: a run costs no import
+CHILDREN.set_forkserver_preload(['torch', 'transformers', 'conftest'])
+
+
+def run_script(root, script, args, files, file_limit):
+    """the target of a child process: a script as a user runs it, its standard streams in files."""
+    os.chdir(root)
+    for stream, path in enumerate(files):
+        os.dup2(os.open(path, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    sys.argv = [script, 'config/toy.py', *args]
+    try:
+        runpy.run_path(script, run_name='__main__')
+    finally:
+        sys.stdout.flush()
+
+
+def run(root, script, *args, stdin=b'', file_limit=0):
+    """a script as a user runs it -> object with returncode, stdout, stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [os.devnull if not stdin else f'{folder}/0', f'{folder}/1', f'{folder}/2']
+        if stdin:
+            Path(files[0]).write_bytes(stdin)
+        process = CHILDREN.Process(target=run_script, args=(root, script, args, files, file_limit))
+        process.start()
+        process.join(100)
+        assert process.exitcode is not None, f'{script} {args} hangs'
+        return SimpleNamespace(returncode=process.exitcode, stdout=Path(files[1]).read_text(), stderr=Path(files[2]).read_text())
+
+
+def one_line(done):
+    """stderr of a failed run must be one line and no traceback, apart from what changed and the progress bars."""
+    lines = []
+    for line in done.stderr.replace('\r', '\n').splitlines():
+        bar = line.startswith(('filter:', 'extract:', 'train:', 'verify:', 'bench:')) or 'it/s' in line
+        if line.strip() and not bar and ' (command line; was' not in line and ' (config/' not in line:
+            lines.append(line)
+    assert done.returncode == 1 and len(lines) == 1, (done.returncode, done.stderr)
+    return lines[0]
+
+
+@pytest.fixture(scope='session')
+def project(tmp_path_factory, teachers, words):
+    """a copy of the scripts with a small task, extracted and trained: what the four commands leave behind."""
+    root = tmp_path_factory.mktemp('project')
+    for path in ('config/__init__.py', 'data/__init__.py', 'space.py', 'model.py', 'teacher.py', *PROGRAMS):
+        (root / path).parent.mkdir(exist_ok=True)
+        os.symlink(ROOT / path, root / path)
+    rng = random.Random(3)
+    write_texts(root / 'data/toy', [' '.join(rng.choices(words, k=rng.randint(3, 9))) for _ in range(400)])
+    settings = dict(name='toy', dataset='toy', teacher=str(teachers['gemma']), chat=False, fields=FIELDS, prompt=PROMPT, output_vocab=64, full_lse=8,
+                    block_size=60, n_layer=2, n_head=2, n_embd=32, n_mlp=64, max_epochs=5, batch_size=16, learning_rate=1e-2, device='cpu', dtype='float32')
+    (root / 'config/toy.py').write_text(''.join(f'{k} = {v!r}\n' for k, v in settings.items()))
+    for script in ('extract.py', 'train.py'):
+        done = run(root, script)
+        assert done.returncode == 0, done.stderr
+        (root / f'{script}.stdout').write_text(done.stdout)
+    return root
+
+
+def clone_task(project, tmp_path, *keep):
+    """the project with its texts, and of the results only what is in keep."""
+    shutil.copytree(project, tmp_path / 'p', symlinks=True, ignore=lambda folder, names: {n for n in names if n in {'toy-00', 'out'} - {*keep}})
+    return tmp_path / 'p'
+
+
+def weights(root):
+    return torch.load(root / 'out/toy/ckpt.pt', weights_only=True)['model']
+

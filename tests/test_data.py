@@ -1,0 +1,80 @@
+"""The file format: nothing committed is lost, the split and the batches stay put."""
+import math
+import os
+
+import numpy as np
+import pytest
+
+import data
+from conftest import make_shards, random_records
+
+
+def test_a_set_of_hashes_in_eight_bytes_each():
+    rng = np.random.default_rng(0)
+    some, more = (rng.integers(0, 1 << 64, 300000, np.uint64).tolist() for _ in range(2))
+    hashes, twin = data.Hashes(some), set(some)
+    for h in more:
+        hashes.add(h)
+    assert len(hashes) == len(twin | set(more)) and len(hashes.sorted) > 500000  # the recent ones were merged
+    assert all(h in hashes for h in some[:1000] + more[-1000:]) and not any(h in hashes for h in rng.integers(0, 1 << 64, 1000, np.uint64).tolist())
+
+
+def test_fp16_below_the_maximum_keeps_every_decision(tmp_path):
+    records = list(random_records(50, 500, offset=25))  # raw logits near 25, where fp16 is 0.016 apart
+    for r in records:
+        r[3][:, 7] = r[3].max(1) + 0.004  # a close decision
+    assert any((r[3].astype(np.float16).argmax(1) != 7).any() for r in records)  # plain fp16 would lose some
+    shards = make_shards(tmp_path, records, 500)
+    for i, (_, ids, outs, logits, lse) in enumerate(records):
+        assert shards.ids(i).tolist() == ids.tolist() and shards.answer(i).tolist() == outs.tolist()
+        assert (shards.answer(i, 'logits').argmax(1) == 7).all()
+        np.testing.assert_array_equal(shards.answer(i, 'stats'), np.stack((logits.max(1), lse), 1))
+
+
+def test_the_writer_cuts_off_what_was_not_committed(tmp_path):
+    records = list(random_records(9, 8))
+    make_shards(tmp_path, records[:6], 8)
+    for name in data.DTYPES:
+        with open(tmp_path / f'd/t-00/{name}.bin', 'ab') as file:
+            file.write(b'x' * 13)
+    writer = data.Writer(tmp_path / 'd/t-00', 8)
+    assert writer.n_records == 6
+    with pytest.raises(BlockingIOError):
+        data.Writer(tmp_path / 'd/t-00', 8)
+    writer.append(records[6:])
+    writer.close()
+    shards = data.Shards('d', 't', tmp_path)
+    assert [shards.answer(i).tolist() for i in range(9)] == [r[2].tolist() for r in records]
+    os.truncate(tmp_path / 'd/t-00/logits.bin', 100)  # a file that lost its end takes its records along
+    assert len(data.read_index(tmp_path / 'd/t-00', 8)) < 9
+
+
+def test_the_split_follows_the_text_not_its_place(tmp_path):
+    records = list(random_records(300, 4))
+    one, two = make_shards(tmp_path / 'a', records, 4), make_shards(tmp_path / 'b', records[::-1], 4, ('t-00', 't-01'))
+    held = [{int(s.hashes[i]) for i in s.split()[1]} for s in (one, two)]
+    assert held[0] == held[1] and 10 < len(held[0]) < 60 and not held[0] & {int(one.hashes[i]) for i in one.split()[0]}
+
+
+def test_batches_align_inputs_targets_and_logits(tmp_path):
+    records = list(random_records(5, 8))
+    idx, targets, teacher_logits = make_shards(tmp_path, records, 8).batch([3, 0], start_id=9)
+    row = 0
+    for b, (_, ids, outs, logits, _) in enumerate([records[3], records[0]]):
+        n, m = len(ids), len(outs)
+        assert idx[b, :n + m].tolist() == [*ids, 9, *(100 + outs[:-1])] and targets[b].tolist() == [-1] * n + outs.tolist() + [-1] * (idx.size(1) - n - m)
+        np.testing.assert_allclose(teacher_logits[row:row + m], logits - logits.max(1, keepdims=True), atol=0.01)
+        row += m
+    assert row == len(teacher_logits) == (targets >= 0).sum()
+
+
+def test_an_epoch_is_a_fixed_order_of_batches_of_like_length():
+    lengths = np.random.default_rng(0).integers(20, 64, 1000)
+    epochs = [data.batches(lengths, 32, 1, epoch) for epoch in (0, 1)]
+    for order in epochs:
+        assert sorted(np.concatenate(order)) == list(range(1000)) and len(order) == math.ceil(1000 / 32)
+        assert lengths.sum() / sum(lengths[b].max() * len(b) for b in order) > 0.93
+    assert not np.array_equal(epochs[0][0], epochs[1][0])
+    assert all(np.array_equal(a, b) for a, b in zip(epochs[1], data.batches(lengths, 32, 1, 1)))
+    firsts = [lengths[data.batches(lengths, 32, seed, 0)[0]].mean() for seed in range(50)]  # no length comes first
+    assert abs(np.mean(firsts) - lengths.mean()) < 5

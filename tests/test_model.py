@@ -1,0 +1,48 @@
+"""The network, and a student that starts from its teacher."""
+import pytest
+import torch
+
+from conftest import load_teacher, tiny_student
+from model import Student, StudentConfig
+from sample import Cache
+
+
+def test_the_reference_student_has_537_million_parameters():
+    with torch.device('meta'):
+        counts = Student(StudentConfig()).count_params()
+    assert {k: round(n / 1e6, 1) for k, n in counts.items()} == dict(total=537.4, embedding=268.4, attention=67.1, mlp=201.3, head=0.5)
+
+
+def test_every_parameter_is_initialised_and_optimised_once(space):
+    model = tiny_student(space)
+    groups = [p for group in model.param_groups(0.1) for p in group['params']]
+    assert len(groups) == len({id(p) for p in groups}) == len(list(model.parameters()))
+    assert {id(p) for p in model.param_groups(0.1)[0]['params']} == {id(p) for n, p in model.named_parameters() if p.dim() == 2 and n != 'wte.weight'}
+    for name, p in model.named_parameters():
+        expected = 1.0 if p.dim() == 1 else 0.02 / 2 if name.endswith('c_proj.weight') else 0.02
+        assert abs((p.mean() if p.dim() == 1 else p.std()).item() / expected - 1) < 0.15, name
+
+
+def test_no_token_sees_the_future_or_the_padding(space):
+    model, idx = tiny_student(space), torch.randint(4, 500, (2, 12))
+    out, idx[:, 8:] = model(idx), 0
+    torch.testing.assert_close(model(idx)[:, :8], out[:, :8])
+    targets = torch.where(torch.arange(12) % 3 == 0, 1, -1).expand(2, -1)
+    torch.testing.assert_close(model(idx, targets), model(idx)[targets >= 0])
+
+
+@pytest.mark.parametrize('family', ['gemma', 'llama'])
+def test_a_student_of_all_layers_is_the_teacher(teachers, family):
+    _, model = load_teacher(teachers[family])
+    for name, p in model.named_parameters():
+        p.data += 0.1 * torch.randn_like(p) if 'norm' in name else 0.0  # norm weights that are not all alike
+    output_ids, idx = list(range(5, 50)), torch.randint(4, 300, (3, 22))  # within the sliding window
+    sizes = dict(vocab_size=model.config.vocab_size, output_vocab=45, block_size=64, n_layer=3)
+    student = Student.from_teacher(model, sizes, output_ids).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(student(idx), model(idx).logits[..., output_ids], atol=1e-5, rtol=1e-5)
+        cache, parts = Cache(student), []
+        for start, stop in ((0, 9), (9, 10), (10, 22)):
+            pos, keep = cache.place([0, 1, 2], [start] * 3, [stop - start] * 3, [stop - start] * 3)
+            parts.append(student(idx[:, start:stop].reshape(1, -1), cache=cache, pos=pos, keep=keep).view(3, stop - start, -1))
+        torch.testing.assert_close(torch.cat(parts, 1), student(idx), atol=1e-5, rtol=1e-5)
