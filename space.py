@@ -3,8 +3,8 @@
     space = OutputSpace(tokenizer, {'tone': ['neutral', 'friendly'], 'spam': [True, False]})
     space.to_json(space.from_json({'tone': 'friendly', 'spam': False}))
 
-An *id* is a row of the teacher's vocabulary: what the tokenizer gives and the student reads. An *output index* is a
-position in space.output_ids: what the student predicts and output.bin stores.
+An *id* is a row of the teacher's vocabulary: what the tokenizer gives and the student reads. An *output
+index* is a position in space.output_ids: what the student predicts and output.bin stores.
 """
 import hashlib
 import json
@@ -24,11 +24,11 @@ def tokenizer_hash(tokenizer):
 
 
 def accepted(draft, chosen):
-    """what stands of a draft that a model has read at once: its tokens as far as the model would have written them
-    too, then the model's own. So greedy decoding gives the same answer, only in fewer passes.
+    """what stands of a draft that a model has read at once: its tokens as far as the model would have written
+    them too, then the model's own. So greedy decoding gives the same answer, only in fewer passes.
 
-    draft (n,) and chosen (n or n + 1,): lists of output indices, chosen[i] the model's choice where draft[i] stands.
-    (Greedy speculative decoding, https://arxiv.org/abs/2211.17192.)
+    draft (n,) and chosen (n or n + 1,): lists of output indices, chosen[i] the model's choice where draft[i]
+    stands. (Greedy speculative decoding, https://arxiv.org/abs/2211.17192.)
     """
     n = 0
     while n < len(draft) and chosen[n] == draft[n]:
@@ -45,11 +45,13 @@ def common_prefix(seqs):
 
 
 class OutputSpace:
-    """All answers a schema allows, as a DFA over tokens, and the output vocabulary they and their neighbours need.
+    """All answers a schema allows, as a DFA over tokens, and the output vocabulary they and their neighbours
+    need.
 
-    tokenizer: a tokenizers.Tokenizer. fields: {name: [allowed JSON values]} in output order. indent, fence: style
-    of the JSON. end_id: the teacher's end of turn, or None where a newline ends the answer (few-shot completion).
-    auxiliary: ids appended to the output vocabulary. ValueError where the schema cannot be compiled.
+    tokenizer: a tokenizers.Tokenizer. fields: {name: [allowed JSON values]} in output order. indent, fence:
+    style of the JSON. end_id: the teacher's end of turn, or None where a newline ends the answer (few-shot
+    completion). auxiliary: ids appended to the output vocabulary. ValueError where the schema cannot be
+    compiled.
 
     output_ids  (V,) list   ids of the output vocabulary, the n_required of valid answers first
     moves       per state {legal output index: state after it}; answers start in state 0
@@ -91,7 +93,8 @@ class OutputSpace:
         return ids if self.end_id is None else ids + [self.end_id]
 
     def find_segments(self):
-        """the answer as a row of segments, each a list of alternative id tuples: scaffolding has one, a field more.
+        """the answer as a row of segments, each a list of alternative id tuples: scaffolding has one, a field
+        more.
 
         One encoding per value: what differs between the values of a field, all else equal, is its span.
         """
@@ -110,8 +113,9 @@ class OutputSpace:
         return segments + [[tuple(base_ids[at:])]]
 
     def compile(self):
-        """subset construction (https://en.wikipedia.org/wiki/Powerset_construction): a state is the set of (segment,
-        alternative, position) that the tokens so far allow, so values that are prefixes of others are no special case."""
+        """subset construction (https://en.wikipedia.org/wiki/Powerset_construction): a state is the set of
+        (segment, alternative, position) that the tokens so far allow, so values that are prefixes of others
+        are no special case."""
         def settle(points):
             seen, todo = set(), list(points)
             while todo:
@@ -143,7 +147,7 @@ class OutputSpace:
         names = [name for name, values in self.fields.items() if len(values) > 1]
         self.field = []
         for state in number:
-            odd = [seg for seg, _, _ in state if seg % 2 and seg < len(self.segments)]  # values are the odd segments
+            odd = [seg for seg, _, _ in state if seg % 2 and seg < len(self.segments)]  # these are values
             self.field.append(names[odd[0] // 2] if odd else None)
         self.next_state = torch.full((len(number), len(self.output_ids)), -1)
         for state, row in enumerate(self.moves):
@@ -162,7 +166,8 @@ class OutputSpace:
         self.max_answer = sum(max(map(len, alternatives)) for alternatives in self.segments)
 
     def verify(self, n=200):
-        """n random whole answers must be accepted token for token as the tokenizer writes them, else ValueError."""
+        """n random whole answers must be accepted token for token as the tokenizer writes them, else
+        ValueError."""
         rng = random.Random(0)
         for _ in range(n):
             values = [rng.choice(v) for v in self.fields.values()]
@@ -172,7 +177,8 @@ class OutputSpace:
                                  'try another indent')
 
     def misfits(self, prompt):
-        """yields what is wrong with each JSON object in a prompt that is no answer of this schema in its due form."""
+        """yields what is wrong with each JSON object in a prompt that is no answer of this schema in its due
+        form."""
         for shown in re.findall(r'\{[^{}]*"[^{}]*\}', prompt):
             try:
                 answer = json.loads(shown)

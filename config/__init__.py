@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ('extract.py', 'train.py', 'sample.py', 'evaluate.py', 'bench.py')  # one config file serves them all
-WORLD, RANK = (int(os.environ.get(key, alone)) for key, alone in (('WORLD_SIZE', 1), ('RANK', 0)))  # torchrun's
+SCRIPTS = 'extract.py', 'train.py', 'sample.py', 'evaluate.py', 'bench.py'  # one config file serves them all
+WORLD, RANK = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))  # torchrun sets them
 
 
 def stop(line):
@@ -47,8 +47,8 @@ def settings_block(script):
 
 
 def convert(value, default):
-    """value with the type of default; text is read as that type, and a plain constant as the text it would be on the
-    command line. ValueError or SyntaxError where it cannot be."""
+    """value with the type of default; text is read as that type, and a plain constant as the text it would be
+    on the command line. ValueError or SyntaxError where it cannot be."""
     if isinstance(default, str) and isinstance(value, (bool, int, float)):
         return str(value)
     if isinstance(value, str) and not isinstance(default, str):
@@ -78,7 +78,8 @@ def read_config(path):
 def configure(g):
     """apply config files and command line to the settings in g = globals(); returns them as a dict.
 
-    Exits with one line and status 1 on an unknown key, a wrong type or a missing file. Imported programs keep defaults.
+    Exits with one line and status 1 on an unknown key, a wrong type or a missing file. Imported programs keep
+    defaults.
     """
     this = Path(g['__file__']).name
     names, block = settings_block(g['__file__'])
@@ -117,7 +118,7 @@ def configure(g):
             kind = 'a Python constant' if default is None else type(default).__name__
             stop(f'{source}: {key} is {value!r}; it must be {kind}, like its default {default!r}')
         if value != g[key] and RANK == 0:
-            new, old = (text if len(text) < 60 else text[:56] + ' ...' for text in (repr(value), repr(g[key])))
+            new, old = (t if len(t) < 60 else f'{t[:56]} ...' for t in (repr(value), repr(g[key])))
             print(f'{key} = {new} ({source}; was {old})', file=sys.stderr)
         g[key] = value
     return {name: g[name] for name in defaults}
@@ -131,8 +132,8 @@ def check_choices(config, choices):
 
 
 def command(script):
-    """the command that runs another program on what this one was run on: its config files, and of the settings typed
-    those that say which task and run are meant."""
+    """the command that runs another program on what this one was run on: its config files, and of the
+    settings typed those that say which task and run are meant."""
     same = [arg for arg in sys.argv[1:] if arg.endswith('.py')
             or arg.partition('=')[0] in ('--name', '--dataset', '--run') and arg[2:].partition('=')[0] in
             settings_block(ROOT / script)[0]]
@@ -151,10 +152,12 @@ def pick_device(device):
 
 
 def start_ranks(device, backend):
-    """joins the other processes, if torchrun has started several, and returns this one's device. Only the first speaks.
+    """joins the other processes, if torchrun has started several, and returns this one's device. Only the
+    first speaks.
 
-    The others wait for a day where the first alone has work, which an evaluation or the first look at ten million texts
-    takes hours of; the default is minutes. Where one dies torchrun ends them all, so a long wait costs nothing.
+    The others wait for a day where the first alone has work, which an evaluation or the first look at ten
+    million texts takes hours of; the default is minutes. Where one dies torchrun ends them all, so a long
+    wait costs nothing.
     """
     if WORLD == 1:
         return device

@@ -20,7 +20,15 @@ _shots = [
     ('Kernel crash. My laptop hangs after the update, here is the log. Any ideas?', 'problem', 'normal', True),
     ('Books. I liked the first one better, the second has no plot at all.', 'discussion', 'low', False),
 ]
-prompt = ''.join(f'Mail: {text}\nTriage:\n{json.dumps(dict(zip(fields, values)), separators=(",", ":"))}\n' for text, *values in _shots) + 'Mail: {text}\nTriage:\n'
+
+
+def _shot(text, *values):
+    """an example as the prompt shows it; the answer in the very form that is asked for."""
+    answer = json.dumps(dict(zip(fields, values)), separators=(',', ':'))
+    return f'Mail: {text}\nTriage:\n{answer}\n'
+
+
+prompt = ''.join(_shot(*shot) for shot in _shots) + 'Mail: {text}\nTriage:\n'
 max_text = 96
 too_long = 'cut'
 max_records = 2000

@@ -20,7 +20,15 @@ _shots = [
     ('Holy shit, that was a good goal.', 'profanity', 1, True),
     ('The train was late again today.', 'none', 0, True),
 ]
-prompt = ''.join(f'Comment: {text}\nDecision:\n{json.dumps(dict(zip(fields, values)), separators=(",", ":"))}\n' for text, *values in _shots) + 'Comment: {text}\nDecision:\n'
+
+
+def _shot(text, *values):
+    """an example as the prompt shows it; the answer in the very form that is asked for."""
+    answer = json.dumps(dict(zip(fields, values)), separators=(',', ':'))
+    return f'Comment: {text}\nDecision:\n{answer}\n'
+
+
+prompt = ''.join(_shot(*shot) for shot in _shots) + 'Comment: {text}\nDecision:\n'
 max_records = 4000
 # student: the teacher's table, frozen, and four small layers of its own
 init_from = 'teacher'

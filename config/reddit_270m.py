@@ -23,7 +23,15 @@ _shots = [
     ('Shut up, you stupid idiot.', 'aggressive', 'negative', 'harmful', 'toxic'),
     ('My sister taught me how to bake bread.', 'neutral', 'neutral', 'safe', 'respectful'),
 ]
-prompt = ''.join(f'Comment: {text}\nLabel:\n{json.dumps(dict(zip(fields, values)), indent=2)}\n' for text, *values in _shots) + 'Comment: {text}\nLabel:\n'
+
+
+def _shot(text, *values):
+    """an example as the prompt shows it; the answer in the very form that is asked for."""
+    answer = json.dumps(dict(zip(fields, values)), indent=2)
+    return f'Comment: {text}\nLabel:\n{answer}\n'
+
+
+prompt = ''.join(_shot(*shot) for shot in _shots) + 'Comment: {text}\nLabel:\n'
 max_records = 6000
 # student: the teacher's table, frozen, and its first four layers: 22 M parameters that learn
 init_from = 'teacher'

@@ -21,7 +21,15 @@ _shots = [
     ('What is the capital of Peru?', 'search', False),
     ('How are you doing today?', 'none', False),
 ]
-prompt = ''.join(f'Question: {text}\nAnswer:\n{json.dumps(dict(zip(fields, values)), separators=(",", ":"))}\n' for text, *values in _shots) + 'Question: {text}\nAnswer:\n'
+
+
+def _shot(text, *values):
+    """an example as the prompt shows it; the answer in the very form that is asked for."""
+    answer = json.dumps(dict(zip(fields, values)), separators=(',', ':'))
+    return f'Question: {text}\nAnswer:\n{answer}\n'
+
+
+prompt = ''.join(_shot(*shot) for shot in _shots) + 'Question: {text}\nAnswer:\n'
 max_records = 4000
 # student: the teacher's table, frozen, and four small layers of its own
 init_from = 'teacher'

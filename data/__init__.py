@@ -4,13 +4,14 @@
       input.bin    uint32    ids of each text, concatenated
       output.bin   uint16    the teacher's answers as output-vocabulary indices, concatenated
       logits.bin   float16   (steps, V) raw logit minus the row's maximum over V: fp16 is exact enough near 0
-      stats.bin    float32   (steps, 2) that maximum, and logsumexp over the full vocabulary (nan: not asked for)
+      stats.bin    float32   (steps, 2) that maximum, and logsumexp over all tokens (nan where not asked for)
       index.bin    uint64    (records, 3) end offset in input.bin, end offset in output.bin, hash of the text
-      meta.json              teacher, tokenizer hash, prompt, fields, output ids: enough to rebuild the output space
+      meta.json              teacher, tokenizer hash, prompt, fields, output ids: what the output space needs
       tokenizer.json         the teacher's tokenizer
 
-A record exists when its row of index.bin does, and that row is written last: a run killed anywhere loses at most
-the batch in flight. Offsets count elements, not bytes. A row without an answer is a text whose answer was dropped.
+A record exists when its row of index.bin does, and that row is written last: a run killed anywhere loses at
+most the batch in flight. Offsets count elements, not bytes. A row without an answer is a text whose answer
+was dropped.
 """
 import fcntl
 import hashlib
@@ -22,12 +23,13 @@ import numpy as np
 import torch
 
 FORMAT = 1
-DTYPES = {'input': np.dtype('<u4'), 'output': np.dtype('<u2'), 'logits': np.dtype('<f2'), 'stats': np.dtype('<f4'),
-          'index': np.dtype('<u8')}
+DTYPES = {'input': np.dtype('<u4'), 'output': np.dtype('<u2'), 'logits': np.dtype('<f2'),
+          'stats': np.dtype('<f4'), 'index': np.dtype('<u8')}
 
 
 def clean(text):
-    """the one form of a text that is hashed, labelled, trained on and sampled from: runs of whitespace as one space."""
+    """the one form of a text that is hashed, labelled, trained on and sampled from: runs of whitespace as one
+    space."""
     return ' '.join(text.split())
 
 
@@ -53,7 +55,8 @@ def text_hash(text):
 
 
 def held_out(hashes):
-    """True for the tenth of all texts that is never trained on; it stays put when data grows, moves or resumes."""
+    """True for the tenth of all texts that is never trained on; it stays put when data grows, moves or
+    resumes."""
     return np.asarray(hashes, np.uint64) % np.uint64(10) == 0
 
 
@@ -103,7 +106,8 @@ class Writer:
             file.truncate(sizes[name] * DTYPES[name].itemsize)
 
     def append(self, records):
-        """commits records: list of (hash, ids, outs (n,), logits (n, V) raw, lse (n,)). OSError leaves none of them."""
+        """commits records: list of (hash, ids, outs (n,), logits (n, V) raw, lse (n,)). OSError leaves none
+        of them."""
         parts, index = {name: [] for name in DTYPES}, []
         n_input, n_output = self.n_input, self.n_output
         for hash_, ids, outs, logits, lse in records:
@@ -149,7 +153,8 @@ def stored_hashes(folders, meta):
 
 
 def first_answers(folder, meta, n):
-    """list of (steps,) output indices, of the first n texts of a shard; empty where the answer was dropped."""
+    """list of (steps,) output indices, of the first n texts of a shard; empty where the answer was
+    dropped."""
     ends = read_index(folder, len(meta['output_ids']))[:n, 1].astype(np.int64)
     if not len(ends):
         return []
@@ -157,8 +162,8 @@ def first_answers(folder, meta, n):
 
 
 class Shards:
-    """all records extracted for one task, memory-mapped. FileNotFoundError where there are none, ValueError where the
-    shards disagree or have another format.
+    """all records extracted for one task, memory-mapped. FileNotFoundError where there are none, ValueError
+    where the shards disagree or have another format.
 
     metas: dict of each meta.json; meta: the first. hashes (N,). Record i is `ids(i)` and `answer(i)`.
     """
@@ -181,7 +186,8 @@ class Shards:
             spans.append(np.column_stack((np.full(len(index), len(self.shards)), starts, ends))[answered])
             hashes.append(index[answered, 2])
             n_input, n_output = map(int, ends[-1])
-            shapes = {'input': (n_input,), 'output': (n_output,), 'logits': (n_output, V), 'stats': (n_output, 2)}
+            shapes = {'input': (n_input,), 'output': (n_output,), 'logits': (n_output, V),
+                      'stats': (n_output, 2)}
             self.shards.append({key: np.memmap(folder / f'{key}.bin', DTYPES[key], 'r', shape=shape)
                                 for key, shape in shapes.items()})
         if not spans:
@@ -198,7 +204,8 @@ class Shards:
         return self.shards[shard]['input'][start:stop]
 
     def answer(self, i, what='output'):
-        """(n,) output indices of the teacher's answer; (n, V) its 'logits' below their maximum; (n, 2) its 'stats'."""
+        """(n,) output indices of the teacher's answer; (n, V) its 'logits' below their maximum; (n, 2) its
+        'stats'."""
         shard, _, start, _, stop = self.spans[i]
         return self.shards[shard][what][start:stop]
 
@@ -208,8 +215,8 @@ class Shards:
         return np.flatnonzero(~held), np.flatnonzero(held)
 
     def batch(self, rows, start_id):
-        """idx (B, T) ids: text, start, answer without its last token. targets (B, T) output indices, -1 on the text
-        and the padding. teacher_logits (n, V) float32, one row per target >= 0, in their order."""
+        """idx (B, T) ids: text, start, answer without its last token. targets (B, T) output indices, -1 on
+        the text and the padding. teacher_logits (n, V) float32, one row per target >= 0, in their order."""
         texts, outs = [self.ids(i) for i in rows], [self.answer(i) for i in rows]
         T = max(len(t) + len(o) for t, o in zip(texts, outs))
         output_ids = np.array(self.meta['output_ids'])
@@ -223,11 +230,11 @@ class Shards:
 
 
 def batches(lengths, batch_size, seed, epoch, window=16):
-    """the order of an epoch, a pure function of its arguments: arrays of positions in lengths (n,), the last of a
-    window may be short.
+    """the order of an epoch, a pure function of its arguments: arrays of positions in lengths (n,), the last
+    of a window may be short.
 
-    Records of like length share a batch, so that little is padded: a random order is cut into windows of 16 batches,
-    each window is sorted by length and cut into batches, and the batches are shuffled.
+    Records of like length share a batch, so that little is padded: a random order is cut into windows of 16
+    batches, each window is sorted by length and cut into batches, and the batches are shuffled.
     """
     rng = np.random.default_rng((seed, epoch))
     order, size, cut = rng.permutation(len(lengths)), window * batch_size, []

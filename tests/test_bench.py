@@ -20,13 +20,15 @@ def test_extraction_is_compared_with_generate_on_the_same_answers(project):
 
 
 def test_extraction_in_bfloat16_counts_a_tie_as_a_tie_and_nothing_else(project):
-    figures, = figures_of(run(project, 'bench.py', '--what=extract', '--extract_batch=24', '--dtype=bfloat16'))
+    figures, = figures_of(run(project, 'bench.py', '--what=extract', '--extract_batch=24',
+                              '--dtype=bfloat16'))
     assert figures['identical'] == '1' and figures['dtype'] == 'bfloat16'
 
 
 def test_answers_that_part_at_a_tie_are_the_same_answer(tokenizer):
     space = OutputSpace(tokenizer, FIELDS)
-    ours, other = space.from_json({'tone': 'neutral', 'spam': True}), space.from_json({'tone': 'friendly', 'spam': True})
+    ours, other = space.from_json({'tone': 'neutral',
+                                   'spam': True}), space.from_json({'tone': 'friendly', 'spam': True})
     part = next(n for n, (a, b) in enumerate(zip(ours, other)) if a != b)
     logits = np.zeros((len(ours), len(space.output_ids)), np.float32)
     logits[np.arange(len(ours)), ours] = 9
@@ -34,7 +36,8 @@ def test_answers_that_part_at_a_tie_are_the_same_answer(tokenizer):
     same = lambda theirs, atol: same_answer((ours, logits, None), theirs, space, atol)
     assert same(ours, 0.0) and same(other, 0.75) and not same(other, 0.4) and not same(other, 0.0)
     assert not same([*ours[:part], -1], 99.0)  # a token that is not kept has no logit to be near to
-    assert same_answer('invalid', [*ours[:part], -1, -1], space, 0.0) and not same_answer('invalid', ours, space, 0.0)
+    assert same_answer('invalid', [*ours[:part], -1, -1], space,
+                       0.0) and not same_answer('invalid', ours, space, 0.0)
 
 
 def test_the_bench_of_decoding_finds_its_twins_identical(project):
@@ -54,5 +57,7 @@ def test_a_training_step_is_compared_with_a_plain_one(project):
 
 def test_a_bench_of_what_is_not_there_ends_in_one_line(project):
     assert 'must be one of' in one_line(run(project, 'bench.py', '--what=luck'))
-    assert 'run: python extract.py config/toy.py --name=other' in one_line(run(project, 'bench.py', '--name=other'))
-    assert 'run: python train.py config/toy.py --run=other' in one_line(run(project, 'bench.py', '--what=decode', '--run=other'))
+    assert 'run: python extract.py config/toy.py --name=other' in one_line(
+        run(project, 'bench.py', '--name=other'))
+    assert 'run: python train.py config/toy.py --run=other' in one_line(
+        run(project, 'bench.py', '--what=decode', '--run=other'))

@@ -16,7 +16,8 @@ def settings(tmp_path, monkeypatch):
         (tmp_path / 'extract.py').write_text(f"'''doc'''\n{script}config = configure(globals())\nafter = 5\n")
         (tmp_path / 'my.py').write_text(config_text)
         monkeypatch.setattr(sys, 'argv', ['extract.py', *arguments])
-        g = dict(__file__=str(tmp_path / 'extract.py'), __name__='__main__', __doc__='doc', configure=configure_module.configure)
+        g = dict(__file__=str(tmp_path / 'extract.py'), __name__='__main__', __doc__='doc',
+                 configure=configure_module.configure)
         exec((tmp_path / 'extract.py').read_text(), g)
         return g
     call.file = str(tmp_path / 'my.py')
@@ -48,9 +49,11 @@ def test_a_constant_in_a_file_is_the_text_it_would_be_on_the_command_line(settin
 
 
 def test_unknown_keys_stop_with_a_hint(settings):
-    assert settings([settings.file], 'learning_rate = 1.0\n_private = 3\nimport os\n')['a'] == 1  # train.py's key is skipped in a file ...
+    assert settings(
+        [settings.file],
+        'learning_rate = 1.0\n_private = 3\nimport os\n')['a'] == 1  # train.py's key is skipped in a file ...
     with pytest.raises(SystemExit, match="it belongs to train.py"):
-        settings(['--learning-rate=1'])                                                            # ... but typed, it names its owner
+        settings(['--learning-rate=1'])                                    # ... but typed, it names its owner
     with pytest.raises(SystemExit, match="no setting 'learning_rat'; did you mean 'learning_rate'"):
         settings([settings.file], 'learning_rat = 1.0\n')
     for wrong in ('--a', 'a=1', 'nowhere.py'):
@@ -68,7 +71,8 @@ def test_help_prints_the_settings_block(settings, capsys):
 def test_shipped_configs_fit_every_script(script, monkeypatch):
     names, _ = configure_module.settings_block(ROOT / script)
     for path in sorted((ROOT / 'config').glob('[!_]*.py')):
-        g = dict(runpy.run_path(str(ROOT / script), run_name='imported'), __name__='__main__', __file__=str(ROOT / script))
+        g = dict(runpy.run_path(str(ROOT / script), run_name='imported'), __name__='__main__',
+                 __file__=str(ROOT / script))
         monkeypatch.setattr(sys, 'argv', [script, str(path)])
         assert configure_module.configure(g)['name'] == path.stem
 
@@ -77,7 +81,8 @@ def test_commands_that_are_shown_name_files_and_settings_that_exist():
     documents = [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), *(ROOT / script for script in PROGRAMS),
                  *(ROOT / 'config').glob('*.py'), ROOT / 'Makefile']
     text = '\n'.join(document.read_text() for document in documents)
-    commands = re.findall(r'(?:python|torchrun \S+) ([\w/]+\.py)((?: +(?:--\w+=(?:"[^"]*"|[^\s`]*)|config/\w+\.py))*)', text)
+    commands = re.findall(
+        r'(?:python|torchrun \S+) ([\w/]+\.py)((?: +(?:--\w+=(?:"[^"]*"|[^\s`]*)|config/\w+\.py))*)', text)
     assert len(commands) > 50
     for script, arguments in commands:
         assert (ROOT / script).is_file() or 'mine' in script, script

@@ -16,7 +16,9 @@ def test_a_set_of_hashes_in_eight_bytes_each():
     for h in more:
         hashes.add(h)
     assert len(hashes) == len(twin | set(more)) and len(hashes.sorted) > 500000  # the recent ones were merged
-    assert all(h in hashes for h in some[:1000] + more[-1000:]) and not any(h in hashes for h in rng.integers(0, 1 << 64, 1000, np.uint64).tolist())
+    assert all(h in hashes for h in some[:1000] +
+               more[-1000:]) and not any(h in hashes
+                                         for h in rng.integers(0, 1 << 64, 1000, np.uint64).tolist())
 
 
 def test_fp16_below_the_maximum_keeps_every_decision(tmp_path):
@@ -51,9 +53,12 @@ def test_the_writer_cuts_off_what_was_not_committed(tmp_path):
 
 def test_the_split_follows_the_text_not_its_place(tmp_path):
     records = list(random_records(300, 4))
-    one, two = make_shards(tmp_path / 'a', records, 4), make_shards(tmp_path / 'b', records[::-1], 4, ('t-00', 't-01'))
+    one, two = make_shards(tmp_path / 'a', records, 4), make_shards(tmp_path / 'b', records[::-1], 4,
+                                                                    ('t-00', 't-01'))
     held = [{int(s.hashes[i]) for i in s.split()[1]} for s in (one, two)]
-    assert held[0] == held[1] and 10 < len(held[0]) < 60 and not held[0] & {int(one.hashes[i]) for i in one.split()[0]}
+    assert held[0] == held[1] and 10 < len(
+        held[0]) < 60 and not held[0] & {int(one.hashes[i])
+                                         for i in one.split()[0]}
 
 
 def test_batches_align_inputs_targets_and_logits(tmp_path):
@@ -62,8 +67,11 @@ def test_batches_align_inputs_targets_and_logits(tmp_path):
     row = 0
     for b, (_, ids, outs, logits, _) in enumerate([records[3], records[0]]):
         n, m = len(ids), len(outs)
-        assert idx[b, :n + m].tolist() == [*ids, 9, *(100 + outs[:-1])] and targets[b].tolist() == [-1] * n + outs.tolist() + [-1] * (idx.size(1) - n - m)
-        np.testing.assert_allclose(teacher_logits[row:row + m], logits - logits.max(1, keepdims=True), atol=0.01)
+        assert idx[b, :n + m].tolist() == [
+            *ids, 9, *(100 + outs[:-1])
+        ] and targets[b].tolist() == [-1] * n + outs.tolist() + [-1] * (idx.size(1) - n - m)
+        np.testing.assert_allclose(teacher_logits[row:row + m], logits - logits.max(1, keepdims=True),
+                                   atol=0.01)
         row += m
     assert row == len(teacher_logits) == (targets >= 0).sum()
 
@@ -76,5 +84,6 @@ def test_an_epoch_is_a_fixed_order_of_batches_of_like_length():
         assert lengths.sum() / sum(lengths[b].max() * len(b) for b in order) > 0.93
     assert not np.array_equal(epochs[0][0], epochs[1][0])
     assert all(np.array_equal(a, b) for a, b in zip(epochs[1], data.batches(lengths, 32, 1, 1)))
-    firsts = [lengths[data.batches(lengths, 32, seed, 0)[0]].mean() for seed in range(50)]  # no length comes first
+    firsts = [lengths[data.batches(lengths, 32, seed, 0)[0]].mean()
+              for seed in range(50)]  # no length comes first
     assert abs(np.mean(firsts) - lengths.mean()) < 5

@@ -34,16 +34,22 @@ def test_teacher_and_student_are_shown_against_the_truth_where_there_is_one(proj
     _, model, space = load_checkpoint(project / 'out/toy', 'cpu')
     rows = shards.split()[1]
     answers = generate(model, space, [shards.ids(i).tolist() for i in rows])
-    records, expected = [{'text': 'of another split', 'truth': {'spam': True}}, {'text': 'no truth'}, {'text': 'bad', 'truth': 3}], []
+    records, expected = [{'text': 'of another split', 'truth': {'spam': True}}, {'text': 'no truth'},
+                         {'text': 'bad', 'truth': 3}], []
     for n, i in enumerate(rows):
         truth = {'spam': n % 3 == 0} | ({'tone': 'friendly'} if n % 2 else {})
         records.append({'text': space.tokenizer.decode(shards.ids(i).tolist()), 'truth': truth})
-        expected += [(f, space.to_json(shards.answer(i).tolist())[f] == v, space.to_json(answers[n])[f] == v) for f, v in truth.items()]
+        expected += [(f, space.to_json(shards.answer(i).tolist())[f] == v, space.to_json(answers[n])[f] == v)
+                     for f, v in truth.items()]
     (tmp_path / 'input.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records))
-    lines = {line['name']: line for _, line in truth_lines(tmp_path / 'input.jsonl', space, shards, rows, answers)}
+    lines = {
+        line['name']: line
+        for _, line in truth_lines(tmp_path / 'input.jsonl', space, shards, rows, answers)
+    }
     for field in FIELDS:
         mine = [pair[1:] for pair in expected if pair[0] == field]
-        assert [lines[field][k] for k in ('records', 'teacher', 'student')] == pytest.approx([len(mine), *np.mean(mine, axis=0)])
+        assert [lines[field][k] for k in ('records', 'teacher', 'student')
+                ] == pytest.approx([len(mine), *np.mean(mine, axis=0)])
     assert not list(truth_lines(project / 'data/toy/input.jsonl', space, shards, rows, answers))
 
 
@@ -51,31 +57,42 @@ def test_temperature_calibration_error_cascade_and_cost_on_cases_done_by_hand():
     torch.manual_seed(0)
     logits = torch.randn(4000, 3)
     held, choice = torch.cat((logits, torch.full((4000, 2), -math.inf)), 1), logits.argmax(-1)
-    targets = torch.multinomial((logits / 2).softmax(-1), 1)[:, 0]  # the teacher is half as sure as the student
+    targets = torch.multinomial((logits / 2).softmax(-1), 1)[:,
+                                                             0]  # the teacher is half as sure as the student
     for scale in (1, 3):
         decisions = [[('f', z * scale, c)] for z, c in zip(held, choice)]
         assert fit_temperature(decisions, (choice == targets).tolist()) == pytest.approx(2 * scale, rel=0.1)
     two_steps = [[('f', z, c), ('f', z, c)] for z, c in zip(held, choice)]  # a value of two tokens
     both = (choice == targets) & (choice == torch.multinomial((logits / 2).softmax(-1), 1)[:, 0])
-    assert fit_temperature(two_steps, both.tolist()) == pytest.approx(2, rel=0.1) and fit_temperature([[], []], [True, False]) == 1
-    assert calibration_error([0.95, 0.95, 0.55, 0.55], [True, False, True, False]) == pytest.approx(0.5 * 0.45 + 0.5 * 0.05)
-    sure, right = np.array([[0.9, 0.9], [0.4, 0.9], [0.8, 0.3], [0.7, 0.7]]), np.array([[1, 1], [0, 1], [1, 0], [1, 0]], bool)
+    assert fit_temperature(two_steps, both.tolist()) == pytest.approx(2, rel=0.1) and fit_temperature(
+        [[], []], [True, False]) == 1
+    assert calibration_error([0.95, 0.95, 0.55, 0.55],
+                             [True, False, True, False]) == pytest.approx(0.5 * 0.45 + 0.5 * 0.05)
+    sure, right = np.array([[0.9, 0.9], [0.4, 0.9], [0.8, 0.3],
+                            [0.7, 0.7]]), np.array([[1, 1], [0, 1], [1, 0], [1, 0]], bool)
     assert list(cascade(sure, right, (0, 0.5, 1))) == [
         {'deferred': 0, 'min_confidence': 0.3, 'field': 5 / 8, 'exact': 1 / 4, 'kept_field': 5 / 8},
         {'deferred': 0.5, 'min_confidence': 0.7, 'field': 7 / 8, 'exact': 3 / 4, 'kept_field': 3 / 4},
         {'deferred': 1, 'min_confidence': 1.0, 'field': 1, 'exact': 1, 'kept_field': 1.0}]
     work = {'extract_hours': 1.0, 'train_hours': 0.5, 'teacher_rec_s': 10.0}
     money = cost(work, 1000.0, 3.6, 0.0, 1000)
-    assert money['teacher_million'] == pytest.approx(100) and money['student_million'] == pytest.approx(1) and money['spent'] == pytest.approx(5.4)
-    assert money['break_even'] == pytest.approx(5.4 / 99 * 1e6) and money['days'] == pytest.approx(5.4 / 99 * 1e3)
-    assert cost(work, 1000.0, 3.6, 0.5, 1000)['break_even'] == math.inf  # a teacher that costs less than the student
+    assert money['teacher_million'] == pytest.approx(100) and money['student_million'] == pytest.approx(
+        1) and money['spent'] == pytest.approx(5.4)
+    assert money['break_even'] == pytest.approx(5.4 / 99 * 1e6) and money['days'] == pytest.approx(
+        5.4 / 99 * 1e3)
+    assert cost(work, 1000.0, 3.6, 0.5,
+                1000)['break_even'] == math.inf  # a teacher that costs less than the student
 
 
 def test_students_are_compared_in_a_table_and_a_picture(project):
     pytest.importorskip('matplotlib')
     done = run(project, 'evaluate.py', '--compare=out/toy,out/toy')
-    figures = [dict(f.split('=') for f in line.split()[1:]) for line in done.stdout.splitlines() if line.startswith('student ')]
-    assert [f['run'] for f in figures] == ['toy', 'toy'] and all(float(f['rec_s']) > 0 and float(f['latency_ms']) > 0 for f in figures), done.stderr
+    figures = [
+        dict(f.split('=') for f in line.split()[1:]) for line in done.stdout.splitlines()
+        if line.startswith('student ')
+    ]
+    assert [f['run'] for f in figures] == ['toy', 'toy'] and all(
+        float(f['rec_s']) > 0 and float(f['latency_ms']) > 0 for f in figures), done.stderr
     assert (project / 'out/compare.png').stat().st_size > 1000
     assert 'does not exist' in one_line(run(project, 'evaluate.py', '--compare=out/toy,out/nobody'))
 
@@ -84,7 +101,8 @@ def test_the_report_shows_teacher_and_student_side_by_side(project):
     picture = project / 'out/toy/report.png'
     picture.unlink(missing_ok=True)
     done = run(project, 'evaluate.py', '--examples=2')
-    assert done.returncode == 0 and done.stdout.count('  teacher {') == done.stdout.count('  student {') == 2, done.stderr
+    assert done.returncode == 0 and done.stdout.count('  teacher {') == done.stdout.count(
+        '  student {') == 2, done.stderr
     (shown,) = [line for line in done.stdout.splitlines() if line.startswith('val ')]
     assert shown in (project / 'train.py.stdout').read_text().splitlines()
     tags = [line.split()[0] for line in done.stdout.splitlines() if '=' in line]

@@ -22,14 +22,26 @@ from space import OutputSpace
 
 def test_texts_are_filtered_and_counted_whatever_they_hold(tokenizer, tmp_path):
     good = ['the cat sat on a mat', 'hello \0 there \x1b[0m', '😀 😀 été 日本', 'a  cat\n sat on']
-    lines = [json.dumps({'text': t}).encode() for t in good + [good[0] + ' ', 'cat', 'see www.cat.org now', 'the <b>cat</b> sat', 'a <eos> b c', 'x' * 4000, '', ' ']]
-    lines += [b'', b'not json', b'{"text": 3}', b'[]', b'{"text": "\xff\xfe"}', b'{"text": "\\ud800 a b"}', b'[' * 100000]
+    lines = [
+        json.dumps({'text': t}).encode() for t in good + [
+            good[0] + ' ', 'cat', 'see www.cat.org now', 'the <b>cat</b> sat', 'a <eos> b c', 'x' *
+            4000, '', ' '
+        ]
+    ]
+    lines += [
+        b'', b'not json', b'{"text": 3}', b'[]', b'{"text": "\xff\xfe"}', b'{"text": "\\ud800 a b"}',
+        b'[' * 100000
+    ]
     (tmp_path / 'input.jsonl').write_bytes(b'\n'.join(lines))
     counts = Counter()
-    read = lambda size, **limits: list(extract.read_groups(data.read_texts(tmp_path / 'input.jsonl'), tokenizer, size, 3, 60, **limits))
+    read = lambda size, **limits: list(
+        extract.read_groups(data.read_texts(tmp_path / 'input.jsonl'), tokenizer, size, 3, 60, **limits))
     groups = read(3, counts=counts)
-    assert counts == dict(kept=4, duplicate=1, short=1, url=1, tag=2, long=1, empty=3, bad_json=4, bad_utf8=2) and [len(g) for g in groups] == [3, 1]
-    assert [tokenizer.decode(ids.tolist()) for group in groups for _, ids, _ in group] == [data.clean(t) for t in good] and groups[0][0][0] == data.text_hash(good[0])
+    assert counts == dict(kept=4, duplicate=1, short=1, url=1, tag=2, long=1, empty=3, bad_json=4,
+                          bad_utf8=2) and [len(g) for g in groups] == [3, 1]
+    assert [tokenizer.decode(ids.tolist()) for group in groups
+            for _, ids, _ in group] == [data.clean(t)
+                                        for t in good] and groups[0][0][0] == data.text_hash(good[0])
     assert [len(g) for g in read(9, limit=2)] == [2] and [len(g) for g in read(2, limit=4)] == [2, 2]
     extract_special = [('<turn>' 'cat sat', None, '')]
     assert list(extract.read_groups(extract_special, tokenizer, 4, 1, 60)) == []
@@ -37,32 +49,43 @@ def test_texts_are_filtered_and_counted_whatever_they_hold(tokenizer, tmp_path):
 
 
 def test_long_texts_are_cut_as_the_student_will_cut_them(tokenizer):
-    long = ['the cat sat on a mat', 'the cat sat on a mat and said hello to my friend', 'the cat sat on a dog', 'été 日本 😀 été 日本 😀', 'a cat ' * 3000]
+    long = [
+        'the cat sat on a mat', 'the cat sat on a mat and said hello to my friend', 'the cat sat on a dog',
+        'été 日本 😀 été 日本 😀', 'a cat ' * 3000
+    ]
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
     for max_text in range(1, 12):
-        (group,) = extract.read_groups([(text, None, '') for text in long], tokenizer, 9, 1, max_text, cut=True, counts=(counts := Counter()))
-        assert [ids.tolist() for _, ids, _ in group] == list(map(list, dict.fromkeys(tuple(encode(text)[:max_text]) for text in long))) and not counts['long']
+        (group, ) = extract.read_groups([(text, None, '') for text in long], tokenizer, 9, 1, max_text,
+                                        cut=True, counts=(counts := Counter()))
+        assert [ids.tolist() for _, ids, _ in group] == list(
+            map(list, dict.fromkeys(tuple(encode(text)[:max_text]) for text in long))) and not counts['long']
     assert counts['kept'] + counts['duplicate'] == len(long)
     text = 'the cat sat'
-    ((hash_, ids, _),), = extract.read_groups([(f'{text} on www.cat.org', None, '')], tokenizer, 9, 1, len(encode(text)), cut=True)
+    ((hash_, ids, _), ), = extract.read_groups([(f'{text} on www.cat.org', None, '')], tokenizer, 9, 1,
+                                               len(encode(text)), cut=True)
     assert hash_ == data.text_hash(text) and ids.tolist() == encode(text)  # what is cut off does not count
 
 
 def test_what_extract_prints_parses(project):
-    lines = {line.split()[0]: dict(f.split('=') for f in line.split()[1:]) for line in (project / 'extract.py.stdout').read_text().splitlines()
-             if line.split()[0] in ('filter', 'vocab', 'plan', 'extract', 'coverage')}
-    assert int(lines['vocab']['required']) + int(lines['vocab']['auxiliary']) == int(lines['vocab']['total']) == 64
+    lines = {
+        line.split()[0]: dict(f.split('=') for f in line.split()[1:])
+        for line in (project / 'extract.py.stdout').read_text().splitlines()
+        if line.split()[0] in ('filter', 'vocab', 'plan', 'extract', 'coverage')
+    }
+    assert int(lines['vocab']['required']) + int(lines['vocab']['auxiliary']) == int(
+        lines['vocab']['total']) == 64
     assert int(lines['filter']['kept']) == int(lines['plan']['records']) == int(lines['extract']['records'])
     assert 0 < float(lines['coverage']['mass']) <= 1.0001
 
 
 @pytest.mark.parametrize('moment', ['records', 'anywhere'])
 def test_a_killed_extraction_goes_on_to_identical_files(project, tmp_path, moment):
-    """six SIGKILLs once a few more records are there, six at any moment of a run."""
+    """ten SIGKILLs once a few more records are there, ten at any moment of a run."""
     root, kills, rng = clone_task(project, tmp_path), 0, random.Random(moment)
     folder, whole = root / 'data/toy/toy-00', project / 'data/toy/toy-00'
-    records, n_whole = lambda: (folder / 'index.bin').stat().st_size // 24 if (folder / 'index.bin').exists() else 0, (whole / 'index.bin').stat().st_size // 24
-    while kills < 6:
+    records, n_whole = lambda: (folder / 'index.bin').stat().st_size // 24 if (folder / 'index.bin').exists(
+    ) else 0, (whole / 'index.bin').stat().st_size // 24
+    while kills < 10:
         process = CHILDREN.Process(target=run_script, args=(root, 'extract.py', (), [os.devnull] * 3, 0))
         process.start()
         stop, at = records() + rng.randint(1, 30), time.time() + rng.uniform(0.2, 1.2)
@@ -96,12 +119,20 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(project, tmp_path):
 
 def test_two_ranks_killed_then_three_then_one_extract_every_text_once(project, tmp_path):
     root = clone_task(project, tmp_path)
-    ranks = lambda n: [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}', f'--master_port={random.randint(20000, 60000)}', 'extract.py',
-                       'config/toy.py', '--extract_batch=8']
-    stored = lambda: [len(data.read_index(folder, 64)) for folder in data.shard_folders('toy', 'toy', root / 'data')]
-    env = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=str(random.randint(20000, 60000)))  # as torchrun does, whose death they survive
-    pair = [subprocess.Popen([sys.executable, 'extract.py', 'config/toy.py', '--extract_batch=1'], cwd=root, env={**env, 'RANK': str(r)},
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for r in range(2)]
+    ranks = lambda n: [
+        sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}',
+        f'--master_port={random.randint(20000, 60000)}', 'extract.py', 'config/toy.py', '--extract_batch=8'
+    ]
+    stored = lambda: [
+        len(data.read_index(folder, 64)) for folder in data.shard_folders('toy', 'toy', root / 'data')
+    ]
+    env = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='localhost',
+               MASTER_PORT=str(random.randint(20000, 60000)))  # as torchrun does, whose death they survive
+    pair = [
+        subprocess.Popen([sys.executable, 'extract.py', 'config/toy.py', '--extract_batch=1'], cwd=root,
+                         env={**env, 'RANK': str(r)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for r in range(2)
+    ]
     while pair[0].poll() is None and not (len(stored()) == 2 and min(stored()) > 16):
         time.sleep(0.001)
     for process in pair:
@@ -113,13 +144,16 @@ def test_two_ranks_killed_then_three_then_one_extract_every_text_once(project, t
     assert done.returncode == 0, done.stderr.decode()
     assert f'holds {sum(before)} texts, {len(whole) - sum(before)} are to do' in done.stdout.decode()
     shards = data.Shards('toy', 'toy', root / 'data')
-    assert len(stored()) == 3 and sorted(shards.hashes) == sorted(whole.hashes)  # none is missing, none is there twice
+    assert len(stored()) == 3 and sorted(shards.hashes) == sorted(
+        whole.hashes)  # none is missing, none is there twice
     assert ', 0 are to do' in run(root, 'extract.py').stdout
     order = {int(h): i for i, h in enumerate(whole.hashes)}
     for i in range(0, len(shards), 7):
         j = order[int(shards.hashes[i])]
-        assert shards.ids(i).tolist() == whole.ids(j).tolist() and shards.answer(i).tolist() == whole.answer(j).tolist()
-        np.testing.assert_allclose(shards.answer(i, 'logits').astype(np.float32), whole.answer(j, 'logits'), atol=0.05)
+        assert shards.ids(i).tolist() == whole.ids(j).tolist() and shards.answer(i).tolist() == whole.answer(
+            j).tolist()
+        np.testing.assert_allclose(
+            shards.answer(i, 'logits').astype(np.float32), whole.answer(j, 'logits'), atol=0.05)
 
 
 def test_verify_passes_good_records_and_fails_changed_ones(project, tmp_path):
@@ -141,26 +175,38 @@ def test_verify_passes_good_records_and_fails_changed_ones(project, tmp_path):
 def test_given_answers_are_scored_and_stored_in_the_same_format(project, tmp_path, teachers):
     root, rng = clone_task(project, tmp_path), random.Random(0)
     texts = [json.loads(line)['text'] for line in open(root / 'data/toy/input.jsonl')][:50]
-    given = {data.text_hash(data.clean(t)): dict(tone=rng.choice(FIELDS['tone']), spam=rng.choice(FIELDS['spam'])) for t in texts}
+    given = {
+        data.text_hash(data.clean(t)): dict(tone=rng.choice(FIELDS['tone']), spam=rng.choice(FIELDS['spam']))
+        for t in texts
+    }
     lines = [{'text': t, 'answer': given[data.text_hash(data.clean(t))]} for t in texts]
-    lines += [{'text': 'the cat sat there', 'answer': a} for a in (None,)] + [{'text': 'the dog sat there', 'answer': {'tone': 'rude', 'spam': 1}}]
+    lines += [{'text': 'the cat sat there', 'answer': a}
+              for a in (None, )] + [{'text': 'the dog sat there', 'answer': {'tone': 'rude', 'spam': 1}}]
     (root / 'scored.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     done = run(root, 'extract.py', '--score=scored.jsonl')
     assert done.returncode == 0 and 'dropped_invalid=2' in done.stdout, done.stderr
     shards = data.Shards('toy', 'toy', root / 'data')
     tokenizer, model = load_teacher(teachers['gemma'])
     meta = shards.meta
-    space = OutputSpace(tokenizer.backend_tokenizer, meta['fields'], meta['indent'], meta['fence'], meta['end_id'], meta['output_ids'])
+    space = OutputSpace(tokenizer.backend_tokenizer, meta['fields'], meta['indent'], meta['fence'],
+                        meta['end_id'], meta['output_ids'])
     assert len(shards) == len(given)
     for i in range(len(shards)):
         outs = shards.answer(i).tolist()
         assert space.to_json(outs) == given[int(shards.hashes[i])]
         with torch.no_grad():
-            logits = model(torch.tensor([meta['before'] + shards.ids(i).tolist() + meta['after'] + [space.output_ids[o] for o in outs[:-1]]])).logits
+            logits = model(
+                torch.tensor([
+                    meta['before'] + shards.ids(i).tolist() + meta['after'] +
+                    [space.output_ids[o] for o in outs[:-1]]
+                ])).logits
         kept = logits[0, -len(outs):][:, space.output_ids]
-        np.testing.assert_allclose(shards.answer(i, 'logits').astype(np.float32) + shards.answer(i, 'stats')[:, :1], kept, atol=0.02, rtol=1e-3)
+        np.testing.assert_allclose(
+            shards.answer(i, 'logits').astype(np.float32) + shards.answer(i, 'stats')[:, :1], kept, atol=0.02,
+            rtol=1e-3)
     assert run(root, 'extract.py', '--score=scored.jsonl', '--verify=9').returncode == 0
-    assert 'another score' in one_line(run(root, 'extract.py'))  # own and given answers do not mix in one folder
+    assert 'another score' in one_line(run(root,
+                                           'extract.py'))  # own and given answers do not mix in one folder
     assert ', 0 are to do' in run(root, 'extract.py', '--score=scored.jsonl').stdout
 
 
@@ -168,7 +214,10 @@ def test_free_answers_that_break_the_schema_are_dropped_counted_and_not_asked_ag
     root = clone_task(project, tmp_path)
     args = ("--fields={'tone': ['neutral', 'bad'], 'spam': [True]}", '--constrain=False')
     done = run(root, 'extract.py', *args)
-    figures = {line.split()[0]: dict(f.split('=') for f in line.split()[1:]) for line in done.stdout.splitlines() if line.startswith(('extract ', 'coverage '))}
+    figures = {
+        line.split()[0]: dict(f.split('=') for f in line.split()[1:])
+        for line in done.stdout.splitlines() if line.startswith(('extract ', 'coverage '))
+    }
     shards, n = data.Shards('toy', 'toy', root / 'data'), int(figures['extract']['records'])
     dropped = int(figures['coverage']['dropped_invalid']) + int(figures['coverage']['dropped_vocab'])
     assert 0 < dropped == n - len(shards) < n
@@ -190,7 +239,8 @@ def test_a_vocabulary_that_misses_what_the_teacher_says_is_reported_and_can_be_w
 
 def test_another_task_or_a_second_run_does_not_touch_a_folder(project):
     before = (project / 'data/toy/toy-00/index.bin').read_bytes()
-    assert 'another prompt, fields' in one_line(run(project, 'extract.py', '--prompt=other {text}', "--fields={'a': [1, 2]}"))
+    assert 'another prompt, fields' in one_line(
+        run(project, 'extract.py', '--prompt=other {text}', "--fields={'a': [1, 2]}"))
     with open(project / 'data/toy/toy-00/index.bin', 'ab') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert 'another run is writing' in one_line(run(project, 'extract.py'))

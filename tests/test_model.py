@@ -10,14 +10,19 @@ from sample import Cache
 def test_the_reference_student_has_537_million_parameters():
     with torch.device('meta'):
         counts = Student(StudentConfig()).count_params()
-    assert {k: round(n / 1e6, 1) for k, n in counts.items()} == dict(total=537.4, embedding=268.4, attention=67.1, mlp=201.3, head=0.5)
+    assert {k: round(n / 1e6, 1)
+            for k, n in counts.items()} == dict(total=537.4, embedding=268.4, attention=67.1, mlp=201.3,
+                                                head=0.5)
 
 
 def test_every_parameter_is_initialised_and_optimised_once(space):
     model = tiny_student(space)
     groups = [p for group in model.param_groups(0.1) for p in group['params']]
     assert len(groups) == len({id(p) for p in groups}) == len(list(model.parameters()))
-    assert {id(p) for p in model.param_groups(0.1)[0]['params']} == {id(p) for n, p in model.named_parameters() if p.dim() == 2 and n != 'wte.weight'}
+    assert {id(p)
+            for p in model.param_groups(0.1)[0]['params']
+            } == {id(p)
+                  for n, p in model.named_parameters() if p.dim() == 2 and n != 'wte.weight'}
     for name, p in model.named_parameters():
         expected = 1.0 if p.dim() == 1 else 0.02 / 2 if name.endswith('c_proj.weight') else 0.02
         assert abs((p.mean() if p.dim() == 1 else p.std()).item() / expected - 1) < 0.15, name
@@ -44,5 +49,7 @@ def test_a_student_of_all_layers_is_the_teacher(teachers, family):
         cache, parts = Cache(student), []
         for start, stop in ((0, 9), (9, 10), (10, 22)):
             pos, keep = cache.place([0, 1, 2], [start] * 3, [stop - start] * 3, [stop - start] * 3)
-            parts.append(student(idx[:, start:stop].reshape(1, -1), cache=cache, pos=pos, keep=keep).view(3, stop - start, -1))
+            parts.append(
+                student(idx[:, start:stop].reshape(1, -1), cache=cache, pos=pos,
+                        keep=keep).view(3, stop - start, -1))
         torch.testing.assert_close(torch.cat(parts, 1), student(idx), atol=1e-5, rtol=1e-5)

@@ -26,15 +26,19 @@ many = hypothesis.settings(max_examples=40, deadline=None, derandomize=True,
 @many
 @hypothesis.given(st.data())
 def test_any_schema_and_student_gives_valid_answers_equal_to_one_token_at_a_time(tokenizer, data):
-    constants = st.one_of(st.integers(-99, 99), st.booleans(), st.none(), st.text(max_size=6), st.lists(st.integers(0, 9), max_size=2))
+    constants = st.one_of(st.integers(-99, 99), st.booleans(), st.none(), st.text(max_size=6),
+                          st.lists(st.integers(0, 9), max_size=2))
     values = st.lists(constants, min_size=1, max_size=5, unique_by=json.dumps)
-    fields = data.draw(st.dictionaries(st.text('abcdefgh', min_size=1, max_size=5), values, min_size=1, max_size=4))
+    fields = data.draw(
+        st.dictionaries(st.text('abcdefgh', min_size=1, max_size=5), values, min_size=1, max_size=4))
     try:
-        space = OutputSpace(tokenizer, fields, data.draw(st.sampled_from([None, 2])), data.draw(st.booleans()), data.draw(st.sampled_from([None, 2])), range(4, 60))
+        space = OutputSpace(tokenizer, fields, data.draw(st.sampled_from([None, 2])),
+                            data.draw(st.booleans()), data.draw(st.sampled_from([None, 2])), range(4, 60))
     except ValueError:
         hypothesis.reject()
     texts = data.draw(st.lists(st.lists(st.integers(4, 499), max_size=20), min_size=1, max_size=7))
-    model = tiny_student(space, data.draw(st.integers(0, 9)), block_size=20 + space.max_answer, n_kv_head=data.draw(st.sampled_from([1, 4])))
+    model = tiny_student(space, data.draw(st.integers(0, 9)), block_size=20 + space.max_answer,
+                         n_kv_head=data.draw(st.sampled_from([1, 4])))
     for p in model.parameters():
         p.data *= 4  # decisions that are not near ties
     batch_size = data.draw(st.integers(1, 4))
@@ -45,25 +49,34 @@ def test_any_schema_and_student_gives_valid_answers_equal_to_one_token_at_a_time
             sure = confidence_of(fields, decisions)
             assert all(0 < p <= 1 + 1e-6 for p in sure.values()) and list(sure) == list(fields)
             if constrain:
-                assert [json.dumps(v) for v in space.to_json(outs).values()] == [json.dumps(v) for v in json.loads(space.text(list(space.to_json(outs).values())).strip().removeprefix('```json').removesuffix('```')).values()]
-                assert space.from_json(space.to_json(outs)) == outs if space.end_id is None else space.walk(outs) == space.done
+                assert [json.dumps(v) for v in space.to_json(outs).values()] == [
+                    json.dumps(v) for v in json.loads(
+                        space.text(list(space.to_json(outs).values())).strip().removeprefix(
+                            '```json').removesuffix('```')).values()
+                ]
+                assert space.from_json(
+                    space.to_json(outs)) == outs if space.end_id is None else space.walk(outs) == space.done
 
 
 def test_a_record_costs_a_pass_per_decision_and_no_row_waits(space):
     rng, model, calls = random.Random(0), tiny_student(space), []
     texts = [[rng.randrange(4, 500) for _ in range(rng.randint(1, 20))] for _ in range(40)]
     model.register_forward_pre_hook(lambda _, args: calls.append(args[0].numel()))
-    decisions = [sum(space.forced[s] < 0 for s in space.states(outs)).item() for outs in generate(model, space, texts)]
+    decisions = [
+        sum(space.forced[s] < 0 for s in space.states(outs)).item() for outs in generate(model, space, texts)
+    ]
     for constrain in (True, False):
         calls.clear()
         for text, n_decisions in zip(texts, decisions):
             calls.clear()
             outs = generate(model, space, [text], constrain)[0]
             if space.walk(outs) == space.done:
-                assert len(calls) <= n_decisions + (not constrain) and sum(calls) <= len(text) + len(outs)  # nothing is read twice
+                assert len(calls) <= n_decisions + (not constrain) and sum(calls) <= len(text) + len(
+                    outs)  # nothing is read twice
     calls.clear()
     generate(model, space, texts, batch_size=8)
-    assert len(calls) <= sum(decisions) / 8 + max(decisions) + 1  # the eight places are always taken, until the end
+    assert len(
+        calls) <= sum(decisions) / 8 + max(decisions) + 1  # the eight places are always taken, until the end
 
 
 def test_confidence_is_the_probability_of_the_value_among_all_allowed_ones(space):
@@ -72,18 +85,24 @@ def test_confidence_is_the_probability_of_the_value_among_all_allowed_ones(space
         p.data *= 3
     for temperature in (1.0, 2.5):
         (outs, decisions), = decode(model, space, [text])
-        sure, chosen = confidence_of(space.fields, decisions, dict.fromkeys(space.fields, temperature)), space.to_json(outs)
+        sure, chosen = confidence_of(space.fields, decisions, dict.fromkeys(space.fields,
+                                                                            temperature)), space.to_json(outs)
         for field, values in space.fields.items():
             posterior = []
             for value in values:  # each value's whole path, the fields before as they were chosen
                 path = space.from_json({**chosen, field: value})
-                logits = model(torch.tensor([text + [1] + [space.output_ids[o] for o in path[:-1]]]))[0, len(text):]
+                logits = model(torch.tensor([text + [1] + [space.output_ids[o]
+                                                           for o in path[:-1]]]))[0, len(text):]
                 states = space.states(path)
-                log_p = (logits.masked_fill(space.next_state[states] < 0, -math.inf) / temperature).log_softmax(-1)
-                posterior.append(sum(log_p[i, o].item() for i, (s, o) in enumerate(zip(states, path)) if space.field[s] == field))
+                log_p = (logits.masked_fill(space.next_state[states] < 0, -math.inf) /
+                         temperature).log_softmax(-1)
+                posterior.append(
+                    sum(log_p[i, o].item() for i, (s, o) in enumerate(zip(states, path))
+                        if space.field[s] == field))
             posterior = np.exp(posterior)
             assert posterior.sum() == pytest.approx(1, rel=1e-4)
-            assert sure[field] == pytest.approx(posterior[[json.dumps(v) for v in values].index(json.dumps(chosen[field]))], rel=1e-3)
+            assert sure[field] == pytest.approx(
+                posterior[[json.dumps(v) for v in values].index(json.dumps(chosen[field]))], rel=1e-3)
 
 
 def test_constrained_answers_are_always_valid(space):
@@ -92,16 +111,20 @@ def test_constrained_answers_are_always_valid(space):
         texts = [[rng.randrange(4, 500) for _ in range(rng.randint(0, 30))] for _ in range(20)]
         for outs in generate(tiny_student(space, seed), space, texts):
             answer = space.to_json(outs)
-            assert list(answer) == list(space.fields) and all(json.dumps(v) in map(json.dumps, space.fields[f]) for f, v in answer.items())
+            assert list(answer) == list(space.fields) and all(
+                json.dumps(v) in map(json.dumps, space.fields[f]) for f, v in answer.items())
 
 
 def test_each_line_in_is_one_json_line_out_in_order(project, tmp_path):
     texts = ['hello my friend', '', 'the cat ' * 2000, '😀 été 日本', 'buy \0 now', 'مرحبا', 'hello my friend']
     content = '\n'.join(texts).encode() + b'\n\xff\xfe bad bytes'
     (tmp_path / 'texts.txt').write_bytes(content)
-    piped, filed = run(project, 'sample.py', '--sample_batch=3', stdin=content), run(project, 'sample.py', f'--input={tmp_path}/texts.txt')
+    piped, filed = run(project, 'sample.py', '--sample_batch=3',
+                       stdin=content), run(project, 'sample.py', f'--input={tmp_path}/texts.txt')
     answers = [json.loads(line) for line in piped.stdout.splitlines()]
-    assert piped.stdout == filed.stdout and len(answers) == 8 and answers[0] == answers[6] and answers[1] == {'error': 'empty text'}
+    assert piped.stdout == filed.stdout and len(answers) == 8 and answers[0] == answers[6] and answers[1] == {
+        'error': 'empty text'
+    }
     assert all(list(a) == list(FIELDS) for a in answers[:1] + answers[2:])
     assert '1 texts were longer' in piped.stderr
 
@@ -111,7 +134,8 @@ def test_too_long_texts_can_be_refused_and_confidence_is_added(project):
     done = run(project, 'sample.py', '--too_long=refuse', '--confidence=True', stdin=content)
     first, second, third = map(json.loads, done.stdout.splitlines())
     assert second['error'].startswith('text has 1') and len(second) == 1
-    assert list(first['_confidence']) == list(FIELDS) and all(0 < p <= 1 for p in third['_confidence'].values())
+    assert list(first['_confidence']) == list(FIELDS) and all(0 < p <= 1
+                                                              for p in third['_confidence'].values())
     assert 'must be one of' in one_line(run(project, 'sample.py', '--too_long=drop'))
 
 
@@ -120,26 +144,38 @@ def test_records_the_student_is_unsure_of_are_marked_or_answered_by_the_teacher(
     checkpoint, model, space = load_checkpoint(project / 'out/toy', 'cpu')
     rows = shards.split()[1]
     content = '\n'.join(space.tokenizer.decode(shards.ids(i).tolist()) for i in rows).encode()
-    sure = [json.loads(line)['_confidence'] for line in run(project, 'sample.py', '--confidence=True', stdin=content).stdout.splitlines()]
+    sure = [
+        json.loads(line)['_confidence']
+        for line in run(project, 'sample.py', '--confidence=True', stdin=content).stdout.splitlines()
+    ]
     least = np.unique([min(s.values()) for s in sure])
     gap = np.diff(least).argmax()
     limit = float(least[gap:gap + 2].mean())
-    marked = [json.loads(line) for line in run(project, 'sample.py', f'--min_confidence={limit}', stdin=content).stdout.splitlines()]
-    assert [m.get('_defer', False) for m in marked] == [min(s.values()) < limit for s in sure] and 0 < sum('_defer' in m for m in marked) < len(rows)
-    done = run(project, 'sample.py', f'--min_confidence={limit}', '--ask_teacher=True', '--sample_batch=7', stdin=content)
+    marked = [
+        json.loads(line)
+        for line in run(project, 'sample.py', f'--min_confidence={limit}', stdin=content).stdout.splitlines()
+    ]
+    assert [m.get('_defer', False)
+            for m in marked] == [min(s.values()) < limit
+                                 for s in sure] and 0 < sum('_defer' in m for m in marked) < len(rows)
+    done = run(project, 'sample.py', f'--min_confidence={limit}', '--ask_teacher=True', '--sample_batch=7',
+               stdin=content)
     assert done.returncode == 0, done.stderr  # the teacher of the config file
     for i, before, after in zip(rows, marked, map(json.loads, done.stdout.splitlines()), strict=True):
-        expected = space.to_json(shards.answer(i).tolist()) | {'_teacher': True} if '_defer' in before else before
+        expected = space.to_json(shards.answer(i).tolist()) | {'_teacher': True
+                                                               } if '_defer' in before else before
         assert after == expected
     other = f'--teacher={teachers["llama"]}'
     refused = run(project, 'sample.py', '--min_confidence=1', '--ask_teacher=True', other, stdin=content)
     assert refused.returncode == 1 and 'is not the teacher this student learned from' in refused.stderr
-    assert run(project, 'sample.py', other, '--text=hello my friend').returncode == 0  # it is not asked, so it may be any
+    assert run(project, 'sample.py', other,
+               '--text=hello my friend').returncode == 0  # it is not asked, so it may be any
     assert 'needs a min_confidence' in one_line(run(project, 'sample.py', '--ask_teacher=True', '--text=hi'))
 
 
 def test_a_line_of_a_slow_pipe_is_answered_at_once(project):
-    with subprocess.Popen([sys.executable, 'sample.py', 'config/toy.py'], cwd=project, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen([sys.executable, 'sample.py', 'config/toy.py'], cwd=project, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         for line in (b'hello my friend\n', b'\n', b'buy now\n'):
             process.stdin.write(line)
             process.stdin.flush()
@@ -149,8 +185,9 @@ def test_a_line_of_a_slow_pipe_is_answered_at_once(project):
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(project):
-    done = subprocess.run(f'yes hello my friend | head -5000 | {sys.executable} sample.py config/toy.py 2>err.txt | head -1', shell=True, cwd=project,
-                          capture_output=True, timeout=100)
+    done = subprocess.run(
+        f'yes hello my friend | head -5000 | {sys.executable} sample.py config/toy.py 2>err.txt | head -1',
+        shell=True, cwd=project, capture_output=True, timeout=100)
     assert json.loads(done.stdout) and 'Error' not in (project / 'err.txt').read_text()
 
 
@@ -160,16 +197,21 @@ def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
     done = run(root, 'sample.py', '--text=hello my friend')
     assert list(json.loads(done.stdout)) == list(FIELDS) and done.stdout.count('\n') == 1
     few = tmp_path / 'elsewhere'
-    for path in ('sample.py', 'model.py', 'space.py', 'config/__init__.py', 'data/__init__.py', 'out/toy/best.pt', 'out/toy/tokenizer.json'):
+    for path in ('sample.py', 'model.py', 'space.py', 'config/__init__.py', 'data/__init__.py',
+                 'out/toy/best.pt', 'out/toy/tokenizer.json'):
         (few / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / path, few / path)
-    alone = subprocess.run([sys.executable, 'sample.py', '--name=toy', '--device=cpu', '--text=hello my friend'], cwd=few, capture_output=True)
+    alone = subprocess.run(
+        [sys.executable, 'sample.py', '--name=toy', '--device=cpu', '--text=hello my friend'], cwd=few,
+        capture_output=True)
     assert alone.stdout.decode() == done.stdout, alone.stderr.decode()
-    assert 'does not exist; run: python train.py' in one_line(run(root, 'sample.py', '--name=other', '--text=hi'))
+    assert 'does not exist; run: python train.py' in one_line(
+        run(root, 'sample.py', '--name=other', '--text=hi'))
 
 
 def test_without_a_text_and_without_a_terminal_it_says_what_is_missing(project):
-    assert 'nothing to label; give a text: python sample.py config/toy.py' in one_line(run(project, 'sample.py'))
+    assert 'nothing to label; give a text: python sample.py config/toy.py' in one_line(
+        run(project, 'sample.py'))
 
 
 def test_a_checkpoint_of_another_version_is_refused_by_its_number(project, tmp_path):
@@ -180,12 +222,14 @@ def test_a_checkpoint_of_another_version_is_refused_by_its_number(project, tmp_p
 
 
 def test_the_last_answers_of_a_pause_are_not_held_back_for_the_teacher(project):
-    """with a teacher, results are gathered; but where nothing is under way, nobody must wait for the next line."""
+    """with a teacher, results are gathered; but where nothing is under way, nobody must wait for the next
+    line."""
     checkpoint, student, space = load_checkpoint(project / 'out/toy', 'cpu')
     lines = queue.Queue()
     for text in (b'hello my friend', b'buy now', b'the cat sat'):
         lines.put(text)
-    records = label(iter(lines.get, None), student, space, checkpoint['task'], batch_size=2, min_confidence=2.0,
+    records = label(iter(lines.get,
+                         None), student, space, checkpoint['task'], batch_size=2, min_confidence=2.0,
                     ask=lambda texts: [space.from_json({'tone': 'neutral', 'spam': True}) for _ in texts])
     assert [next(records)[0] for _ in range(3)] == [{'tone': 'neutral', 'spam': True, '_teacher': True}] * 3
     lines.put(None)

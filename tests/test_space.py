@@ -18,8 +18,10 @@ def test_the_automaton_accepts_exactly_the_valid_answers(tokenizer, fields, inde
     rng = random.Random(0)
     for values in product(*fields.values()):
         outs = [space.output_index[i] for i in space.encode(values)]
-        assert space.walk(outs) == space.done and len(outs) <= space.max_answer and max(outs) < space.n_required
-        assert json.dumps(space.to_json(outs)) == json.dumps(dict(zip(fields, values)))  # 1, '1' and True stay apart
+        assert space.walk(outs) == space.done and len(outs) <= space.max_answer and max(
+            outs) < space.n_required
+        assert json.dumps(space.to_json(outs)) == json.dumps(dict(zip(fields,
+                                                                      values)))  # 1, '1' and True stay apart
         wrong = list(outs)
         wrong[rng.randrange(len(outs))] = rng.randrange(len(space.output_ids))
         if space.walk(wrong) == space.done:  # then it is another valid answer
@@ -31,19 +33,26 @@ def test_examples_that_are_not_in_the_form_of_the_answer_are_named(tokenizer):
     space = OutputSpace(tokenizer, FIELDS)
     good = space.text(['neutral', True])
     assert not list(space.misfits(good + 'say {text} or {x: y}\n{"tone": "neutral" | "friendly"}\n'))
-    wrong = good.replace(',', ', '), good.replace('neutral', 'angry'), '{"spam":true,"tone":"neutral"}', '{"tone":"neutral"}'
-    assert [m.split('} ')[1][:16] for m in space.misfits(' '.join(wrong))] == ['will have to be ', 'is no answer of ', 'will have to be ', 'is no answer of ']
+    wrong = good.replace(',',
+                         ', '), good.replace('neutral',
+                                             'angry'), '{"spam":true,"tone":"neutral"}', '{"tone":"neutral"}'
+    assert [m.split('} ')[1][:16] for m in space.misfits(' '.join(wrong))
+            ] == ['will have to be ', 'is no answer of ', 'will have to be ', 'is no answer of ']
     for path in (ROOT / 'config').glob('[!_]*.py'):
         task = runpy.run_path(str(path))
-        style = SimpleNamespace(fields=task['fields'], indent=task.get('indent'), fence=task.get('fence'), end_id=1, text=None, from_json=None)
-        style.text, style.from_json = (lambda values: OutputSpace.text(style, values)), lambda answer: answer if all(
-            answer[f] in values for f, values in task['fields'].items()) else None
+        style = SimpleNamespace(fields=task['fields'], indent=task.get('indent'), fence=task.get('fence'),
+                                end_id=1, text=None, from_json=None)
+        style.text, style.from_json = (lambda values: OutputSpace.text(
+            style, values)), lambda answer: answer if all(answer[f] in values
+                                                          for f, values in task['fields'].items()) else None
         assert not list(OutputSpace.misfits(style, task['prompt'])), path
 
 
 def test_output_vocabulary_is_required_then_auxiliary(tokenizer):
     space = OutputSpace(tokenizer, FIELDS, auxiliary=[50, 51, 50])
-    assert space.output_ids[-2:] == [50, 51] and len(set(space.output_ids)) == len(space.output_ids) == space.n_required + 2
+    assert space.output_ids[-2:] == [
+        50, 51
+    ] and len(set(space.output_ids)) == len(space.output_ids) == space.n_required + 2
     used = {i for values in product(*FIELDS.values()) for i in space.encode(values)}
     assert set(space.output_ids[:space.n_required]) == used
     again = OutputSpace(tokenizer, FIELDS, auxiliary=space.output_ids)  # as sample.py rebuilds it

@@ -15,17 +15,23 @@ from test_smoke import step_by_step
 def test_free_drafting_equals_free_step_by_step_decoding(teachers, words, family):
     tokenizer, model = load_teacher(teachers[family])
     before, after, end_id = encode_prompt(tokenizer, PROMPT, chat=False)
-    texts = [tokenizer.backend_tokenizer.encode(' '.join(random.Random(i).choices(words, k=4)), add_special_tokens=False).ids for i in range(40)]
+    texts = [
+        tokenizer.backend_tokenizer.encode(' '.join(random.Random(i).choices(words, k=4)),
+                                           add_special_tokens=False).ids for i in range(40)
+    ]
     kinds = set()
-    for fields, n_auxiliary in ((FIELDS, 300), ({**FIELDS, 'more': [1, 2]}, 300), ({'tone': ['neutral'], 'spam': [True, False]}, 0)):
-        space = OutputSpace(tokenizer.backend_tokenizer, fields, None, False, end_id, auxiliary=range(4, 4 + n_auxiliary))
+    for fields, n_auxiliary in ((FIELDS, 300), ({**FIELDS, 'more': [1, 2]}, 300),
+                                ({'tone': ['neutral'], 'spam': [True, False]}, 0)):
+        space = OutputSpace(tokenizer.backend_tokenizer, fields, None, False, end_id,
+                            auxiliary=range(4, 4 + n_auxiliary))
         engine, drafts = Teacher(model, before, space.output_ids), Drafts(space)
         with torch.no_grad():
             for text in texts:
                 fast = answer(engine, space, drafts, [text, text], after, constrain=False)[0][1]
                 slow = step_by_step(model, space, before + text + after, constrain=False)
                 kinds.add(slow if isinstance(slow, str) else 'valid')
-                assert (fast if isinstance(fast, str) else fast[0]) == (slow if isinstance(slow, str) else slow[0])
+                assert (fast if isinstance(fast, str) else fast[0]) == (slow
+                                                                        if isinstance(slow, str) else slow[0])
     assert kinds == {'valid', 'invalid', 'vocab'}
 
 
@@ -35,18 +41,24 @@ def test_prompts_are_cut_at_the_text(teachers):
     before, after, end_id = encode_prompt(tokenizer, 'say {text} !', chat=False)
     assert (decode(before), decode(after), end_id) == ('<bos>say ', ' !', None)
     before, after, end_id = encode_prompt(tokenizer, 'say {text} !', chat=True)
-    assert (decode(before), decode(after), decode([end_id])) == ('<bos>user:say ', ' !<turn>assistant:', '<turn>')
+    assert (decode(before), decode(after), decode([end_id])) == ('<bos>user:say ', ' !<turn>assistant:',
+                                                                 '<turn>')
 
 
 def test_pip_teachers_are_found_without_running_their_package(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    for module, source in (('wheel_a', 'import not_installed_anywhere\n'), ('wheel_b', 'def assemble():\n    return __path__[0] + "/sub/b.gguf"\n')):
+    for module, source in (('wheel_a', 'import not_installed_anywhere\n'),
+                           ('wheel_b', 'def assemble():\n    return __path__[0] + "/sub/b.gguf"\n')):
         (tmp_path / module / 'sub').mkdir(parents=True)
         (tmp_path / module / '__init__.py').write_text(source)
         (tmp_path / module / 'sub' / f'{module[-1]}.gguf').touch()
-        assert locate(f'pip:{module}') == {'pretrained_model_name_or_path': str(tmp_path / module / 'sub'), 'gguf_file': f'{module[-1]}.gguf'}
+        assert locate(f'pip:{module}') == {
+            'pretrained_model_name_or_path': str(tmp_path / module / 'sub'), 'gguf_file': f'{module[-1]}.gguf'
+        }
     (tmp_path / 'wheel_a' / 'two.gguf').touch()
-    for teacher, message in (('pip:wheel_a', '2 .gguf files'), ('pip:no_such_wheel', 'pip install no-such-wheel'), ('none.gguf', 'does not exist')):
+    for teacher, message in (('pip:wheel_a', '2 .gguf files'),
+                             ('pip:no_such_wheel', 'pip install no-such-wheel'), ('none.gguf',
+                                                                                  'does not exist')):
         with pytest.raises(SystemExit, match=message):
             locate(teacher)
 
@@ -75,7 +87,9 @@ def test_a_batch_that_does_not_fit_is_halved(teachers):
 
 @pytest.mark.parametrize('family', ['gemma', 'llama'])
 def test_a_fingerprint_is_the_same_in_float32_and_bfloat16_and_of_one_teacher_only(teachers, family):
-    marks = [fingerprint(load_model(str(teachers[family]), dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    marks = [
+        fingerprint(load_model(str(teachers[family]), dtype)) for dtype in (torch.float32, torch.bfloat16)
+    ]
     other = load_model(str(teachers[family]))
     other.get_output_embeddings().weight.data[0, 0] += 1
     assert marks[0] == marks[1] != fingerprint(other)

@@ -26,13 +26,16 @@ def test_loss_of_a_hand_computed_case():
     for a, b in ((p, q), (q, p)):
         loss, kl, ce, n = train.distill_loss(b, a, torch.tensor([1]), 0.75)
         assert kl.item() == pytest.approx(0.8 * math.log(9), rel=1e-5) and n == 1
-        assert ce.item() == pytest.approx(-b[0, 1].item(), rel=1e-5) and loss.item() == pytest.approx(0.75 * kl.item() + 0.25 * ce.item(), rel=1e-5)
+        assert ce.item() == pytest.approx(-b[0, 1].item(), rel=1e-5) and loss.item() == pytest.approx(
+            0.75 * kl.item() + 0.25 * ce.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize('divergence', ['forward', 'reverse', 'jsd'])
 def test_a_perfect_student_has_no_divergence_and_no_gradient(divergence):
     logits = torch.randn(5, 7, requires_grad=True)
-    loss, kl, _, _ = train.distill_loss(logits, logits.detach() + 3, torch.tensor([0, 1, 2, -1, 3]), 1.0, divergence=divergence)
+    loss, kl, _, _ = train.distill_loss(logits,
+                                        logits.detach() + 3, torch.tensor([0, 1, 2, -1, 3]), 1.0,
+                                        divergence=divergence)
     loss.backward()
     assert abs(kl.item()) < 1e-6 and logits.grad.abs().max() < 1e-6
 
@@ -41,8 +44,11 @@ def test_each_divergence_of_a_hand_computed_case():
     p, q = np.array([0.7, 0.2, 0.1]), np.array([0.2, 0.2, 0.6])
     kl = lambda a, b: (a * np.log(a / b)).sum()
     m = 0.3 * p + 0.7 * q
-    for divergence, expected in (('forward', kl(p, q)), ('reverse', kl(q, p)), ('jsd', 0.3 * kl(p, m) + 0.7 * kl(q, m))):
-        got = train.distill_loss(torch.tensor(q).log()[None], torch.tensor(p).log()[None], torch.tensor([0]), 1.0, divergence=divergence, jsd_beta=0.3)[1]
+    for divergence, expected in (('forward', kl(p, q)), ('reverse', kl(q, p)),
+                                 ('jsd', 0.3 * kl(p, m) + 0.7 * kl(q, m))):
+        got = train.distill_loss(
+            torch.tensor(q).log()[None],
+            torch.tensor(p).log()[None], torch.tensor([0]), 1.0, divergence=divergence, jsd_beta=0.3)[1]
         assert got.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -67,7 +73,8 @@ def test_both_terms_have_gradients_of_comparable_size():
 
 
 def test_ignored_positions_have_no_gradient_and_temperature_scales_by_its_square():
-    logits, teacher, targets = torch.randn(2, 3, 7) * 1e-2, torch.randn(2, 3, 7) * 1e-2, torch.tensor([[-1, 2, 0], [-1, -1, 4]])
+    logits, teacher, targets = torch.randn(2, 3, 7) * 1e-2, torch.randn(2, 3, 7) * 1e-2, torch.tensor(
+        [[-1, 2, 0], [-1, -1, 4]])
     results = []
     for tau in (1.0, 5.0):
         x = logits.clone().requires_grad_()
@@ -75,24 +82,29 @@ def test_ignored_positions_have_no_gradient_and_temperature_scales_by_its_square
         loss.backward()
         assert n == 3 and (x.grad[targets < 0] == 0).all() and (x.grad[targets >= 0] != 0).all()
         results.append((loss.item(), kl.item(), x.grad))
-    assert results[0][0] == pytest.approx(results[1][0], rel=0.05) and results[1][1] * 25 == pytest.approx(results[1][0], rel=1e-5)
+    assert results[0][0] == pytest.approx(results[1][0], rel=0.05) and results[1][1] * 25 == pytest.approx(
+        results[1][0], rel=1e-5)
     torch.testing.assert_close(results[0][2], results[1][2], rtol=0.1, atol=1e-5)
 
 
 def test_both_terms_are_always_in_the_gradient_and_the_schedule_ends_where_it_should():
     at = lambda step: train.schedule(step, 100, 1.0, 0.1, 0.1, 0.9, 0.1, 1.0, False)
-    assert at(0) == (pytest.approx(0.1), pytest.approx(0.9), 1) and at(99) == (pytest.approx(0.1), pytest.approx(0.1), 1)
+    assert at(0) == (pytest.approx(0.1), pytest.approx(0.9), 1) and at(99) == (pytest.approx(0.1),
+                                                                               pytest.approx(0.1), 1)
     assert at(9)[0] == pytest.approx(1.0) and at(10)[0] == pytest.approx(1.0)
-    assert all(0.1 <= at(s)[1] <= 0.9 for s in range(100)) and all(at(s)[0] >= at(s + 1)[0] for s in range(10, 99))
+    assert all(0.1 <= at(s)[1] <= 0.9
+               for s in range(100)) and all(at(s)[0] >= at(s + 1)[0] for s in range(10, 99))
     tau = lambda step, anneal: train.schedule(step, 101, 1.0, 0.1, 0.1, 1.0, 1.0, 0.1, anneal)[2]
-    assert [tau(step, True) for step in (0, 50, 100)] == pytest.approx([0.1, 0.55, 1.0]) and tau(0, False) == tau(100, False) == 0.1
+    assert [tau(step, True) for step in (0, 50, 100)] == pytest.approx(
+        [0.1, 0.55, 1.0]) and tau(0, False) == tau(100, False) == 0.1
 
 
 def test_a_low_temperature_gives_near_ties_a_larger_share_of_the_gradient():
     def share(tau):
         """of the gradient: a near tie, beside a clear decision whose confidence alone is off."""
         logits = torch.tensor([[0.0, 0.0], [2.0, -2.0]], requires_grad=True)
-        train.distill_loss(logits, torch.tensor([[0.1, -0.1], [1.5, -1.5]]), torch.tensor([0, 0]), 1.0, tau)[0].backward()
+        train.distill_loss(logits, torch.tensor([[0.1, -0.1], [1.5, -1.5]]), torch.tensor([0, 0]), 1.0,
+                           tau)[0].backward()
         tie, clear = logits.grad.norm(dim=1)
         return (tie / (tie + clear)).item()
     # by hand, two classes: tau (sigmoid(student's difference / tau) - sigmoid(teacher's / tau)) for both, here at tau = 1
@@ -124,7 +136,9 @@ def test_training_only_the_rows_seen_is_dense_adamw(space):
         seen = train.SeenRows(model, np.unique(idx)) if cut else None
         optimizer = torch.optim.AdamW(model.param_groups(0.1), lr=1e-2)
         for part in (idx[:2], idx[2:]) * 3:  # rows without a gradient in a step still move by momentum
-            F.cross_entropy(model(seen.lookup[part] if cut else part).flatten(0, 1), targets[:len(part)].flatten()).backward()
+            F.cross_entropy(
+                model(seen.lookup[part] if cut else part).flatten(0, 1),
+                targets[:len(part)].flatten()).backward()
             optimizer.step()
             optimizer.zero_grad()
         with seen.whole() if cut else nullcontext():
@@ -136,25 +150,34 @@ def test_training_only_the_rows_seen_is_dense_adamw(space):
 def test_a_teacher_start_trains_and_samples(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     for kind, frozen in (('first', True), ('even', False), ('none', True)):
-        args = ('--init_from=teacher', f'--teacher_layers={kind}', f'--freeze_table={frozen}', '--n_layer=2', '--max_epochs=1', '--learning_rate=1e-3', '--overwrite=True')
+        args = ('--init_from=teacher', f'--teacher_layers={kind}', f'--freeze_table={frozen}', '--n_layer=2',
+                '--max_epochs=1', '--learning_rate=1e-3', '--overwrite=True')
         done = run(root, 'train.py', *args)
         assert done.returncode == 0, done.stderr
         state = torch.load(root / 'out/toy/best.pt', weights_only=True)
-        assert (state['model']['wte.weight'].dtype == torch.float16) == frozen and state['student']['qk_norm'] == (kind != 'none')
+        assert (state['model']['wte.weight'].dtype
+                == torch.float16) == frozen and state['student']['qk_norm'] == (kind != 'none')
         assert list(json.loads(run(root, 'sample.py', '--text=hello my friend').stdout)) == list(FIELDS)
         assert 'trained already' in run(root, 'train.py', *args[:-1]).stdout
 
 
 def test_two_processes_train_the_same_student(project, tmp_path):
     root, one = (clone_task(project, tmp_path / name, 'toy-00') for name in 'ab')
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={random.randint(20000, 60000)}', 'train.py', 'config/toy.py']
+    launch = [
+        sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
+        f'--master_port={random.randint(20000, 60000)}', 'train.py', 'config/toy.py'
+    ]
     args = ['--max_epochs=2', '--save_steps=5']
     assert run(one, 'train.py', *args).returncode == 0
-    for want, how in (('train step=7 ', signal.SIGTERM), ('train step=27 ', signal.SIGKILL)):  # what was saved goes on
-        process = subprocess.Popen([*launch, *args, '--log_steps=1'], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        while process.poll() is None and not ((root / 'out/toy/log.txt').exists() and want in (root / 'out/toy/log.txt').read_text()):
+    for want, how in (('train step=7 ', signal.SIGTERM), ('train step=27 ',
+                                                          signal.SIGKILL)):  # what was saved goes on
+        process = subprocess.Popen([*launch, *args, '--log_steps=1'], cwd=root, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, start_new_session=True)
+        while process.poll() is None and not (
+            (root / 'out/toy/log.txt').exists() and want in (root / 'out/toy/log.txt').read_text()):
             time.sleep(0.01)
-        process.send_signal(how) if how == signal.SIGTERM else os.killpg(process.pid, how)  # torchrun passes the first on
+        process.send_signal(how) if how == signal.SIGTERM else os.killpg(process.pid,
+                                                                         how)  # torchrun passes the first on
         process.wait()
         assert 0 < torch.load(root / 'out/toy/ckpt.pt', weights_only=True)['step'] < 46
     done = subprocess.run([*launch, *args], cwd=root, capture_output=True, timeout=100)
@@ -168,13 +191,18 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_run(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     done = run(root, 'train.py', '--max_epochs=40', '--patience=2', '--best_by=kl', '--learning_rate=3e-2')
     assert done.returncode == 0 and 'that is enough' in done.stdout, done.stdout
-    kl = [float(line.split(' kl=')[1].split()[0]) for line in done.stdout.splitlines() if line.startswith('val ')]
+    kl = [
+        float(line.split(' kl=')[1].split()[0]) for line in done.stdout.splitlines()
+        if line.startswith('val ')
+    ]
     best, last = (torch.load(root / f'out/toy/{f}.pt', weights_only=True) for f in ('best', 'ckpt'))
-    assert best['best']['step'] == best['step'] < last['step'] and best['figures']['kl'] == pytest.approx(min(kl), rel=1e-3) and last['figures']['kl'] == pytest.approx(kl[-1], rel=1e-3)
+    assert best['best']['step'] == best['step'] < last['step'] and best['figures']['kl'] == pytest.approx(
+        min(kl), rel=1e-3) and last['figures']['kl'] == pytest.approx(kl[-1], rel=1e-3)
     assert kl.index(min(kl)) == len(kl) - 3 and len(kl) < 40 and last['finished']
     shown = run(root, 'evaluate.py').stdout, run(root, 'evaluate.py', '--which=last').stdout
     assert f'val step={best["step"]} ' in shown[0] and f'val step={last["step"]} ' in shown[1]
-    assert 'trained already' in run(root, 'train.py', '--max_epochs=40', '--patience=2', '--best_by=kl', '--learning_rate=3e-2').stdout
+    assert 'trained already' in run(root, 'train.py', '--max_epochs=40', '--patience=2', '--best_by=kl',
+                                    '--learning_rate=3e-2').stdout
 
 
 def test_files_that_do_not_belong_together_are_found_at_the_start(project, tmp_path):
@@ -193,7 +221,8 @@ def test_hidden_text_tokens_are_text_tokens_only():
     hidden = idx.clone()
     train.hide_text(hidden, targets, 0.25, start_id=1)
     changed = hidden != idx
-    assert (hidden[changed] == 1).all() and not changed[:, 12:17].any()  # neither the answer nor the start token
+    assert (hidden[changed]
+            == 1).all() and not changed[:, 12:17].any()  # neither the answer nor the start token
     assert changed[:, :12].float().mean().item() == pytest.approx(0.25, abs=0.07)
     train.hide_text(hidden, targets, 1.0, start_id=1)
     assert (hidden[:, :12] == 1).all() and torch.equal(hidden[:, 12:17], idx[:, 12:17])
@@ -222,14 +251,19 @@ def test_hints_name_the_task_and_the_run_they_were_given_for(project, tmp_path):
     done = run(root, 'train.py', '--max_epochs=1', '--run=other', '--name=toy')
     assert 'python evaluate.py config/toy.py --run=other --name=toy' in done.stdout
     assert 'python sample.py config/toy.py --run=other --name=toy' in done.stdout
-    assert 'run: python extract.py config/toy.py --name=nobody' in one_line(run(root, 'train.py', '--name=nobody', '--run=x'))
-    assert 'run: python train.py config/toy.py --name=nobody' in one_line(run(root, 'evaluate.py', '--name=nobody'))
+    assert 'run: python extract.py config/toy.py --name=nobody' in one_line(
+        run(root, 'train.py', '--name=nobody', '--run=x'))
+    assert 'run: python train.py config/toy.py --name=nobody' in one_line(
+        run(root, 'evaluate.py', '--name=nobody'))
 
 
 def test_a_curriculum_at_a_low_temperature_is_pointed_out(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
-    shown = [run(root, 'train.py', '--max_epochs=1', '--overwrite=True', *args).stdout
-             for args in (['--kl_start=.9', '--kl_end=.1'], ['--kl_start=.9', '--kl_end=.1', '--kd_temperature=1'], [])]
+    shown = [
+        run(root, 'train.py', '--max_epochs=1', '--overwrite=True', *args).stdout
+        for args in (['--kl_start=.9', '--kl_end=.1'], ['--kl_start=.9', '--kl_end=.1', '--kd_temperature=1'],
+                     [])
+    ]
     assert ['for the curriculum set --kd_temperature=1' in text for text in shown] == [True, False, False]
 
 
@@ -245,20 +279,24 @@ def test_beside_a_low_temperature_the_cross_entropy_takes_nearly_all_of_a_clear_
 
 
 def test_the_check_line_has_the_cross_entropy_no_student_gets_below(project):
-    shown = next(line for line in (project / 'train.py.stdout').read_text().splitlines() if line.startswith('check '))
+    shown = next(line for line in (project / 'train.py.stdout').read_text().splitlines()
+                 if line.startswith('check '))
     shards = data.Shards('toy', 'toy', project / 'data')
     nats = []
     for i in shards.split()[0]:
         logits = shards.answer(i, 'logits').astype(np.float64)
         nats += (np.log(np.exp(logits).sum(1)) - logits[np.arange(len(logits)), shards.answer(i)]).tolist()
     figures = dict(pair.split('=') for pair in shown.split()[1:])
-    assert float(figures['teacher_ce']) == pytest.approx(np.mean(nats), rel=1e-3) and figures['stored_tokens'] == '1'
+    assert float(figures['teacher_ce']) == pytest.approx(np.mean(nats),
+                                                         rel=1e-3) and figures['stored_tokens'] == '1'
 
 
 def test_train_lines_have_the_share_of_tokens_right(project, tmp_path):
-    """beside a slow twin: with a learning rate of nearly nothing the student of the first step is the one of the last."""
+    """beside a slow twin: with a learning rate of nearly nothing the student of the first step is the one of
+    the last."""
     root = clone_task(project, tmp_path, 'toy-00')
-    done = run(root, 'train.py', '--max_epochs=1', '--log_steps=23', '--learning_rate=1e-12', '--min_lr=1e-12')
+    done = run(root, 'train.py', '--max_epochs=1', '--log_steps=23', '--learning_rate=1e-12',
+               '--min_lr=1e-12')
     line = next(line for line in done.stdout.splitlines() if line.startswith('train '))
     _, student, _ = load_checkpoint(root / 'out/toy', 'cpu', 'last')
     shards, right = data.Shards('toy', 'toy', root / 'data'), []
@@ -273,8 +311,10 @@ def test_a_finished_or_foreign_checkpoint_is_not_overwritten(project, tmp_path):
     before = (project / 'out/toy/ckpt.pt').read_bytes()
     assert 'n_layer 2 there, 3 here' in one_line(run(project, 'train.py', '--n_layer=3'))
     shards = data.Shards('toy', 'toy', project / 'data')
-    needs = shards.meta['max_text'] + shards.meta['max_answer']  # more than any record here has, but not than a text may have
-    assert f'set block_size = {needs} or more' in one_line(run(project, 'train.py', f'--block_size={needs - 1}', '--run=small'))
+    needs = shards.meta['max_text'] + shards.meta[
+        'max_answer']  # more than any record here has, but not than a text may have
+    assert f'set block_size = {needs} or more' in one_line(
+        run(project, 'train.py', f'--block_size={needs - 1}', '--run=small'))
     assert (project / 'out/toy/ckpt.pt').read_bytes() == before
     root = clone_task(project, tmp_path, 'toy-00', 'out')
     for content in (before[:1000], b'', b'\x80\x04\x95cos\nsystem\n(S"touch hacked"\ntR.'):
@@ -286,8 +326,11 @@ def test_a_finished_or_foreign_checkpoint_is_not_overwritten(project, tmp_path):
 def test_lines_go_to_a_tracker_too(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     (root / 'trackio' / '__init__.py').parent.mkdir()
-    (root / 'trackio' / '__init__.py').write_text('lines = []\ninit = lambda **k: print("init", k["name"])\nlog = lambda f: print("logged", *f)\nfinish = lambda: print("finished")\n')
-    done = subprocess.run([sys.executable, 'train.py', 'config/toy.py', '--tracker=trackio', '--max_epochs=1'], cwd=root, capture_output=True, text=True,
-                          env={**os.environ, 'PYTHONPATH': str(root)}, timeout=100)
+    (root / 'trackio' / '__init__.py').write_text(
+        'lines = []\ninit = lambda **k: print("init", k["name"])\nlog = lambda f: print("logged", *f)\nfinish = lambda: print("finished")\n'
+    )
+    done = subprocess.run(
+        [sys.executable, 'train.py', 'config/toy.py', '--tracker=trackio', '--max_epochs=1'], cwd=root,
+        capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(root)}, timeout=100)
     assert 'init toy' in done.stdout and 'logged train/step' in done.stdout and 'logged val/step' in done.stdout and 'finished' in done.stdout
     assert 'pip install wandb' in one_line(run(root, 'train.py', '--tracker=wandb'))
