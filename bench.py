@@ -25,12 +25,12 @@ from transformers.utils import logging
 from config import check_choices, command, configure, pick_device, stop
 from data import Shards, batches
 from evaluate import data_line
-from model import Student, StudentConfig
+from model import SeenRows, Student, StudentConfig
 from sample import Cache, generate, load_checkpoint
 from space import OutputSpace
 from teacher import (Drafts, Teacher, answer_fitting, encode_prompt, load_model, load_tokenizer, peak_gb,
                      pick_dtype, rounding)
-from train import SeenRows, distill_loss
+from train import distill_loss
 
 name = ''            # data/<dataset>/<name>-* has the texts
 dataset = ''

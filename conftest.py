@@ -40,9 +40,8 @@ PROMPT = 'label\nhello there\n{"tone":"friendly","spam":false}\n{text}\n'
 
 @pytest.fixture(scope='session')
 def words():
-    return (
-        'the cat sat on a mat and said hello to my friend who was not there so we went home early today because it rained '
-        'neutral friendly spam tone true false null label good bad buy now').split()
+    return ('the cat sat on a mat and said hello to my friend who was not there so we went home early today '
+            'because it rained neutral friendly spam tone true false null label good bad buy now').split()
 
 
 @pytest.fixture(scope='session')
@@ -61,7 +60,8 @@ def teachers(tmp_path_factory, words):
     tokenizer.post_processor = processors.TemplateProcessing(single='<bos> $A', special_tokens=[('<bos>', 1)])
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token='<bos>',
                                                    eos_token='<eos>', pad_token='<pad>')
-    wrapped.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<turn>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    wrapped.chat_template = ("{{ bos_token }}{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<turn>"
+                             "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
     sizes = dict(vocab_size=len(wrapped), hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
                  num_key_value_heads=2, intermediate_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
                  initializer_range=0.1)
@@ -79,9 +79,8 @@ def teachers(tmp_path_factory, words):
             rows = []
             for _ in range(16):
                 text = rng.choices(words, k=rng.randint(3, 9))
-                answer = OutputSpace.text(
-                    json_style, [['neutral', 'friendly']['hello' in text or 'friend' in text
-                                                         or 'good' in text], 'buy' in text or 'spam' in text])
+                tone = 'friendly' if {'hello', 'friend', 'good'} & {*text} else 'neutral'
+                answer = OutputSpace.text(json_style, [tone, bool({'buy', 'spam'} & {*text})])
                 rows.append(wrapped(PROMPT.replace('{text}', ' '.join(text)) + answer)['input_ids'])
             idx = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
             model(idx, labels=idx.masked_fill(idx == 0, -100)).loss.backward()
@@ -114,12 +113,9 @@ def space(tokenizer):
 
 def tiny_student(space, seed=0, **sizes):
     torch.manual_seed(seed)
-    return Student(
-        StudentConfig(
-            **{
-                **dict(vocab_size=600, output_vocab=len(space.output_ids), block_size=96, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_mlp=64, start_id=1),
-                **sizes
-            })).eval()
+    usual = dict(vocab_size=600, output_vocab=len(space.output_ids), block_size=96, n_layer=2, n_head=4,
+                 n_kv_head=2, n_embd=32, n_mlp=64, start_id=1)
+    return Student(StudentConfig(**{**usual, **sizes})).eval()
 
 
 def random_records(n, V, seed=0, offset=0.0):
@@ -150,8 +146,7 @@ def write_texts(folder, texts):
 # a project, and programs run in it as a user does
 
 
-CHILDREN = multiprocessing.get_context(
-    'forkserver')  # children of a process that has imported torch: a run costs no import
+CHILDREN = multiprocessing.get_context('forkserver')  # of a process that has imported torch: a run need not
 CHILDREN.set_forkserver_preload([  # those that are not installed are passed over
     'torch._dynamo', 'conftest', 'teacher', 'transformers.models.gemma3.modeling_gemma3',
     'transformers.models.llama.modeling_llama', 'sklearn.linear_model', 'sklearn.pipeline',

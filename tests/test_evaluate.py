@@ -115,4 +115,5 @@ def test_without_held_out_records_the_figures_of_the_training_are_shown(project,
     root = clone_task(project, tmp_path, 'out')
     shutil.rmtree(root / 'data/toy')
     done = run(root, 'evaluate.py', '--which=last')
-    assert done.returncode == 0 and 'val step=115' in done.stdout and 'no held-out records here' in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert 'val step=115' in done.stdout and 'no held-out records here' in done.stdout

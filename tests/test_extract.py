@@ -222,12 +222,14 @@ def test_free_answers_that_break_the_schema_are_dropped_counted_and_not_asked_ag
     dropped = int(figures['coverage']['dropped_invalid']) + int(figures['coverage']['dropped_vocab'])
     assert 0 < dropped == n - len(shards) < n
     again = run(root, 'extract.py', *args)
-    assert ', 0 are to do' in again.stdout and f'dropped_invalid={figures["coverage"]["dropped_invalid"]} ' in again.stdout
+    told = f'dropped_invalid={figures["coverage"]["dropped_invalid"]} '
+    assert ', 0 are to do' in again.stdout and told in again.stdout
 
 
 def test_a_vocabulary_that_misses_what_the_teacher_says_is_reported_and_can_be_widened(project, tmp_path):
     root = clone_task(project, tmp_path)
-    fields = "--fields={'tone': ['neutral', 'friendly'], 'spam': [1, None]}"  # the teacher has learned to say true or false, friendly or neutral
+    # the teacher has learned to say true or false, friendly or neutral
+    fields = "--fields={'tone': ['neutral', 'friendly'], 'spam': [1, None]}"
     done = run(root, 'extract.py', fields, '--output_vocab=24', '--min_coverage=0.9')
     advice = [line for line in done.stdout.splitlines() if 'extra_vocab = ' in line]
     assert done.returncode == 0 and advice, done.stdout

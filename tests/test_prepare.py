@@ -48,8 +48,10 @@ def test_equations_have_the_solution_they_claim(tmp_path):
 
 def test_mails_are_read_whatever_their_form(tmp_path):
     mails = [
-        'Subject: Re: [list] lunch\n\nOn Monday, Bob wrote:\n> are you there\nI will be there at noon, see http://a.org\n',
-        'Subject: =?utf-8?b?w6l0w6k=?=\nContent-Type: text/html\n\n<style>x</style><b>Buy</b> this &amp; that now or never\n',
+        'Subject: Re: [list] lunch\n\nOn Monday, Bob wrote:\n> are you there\n'
+        'I will be there at noon, see http://a.org\n',
+        'Subject: =?utf-8?b?w6l0w6k=?=\nContent-Type: text/html\n\n'
+        '<style>x</style><b>Buy</b> this &amp; that now or never\n',
         'Subject: bad\nContent-Type: text/plain; charset=nobody-knows\n\none two three four five six\n',
         'no headers', ''
     ]

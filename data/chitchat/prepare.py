@@ -2,8 +2,9 @@
 
     python data/chitchat/prepare.py
 
-Keeps messages that hold at least one of the words below. Small talk is nearly always neutral, respectful and safe, and
-a task whose answer never changes needs no model: the words bring the share of the commonest answer down.
+Keeps messages that hold at least one of the words below. Small talk is nearly always neutral, respectful and
+safe, and a task whose answer never changes needs no model: the words bring the share of the commonest answer
+down.
 """
 import importlib.util
 import json
@@ -14,10 +15,10 @@ import sys
 from pathlib import Path
 
 WORDS = '''
-love loved lovely great awesome amazing thanks thank glad happy beautiful best fun nice cool sweet excited perfect welcome
-hate hated stupid idiot dumb ugly terrible awful horrible worst gross disgusting sucks sucked crap annoying boring lame
-weird creepy scary sad angry mad kill die dead hell damn shut liar lying fake trash loser fool jerk wrong sorry sick
-cry hurt pain lonely afraid worried tired racist evil
+love loved lovely great awesome amazing thanks thank glad happy beautiful best fun nice cool sweet
+excited perfect welcome hate hated stupid idiot dumb ugly terrible awful horrible worst gross disgusting
+sucks sucked crap annoying boring lame weird creepy scary sad angry mad kill die dead hell damn shut liar
+lying fake trash loser fool jerk wrong sorry sick cry hurt pain lonely afraid worried tired racist evil
 '''.split()
 OPINION = re.compile(rf'\b({"|".join(WORDS)})\b', re.I)
 
@@ -32,4 +33,4 @@ target = Path(__file__).parent / 'input.jsonl'
 with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
     file.writelines(json.dumps({'text': text}) + '\n' for text in kept)
 os.replace(target.with_suffix('.tmp'), target)
-print(f'{target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target}: {len(kept)} of {len(texts)} messages')
+print(f'{os.path.relpath(target)}: {len(kept)} of {len(texts)} messages')

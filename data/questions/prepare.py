@@ -17,7 +17,8 @@ if importlib.util.find_spec('chitchat_dataset') is None:
 source = Path(importlib.util.find_spec('chitchat_dataset').origin).parent / 'dataset.json'
 conversations = json.loads(source.read_text(encoding='utf-8')).values()
 messages = [part['text'] for talk in conversations for turn in talk['messages'] for part in turn]
-asked = sorted({re.split(r'(?<=[.!?])\s+', text.strip())[-1] for text in messages if text.strip().endswith('?')})
+ending = [text.strip() for text in messages if text.strip().endswith('?')]
+asked = sorted({re.split(r'(?<=[.!?])\s+', text)[-1] for text in ending})
 random.Random(1337).shuffle(asked)  # one order on every machine, and any first thousand is a fair sample
 target = Path(__file__).parent / 'input.jsonl'
 with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:

@@ -17,7 +17,8 @@ FILES = 'train.tsv', 'dev.tsv', 'test.tsv'  # text, labels, id; no header
 
 
 def read(path):
-    """yields the texts of a local file; bytes that are no UTF-8 become U+FFFD, lines that hold no text are passed over."""
+    """yields the texts of a local file; bytes that are no UTF-8 become U+FFFD, lines that hold no text are
+    passed over."""
     with open(path, encoding='utf-8', errors='replace', newline='') as file:
         lines = (line.replace('\0', '') for line in file)  # the csv module stops at a NUL
         if path.suffix == '.jsonl':
@@ -57,11 +58,16 @@ else:
                 with urllib.request.urlopen(HOME + path.name, timeout=60) as reply:
                     content = reply.read()
             except OSError as error:
-                sys.exit(f'cannot fetch {HOME}{path.name} ({error}); without a network give a file: python data/reddit/prepare.py --input=FILE')
+                sys.exit(f'cannot fetch {HOME}{path.name} ({error}); without a network give a file: '
+                         'python data/reddit/prepare.py --input=FILE')
             path.write_bytes(content)
-texts = dict.fromkeys(text.strip() for path in sources for text in read(path) if isinstance(text, str) and text.strip())
+texts = {}  # in the order of the files, each once
+for path in sources:
+    for text in read(path):
+        if isinstance(text, str) and text.strip():
+            texts[text.strip()] = None
 target = here / 'input.jsonl'
 with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
     file.writelines(json.dumps({'text': text}) + '\n' for text in texts)
 os.replace(target.with_suffix('.tmp'), target)
-print(f'{target.relative_to(Path.cwd()) if target.is_relative_to(Path.cwd()) else target}: {len(texts)} texts')
+print(f'{os.path.relpath(target)}: {len(texts)} texts')
