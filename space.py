@@ -23,6 +23,11 @@ def tokenizer_hash(tokenizer):
     return hashlib.blake2b(repr((vocab, ids)).encode('utf-8', 'backslashreplace'), digest_size=8).hexdigest()
 
 
+def special_ids(tokenizer):
+    """ids of a tokenizers.Tokenizer that stand for no text: turns, padding, images."""
+    return {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+
+
 def accepted(draft, chosen):
     """what stands of a draft that a model has read at once: its tokens as far as the model would have written
     them too, then the model's own. So greedy decoding gives the same answer, only in fewer passes.
@@ -67,6 +72,7 @@ class OutputSpace:
         self.tokenizer, self.fields, self.end_id = tokenizer, fields, end_id
         self.indent, self.fence = indent, fence
         for name, values in fields.items():
+            self.check_constants(name, [name, *values] if isinstance(values, list) else [name])
             if not isinstance(values, list) or not values or len(set(map(json.dumps, values))) < len(values):
                 raise ValueError(f'field {name!r} needs a list of different values, not {values!r}')
         if not any(len(values) > 1 for values in fields.values()):
@@ -79,6 +85,20 @@ class OutputSpace:
         self.compile()
         self.verify()
         self.parse = lru_cache(maxsize=10_000)(self.parse)  # most answers come again; memory must not grow
+
+    def check_constants(self, name, constants):
+        """ValueError where one of them is not what JSON can say, or the tokenizer would not read it as text."""
+        if not isinstance(name, str):
+            raise ValueError(f'field names are texts, not {name!r}')
+        special = special_ids(self.tokenizer)
+        for constant in constants:
+            try:
+                text = json.dumps(constant, ensure_ascii=False, allow_nan=False)
+                text.encode()  # a lone surrogate is no text
+            except (TypeError, ValueError, RecursionError):
+                raise ValueError(f'field {name!r}: {constant!r} is nothing that JSON can say') from None
+            if special.intersection(self.tokenizer.encode(text, add_special_tokens=False).ids):
+                raise ValueError(f'field {name!r}: to the tokenizer {constant!r} is a special token, not text')
 
     def text(self, values):
         """the canonical text of an answer; values in field order."""

@@ -8,6 +8,7 @@
 Reads data/<dataset>/<name>-*; writes out/<name>/: ckpt.pt (the last epoch), best.pt (the best one),
 tokenizer.json, log.txt and, where matplotlib is installed, report.png.
 """
+import fcntl
 import importlib
 import importlib.util
 import math
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from config import (RANK, WORLD, check_choices, command, configure, end_ranks, pick_device, start_ranks, stop,
+from config import (RANK, WORLD, command, configure, end_ranks, on_stop, pick_device, start_ranks, stop,
                     tell_all)
 from data import Shards, batches
 from evaluate import data_line, draw, evaluate, linear_baseline, report_lines
@@ -39,56 +40,57 @@ from space import OutputSpace
 from teacher import load_model
 
 # task
-name = ''              # data/<dataset>/<name>-* is read ...
-dataset = ''
-run = ''               # ... and out/<run> written; '': out/<name>. Many students can learn from one folder
-max_records = 0        # train on those of the first so many records that are not held out; 0: all
-init_from = 'scratch'  # how a new run starts: 'scratch', or 'teacher': with its embedding table and some of
-                       # its layers. A run that was interrupted goes on either way; 'resume' insists on one
+name = ''              # word; data/<dataset>/<name>-* is read ...
+dataset = ''           # word
+run = ''               # word; ... and out/<run> written; '': out/<name>. One extraction, many students
+max_records = 0        # 0..; train on those of the first so many records that are not held out; 0: all
+init_from = 'scratch'  # 'scratch', 'teacher', 'resume'; how a new run starts; teacher: with its embedding table and
+                       # some of its layers. A run that was interrupted goes on anyway; 'resume' insists on one
 overwrite = False      # start over where out/<run> holds another or a finished run
-teacher_layers = 'first'  # of a 'teacher' start: its 'first' n_layer layers, 'even'ly spaced ones, or 'none':
-                       # the table alone. With layers the student has the teacher's shape: of the sizes below
-                       # only n_layer counts
+teacher_layers = 'first'  # 'first', 'even', 'none'; of a teacher's start: its first n_layer layers, evenly spaced
+                       # ones, or the table alone. With layers the student has the teacher's shape: of the sizes
+                       # below only n_layer counts
 freeze_table = True    # of a 'teacher' start: keep the table as it is. It knows words never seen in training
 # student
-n_layer = 16
-n_head = 16
-n_kv_head = 0          # 0: as many as n_head; fewer is grouped-query attention
-n_embd = 1024
-n_mlp = 4096
-block_size = 75        # text + answer tokens; the start-up check says what the data needs
-dropout = 0.0
-token_dropout = 0.0    # share of text tokens hidden at each step, against learning few texts by heart
+n_layer = 16           # 1..
+n_head = 16            # 1..
+n_kv_head = 0          # 0..; 0: as many as n_head; fewer is grouped-query attention
+n_embd = 1024          # 1..
+n_mlp = 4096           # 1..
+block_size = 75        # 2..; text + answer tokens; the start-up check says what the data needs
+dropout = 0.0          # 0..1
+token_dropout = 0.0    # 0..1; share of text tokens hidden at each step, against learning few texts by heart
 # loss and curriculum
-divergence = 'forward'  # from the teacher's distribution: 'forward' KL, 'reverse' KL, or 'jsd'
-jsd_beta = 0.5         # weight of the teacher in the mixture of jsd
-kl_start = 1.0         # weight of the divergence at the first step ...
-kl_end = 1.0           # ... and at the last, on a cosine; the rest of 1 is the cross-entropy's
-kd_temperature = 0.1   # tau: both's logits are divided by it in the divergence. Above 1 it softens, below 1
-                       # it sharpens, and near ties weigh more: that agreed most (docs/results.md)
+divergence = 'forward'  # 'forward', 'reverse', 'jsd'; KL from the teacher's distribution, to it, or a mixture
+jsd_beta = 0.5         # 0..1; weight of the teacher in the mixture of jsd
+kl_start = 1.0         # 0..1; weight of the divergence at the first step ...
+kl_end = 1.0           # 0..1; ... and at the last, on a cosine; the rest of 1 is the cross-entropy's
+kd_temperature = 0.1   # 0.001..; tau: both's logits are divided by it in the divergence. Above 1 it softens, below
+                       # 1 it sharpens, and near ties weigh more: that agreed most (docs/results.md)
 kd_anneal = True       # from kd_temperature to 1 over the run, in a line
 # optimizer
-max_epochs = 15
-batch_size = 64        # records per optimizer step
-grad_accum = 1         # micro-batches a step is computed in: same result, less memory
-learning_rate = 6e-4   # its peak
-min_lr = 6e-5          # at the last step
-warmup = 0.05          # share of the run
-weight_decay = 0.1     # on matrices, not on the embedding or the norms
-beta1 = 0.9
-beta2 = 0.95
-grad_clip = 1.0        # 0: off
+max_epochs = 15        # 1..
+batch_size = 64        # 1..; records per optimizer step
+grad_accum = 1         # 1..; micro-batches a step is computed in: same result, less memory
+learning_rate = 6e-4   # 0..; its peak
+min_lr = 6e-5          # 0..; at the last step
+warmup = 0.05          # 0..1; share of the run
+weight_decay = 0.1     # 0..; on matrices, not on the embedding or the norms
+beta1 = 0.9            # 0..0.9999
+beta2 = 0.95           # 0..0.9999
+grad_clip = 1.0        # 0..; 0: off
 # run
 device = 'auto'        # auto: cuda, mps or cpu, whichever is there
-dtype = 'auto'         # 'float32', 'bfloat16' (autocast), or auto: bfloat16 on a GPU that has it
-compile = 'auto'       # torch.compile: True, False, or auto: on a GPU. Few runs on a CPU earn its minute back
-eval_records = 2000    # of the held-out tenth, at the end of each epoch; 0: all
-best_by = 'field'      # the figure of the val line that says which epoch becomes best.pt
-patience = 0           # stop after so many epochs without a better one; 0: never
-save_steps = 0         # checkpoint also every so many steps; 0: at the end of each epoch
-log_steps = 10         # steps between train lines
-tracker = ''           # 'wandb' or 'trackio': lines go there too
-seed = 1337
+dtype = 'auto'         # 'auto', 'float32', 'bfloat16'; bfloat16 is autocast; auto: on a GPU that has it
+compile = 'auto'       # 'auto', 'True', 'False', 'true', 'false'; torch.compile; auto: on a GPU
+eval_records = 2000    # 0..; of the held-out tenth, at the end of each epoch; 0: all
+best_by = 'field'      # 'field', 'exact', 'kl', 'ce', 'teacher_forced', 'student_only', 'valid'; which epoch becomes
+                       # best.pt
+patience = 0           # 0..; stop after so many epochs without a better one; 0: never
+save_steps = 0         # 0..; checkpoint also every so many steps; 0: at the end of each epoch
+log_steps = 10         # 1..; steps between train lines
+tracker = ''           # '', 'wandb', 'trackio'; 'wandb' or 'trackio': lines go there too
+seed = 1337            # 0..
 config = configure(globals())
 
 # -----------------------------------------------------------------------------
@@ -183,10 +185,10 @@ def check_data(shards, space, train_rows, val_rows, rng):
 
 def new_student(sizes, init_from, teacher_layers, freeze_table, meta):
     """a Student at the start of a run, on the CPU. sizes: its StudentConfig fields."""
-    if init_from != 'teacher':
-        return Student(StudentConfig(**sizes))
-    print(f'loading {meta["teacher"]} for its {"table" if teacher_layers == "none" else "table and layers"}')
     try:
+        if init_from != 'teacher':
+            return Student(StudentConfig(**sizes))
+        print(f'loading {meta["teacher"]} for its {"table" if teacher_layers == "none" else "table and layers"}')
         student = Student.from_teacher(load_model(meta['teacher']), sizes, meta['output_ids'], teacher_layers)
     except ValueError as error:
         stop(str(error))
@@ -286,7 +288,6 @@ def new_training(out, facts, student, shards):
     style = task['fields'], task['indent'], task['fence'], task['end_id']
     space = OutputSpace(tokenizer, *style, task['output_ids'])
     if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
         shutil.copy(shards.folder / 'tokenizer.json', out / 'tokenizer.json')
         for file in ('ckpt.pt', 'best.pt'):
             (out / file).unlink(missing_ok=True)
@@ -310,6 +311,19 @@ def make_optimizer(training, shards, train_rows, weight_decay, learning_rate, be
         training.optimizer.load_state_dict(state)
 
 
+def lock_folder(out):
+    """makes the folder of a training and keeps others out of it for as long as the returned file is open."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / 'lock', 'w')
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stop(f'another training is writing to {out}; wait for it, or train beside it with --run=other')
+    except OSError as error:
+        stop(f'cannot write to {out}: {error.strerror}')
+    return lock
+
+
 def hide_text(idx, targets, share, start_id):
     """replaces this share of the text tokens, chosen at random, by the start token, in place: neither the
     answer nor the token before it is touched. idx (B, T) ids, targets (B, T) output indices, -1 on text and
@@ -319,8 +333,8 @@ def hide_text(idx, targets, share, start_id):
 
 def take_step(training, shards, rows, lr, grad_accum, grad_clip, token_dropout, autocast, **loss_options):
     """one optimizer step on the records `rows`, shared among the processes and micro-batches: the result does
-    not depend on how. Returns sums over the step, (loss, kl, ce, answer tokens right, answer tokens), and the
-    gradient's norm."""
+    not depend on how. FloatingPointError where the loss is no number. Returns sums over the step, (loss, kl,
+    ce, answer tokens right, answer tokens), and the gradient's norm."""
     learned = [p for group in training.optimizer.param_groups for p in group['params']]
     device, start_id = training.student.lm_head.weight.device, training.student.config.start_id
     n_tokens = sum(len(shards.answer(i)) for i in rows)         # one denominator, however the step is cut
@@ -346,6 +360,9 @@ def take_step(training, shards, rows, lr, grad_accum, grad_clip, token_dropout, 
         sums = sums.to(device)
         dist.all_reduce(sums)
     gnorm = torch.nn.utils.clip_grad_norm_(learned, grad_clip or math.inf).item()
+    if not math.isfinite(gnorm + sums.sum()):
+        raise FloatingPointError(f'the loss of step {training.step} is no number any more: try a lower '
+                                 f'learning_rate; {training.out} keeps its last checkpoint')
     for group in training.optimizer.param_groups:
         group['lr'] = lr
     training.optimizer.step()
@@ -380,8 +397,7 @@ def catch_signals():
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
+    on_stop(catch)
     return caught
 
 
@@ -401,11 +417,6 @@ def check_settings(config):
     """ends in one line where a setting cannot be."""
     if not config['name'] or not config['dataset']:
         stop('no task; run: python train.py config/demo.py')
-    best_by = 'kl', 'ce', 'field', 'exact', 'teacher_forced', 'student_only', 'valid'
-    check_choices(config, {
-        'init_from': ('scratch', 'teacher', 'resume'), 'teacher_layers': ('first', 'even', 'none'),
-        'divergence': ('forward', 'reverse', 'jsd'), 'compile': ('auto', 'True', 'true', 'False', 'false'),
-        'dtype': ('auto', 'float32', 'bfloat16'), 'best_by': best_by, 'tracker': ('', 'wandb', 'trackio')})
     tracker, tau = config['tracker'], config['kd_temperature']
     if tracker and not importlib.util.find_spec(tracker):
         stop(f'tracker = {tracker}: no such package here; run: pip install {tracker}')
@@ -433,6 +444,7 @@ if __name__ == '__main__':
     fixed = {key: value for key, value in config.items() if key not in FREE}
     facts = {'config': fixed, 'task': task, 'n_train': len(train_rows)}
     torch.manual_seed(seed)
+    lock = lock_folder(out) if RANK == 0 else None
     resume = (out / 'ckpt.pt').exists() and not overwrite
     if init_from == 'resume' and not resume:
         stop(f'{out}/ckpt.pt does not exist; there is nothing to resume')
@@ -486,9 +498,13 @@ if __name__ == '__main__':
         lr, kl_weight, tau = schedule(training.step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end,
                                       kd_temperature, kd_anneal)
         torch.manual_seed((seed + training.step) * WORLD + RANK)  # dropout too is a function of the step
-        step_sums, gnorm = take_step(training, shards, train_rows[order[k]], lr, grad_accum, grad_clip,
-                                     token_dropout, autocast, kl_weight=kl_weight, temperature=tau,
-                                     divergence=divergence, jsd_beta=jsd_beta)
+        loss_options = {'kl_weight': kl_weight, 'temperature': tau, 'divergence': divergence, 'jsd_beta': jsd_beta}
+        try:
+            step_sums, gnorm = take_step(training, shards, train_rows[order[k]], lr, grad_accum, grad_clip,
+                                         token_dropout, autocast, **loss_options)
+        except FloatingPointError as error:
+            bar.close()
+            stop(str(error))
         stopping = any_process(caught, device)
         sums, n_seen, spent = sums + step_sums, n_seen + int(lengths[order[k]].sum()), time.time() - start
         seconds, all_seconds = seconds + spent, all_seconds + spent

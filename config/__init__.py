@@ -9,10 +9,15 @@ Below that: the machine a program runs on, alone or as one of several that torch
 import ast
 import datetime
 import difflib
+import io
+import math
 import os
+import re
 import runpy
 import shlex
+import signal
 import sys
+import tokenize
 from pathlib import Path
 from types import ModuleType
 
@@ -46,12 +51,62 @@ def settings_block(script):
     return names, ''
 
 
-def convert(value, default):
+PART = r"None|True|False|text|word|file|'[^']*'|-?[\d.e-]*\d|-?[\d.e-]*\.\.[\d.e-]*"
+
+
+def read_limits(block):
+    """{setting: what it may be}, from the comments in a settings block: `batch_size = 64  # 1..; records per
+    step`.
+
+    What stands before the semicolon, parted by commas or `or`, is a list of constants, of ranges (1.., 0..1,
+    with both ends), and of the words `text`, `word` (letters, digits, and . _ - between them) and `file` (a
+    path, if typed that of the caller's folder). Any other comment is prose, and sets no limit.
+    """
+    limits, name = {}, None
+    for token in tokenize.generate_tokens(io.StringIO(block + '\n').readline):
+        if token.type == tokenize.NAME and token.start[1] == 0:
+            name = token.string
+        if token.type == tokenize.COMMENT and token.start[1] > 0:
+            parts = re.split(r', | or ', token.string[1:].partition(';')[0].strip())
+            if all(re.fullmatch(PART, part) for part in parts):
+                limits.setdefault(name, parts)
+    return limits
+
+
+def allows(part, value):
+    """whether a value is what one part of a limit says."""
+    if part in ('text', 'file'):
+        return isinstance(value, str)
+    if part == 'word':
+        return isinstance(value, str) and bool(re.fullmatch(r'(\w[\w.-]*)?', value, re.ASCII))
+    if '..' not in part:
+        constant = ast.literal_eval(part)
+        return type(value) is type(constant) and value == constant
+    low, _, high = part.partition('..')
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return number and float(low or '-inf') <= value <= float(high or 'inf')
+
+
+def in_words(parts):
+    """a limit as an error says it."""
+    words, said = {'word': 'a word of letters, digits and . _ -', 'text': 'a text', 'file': 'a path'}, []
+    for part in parts:
+        low, dots, high = part.partition('..')
+        if dots and low and high:
+            said.append(f'from {low} to {high}')
+        elif dots:
+            said.append(f'{low} or more' if low else f'{high} or less')
+        else:
+            said.append(words.get(part, part))
+    return ('one of ' if len(said) > 2 else '') + (', ' if len(said) > 2 else ' or ').join(said)
+
+
+def convert(value, default, parts=()):
     """value with the type of default; text is read as that type, and a plain constant as the text it would be
-    on the command line. ValueError or SyntaxError where it cannot be."""
+    on the command line. ValueError or SyntaxError where it cannot be. parts: what the setting may be."""
     if isinstance(default, str) and isinstance(value, (bool, int, float)):
         return str(value)
-    if isinstance(value, str) and not isinstance(default, str):
+    if isinstance(value, str) and not isinstance(default, str) and 'text' not in parts:
         if isinstance(default, bool):
             value = value.replace('true', 'True').replace('false', 'False')
         value = ast.literal_eval(value)
@@ -69,7 +124,7 @@ def read_config(path):
         stop(f'{path} does not exist; there are: {", ".join(known)}')
     try:
         values = runpy.run_path(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         stop(f'{path} does not run: {type(error).__name__}: {error}')
     return [(name, value) for name, value in values.items()
             if not (name.startswith('_') or callable(value) or isinstance(value, ModuleType))]
@@ -78,15 +133,18 @@ def read_config(path):
 def configure(g):
     """apply config files and command line to the settings in g = globals(); returns them as a dict.
 
-    Exits with one line and status 1 on an unknown key, a wrong type or a missing file. Imported programs keep
-    defaults.
+    Ends in one line, with status 1, on an unknown key, a wrong type, a value out of its limits or a missing
+    file. Then it goes to the program's own folder, so that data/ and out/ are those beside it; files that
+    were typed stay those of the caller's folder. Imported programs keep their defaults, and the folder.
     """
     this = Path(g['__file__']).name
     names, block = settings_block(g['__file__'])
     defaults = {name: g[name] for name in names}
     if g['__name__'] != '__main__':
         return defaults
-    owners = {}  # of the settings that are not this program's
+    if WORLD > 1 and this not in ('extract.py', 'train.py'):
+        stop(f'{this} is one process; run it without torchrun')
+    limits, owners = read_limits(block), {}  # owners of the settings that are not this program's
     for script in SCRIPTS:
         if script != this and (ROOT / script).is_file():  # sample.py may be alone
             owners = dict.fromkeys(settings_block(ROOT / script)[0], script) | owners  # the first of several
@@ -109,35 +167,34 @@ def configure(g):
                 continue  # another program's setting: it reads the same file
             near = difflib.get_close_matches(key, [*defaults, *owners], 1)
             hint = f'did you mean {near[0]!r}?' if near else 'see -h'
+            if source != 'command line':
+                hint += '; a name that is the file\'s own starts with _'
             hint = f'it belongs to {owners[key]}' if key in owners else hint
             stop(f'{source}: {this} has no setting {key!r}; {hint}')
-        default = defaults[key]
+        default, parts = defaults[key], limits.get(key, [])
         try:
-            value = convert(value, default)
+            value = convert(value, default, parts)
         except (ValueError, SyntaxError):
             kind = 'a Python constant' if default is None else type(default).__name__
             stop(f'{source}: {key} is {value!r}; it must be {kind}, like its default {default!r}')
+        if parts and not any(allows(part, value) for part in parts):
+            stop(f'{source}: {key} is {value!r}; it must be {in_words(parts)}')
+        if 'file' in parts and source == 'command line' and value and Path(value).exists():
+            value = str(Path(value).absolute())
         if value != g[key] and RANK == 0:
             new, old = (t if len(t) < 60 else f'{t[:56]} ...' for t in (repr(value), repr(g[key])))
             print(f'{key} = {new} ({source}; was {old})', file=sys.stderr)
         g[key] = value
+    os.chdir(Path(g['__file__']).absolute().parent)
     return {name: g[name] for name in defaults}
-
-
-def check_choices(config, choices):
-    """ends in one line where a setting is none of its choices: {setting: allowed values}."""
-    for key, allowed in choices.items():
-        if config[key] not in allowed:
-            stop(f'{key} is {config[key]!r}; it must be one of {", ".join(map(repr, allowed))}')
 
 
 def command(script):
     """the command that runs another program on what this one was run on: its config files, and of the
-    settings typed those that say which task and run are meant."""
-    same = [arg for arg in sys.argv[1:] if arg.endswith('.py')
-            or arg.partition('=')[0] in ('--name', '--dataset', '--run') and arg[2:].partition('=')[0] in
-            settings_block(ROOT / script)[0]]
-    return shlex.join(['python', script, *same])
+    settings typed those that say which task and run are meant. Typed where this one was, it works."""
+    known = [f'--{key}' for key in ('name', 'dataset', 'run') if key in settings_block(ROOT / script)[0]]
+    same = [arg for arg in sys.argv[1:] if arg.endswith('.py') or arg.partition('=')[0] in known]
+    return shlex.join(['python', str(Path(sys.argv[0]).with_name(script)), *same])
 
 
 # -----------------------------------------------------------------------------
@@ -145,10 +202,14 @@ def command(script):
 
 
 def pick_device(device):
-    """'auto' -> the fastest device there is."""
-    if device != 'auto':
-        return device
-    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    """'auto' -> the fastest device there is. Ends in one line where the one asked for is not there."""
+    if device == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        stop(f'device = {device} cannot be used here: {str(error).splitlines()[0]}')
+    return device
 
 
 def start_ranks(device, backend):
@@ -168,6 +229,13 @@ def start_ranks(device, backend):
         device = f'cuda:{os.environ["LOCAL_RANK"]}'
         torch.cuda.set_device(device)
     return device
+
+
+def on_stop(handle):
+    """calls handle(number, frame) on Ctrl-C, on kill, and where the terminal goes away (unless nohup ignores that)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handle)
 
 
 def end_ranks():

@@ -67,6 +67,14 @@ def write_json(path, value):
     os.replace(tmp, path)
 
 
+def read_meta(folder):
+    """the dict of a shard's meta.json. ValueError where it is damaged."""
+    try:
+        return json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{folder}/meta.json is damaged ({error}); bring it back, or extract under another name') from None
+
+
 class Hashes:
     """a set of 64-bit hashes at 8 bytes each, for more texts than a set of Python's has room for."""
 
@@ -170,7 +178,7 @@ class Shards:
 
     def __init__(self, dataset, name, root='data'):
         folders = shard_folders(dataset, name, root)
-        self.metas = [json.loads((folder / 'meta.json').read_text(encoding='utf-8')) for folder in folders]
+        self.metas = [read_meta(folder) for folder in folders]
         self.shards, spans, hashes = [], [], []
         for folder, meta in zip(folders, self.metas):
             if meta['format'] != FORMAT or meta['output_ids'] != self.metas[0]['output_ids']:

@@ -136,7 +136,7 @@ def test_too_long_texts_can_be_refused_and_confidence_is_added(project):
     assert second['error'].startswith('text has 1') and len(second) == 1
     assert list(first['_confidence']) == list(FIELDS) and all(0 < p <= 1
                                                               for p in third['_confidence'].values())
-    assert 'must be one of' in one_line(run(project, 'sample.py', '--too_long=drop'))
+    assert "must be 'cut' or 'refuse'" in one_line(run(project, 'sample.py', '--too_long=drop'))
 
 
 def test_records_the_student_is_unsure_of_are_marked_or_answered_by_the_teacher(project, teachers):
@@ -243,3 +243,31 @@ def test_the_decoder_goes_on_while_there_is_no_next_text(space):
         for ids in texts:
             yield from (None, None, ids, None)
     assert [outs for outs, _ in decode(student, space, slowly())] == generate(student, space, texts)
+
+
+def test_an_empty_text_is_a_text_and_leaves_the_callers_input_alone(project):
+    done = run(project, 'sample.py', '--text=', stdin=b'the next line of a loop\n')
+    assert done.stdout == '{"error": "empty text"}\n' and done.returncode == 0
+    assert list(json.loads(run(project, 'sample.py', '--text=None').stdout)) == list(FIELDS)
+
+
+def test_a_checkpoint_with_damaged_bytes_is_refused(project, tmp_path):
+    root = clone_task(project, tmp_path, 'out')
+    path = root / 'out/toy/best.pt'
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert 'best.pt is damaged' in one_line(run(root, 'sample.py', '--text=hi'))
+
+
+def test_a_config_that_changed_since_the_training_is_pointed_out(project):
+    for args, said in (([], ''), (["--fields={'tone': ['a', 'b']}"], 'note: fields changed'), (['--prompt=say {text}'], 'note: prompt changed')):
+        done = run(project, 'sample.py', '--text=hello my friend', *args)
+        assert list(json.loads(done.stdout)) == list(FIELDS) and said in done.stderr and ('note:' in done.stderr) == bool(said)
+
+
+def test_a_full_device_and_a_closed_input_end_in_one_line(project):
+    done = subprocess.run(f'{sys.executable} sample.py config/toy.py --text=hi > /dev/full', shell=True, cwd=project, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('cannot write the answers'), done.stderr
+    done = subprocess.run(f'{sys.executable} sample.py config/toy.py <&-', shell=True, cwd=project, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('nothing to label'), done.stderr

@@ -1,5 +1,6 @@
 """The output space: the automaton accepts the answers of the schema and no others."""
 import json
+import math
 import random
 import runpy
 from itertools import product
@@ -78,3 +79,15 @@ def test_schemas_that_cannot_work_are_refused(tokenizer):
     for fields in ({}, {'a': []}, {'a': [1, 1]}, {'a': True, 'b': [1, 2]}, {'a': 'yes'}):
         with pytest.raises(ValueError):
             OutputSpace(tokenizer, fields)
+
+
+def test_constants_that_cannot_be_written_or_read_back_are_refused_by_name(tokenizer):
+    for value, why in (('<eos>', 'special token'), ('a <turn> b', 'special token'), (math.nan, 'JSON'), (math.inf, 'JSON'), ([1, -math.inf], 'JSON'),
+                       ('\ud800', 'JSON'), (b'bytes', 'JSON'), (lambda: 1, 'JSON'), ({1, 2}, 'JSON')):
+        with pytest.raises(ValueError, match=f"'tone'.*{why}"):
+            OutputSpace(tokenizer, {'tone': ['neutral', value]})
+    for name in (3, None, ('a',)):
+        with pytest.raises(ValueError, match='field names are texts'):
+            OutputSpace(tokenizer, {name: ['neutral', 'friendly']})
+    with pytest.raises(ValueError, match='special token'):
+        OutputSpace(tokenizer, {'<eos>': ['neutral', 'friendly']})

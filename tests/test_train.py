@@ -1,4 +1,5 @@
 """Loss, schedule and the run: same steps however they are cut up, stopped or shared."""
+import fcntl
 import importlib.util
 import json
 import math
@@ -337,3 +338,22 @@ def test_lines_go_to_a_tracker_too(project, tmp_path):
     for told in ('init toy', 'logged train/step', 'logged val/step', 'finished'):
         assert told in done.stdout
     assert 'pip install wandb' in one_line(run(root, 'train.py', '--tracker=wandb'))
+
+
+def test_a_second_training_in_one_folder_says_so_and_stops(project, tmp_path):
+    root = clone_task(project, tmp_path, 'toy-00', 'out')
+    before = (root / 'out/toy/ckpt.pt').read_bytes()
+    with open(root / 'out/toy/lock', 'w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for args in ([], ['--overwrite=True']):
+            assert 'another training is writing to out/toy' in one_line(run(root, 'train.py', *args))
+    assert (root / 'out/toy/ckpt.pt').read_bytes() == before
+    assert 'trained already' in run(root, 'train.py').stdout  # a lock that nobody holds is none
+
+
+def test_a_loss_that_is_no_number_stops_with_one_line_and_keeps_the_last_checkpoint(project, tmp_path):
+    root = clone_task(project, tmp_path, 'toy-00')
+    line = one_line(run(root, 'train.py', '--learning_rate=1e30', '--min_lr=1e30', '--grad_clip=0', '--save_steps=1', '--warmup=0'))
+    assert 'is no number any more: try a lower learning_rate' in line
+    state = torch.load(root / 'out/toy/ckpt.pt', weights_only=True)
+    assert all(p.isfinite().all() for p in state['model'].values())
