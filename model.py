@@ -115,8 +115,8 @@ class Student(nn.Module):
         super().__init__()
         head_size = config.head_size or config.n_embd / config.n_head
         if head_size % 2 or config.n_head % config.n_kv_head:
-            raise ValueError(f'n_embd = {config.n_embd}, n_head = {config.n_head}, n_kv_head = {config.n_kv_head}: '
-                             'a head needs an even number of channels, and as many heads each key')
+            sizes = f'n_embd = {config.n_embd}, n_head = {config.n_head}, n_kv_head = {config.n_kv_head}'
+            raise ValueError(f'{sizes}: a head needs an even number of channels, and as many heads each key')
         self.config = config
         width = config.n_table or config.n_embd
         self.wte = nn.Embedding(config.vocab_size, width)

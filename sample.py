@@ -97,7 +97,8 @@ def note_changes(task, fields, prompt):
     now = {'fields': fields, 'prompt': prompt}
     changed = [key for key, value in now.items() if value and json.dumps(value) != json.dumps(task[key])]
     if changed:
-        say(f'note: {" and ".join(changed)} changed since the training; the student answers as it was trained')
+        said = ' and '.join(changed)
+        say(f'note: {said} changed since the training; the student answers as it was trained')
 
 
 # -----------------------------------------------------------------------------

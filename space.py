@@ -87,7 +87,8 @@ class OutputSpace:
         self.parse = lru_cache(maxsize=10_000)(self.parse)  # most answers come again; memory must not grow
 
     def check_constants(self, name, constants):
-        """ValueError where one of them is not what JSON can say, or the tokenizer would not read it as text."""
+        """ValueError where one of them is not what JSON can say, or the tokenizer would not read it as
+        text."""
         if not isinstance(name, str):
             raise ValueError(f'field names are texts, not {name!r}')
         special = special_ids(self.tokenizer)
@@ -98,7 +99,7 @@ class OutputSpace:
             except (TypeError, ValueError, RecursionError):
                 raise ValueError(f'field {name!r}: {constant!r} is nothing that JSON can say') from None
             if special.intersection(self.tokenizer.encode(text, add_special_tokens=False).ids):
-                raise ValueError(f'field {name!r}: to the tokenizer {constant!r} is a special token, not text')
+                raise ValueError(f'field {name!r}: {constant!r} is a special token to the tokenizer, no text')
 
     def text(self, values):
         """the canonical text of an answer; values in field order."""

@@ -44,12 +44,12 @@ name = ''              # word; data/<dataset>/<name>-* is read ...
 dataset = ''           # word
 run = ''               # word; ... and out/<run> written; '': out/<name>. One extraction, many students
 max_records = 0        # 0..; train on those of the first so many records that are not held out; 0: all
-init_from = 'scratch'  # 'scratch', 'teacher', 'resume'; how a new run starts; teacher: with its embedding table and
-                       # some of its layers. A run that was interrupted goes on anyway; 'resume' insists on one
+init_from = 'scratch'  # 'scratch', 'teacher', 'resume'; how a new run starts; teacher: with its embedding
+                       # table and some of its layers. One that was cut off goes on anyway; resume insists on it
 overwrite = False      # start over where out/<run> holds another or a finished run
-teacher_layers = 'first'  # 'first', 'even', 'none'; of a teacher's start: its first n_layer layers, evenly spaced
-                       # ones, or the table alone. With layers the student has the teacher's shape: of the sizes
-                       # below only n_layer counts
+teacher_layers = 'first'  # 'first', 'even', 'none'; of a teacher's start: its first n_layer layers, evenly
+                       # spaced ones, or the table alone. With layers the student has the teacher's shape: of
+                       # the sizes below only n_layer counts
 freeze_table = True    # of a 'teacher' start: keep the table as it is. It knows words never seen in training
 # student
 n_layer = 16           # 1..
@@ -65,8 +65,8 @@ divergence = 'forward'  # 'forward', 'reverse', 'jsd'; KL from the teacher's dis
 jsd_beta = 0.5         # 0..1; weight of the teacher in the mixture of jsd
 kl_start = 1.0         # 0..1; weight of the divergence at the first step ...
 kl_end = 1.0           # 0..1; ... and at the last, on a cosine; the rest of 1 is the cross-entropy's
-kd_temperature = 0.1   # 0.001..; tau: both's logits are divided by it in the divergence. Above 1 it softens, below
-                       # 1 it sharpens, and near ties weigh more: that agreed most (docs/results.md)
+kd_temperature = 0.1   # 0.001..; tau: both's logits are divided by it in the divergence. Above 1 it softens,
+                       # below 1 it sharpens, and near ties weigh more: that agreed most (docs/results.md)
 kd_anneal = True       # from kd_temperature to 1 over the run, in a line
 # optimizer
 max_epochs = 15        # 1..
@@ -84,8 +84,8 @@ device = 'auto'        # auto: cuda, mps or cpu, whichever is there
 dtype = 'auto'         # 'auto', 'float32', 'bfloat16'; bfloat16 is autocast; auto: on a GPU that has it
 compile = 'auto'       # 'auto', 'True', 'False', 'true', 'false'; torch.compile; auto: on a GPU
 eval_records = 2000    # 0..; of the held-out tenth, at the end of each epoch; 0: all
-best_by = 'field'      # 'field', 'exact', 'kl', 'ce', 'teacher_forced', 'student_only', 'valid'; which epoch becomes
-                       # best.pt
+best_by = 'field'      # 'field', 'exact', 'kl', 'ce', 'teacher_forced', 'student_only', 'valid'; which epoch
+                       # becomes best.pt
 patience = 0           # 0..; stop after so many epochs without a better one; 0: never
 save_steps = 0         # 0..; checkpoint also every so many steps; 0: at the end of each epoch
 log_steps = 10         # 1..; steps between train lines
@@ -188,7 +188,8 @@ def new_student(sizes, init_from, teacher_layers, freeze_table, meta):
     try:
         if init_from != 'teacher':
             return Student(StudentConfig(**sizes))
-        print(f'loading {meta["teacher"]} for its {"table" if teacher_layers == "none" else "table and layers"}')
+        parts = 'table' if teacher_layers == 'none' else 'table and layers'
+        print(f'loading {meta["teacher"]} for its {parts}')
         student = Student.from_teacher(load_model(meta['teacher']), sizes, meta['output_ids'], teacher_layers)
     except ValueError as error:
         stop(str(error))
@@ -498,7 +499,7 @@ if __name__ == '__main__':
         lr, kl_weight, tau = schedule(training.step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end,
                                       kd_temperature, kd_anneal)
         torch.manual_seed((seed + training.step) * WORLD + RANK)  # dropout too is a function of the step
-        loss_options = {'kl_weight': kl_weight, 'temperature': tau, 'divergence': divergence, 'jsd_beta': jsd_beta}
+        loss_options = dict(kl_weight=kl_weight, temperature=tau, divergence=divergence, jsd_beta=jsd_beta)
         try:
             step_sums, gnorm = take_step(training, shards, train_rows[order[k]], lr, grad_accum, grad_clip,
                                          token_dropout, autocast, **loss_options)

@@ -232,7 +232,8 @@ def start_ranks(device, backend):
 
 
 def on_stop(handle):
-    """calls handle(number, frame) on Ctrl-C, on kill, and where the terminal goes away (unless nohup ignores that)."""
+    """calls handle(number, frame) on Ctrl-C, on kill, and where the terminal goes away (unless nohup ignores
+    that)."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handle)

@@ -72,7 +72,8 @@ def read_meta(folder):
     try:
         return json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
     except ValueError as error:
-        raise ValueError(f'{folder}/meta.json is damaged ({error}); bring it back, or extract under another name') from None
+        raise ValueError(f'{folder}/meta.json is damaged ({error}); bring it back, or extract under another '
+                         'name') from None
 
 
 class Hashes:

@@ -141,7 +141,7 @@ if __name__ == '__main__':
     options = dict(arg[2:].partition('=')[::2] for arg in sys.argv[1:] if arg.startswith('--'))
     name, *paths = [arg for arg in sys.argv[1:] if not arg.startswith('--')] or ['']
     if not paths or options.keys() - {'column', 'truth'} or not re.fullmatch(r'\w[\w.-]*', name, re.ASCII):
-        sys.exit('run: python data/prepare.py NAME FILE... [--column=C] [--truth=C,C]; NAME is that of the dataset')
+        sys.exit('run: python data/prepare.py NAME FILE... [--column=C] [--truth=C,C]; NAME: of a dataset')
     for path in paths:
         if path != '-' and (not os.path.exists(path) or os.path.isdir(path)):
             sys.exit(f'{path} is a directory' if os.path.isdir(path) else f'{path} does not exist')
@@ -167,6 +167,6 @@ if __name__ == '__main__':
         sys.exit(f'{getattr(error, "filename", None) or ", ".join(paths)}: {error}')
     finally:
         tmp.unlink(missing_ok=True)
-    bad = [f'bad_json={counts["bad_json"]}'] if counts['bad_json'] else []
-    print('prepare', *(f'{key}={counts[key]}' for key in ('read', 'kept', 'empty', 'duplicate', 'bad_utf8')), *bad)
+    shown = ['read', 'kept', 'empty', 'duplicate', 'bad_utf8'] + ['bad_json'] * bool(counts['bad_json'])
+    print('prepare', *(f'{key}={counts[key]}' for key in shown))
     print(f'{os.path.relpath(target)} is there; next: a config with dataset = {name!r}')

@@ -99,7 +99,8 @@ def test_commands_that_are_shown_name_files_and_settings_that_exist():
 @pytest.mark.parametrize('program', PROGRAMS)
 def test_every_number_among_the_settings_has_its_limits_beside_it_and_keeps_them(program):
     names, block = configure_module.settings_block(ROOT / program)
-    limits, defaults = configure_module.read_limits(block), runpy.run_path(str(ROOT / program), run_name='imported')
+    limits, defaults = configure_module.read_limits(block), runpy.run_path(str(ROOT / program),
+                                                                           run_name='imported')
     for name in names:
         number = isinstance(defaults[name], (int, float)) and not isinstance(defaults[name], bool)
         assert name in limits or not number, name
@@ -108,11 +109,14 @@ def test_every_number_among_the_settings_has_its_limits_beside_it_and_keeps_them
 
 
 def test_limits_are_read_from_comments_and_checked_wherever_a_value_comes_from(settings):
-    script = ("a = 4  # 1..; a number\nb = 0.5  # 0..1\nc = 'x'  # 'x', 'y' or 'z'; which\nd = None  # None or 0..8; or\n"
-              "e = ''  # word; a name\nf = 3  # 0: all of them; not a limit\n")
+    script = (
+        "a = 4  # 1..; a number\nb = 0.5  # 0..1\nc = 'x'  # 'x', 'y' or 'z'; which\n"
+        "d = None  # None or 0..8; or\n"
+        "e = ''  # word; a name\nf = 3  # 0: all of them; not a limit\n")
     assert settings(['--a=1', '--b=1', '--c=z', '--d=8', '--e=a.b-c', '--f=-7'], script=script)['d'] == 8
-    for wrong, due in (('a = 0', '1 or more'), ('b = 1.5', 'from 0 to 1'), ("c = 'w'", "one of 'x', 'y', 'z'"), ('d = 9', 'None or'),
-                       ("e = 'a b'", 'a word'), ("e = 'a*'", 'a word'), ('d = True', 'from 0 to 8'), ('b = 1e999', 'from 0 to 1')):
+    for wrong, due in (('a = 0', '1 or more'), ('b = 1.5', 'from 0 to 1'),
+                       ("c = 'w'", "one of 'x', 'y', 'z'"), ('d = 9', 'None or'), ("e = 'a b'", 'a word'),
+                       ("e = 'a*'", 'a word'), ('d = True', 'from 0 to 8'), ('b = 1e999', 'from 0 to 1')):
         with pytest.raises(SystemExit, match=f'my.py: {wrong[0]} is .*; it must be .*{due}'):
             settings([settings.file], wrong + '\n', script=script)
         typed = '--' + wrong.replace(' = ', '=').replace("'", '')
@@ -122,45 +126,54 @@ def test_limits_are_read_from_comments_and_checked_wherever_a_value_comes_from(s
 
 def test_a_config_file_that_is_odd_ends_in_one_line(settings):
     assert settings([settings.file], 'import json\n_x = lambda: 1\nhelp_me = lambda: 2\na = 3\n')['a'] == 3
-    for odd, said in (('for i in range(3): pass', 'has no setting .i.; .*starts with _'), ('import sys\nsys.exit()', 'SystemExit'),
-                      ('raise SystemExit(0)', 'SystemExit'), ('import nowhere_at_all', 'ModuleNotFoundError'), ('a = (', 'SyntaxError')):
+    for odd, said in (('for i in range(3): pass', 'has no setting .i.; .*starts with _'),
+                      ('import sys\nsys.exit()', 'SystemExit'), ('raise SystemExit(0)', 'SystemExit'),
+                      ('import nowhere_at_all', 'ModuleNotFoundError'), ('a = (', 'SyntaxError')):
         with pytest.raises(SystemExit, match=f'my.py.* {said}'):
             settings([settings.file], odd + '\n')
 
 
-@pytest.mark.parametrize('program, wrong', [
-    ('sample.py', ('sample_batch=0', 'sample_batch=-3', 'min_confidence=50', 'device=cuda', 'name=a b', 'name=t*')),
-    ('train.py', ('max_epochs=0', 'batch_size=0', 'grad_accum=0', 'seed=-1', 'dropout=1.5', 'dtype=float8', 'n_head=3', 'max_records=-5')),
-    ('extract.py', ('max_records=-5', 'indent=-1', 'extract_batch=0', 'dtype=float8', "extra_vocab=['a', 5]", 'device=cuda')),
-    ('evaluate.py', ('examples=-1', 'which=luck')), ('bench.py', ('what=luck', 'batch_size=0'))])
+@pytest.mark.parametrize(
+    'program, wrong',
+    [('sample.py',
+      ('sample_batch=0', 'sample_batch=-3', 'min_confidence=50', 'device=cuda', 'name=a b', 'name=t*')),
+     ('train.py', ('max_epochs=0', 'batch_size=0', 'grad_accum=0', 'seed=-1', 'dropout=1.5', 'dtype=float8',
+                   'n_head=3', 'max_records=-5')),
+     ('extract.py', ('max_records=-5', 'indent=-1', 'extract_batch=0', 'dtype=float8', "extra_vocab=['a', 5]",
+                     'device=cuda')), ('evaluate.py', ('examples=-1', 'which=luck')),
+     ('bench.py', ('what=luck', 'batch_size=0'))])
 def test_settings_out_of_range_end_in_one_line_that_names_them(project, program, wrong):
     for setting in wrong:
-        line = one_line(run(project, program, f'--{setting}', *(['--run=odd'] if program == 'train.py' else [])))
-        assert setting.partition('=')[0] in line and ('must be' in line or 'cannot be used' in line or 'a head needs' in line), line
+        line = one_line(
+            run(project, program, f'--{setting}', *(['--run=odd'] if program == 'train.py' else [])))
+        assert setting.partition('=')[0] in line and ('must be' in line or 'cannot be used' in line
+                                                      or 'a head needs' in line), line
 
 
 def test_from_another_folder_files_that_are_typed_are_the_callers_and_data_is_ours(project, tmp_path):
     (tmp_path / 'with blanks').mkdir()
     (tmp_path / 'with blanks' / 'my texts.txt').write_text('hello my friend\n')
     script, config = str(project / 'sample.py'), str(project / 'config/toy.py')
-    done = subprocess.run([sys.executable, script, config, '--input=my texts.txt'], cwd=tmp_path / 'with blanks',
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, config, '--input=my texts.txt'],
+                          cwd=tmp_path / 'with blanks', capture_output=True, text=True)
     assert list(json.loads(done.stdout)) == list(FIELDS), done.stderr
-    done = subprocess.run([sys.executable, script, config, '--run=other', '--text=hi'], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, config, '--run=other', '--text=hi'], cwd=tmp_path,
+                          capture_output=True, text=True)
     hint = done.stderr.splitlines()[-1].partition('run: ')[2]
     assert hint == f'python {project}/train.py {config} --run=other' and done.returncode == 1
 
 
 def test_programs_that_are_one_process_say_so_under_torchrun(project):
     for program in ('sample.py', 'evaluate.py', 'bench.py'):
-        done = subprocess.run([sys.executable, program, 'config/toy.py'], cwd=project, capture_output=True, text=True,
-                              env={**os.environ, 'WORLD_SIZE': '2', 'RANK': '0'})
+        done = subprocess.run([sys.executable, program, 'config/toy.py'], cwd=project, capture_output=True,
+                              text=True, env={**os.environ, 'WORLD_SIZE': '2', 'RANK': '0'})
         assert done.returncode == 1 and done.stderr == f'{program} is one process; run it without torchrun\n'
 
 
 def test_no_program_warns_of_anything(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
-    for program, args in (('train.py', ['--max_epochs=1']), ('evaluate.py', []), ('sample.py', ['--text=hi'])):
-        done = subprocess.run([sys.executable, program, 'config/toy.py', *args], cwd=root, capture_output=True, text=True,
-                              env={**os.environ, 'PYTHONWARNINGS': 'error'})
+    for program, args in (('train.py', ['--max_epochs=1']), ('evaluate.py', []), ('sample.py', ['--text=hi'
+                                                                                                ])):
+        done = subprocess.run([sys.executable, program, 'config/toy.py', *args], cwd=root,
+                              capture_output=True, text=True, env={**os.environ, 'PYTHONWARNINGS': 'error'})
         assert done.returncode == 0, done.stderr

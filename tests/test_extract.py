@@ -257,7 +257,8 @@ def test_a_damaged_meta_json_is_named_by_every_program(project, tmp_path):
     path = root / 'data/toy/toy-00/meta.json'
     path.write_text(path.read_text()[:200])
     for program in ('extract.py', 'train.py', 'bench.py'):
-        assert 'meta.json is damaged' in one_line(run(root, program, '--run=x') if program != 'extract.py' else run(root, program))
+        assert 'meta.json is damaged' in one_line(
+            run(root, program, '--run=x') if program != 'extract.py' else run(root, program))
 
 
 @pytest.mark.parametrize('program', ['extract.py', 'train.py'])
@@ -265,7 +266,8 @@ def test_a_terminal_that_goes_away_ends_a_run_as_kill_does(project, tmp_path, pr
     root = clone_task(project, tmp_path, *([] if program == 'extract.py' else ['toy-00']))
     there = root / ('data/toy/toy-00/index.bin' if program == 'extract.py' else 'out/toy/log.txt')
     args = ['--extract_batch=1'] if program == 'extract.py' else ['--log_steps=1', '--max_epochs=50']
-    process = subprocess.Popen([sys.executable, program, 'config/toy.py', *args], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, program, 'config/toy.py', *args], cwd=root,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while process.poll() is None and not (there.exists() and there.stat().st_size > 100):
         time.sleep(0.005)
     process.send_signal(signal.SIGHUP)

@@ -23,7 +23,8 @@ def prepared(folder, name, *args):
 
 def test_comments_are_read_from_their_three_files(tmp_path):
     (tmp_path / 'reddit').mkdir()
-    for name, lines in (('train', 'one, two\t1\tx\nthree "\t2\ty\n'), ('dev', 'one, two\t3\tz\n'), ('test', '\t4\tw\nfour\t5\tv')):
+    for name, lines in (('train', 'one, two\t1\tx\nthree "\t2\ty\n'), ('dev', 'one, two\t3\tz\n'),
+                        ('test', '\t4\tw\nfour\t5\tv')):
         (tmp_path / f'reddit/{name}.tsv').write_text(lines)
     assert [r['text'] for r in prepared(tmp_path, 'reddit')] == ['one, two', 'three "', 'four']
 
@@ -61,30 +62,38 @@ def mine(folder, *args, stdin=b''):
     """what data/prepare.py says of these arguments, and the records it wrote, [] where there are none."""
     (folder / 'data').mkdir(exist_ok=True)
     shutil.copy(ROOT / 'data' / 'prepare.py', folder / 'data')
-    done = subprocess.run([sys.executable, 'data/prepare.py', 'mine', *args], cwd=folder, capture_output=True, input=stdin)
+    done = subprocess.run([sys.executable, 'data/prepare.py', 'mine', *args], cwd=folder, capture_output=True,
+                          input=stdin)
     target = folder / 'data/mine/input.jsonl'
     return done, [json.loads(line) for line in target.open(encoding='utf-8')] if target.exists() else []
 
 
 def test_a_users_own_file_of_any_form_becomes_texts(tmp_path):
     table = 'id;Text;team\n1;"one; two\nthree";billing\n2;été;3\n3;;x\n2;été;4\n'
-    forms = {'a.txt': 'one; two three\nété\n\n été \n', 'a.csv': table, 'A.CSV': table, 'a.tsv': table.replace(';', '\t').replace('one\t', 'one;'),
-             'a.jsonl': '"one; two three"\n{"text": "été", "id": 4}\n{"text": ""}\n', 'a.json': '["one; two three", {"text": "été"}]'}
+    forms = {
+        'a.txt': 'one; two three\nété\n\n été \n', 'a.csv': table, 'A.CSV': table,
+        'a.tsv': table.replace(';', '\t').replace('one\t', 'one;'),
+        'a.jsonl': '"one; two three"\n{"text": "été", "id": 4}\n{"text": ""}\n',
+        'a.json': '["one; two three", {"text": "été"}]'
+    }
     for name, content in forms.items():
         for suffix, packed in (('', bytes), ('.gz', gzip.compress)):
             for encoding in ('utf-8', 'utf-8-sig', 'utf-16'):
                 (tmp_path / f'{name}{suffix}').write_bytes(packed(content.encode(encoding)))
                 done, records = mine(tmp_path, f'{name}{suffix}')
-                assert [r['text'] for r in records] == ['one; two three', 'été'], (name, suffix, encoding, done.stderr)
+                assert [r['text'] for r in records] == ['one; two three',
+                                                        'été'], (name, suffix, encoding, done.stderr)
     done, records = mine(tmp_path, 'a.csv', '--truth=team')
     assert [r['truth'] for r in records] == [{'team': 'billing'}, {'team': 3}]
     assert b'prepare read=4 kept=2 empty=1 duplicate=1 bad_utf8=0\n' in done.stdout
 
 
 def test_what_is_kept_beside_a_text_and_what_bytes_that_are_no_text_become(tmp_path):
-    (tmp_path / 'a.jsonl').write_text('{"text": "one", "truth": {"a": 1}, "answer": {"a": 2}, "probabilities": {}, "id": 7}\nno json\n')
+    (tmp_path / 'a.jsonl').write_text(
+        '{"text": "one", "truth": {"a": 1}, "answer": {"a": 2}, "probabilities": {}, "id": 7}\nno json\n')
     done, records = mine(tmp_path, 'a.jsonl')
-    assert records == [{'text': 'one', 'truth': {'a': 1}, 'answer': {'a': 2}, 'probabilities': {}}] and b'bad_json=1' in done.stdout
+    assert records == [{'text': 'one', 'truth': {'a': 1}, 'answer': {'a': 2}, 'probabilities': {}}
+                       ] and b'bad_json=1' in done.stdout
     (tmp_path / 'a.txt').write_bytes(b'fine\n\xff bad\nnul\0 too\n')
     done, records = mine(tmp_path, 'a.txt')
     assert [r['text'] for r in records] == ['fine', '\ufffd bad', 'nul too'] and b'bad_utf8=1' in done.stdout
@@ -99,15 +108,23 @@ def test_what_is_kept_beside_a_text_and_what_bytes_that_are_no_text_become(tmp_p
 def test_a_file_that_will_not_do_ends_in_one_line_and_leaves_the_earlier_texts_alone(tmp_path):
     (tmp_path / 'good.txt').write_text('one\n')
     _, before = mine(tmp_path, 'good.txt')
-    files = {'ids.csv': 'id,body\n1,x\n', 'open.csv': 'id,text\n1,"one\n2,two\n', 'empty.txt': '\n \n', 'half.json': '["one"', 'object.json': '{"a": 1}',
-             'cut.txt.gz': '', 'keys.jsonl': '{"a": "x", "b": "y"}\n'}
+    files = {
+        'ids.csv': 'id,body\n1,x\n', 'open.csv': 'id,text\n1,"one\n2,two\n', 'empty.txt': '\n \n',
+        'half.json': '["one"', 'object.json': '{"a": 1}', 'cut.txt.gz': '',
+        'keys.jsonl': '{"a": "x", "b": "y"}\n'
+    }
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     (tmp_path / 'cut.txt.gz').write_bytes(gzip.compress(b'one two three' * 99)[:30])
-    for args, said in ((['ids.csv'], 'say --column= one of: id, body'), (['ids.csv', '--column=text'], "no column 'text'"), (['open.csv'], 'quote left open'),
-                       (['empty.txt'], 'no text in'), (['half.json'], 'no JSON'), (['object.json'], 'must hold a list'), (['cut.txt.gz'], 'end'),
-                       (['keys.jsonl'], 'say --column='), (['.'], 'is a directory'), (['nowhere.txt'], 'does not exist'), ([], 'run: python data/prepare.py'),
-                       (['good.txt', '--colum=x'], 'run: python data/prepare.py'), (['ids.csv', '--column=body', '--truth=team'], "no column 'team'")):
+    for args, said in ((['ids.csv'], 'say --column= one of: id, body'),
+                       (['ids.csv', '--column=text'], "no column 'text'"), (['open.csv'], 'quote left open'),
+                       (['empty.txt'], 'no text in'), (['half.json'], 'no JSON'), (['object.json'],
+                                                                                   'must hold a list'),
+                       (['cut.txt.gz'], 'end'), (['keys.jsonl'], 'say --column='), (['.'], 'is a directory'),
+                       (['nowhere.txt'], 'does not exist'), ([], 'run: python data/prepare.py'),
+                       (['good.txt', '--colum=x'],
+                        'run: python data/prepare.py'), (['ids.csv', '--column=body',
+                                                          '--truth=team'], "no column 'team'")):
         done, records = mine(tmp_path, *args)
         lines = done.stderr.decode().splitlines()
         assert done.returncode == 1 and len(lines) == 1 and said in lines[0], (args, lines)

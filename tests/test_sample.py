@@ -261,13 +261,18 @@ def test_a_checkpoint_with_damaged_bytes_is_refused(project, tmp_path):
 
 
 def test_a_config_that_changed_since_the_training_is_pointed_out(project):
-    for args, said in (([], ''), (["--fields={'tone': ['a', 'b']}"], 'note: fields changed'), (['--prompt=say {text}'], 'note: prompt changed')):
+    for args, said in (([], ''), (["--fields={'tone': ['a', 'b']}"], 'note: fields changed'),
+                       (['--prompt=say {text}'], 'note: prompt changed')):
         done = run(project, 'sample.py', '--text=hello my friend', *args)
-        assert list(json.loads(done.stdout)) == list(FIELDS) and said in done.stderr and ('note:' in done.stderr) == bool(said)
+        assert list(json.loads(
+            done.stdout)) == list(FIELDS) and said in done.stderr and ('note:' in done.stderr) == bool(said)
 
 
 def test_a_full_device_and_a_closed_input_end_in_one_line(project):
-    done = subprocess.run(f'{sys.executable} sample.py config/toy.py --text=hi > /dev/full', shell=True, cwd=project, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('cannot write the answers'), done.stderr
-    done = subprocess.run(f'{sys.executable} sample.py config/toy.py <&-', shell=True, cwd=project, capture_output=True, text=True)
+    done = subprocess.run(f'{sys.executable} sample.py config/toy.py --text=hi > /dev/full', shell=True,
+                          cwd=project, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+        'cannot write the answers'), done.stderr
+    done = subprocess.run(f'{sys.executable} sample.py config/toy.py <&-', shell=True, cwd=project,
+                          capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('nothing to label'), done.stderr

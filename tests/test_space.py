@@ -82,8 +82,9 @@ def test_schemas_that_cannot_work_are_refused(tokenizer):
 
 
 def test_constants_that_cannot_be_written_or_read_back_are_refused_by_name(tokenizer):
-    for value, why in (('<eos>', 'special token'), ('a <turn> b', 'special token'), (math.nan, 'JSON'), (math.inf, 'JSON'), ([1, -math.inf], 'JSON'),
-                       ('\ud800', 'JSON'), (b'bytes', 'JSON'), (lambda: 1, 'JSON'), ({1, 2}, 'JSON')):
+    for value, why in (('<eos>', 'special token'), ('a <turn> b', 'special token'), (math.nan, 'JSON'),
+                       (math.inf, 'JSON'), ([1, -math.inf], 'JSON'), ('\ud800', 'JSON'), (b'bytes', 'JSON'),
+                       (lambda: 1, 'JSON'), ({1, 2}, 'JSON')):
         with pytest.raises(ValueError, match=f"'tone'.*{why}"):
             OutputSpace(tokenizer, {'tone': ['neutral', value]})
     for name in (3, None, ('a',)):

@@ -353,7 +353,9 @@ def test_a_second_training_in_one_folder_says_so_and_stops(project, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_with_one_line_and_keeps_the_last_checkpoint(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
-    line = one_line(run(root, 'train.py', '--learning_rate=1e30', '--min_lr=1e30', '--grad_clip=0', '--save_steps=1', '--warmup=0'))
+    line = one_line(
+        run(root, 'train.py', '--learning_rate=1e30', '--min_lr=1e30', '--grad_clip=0', '--save_steps=1',
+            '--warmup=0'))
     assert 'is no number any more: try a lower learning_rate' in line
     state = torch.load(root / 'out/toy/ckpt.pt', weights_only=True)
     assert all(p.isfinite().all() for p in state['model'].values())

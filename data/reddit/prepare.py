@@ -2,8 +2,8 @@
 
     python data/reddit/prepare.py
 
-Their three files (text, labels, id; no header, no quotes) may also be put beside this script. Other comments, from a
-file of your own: python data/prepare.py reddit FILE.
+Their three files (text, labels, id; no header, no quotes) may also be put beside this script. Other comments,
+from a file of your own: python data/prepare.py reddit FILE.
 """
 import json
 import os
@@ -23,8 +23,8 @@ for name in FILES:
             with urllib.request.urlopen(HOME + name, timeout=60) as reply:
                 content = reply.read()
         except OSError as error:
-            sys.exit(f'cannot fetch {HOME}{name} ({error}); without a network put it into {os.path.relpath(here)}, '
-                     'or give a file: python data/prepare.py reddit FILE')
+            sys.exit(f'cannot fetch {HOME}{name} ({error}); without a network put it beside this script, or '
+                     'give a file of your own: python data/prepare.py reddit FILE')
         path.write_bytes(content)
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         text = line.partition('\t')[0].strip()
