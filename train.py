@@ -163,8 +163,7 @@ def open_records(dataset, name, max_records, eval_records):
 
 def check_data(shards, space, train_rows, val_rows, rng):
     """what must hold before it makes sense to train, on a sample of the data: the figures of the check line.
-    SystemExit else. teacher_ce is the cross-entropy of a student that equals its teacher: none gets lower
-    without learning by heart."""
+    SystemExit else. teacher_ce: the cross-entropy that a student equal to its teacher would have."""
     wrong = steps = ce = 0
     for i in rng.permutation(train_rows)[:1000]:
         outs = shards.answer(i).tolist()

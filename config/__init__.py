@@ -185,7 +185,8 @@ def configure(g):
             new, old = (t if len(t) < 60 else f'{t[:56]} ...' for t in (repr(value), repr(g[key])))
             print(f'{key} = {new} ({source}; was {old})', file=sys.stderr)
         g[key] = value
-    os.chdir(Path(g['__file__']).absolute().parent)
+    folder = Path(g['__file__']).absolute().parent
+    os.chdir(folder if (folder / 'config').is_dir() else folder.parent)  # docs/pictures.py is one below
     return {name: g[name] for name in defaults}
 
 
