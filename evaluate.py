@@ -347,15 +347,15 @@ def draw(out, shards, rows):
     axes[1, 0].set_xticks(x, per_field)
 
     temperature = {field: figures['temperature'] for field, figures in checkpoint['per_field'].items()}
-    sure = [list(confidence_of(space.fields, d, temperature).values()) for d in decisions]
-    right = same_values(ours, theirs)
-    points = bins_of(sure, right)
+    odd = [n for n, i in enumerate(rows) if i % 2]              # temperatures were fitted on the even ones
+    sure = [list(confidence_of(space.fields, decisions[n], temperature).values()) for n in odd]
+    points = bins_of(sure, same_values(ours, theirs)[odd])
     axes[1, 1].plot([0, 1], [0, 1], 'k:')
     axes[1, 1].scatter([p[0] for p in points], [p[1] for p in points], s=[20 + 400 * p[2] for p in points])
     axes[1, 1].set(title='reliability', xlabel='confidence of the student',
                    ylabel='share equal to the teacher')
     for ax in (*axes[0, :3], axes[1, 0]):
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=7, framealpha=0.5)
     for k, (field, values) in enumerate(space.fields.items()):
         draw_confusion(axes[2, k], field, values, ours[field], theirs[field])
     for ax in axes.flat:
