@@ -35,7 +35,7 @@ from train import distill_loss
 name = ''            # word; data/<dataset>/<name>-* has the texts
 dataset = ''         # word
 run = ''             # word; out/<run> is the student; '': out/<name>
-what = 'extract'     # 'extract', 'train', 'decode', 'reference'; 'extract', 'train', 'decode' or 'reference'
+what = 'extract'     # 'extract', 'train', 'decode', 'reference'; see above
 teacher = ''         # file; loaded as extract.py does
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'float16'; of the extracting teacher

@@ -453,9 +453,12 @@ def print_doubt_and_cost(checkpoint, student, space, shards, rows, free_answers,
     differs = float(np.mean([a != b for a, b in zip(held, free_answers)]))
     print(data_line('calibration', {'records': len(odd), 'ece_before': calibration_error(before, right),
                                     'ece_after': calibration_error(sure, right), 'free_differs': differs}))
-    for point in cascade(sure, right):
+    points = list(cascade(sure, right))
+    for point in points:
         million = money['student_million'] + point['deferred'] * money['teacher_million']
         print(data_line('cascade', point | {'million': million}))
+    if points[4]['kept_field'] <= points[0]['kept_field']:
+        print('where it is surest no more fields agree than anywhere: its confidence is of no use yet')
     print(data_line('cost', money))
     if money['break_even'] == math.inf:
         print('at these prices a call of the student is no cheaper than one of the teacher: keep the teacher')

@@ -5,7 +5,7 @@
     cat texts.txt | python sample.py config/demo.py | jq .tone
     python sample.py config/demo.py                             # on a terminal: a prompt
     python sample.py config/demo.py --input=texts.txt --confidence=True
-    python sample.py config/demo.py --input=texts.txt --min_confidence=0.6 --ask_teacher=True
+    python sample.py config/demo.py --input=texts.txt --min_confidence=0.4 --ask_teacher=True
 
 Needs only out/<name>/ (best.pt or ckpt.pt, and tokenizer.json): neither the teacher nor data/. JSON goes to
 stdout, the rest to stderr. How good the answers are is what evaluate.py says.
@@ -301,8 +301,10 @@ def read_text(line, space, max_text, too_long):
 def load_asker(teacher, task, space, device):
     """loads the teacher a student learned from; returns a function from lists of ids to its answers, output
     indices."""
-    # optional: a student that travels leaves teacher.py and transformers behind
-    from teacher import Drafts, Teacher, answer_fitting, fingerprint, load_model
+    try:  # optional: a student that travels leaves teacher.py and transformers behind
+        from teacher import Drafts, Teacher, answer_fitting, fingerprint, load_model
+    except ImportError as error:
+        stop(f'ask_teacher needs teacher.py and transformers here ({error})')
     say(f'loading {teacher or task["teacher"]}')
     dtype = torch.float32 if device == 'cpu' else torch.bfloat16
     model = load_model(teacher or task['teacher'], dtype, device)
@@ -412,8 +414,10 @@ if __name__ == '__main__':
     device = pick_device(device)
     if ask_teacher and not min_confidence:
         stop('ask_teacher needs a min_confidence: the teacher answers the records with a field below it')
-    if input and not Path(input).is_file():
-        stop(f'{input} does not exist')
+    if input and (not Path(input).exists() or Path(input).is_dir()):
+        stop(f'{input} is a directory' if Path(input).is_dir() else f'{input} does not exist')
+    if input and text is not None:
+        stop('give a text or an input, not both')
     piped = terminal = False
     if sys.stdin and not sys.stdin.closed:
         mode, terminal = os.fstat(0).st_mode, sys.stdin.isatty()

@@ -221,7 +221,7 @@ class Training:
     finished: bool = False
     figures: dict = None   # of the last evaluation, of all fields ...
     per_field: dict = None  # ... and of each
-    best: dict = None      # {'value', 'epoch', 'step'} of the best epoch so far
+    best: dict = None      # {'value', 'kl', 'epoch', 'step'} of the best epoch so far
     linear: dict = None    # the linear baseline, {} where it cannot be had
     work: dict = None      # hours and speeds that evaluate.py's cost line is made of
     optimizer: object = None
@@ -378,9 +378,9 @@ def end_epoch(training, epoch, shards, val_rows, batch_size, best_by, patience, 
     training.figures, training.per_field = figures, per_field
     for line in report_lines(training.step, figures, per_field, training.linear):
         training.log(*line)
-    value = figures[best_by] * (-1 if best_by in ('kl', 'ce') else 1)
-    if training.best is None or value > training.best['value']:
-        training.best = {'value': value, 'epoch': epoch, 'step': training.step}
+    value, best = figures[best_by] * (-1 if best_by in ('kl', 'ce') else 1), training.best
+    if best is None or (value, -figures['kl']) > (best['value'], -best['kl']):  # of equals the one of lower kl
+        training.best = {'value': value, 'kl': figures['kl'], 'epoch': epoch, 'step': training.step}
         training.save('best.pt', finished=True)
     enough = bool(patience) and epoch - training.best['epoch'] >= patience
     training.save('ckpt.pt', finished=last or enough)

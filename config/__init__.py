@@ -119,8 +119,10 @@ def convert(value, default, parts=()):
 
 def read_config(path):
     """[(name, value)] that a config file defines; ends in one line where it does not run."""
+    if not Path(path).is_file() and (ROOT / path).is_file():  # beside the program, not where it was called
+        path = str(ROOT / path)
     if not Path(path).is_file():
-        known = sorted(map(str, Path('config').glob('[!_]*.py')))
+        known = sorted(f'config/{file.name}' for file in (ROOT / 'config').glob('[!_]*.py'))
         stop(f'{path} does not exist; there are: {", ".join(known)}')
     try:
         values = runpy.run_path(path)

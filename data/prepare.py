@@ -138,9 +138,13 @@ def read(path, column, truths, counts):
 
 
 if __name__ == '__main__':
+    if {'-h', '--help'} & {*sys.argv}:
+        sys.exit(print(__doc__))
     options = dict(arg[2:].partition('=')[::2] for arg in sys.argv[1:] if arg.startswith('--'))
+    if unknown := options.keys() - {'column', 'truth'}:
+        sys.exit(f'there is no --{unknown.pop()}; there are --column= and --truth=')
     name, *paths = [arg for arg in sys.argv[1:] if not arg.startswith('--')] or ['']
-    if not paths or options.keys() - {'column', 'truth'} or not re.fullmatch(r'\w[\w.-]*', name, re.ASCII):
+    if not paths or not re.fullmatch(r'\w[\w.-]*', name, re.ASCII):
         sys.exit('run: python data/prepare.py NAME FILE... [--column=C] [--truth=C,C]; NAME: of a dataset')
     for path in paths:
         if path != '-' and (not os.path.exists(path) or os.path.isdir(path)):

@@ -123,7 +123,7 @@ def test_a_file_that_will_not_do_ends_in_one_line_and_leaves_the_earlier_texts_a
                        (['cut.txt.gz'], 'end'), (['keys.jsonl'], 'say --column='), (['.'], 'is a directory'),
                        (['nowhere.txt'], 'does not exist'), ([], 'run: python data/prepare.py'),
                        (['good.txt', '--colum=x'],
-                        'run: python data/prepare.py'), (['ids.csv', '--column=body',
+                        'no --colum;'), (['ids.csv', '--column=body',
                                                           '--truth=team'], "no column 'team'")):
         done, records = mine(tmp_path, *args)
         lines = done.stderr.decode().splitlines()

@@ -276,3 +276,11 @@ def test_a_full_device_and_a_closed_input_end_in_one_line(project):
     done = subprocess.run(f'{sys.executable} sample.py config/toy.py <&-', shell=True, cwd=project,
                           capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('nothing to label'), done.stderr
+
+
+def test_a_pipe_is_an_input_and_a_text_beside_one_is_not(project, tmp_path):
+    done = subprocess.run(['bash', '-c', f'{sys.executable} sample.py config/toy.py --input=<(echo hello my friend)'],
+                          cwd=project, capture_output=True, text=True)
+    assert list(json.loads(done.stdout)) == list(FIELDS), done.stderr
+    assert 'not both' in one_line(run(project, 'sample.py', '--text=hi', '--input=config/toy.py'))
+    assert 'is a directory' in one_line(run(project, 'sample.py', '--input=config'))

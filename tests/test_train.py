@@ -359,3 +359,16 @@ def test_a_loss_that_is_no_number_stops_with_one_line_and_keeps_the_last_checkpo
     assert 'is no number any more: try a lower learning_rate' in line
     state = torch.load(root / 'out/toy/ckpt.pt', weights_only=True)
     assert all(p.isfinite().all() for p in state['model'].values())
+
+
+def test_of_equally_good_epochs_the_one_of_lower_kl_is_kept(tmp_path, monkeypatch):
+    results = iter([(0.9, 3.0), (0.9, 0.5), (0.9, 0.7), (0.8, 0.1)])
+
+    def fake(student, space, shards, rows, batch_size):
+        field, kl = next(results)
+        return {'field': field, 'kl': kl}, {}, [], []
+    training = train.Training(tmp_path, {}, None, None, linear={})
+    monkeypatch.setattr(train, 'evaluate', fake)
+    monkeypatch.setattr(train.Training, 'save', lambda *args, **options: None)
+    enough = [train.end_epoch(training, epoch, None, [], 1, 'field', 2, False) for epoch in (1, 2, 3, 4)]
+    assert training.best['epoch'] == 2 and enough == [False, False, False, True]
