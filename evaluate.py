@@ -27,7 +27,7 @@ from sample import confidence_of, decode, generate, load_checkpoint, note_change
 name = ''            # word; data/<dataset>/<name>-* has the held-out records
 dataset = ''         # word
 run = ''             # word; out/<run> is the student; '': out/<name>
-which = 'best'       # 'best' or 'last'; the epoch to use: 'best' by train.py's best_by, or 'last'
+which = 'best'       # 'best' or 'last'; the epoch to use: the best by train.py's best_by
 sample_batch = 64    # 1..; texts decoded together
 examples = 5         # 0..; held-out texts shown
 # savings
@@ -457,7 +457,7 @@ def print_doubt_and_cost(checkpoint, student, space, shards, rows, free_answers,
     for point in points:
         million = money['student_million'] + point['deferred'] * money['teacher_million']
         print(data_line('cascade', point | {'million': million}))
-    if points[4]['kept_field'] <= points[0]['kept_field']:
+    if max(point['kept_field'] for point in points[1:]) <= points[0]['kept_field']:
         print('where it is surest no more fields agree than anywhere: its confidence is of no use yet')
     print(data_line('cost', money))
     if money['break_even'] == math.inf:

@@ -348,8 +348,8 @@ def print_answers(shards, space, examples):
         tally = Counter(shown(answer[field]) for answer in answers).most_common(12)
         print(f'{field}:', ', '.join(f'{value} {n / len(answers):.2f}' for value, n in tally))
         if tally[0][1] > 0.9 * len(answers) and len(space.fields[field]) > 1:
-            print(f'  {field} is nearly always {tally[0][0]}, so there is nothing in it to learn: try other examples '
-                  'in the prompt, another order of them, or other values')
+            print(f'  {field} is nearly always {tally[0][0]}, so there is nothing in it to learn: try other '
+                  'examples in the prompt, another order of them, or other values')
     for i in random.Random(0).sample(range(len(shards)), min(examples, len(shards))):
         print(space.tokenizer.decode(shards.ids(i).tolist()))
         print(f'  teacher {shown(space.to_json(shards.answer(i).tolist()))}')

@@ -1,6 +1,6 @@
 """Turn text into JSON with the student, greedily.
 
-    python sample.py config/demo.py --text="you are great"  # one JSON line
+    python sample.py config/demo.py --text="you are great"      # one JSON line
     python sample.py config/demo.py --input=texts.txt           # one JSON line per input line, in order
     cat texts.txt | python sample.py config/demo.py | jq .tone
     python sample.py config/demo.py                             # on a terminal: a prompt
@@ -35,7 +35,7 @@ from space import OutputSpace, accepted, tokenizer_hash
 
 name = ''            # word; out/<name> is the student ...
 run = ''             # word; ... or out/<run>
-which = 'best'       # 'best' or 'last'; the epoch to use: 'best' by train.py's best_by, or 'last'
+which = 'best'       # 'best' or 'last'; the epoch to use: the best by train.py's best_by
 # texts
 text = None          # None or text; one text to label, which may be empty
 input = ''           # file; a file with a text on each line
@@ -162,10 +162,10 @@ class Cache:
 @dataclass
 class Row:
     """a text whose answer is under way."""
-    number: int                                                 # of the text
-    feed: list  # ids to read next; the last of them are the draft's
-    draft: list                                                 # output indices that the schema forces there
-    state: int                                                  # after the draft: a decision, or done
+    number: int      # of the text
+    feed: list       # ids to read next; the last of them are the draft's
+    draft: list      # output indices that the schema forces there
+    state: int       # after the draft: a decision, or done
     n_read: int = 0  # tokens read before
     outs: list = field(default_factory=list)
     decisions: list = field(default_factory=list)
@@ -178,7 +178,7 @@ class Row:
         if len(stands) <= len(self.draft):  # no decision: the draft ended the answer, or was not chosen
             return True
         state = space.moves[self.state].get(stands[-1], -1)
-        if state < 0:                                           # a free answer that leaves the schema
+        if state < 0:                       # a free answer that leaves the schema
             return True
         self.decisions.append((space.field[self.state], logits, stands[-1]))
         self.draft, self.state = space.runs[state]
@@ -198,7 +198,7 @@ def decode(student, space, texts, batch_size=64, constrain=True):
 
     texts: iterable of lists of ids, in which None says that there is nothing yet: what is under way goes on,
     and then it is asked again. Yields in their order (output indices with the end token, decisions: see
-    confidence).
+    confidence_of).
 
     constrain: *guaranteed*: the student is asked only where the schema leaves a choice, and held to what is
     legal there. Else *lossless*: forced tokens are a draft which the student reads and must itself have
@@ -305,9 +305,9 @@ def load_asker(teacher, task, space, device):
         from teacher import Drafts, Teacher, answer_fitting, fingerprint, load_model
     except ImportError as error:
         stop(f'ask_teacher needs teacher.py and transformers here ({error})')
-    say(f'loading {teacher or task["teacher"]}')
-    dtype = torch.float32 if device == 'cpu' else torch.bfloat16
-    model = load_model(teacher or task['teacher'], dtype, device)
+    teacher = teacher or task['teacher']
+    say(f'loading {teacher}')
+    model = load_model(teacher, torch.float32 if device == 'cpu' else torch.bfloat16, device)
     if fingerprint(model) != task['fingerprint']:
         stop(f'{teacher} is not the teacher this student learned from ({task["teacher"]})')
     engine, drafts = Teacher(model, task['before'], space.output_ids), Drafts(space)

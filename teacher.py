@@ -93,7 +93,7 @@ def products_per_s(dtype, size=1024):
 
 
 def pick_dtype(dtype, device):
-    """'auto' -> bfloat16 where the hardware multiplies it faster than float32, else float32; as a torch.dtype.
+    """'auto' -> bfloat16 where the hardware multiplies it faster, else float32; as a torch.dtype.
 
     A GPU that has it is faster. A CPU that says so may be three times faster or half as fast, so it is
     measured; one that does not is hundreds of times slower, and is not asked.

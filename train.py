@@ -45,7 +45,7 @@ dataset = ''           # word
 run = ''               # word; ... and out/<run> written; '': out/<name>. One extraction, many students
 max_records = 0        # 0..; train on those of the first so many records that are not held out; 0: all
 init_from = 'scratch'  # 'scratch', 'teacher', 'resume'; how a new run starts; teacher: with its embedding
-                       # table and some of its layers. One that was cut off goes on anyway; resume insists on it
+                       # table and some of its layers. One cut off goes on anyway; resume insists on it
 overwrite = False      # start over where out/<run> holds another or a finished run
 teacher_layers = 'first'  # 'first', 'even', 'none'; of a teacher's start: its first n_layer layers, evenly
                        # spaced ones, or the table alone. With layers the student has the teacher's shape: of
@@ -89,7 +89,7 @@ best_by = 'field'      # 'field', 'exact', 'kl', 'ce', 'teacher_forced', 'studen
 patience = 0           # 0..; stop after so many epochs without a better one; 0: never
 save_steps = 0         # 0..; checkpoint also every so many steps; 0: at the end of each epoch
 log_steps = 10         # 1..; steps between train lines
-tracker = ''           # '', 'wandb', 'trackio'; 'wandb' or 'trackio': lines go there too
+tracker = ''           # '', 'wandb', 'trackio'; lines go there too
 seed = 1337            # 0..
 config = configure(globals())
 
@@ -204,7 +204,6 @@ def new_student(sizes, init_from, teacher_layers, freeze_table, meta):
 FREE = ('device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum', 'overwrite', 'save_steps',
         'tracker')
 
-
 # what of meta.json a checkpoint keeps: all that it takes to answer, and to ask the teacher
 TASK = ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'tokenizer_hash',
         'max_text', 'before', 'after', 'fingerprint')
@@ -219,8 +218,8 @@ class Training:
     space: OutputSpace
     step: int = 0
     finished: bool = False
-    figures: dict = None   # of the last evaluation, of all fields ...
-    per_field: dict = None  # ... and of each
+    figures: dict = None   # of the last evaluation; per_field: of each field
+    per_field: dict = None
     best: dict = None      # {'value', 'kl', 'epoch', 'step'} of the best epoch so far
     linear: dict = None    # the linear baseline, {} where it cannot be had
     work: dict = None      # hours and speeds that evaluate.py's cost line is made of
@@ -379,7 +378,7 @@ def end_epoch(training, epoch, shards, val_rows, batch_size, best_by, patience, 
     for line in report_lines(training.step, figures, per_field, training.linear):
         training.log(*line)
     value, best = figures[best_by] * (-1 if best_by in ('kl', 'ce') else 1), training.best
-    if best is None or (value, -figures['kl']) > (best['value'], -best['kl']):  # of equals the one of lower kl
+    if best is None or (value, -figures['kl']) > (best['value'], -best['kl']):  # equals: lower kl
         training.best = {'value': value, 'kl': figures['kl'], 'epoch': epoch, 'step': training.step}
         training.save('best.pt', finished=True)
     enough = bool(patience) and epoch - training.best['epoch'] >= patience
@@ -471,7 +470,7 @@ if __name__ == '__main__':
         timed = sum((Counter(m.get('timed', {})) for m in shards.metas), Counter())
         teacher_rec_s = timed['records'] / timed['seconds'] if timed else math.nan
         training.work = {'extract_hours': len(shards) / teacher_rec_s / 3600, 'train_hours': 0.0,
-                    'teacher_rec_s': teacher_rec_s}
+                         'teacher_rec_s': teacher_rec_s}
     on_gpu = device.startswith('cuda')
     bf16 = dtype == 'bfloat16' or dtype == 'auto' and on_gpu and torch.cuda.is_bf16_supported()
     autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if bf16 else nullcontext()

@@ -77,9 +77,14 @@ def read_table(lines, path, delimiter, column, truths):
     rows = csv.reader(chain(start, lines), delimiter=delimiter, strict=True)
     try:
         names = [name.strip() for name in next(rows, [])]
-        if column.isdecimal() and column not in names or names[1:] == [] and names != [column or 'text']:
-            at, truths = int(column or 1) - 1, ()  # no header: the first row is one of the others
-            rows = chain([names], rows)
+        one = len(names) == 1 and names[0].lower() not in ('text', column.lower())
+        if column.isdecimal() and column not in names or one and not column:
+            # no header: the first row is one of the others
+            at, rows = int(column or 1) - 1, chain([names], rows)
+            if not 0 <= at < len(names):
+                sys.exit(f'{path} has no column {column}; there are {len(names)}, counted from 1')
+            if truths:
+                sys.exit(f'{path} has no header, so no column {truths[0]!r}; write one above it')
         else:
             at = find_column(names, column, path)
         places = {truth: find_column(names, truth, path) for truth in truths}

@@ -129,3 +129,15 @@ def test_a_file_that_will_not_do_ends_in_one_line_and_leaves_the_earlier_texts_a
         lines = done.stderr.decode().splitlines()
         assert done.returncode == 1 and len(lines) == 1 and said in lines[0], (args, lines)
         assert records == before and not list(tmp_path.glob('data/mine/*.tmp'))
+
+
+def test_a_header_is_no_text_in_any_case_and_what_a_table_without_one_cannot_say_is_refused(tmp_path):
+    for header in ('text', 'Text', ' TEXT '):
+        (tmp_path / 'a.csv').write_text(f'{header}\none\ntwo\n')
+        assert [r['text'] for r in mine(tmp_path, 'a.csv')[1]] == ['one', 'two']
+    (tmp_path / 'b.csv').write_text('1,one,x\n2,two,y\n')
+    _, before = mine(tmp_path, 'a.csv')
+    for args, said in ((['--column=2', '--truth=team'], 'has no header, so no column'),
+                       (['--column=0'], 'has no column 0'), (['--column=4'], 'has no column 4')):
+        done, records = mine(tmp_path, 'b.csv', *args)
+        assert done.returncode == 1 and said in done.stderr.decode() and records == before, done.stderr

@@ -279,8 +279,8 @@ def test_a_full_device_and_a_closed_input_end_in_one_line(project):
 
 
 def test_a_pipe_is_an_input_and_a_text_beside_one_is_not(project, tmp_path):
-    done = subprocess.run(['bash', '-c', f'{sys.executable} sample.py config/toy.py --input=<(echo hello my friend)'],
-                          cwd=project, capture_output=True, text=True)
+    piped = f'{sys.executable} sample.py config/toy.py --input=<(echo hello my friend)'
+    done = subprocess.run(['bash', '-c', piped], cwd=project, capture_output=True, text=True)
     assert list(json.loads(done.stdout)) == list(FIELDS), done.stderr
     assert 'not both' in one_line(run(project, 'sample.py', '--text=hi', '--input=config/toy.py'))
     assert 'is a directory' in one_line(run(project, 'sample.py', '--input=config'))
