@@ -25,6 +25,7 @@ from space import OutputSpace
 torch.set_num_threads(1)  # tiny models gain nothing from more
 os.environ['OMP_NUM_THREADS'] = '1'
 ROOT = Path(__file__).resolve().parent
+MODULES = 'space.py', 'model.py', 'teacher.py', 'calibrate.py', 'labels.py'
 PROGRAMS = 'extract.py', 'train.py', 'sample.py', 'evaluate.py', 'bench.py'
 FIELDS = {'tone': ['neutral', 'friendly'], 'spam': [True, False]}
 SCHEMAS = [  # every kind of value; prefixes of each other; tokens that merge with the quotes around them
@@ -70,7 +71,8 @@ def teachers(tmp_path_factory, words):
         layer_types=['sliding_attention', 'sliding_attention', 'full_attention'])
     folders, json_style = {}, SimpleNamespace(fields=FIELDS, indent=None, fence=False, end_id=None)
     for family, cls, cfg in (('gemma', transformers.Gemma3ForCausalLM, gemma),
-                             ('llama', transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes))):
+                             ('llama', transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes)),
+                             ('qwen', transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**sizes))):
         torch.manual_seed(1)
         folders[family] = tmp_path_factory.mktemp(family)
         model = cls(cfg)
@@ -149,7 +151,7 @@ def write_texts(folder, texts):
 CHILDREN = multiprocessing.get_context('forkserver')  # of a process that has imported torch: a run need not
 CHILDREN.set_forkserver_preload([  # those that are not installed are passed over
     'torch._dynamo', 'conftest', 'teacher', 'transformers.models.gemma3.modeling_gemma3',
-    'transformers.models.llama.modeling_llama', 'sklearn.linear_model', 'sklearn.pipeline',
+    'transformers.models.llama.modeling_llama', 'transformers.models.qwen2.modeling_qwen2', 'sklearn.linear_model', 'sklearn.pipeline',
     'sklearn.feature_extraction.text', 'matplotlib.pyplot'])
 
 
@@ -197,12 +199,12 @@ def one_line(done):
 def project(tmp_path_factory, teachers, words):
     """a copy of the scripts with a small task, extracted and trained: what the four commands leave behind."""
     root = tmp_path_factory.mktemp('project')
-    for path in ('config/__init__.py', 'data/__init__.py', 'space.py', 'model.py', 'teacher.py', *PROGRAMS):
+    for path in ('config/__init__.py', 'data/__init__.py', *MODULES, *PROGRAMS):
         (root / path).parent.mkdir(exist_ok=True)
         os.symlink(ROOT / path, root / path)
     rng = random.Random(3)
     write_texts(root / 'data/toy', [' '.join(rng.choices(words, k=rng.randint(3, 9))) for _ in range(400)])
-    settings = dict(name='toy', dataset='toy', teacher=str(teachers['gemma']), chat=False, fields=FIELDS,
+    settings = dict(name='toy', dataset='toy', teacher=str(teachers['gemma']), chat=False, fields=FIELDS, calibrate=64, prior={'tone': {'friendly': 0.1}},
                     prompt=PROMPT, output_vocab=64, full_lse=8, block_size=60, n_layer=2, n_head=2, n_embd=32,
                     n_mlp=64, max_epochs=5, batch_size=16, learning_rate=1e-2, device='cpu', dtype='float32')
     (root / 'config/toy.py').write_text(''.join(f'{k} = {v!r}\n' for k, v in settings.items()))

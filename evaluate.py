@@ -29,7 +29,7 @@ dataset = ''         # word
 run = ''             # word; out/<run> is the student; '': out/<name>
 which = 'best'       # 'best' or 'last'; the epoch to use: the best by train.py's best_by
 sample_batch = 64    # 1..; texts decoded together
-examples = 5         # 0..; held-out texts shown
+examples = 8         # 0..; held-out texts shown
 # savings
 hour_price = 1.0     # 0..; of the machine that runs teacher and student, in any currency
 teacher_price = 0.0  # 0..; of a million calls, where it is bought by the call; 0: what its hours cost
@@ -140,24 +140,28 @@ def evaluate(student, space, shards, rows, batch_size=64):
     return figures, per_field, answers, decisions
 
 
-def truth_lines(path, space, shards, rows, answers):
+def truth_lines(path, space, hashes, answers):
     """where texts of the .jsonl at path carry the truth, {"text": ..., "truth": {field: value}}: yields per
-    field how often the teacher and the student say it. rows: held-out records; answers: the student's. Texts
-    that were cut are not found."""
-    place = {int(hash_): n for n, hash_ in enumerate(shards.hashes[rows])}
-    said = {field: [] for field in space.fields}
-    ours, theirs = field_texts(space, answers), field_texts(space, [shards.answer(i).tolist() for i in rows])
+    field how often the answers say it, in all (the name) and on average over the true values (balanced).
+
+    hashes (N,): of the texts that were answered. answers: {'teacher': N lists of output indices, ...}. Texts
+    that were cut are not found.
+    """
+    place = {int(hash_): n for n, hash_ in enumerate(hashes)}
+    said, found = {who: field_texts(space, outs) for who, outs in answers.items()}, {}
     for text, truth, _ in read_texts(path, 'truth'):
         n = place.get(text_hash(text)) if isinstance(truth, dict) else None
-        if n is None:
-            continue
-        for field in said.keys() & truth:
-            due = json.dumps(truth[field])
-            said[field].append((theirs[field][n] == due, ours[field][n] == due))
-    for field, pairs in said.items():
-        if pairs:
-            right = dict(zip(('teacher', 'student'), np.mean(pairs, axis=0).tolist()))
-            yield 'truth', {'name': field, 'records': len(pairs), **right}
+        for field in space.fields.keys() & (truth if n is not None else {}):
+            found.setdefault(field, {})[n] = json.dumps(truth[field])
+    for field in [field for field in space.fields if field in found]:
+        numbers, due = list(found[field]), np.array([*found[field].values()])
+        values, counts = np.unique(due, return_counts=True)
+        figures = {}
+        for who in answers:
+            right = np.array([said[who][field][n] for n in numbers]) == due
+            balanced = float(np.mean([right[due == value].mean() for value in values]))
+            figures |= {who: float(right.mean()), 'balanced' if not figures else f'{who}_balanced': balanced}
+        yield 'truth', {'name': field, 'records': len(due), **figures, 'majority': counts.max() / len(due)}
 
 
 def linear_baseline(shards, space, train_rows, rows):
@@ -429,17 +433,39 @@ def find_shards(dataset, name, task):
 
 
 def print_examples(space, shards, rows, answers, n):
-    """prints n texts with the teacher's answer and the student's."""
-    for i, outs in list(zip(rows, answers))[:n]:
+    """prints n texts, the values of teacher and student side by side; < marks where they differ."""
+    def values(outs):
+        answer = space.to_json(outs)
+        return [str(value) for value in answer.values()] if answer else ['(not JSON)'] * len(space.fields)
+    some = list(zip(rows, answers))[:n]
+    pairs = [(values(shards.answer(i).tolist()), values(outs)) for i, outs in some]
+    widths = [max(map(len, column)) for column in zip(space.fields, *(row for pair in pairs for row in pair))]
+    print(' ' * 10, *(name.ljust(width + 1) for name, width in zip(space.fields, widths)))
+    for (i, _), (theirs, ours) in zip(some, pairs):
         print(space.tokenizer.decode(shards.ids(i).tolist()))
-        for who, answer in (('teacher', shards.answer(i).tolist()), ('student', outs)):
-            answer, said = space.to_json(answer), 'an answer outside the schema'
-            print(' ', who, json.dumps(answer, ensure_ascii=False) if answer else said)
+        print('   teacher', *(value.ljust(width + 1) for value, width in zip(theirs, widths)))
+        marked = [value + '<' * (value != due) for value, due in zip(ours, theirs)]
+        print('   student', *(value.ljust(width + 1) for value, width in zip(marked, widths)))
+
+
+def print_in_words(figures, linear, money):
+    """prints what the figures say: how often the student agrees, beside what is simpler, and how fast it is."""
+    of_100 = lambda share: f'{100 * share:.0f}'
+    line = (f'the student agrees with its teacher in {of_100(figures["field"])} of 100 fields; always saying '
+            f'the commonest value would in {of_100(figures["majority"])}')
+    if linear:
+        line += (f', counting words in {of_100(linear["field"])}. Whole answers: {of_100(figures["exact"])} of '
+                 f'100, counting words {of_100(linear["exact"])}')
+    print(line)
+    line = f'it answers {money["student_rec_s"]:,.0f} texts a second here'
+    if money['teacher_rec_s'] > 0:
+        line += f', its teacher {money["teacher_rec_s"]:,.0f}'
+    print(line)
 
 
 def print_doubt_and_cost(checkpoint, student, space, shards, rows, free_answers, batch_size, *prices):
     """prints how well the student knows what it does not know, what a cascade gives, and when it has paid for
-    itself. prices: the last arguments of cost."""
+    itself, and returns that. prices: the last arguments of cost."""
     start = time.perf_counter()
     held, decisions = zip(*decode(student, space, (shards.ids(i).tolist() for i in rows), batch_size))
     money = cost(checkpoint['work'], len(rows) / (time.perf_counter() - start), *prices)
@@ -462,6 +488,7 @@ def print_doubt_and_cost(checkpoint, student, space, shards, rows, free_answers,
     print(data_line('cost', money))
     if money['break_even'] == math.inf:
         print('at these prices a call of the student is no cheaper than one of the teacher: keep the teacher')
+    return money
 
 
 if __name__ == '__main__':
@@ -484,14 +511,16 @@ if __name__ == '__main__':
         last = torch.load(out / 'ckpt.pt', map_location='cpu', weights_only=True, mmap=True)
         checkpoint['work'] = last['work']
     figures, per_field, answers, _ = evaluate(student, space, shards, rows, sample_batch)
-    print_examples(space, shards, rows, answers, examples)
     for line in report_lines(checkpoint['step'], figures, per_field, checkpoint['linear']):
         print(data_line(*line))
     source = Path('data', dataset, 'input.jsonl')
     if source.is_file():
-        for line in truth_lines(source, space, shards, rows, answers):
+        theirs = [shards.answer(i).tolist() for i in rows]
+        for line in truth_lines(source, space, shards.hashes[rows], {'teacher': theirs, 'student': answers}):
             print(data_line(*line))
-    print_doubt_and_cost(checkpoint, student, space, shards, rows, answers, sample_batch, hour_price,
-                         teacher_price, calls_per_day)
+    money = print_doubt_and_cost(checkpoint, student, space, shards, rows, answers, sample_batch, hour_price,
+                                 teacher_price, calls_per_day)
+    print_examples(space, shards, rows, answers, examples)
+    print_in_words(figures, checkpoint['linear'], money)
     if picture := draw(out, shards, rows[:500]):
         print(f'{picture} shows the training, the fields, the confidence and the confusions')

@@ -2,6 +2,7 @@
 
     python extract.py config/demo.py                            # about 2 minutes on 2 cores
     python extract.py config/demo.py --verify=50                # is what was stored what the teacher says?
+    python extract.py config/tweets.py                          # labels that are there already (labels.py)
     torchrun --nproc_per_node=8 extract.py config/reddit.py # a shard per GPU, on nodes that share a disk
 
 Reads data/<dataset>/input.jsonl, one {"text": ...} a line; writes data/<dataset>/<name>-00/ (format:
@@ -20,14 +21,18 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers.utils import logging
 
+from calibrate import find_priors, learn_bias
 from config import RANK, WORLD, configure, end_ranks, on_stop, pick_device, start_ranks, stop, tell_all
 from data import (FORMAT, Hashes, Shards, Writer, clean, first_answers, read_meta, read_texts, shard_folders,
                   stored_hashes, text_hash, write_json)
+from evaluate import data_line, truth_lines
+from labels import from_label
 from space import OutputSpace, special_ids, tokenizer_hash
 from teacher import (Drafts, Teacher, answer_fitting, encode_prompt, fingerprint, load_model, load_tokenizer,
                      peak_gb, pick_dtype, verify_records)
@@ -47,6 +52,11 @@ dtype = 'auto'      # 'auto', 'float32', 'bfloat16', 'float16'; auto: bfloat16 w
                      # with it (measured on a CPU; one without is hundreds of times slower)
 constrain = True     # hold answers to the schema; False drops the records whose free answer breaks it
 extract_batch = 64   # 1..; texts answered together; more do not help a CPU, a GPU wants 256
+# calibration: what the teacher likes to say whatever the text is taken off (calibrate.py). Base models want it
+calibrate = 0        # 0..; texts asked first to learn that, 512 are enough; 0: off
+calibrate_fields = []  # names of the fields to do it for; []: all
+prior = {}           # {'toxicity': {'toxic': 0.1}}: values' true shares, where they are not all alike; of a
+                     # field's values those not named share the rest
 # data
 max_records = 0      # 0..; stop after so many texts; 0: all of them
 min_text = 3         # 0..; tokens; shorter texts say too little to be labelled
@@ -60,9 +70,10 @@ min_coverage = 0.95  # 0..1; share of the teacher's probability that should lie 
                      # there is advice
 full_lse = -1        # -1..; of the first so many records also keep logsumexp over all tokens, for coverage.
                      # -1: all on a GPU; 64 on a CPU, where Gemma 3 270M takes 2.7 times as long with it
-examples = 5         # 0..; texts shown with their answers at the end
+examples = 8         # 0..; texts shown with their answers at the end
 # instead of extracting
 score = ''           # file; .jsonl of {"text": ..., "answer": {...}}: the teacher's logits on these answers
+labels = ''          # file; .jsonl of texts with "probabilities" or an "answer": no teacher (labels.py)
 verify = 0           # 0..; re-score so many stored records, slowly and plainly; status 1 where they differ
 config = configure(globals())
 
@@ -190,8 +201,8 @@ def new_task(task, wrapped, frequency):
 
 
 def find_task(task, dataset, name, source, filters):
-    """looks through all texts once: (meta, tokenizer as text, number of texts to do). Prints the filter and
-    vocab lines."""
+    """looks through all texts once: (meta, tokenizer as text, number of texts to do, the ids of those to
+    calibrate with). Prints the filter and vocab lines."""
     folders, done = shard_folders(dataset, name), Hashes()
     if folders:
         meta, tokenizer = existing_task(folders[0], task)
@@ -203,10 +214,13 @@ def find_task(task, dataset, name, source, filters):
         tokenizer.no_truncation()
         tokenizer.no_padding()
     counts, frequency, todo = Counter(), np.zeros(tokenizer.get_vocab_size(), np.int64), 0
+    n_sample, sample = (task['calibrate'] or {}).get('texts', 0), []
     texts = tqdm(read_texts(source), desc='filter', unit=' texts', unit_scale=True, mininterval=1)
     for group in read_groups(texts, tokenizer, 1024, *filters, counts):
         np.add.at(frequency, np.concatenate([ids for _, ids, _ in group]), 1)
         todo += sum(hash_ not in done for hash_, _, _ in group)
+        if n_sample:  # those of lowest hash: the same for every order of the file
+            sample = sorted([*sample, *((hash_, ids.tolist()) for hash_, ids, _ in group)])[:n_sample]
     refused = [f'{reason}={n}' for reason, n in sorted(counts.items()) if reason != 'kept']
     print(f'filter read={counts.total()} kept={counts["kept"]}', *refused)
     if not counts['kept']:
@@ -217,7 +231,7 @@ def find_task(task, dataset, name, source, filters):
     print(f'vocab required={meta["n_required"]} auxiliary={V - meta["n_required"]} total={V} '
           f'teacher={meta["vocab_size"]}')
     print(f'data/{dataset}/{name}-* holds {len(done)} texts, {todo} are to do')
-    return meta | {'counts': dict(counts)}, tokenizer.to_str(), todo
+    return meta | {'counts': dict(counts)}, tokenizer.to_str(), todo, [ids for _, ids in sample]
 
 
 # -----------------------------------------------------------------------------
@@ -232,7 +246,11 @@ def ask_group(engine, space, drafts, group, meta, whole):
     hashes, ids, given = zip(*group)
     answers, n_read, n_needed, reasons = ['invalid'] * len(group), 0, 0, []
     fit, outs = list(range(len(group))), None
-    if meta['score']:  # the answers came with the texts
+    if meta['score'] == 'labels':  # the probabilities too
+        found = [from_label(space, label) for label in given]
+        answers = [(*record, np.full(len(record[0]), np.nan)) if record else 'invalid' for record in found]
+        fit = []
+    elif meta['score']:  # the answers came with the texts
         outs = [space.from_json(answer) for answer in given]
         fit = [i for i in fit if outs[i]]
         outs = [outs[i] for i in fit]
@@ -276,14 +294,15 @@ def extract(engine, space, drafts, groups, writer, meta, full_lse, todo):
                           steps=sum(len(r[2]) for r in records))
             totals.update(f'dropped_{reason}' for reason in reasons)
             meta['dropped'].update(reasons)
-            meta['timed'].update(records=len(group), seconds=time.perf_counter() - last)
+            if engine:  # labels have no teacher to be timed
+                meta['timed'].update(records=len(group), seconds=time.perf_counter() - last)
             last = time.perf_counter()
             bar.update(len(group))
             if n == 3:  # sooner would be a guess: the first groups also go through the whole head
                 gb = todo * totals['steps'] / totals['records'] * (2 * len(space.output_ids) + 10) / 1e9
                 hours = todo / totals['records'] / WORLD * (time.perf_counter() - start) / 3600
                 tqdm.write(f'plan records={todo} hours={hours:.3f} disk_gb={gb:.3f} '
-                           f'memory_gb={peak_gb(engine.device.type):.2f}')
+                           f'memory_gb={peak_gb(engine.device.type if engine else "cpu"):.2f}')
         if pending:
             pending.result()
     totals['seconds'] = time.perf_counter() - start
@@ -339,6 +358,42 @@ def print_coverage(shards, space, min_coverage):
               'where they are only other spacing or quotes, show that form in the prompt')
 
 
+def print_bias(report, space):
+    """prints for each calibrated field how often each value was the teacher's own choice, and is now. report:
+    of learn_bias."""
+    first, seen = {name: values[0] for name, values in space.fields.items()}, set()
+    for state, n, before, after in report:
+        field = space.field[state]
+        if field in seen:  # a later decision of the same value
+            continue
+        seen.add(field)
+        names = {}
+        for value in space.fields[field]:
+            outs = space.from_json({**first, field: value})
+            names.setdefault(outs[space.states(outs).index(state)], []).append(json.dumps(value).strip('"'))
+        top = sorted(names, key=lambda out: -before[out] - after[out])[:8]
+        said = [','.join(f'{"|".join(names[out][:2])}:{share[out]:.2f}' for out in top).replace(' ', '_')
+                for share in (before, after)]
+        print(f'calibrate field={field} texts={n} before={said[0]} after={said[1]}')
+
+
+ROUNDING = {'float32': 0.01, 'float16': 0.05, 'bfloat16': 0.25}  # of a logit: between two ways to compute it
+
+
+def print_near_ties(shards, space):
+    """prints the share of records whose answer hangs on less than the rounding of the teacher's logits: no
+    student can learn those."""
+    below, hang = ROUNDING[shards.meta['dtype']], []
+    for i in np.linspace(0, len(shards) - 1, min(len(shards), 5000)).astype(int):
+        states = space.states(shards.answer(i).tolist())
+        choices = [n for n, state in enumerate(states) if len(space.moves[state]) > 1]
+        legal = space.next_state[[states[n] for n in choices]] >= 0  # (n, V)
+        logits = torch.from_numpy(shards.logits(i)[choices]).masked_fill(~legal, -np.inf)
+        best = logits.topk(2).values                            # (n, 2)
+        hang.append((best[:, 0] - best[:, 1]).min().item() < below)
+    print(f'near_ties records={len(hang)} share={np.mean(hang):.4f} below={below}')
+
+
 def print_answers(shards, space, examples):
     """prints how often each value was the answer, and some texts with theirs."""
     shown = lambda value: json.dumps(value, ensure_ascii=False)
@@ -359,15 +414,15 @@ def print_answers(shards, space, examples):
 # main
 
 
-def check_source(score, dataset, prompt):
-    """the file of texts; ends in one line where it or the prompt will not do."""
-    source = Path(score) if score else Path('data', dataset, 'input.jsonl')
+def check_source(given, dataset, prompt):
+    """the file of texts; ends in one line where it or the prompt will not do. given: of score or labels."""
+    source = Path(given or Path('data', dataset, 'input.jsonl'))
     if not source.is_file():
         known = ', '.join(sorted(path.parent.name for path in Path('data').glob('*/prepare.py')))
         advice = f'; run: python data/prepare.py {dataset} FILE (or take a source in data/: {known})'
         if Path('data', dataset, 'prepare.py').is_file():
             advice = f'; run: python data/{dataset}/prepare.py'
-        stop(f'{source} does not exist{"" if score else advice}')
+        stop(f'{source} does not exist{"" if given else advice}')
     if prompt.count('{text}') != 1:
         stop(f'the prompt must hold {{text}} once, where the text goes, not {prompt.count("{text}")} times')
     return source
@@ -386,8 +441,9 @@ def open_shard(folder, V):
 def write_meta(folder, meta, model, tokenizer):
     """writes what the records to come need, and returns it: meta with this model's fingerprint and the
     shard's counts so far. Ends in one line where the records that are there are another teacher's. tokenizer:
-    as text."""
-    teacher, mark, notes, old = meta['teacher'], fingerprint(model), folder / 'meta.json', {}
+    as text; model: None where labels are given."""
+    teacher, notes, old = meta['teacher'], folder / 'meta.json', {}
+    mark = fingerprint(model) if model else 'labels'
     if 'fingerprint' in meta:  # there are records
         now = mark, tokenizer_hash(load_tokenizer(teacher).backend_tokenizer)
         if now != (meta['fingerprint'], meta['tokenizer_hash']):
@@ -410,7 +466,20 @@ if __name__ == '__main__':
         stop('no task; run: python extract.py config/demo.py')
     if not all(isinstance(string, str) for string in extra_vocab):
         stop(f'extra_vocab is {extra_vocab!r}; it must be a list of texts')
-    source = check_source(score, dataset, prompt)
+    if score and labels:
+        stop('give answers to score or labels, not both')
+    if labels:
+        prompt, chat = '{text}', False  # nobody is asked
+    source = check_source(score or labels, dataset, prompt)
+    habit = None  # what calibration is asked for; where the answers are given there is nothing to calibrate
+    if calibrate and not (score or labels):
+        habit = {'texts': calibrate, 'fields': calibrate_fields, 'prior': prior}
+        if not constrain:
+            stop('calibrate needs constrain = True: a free answer is not chosen among the values')
+        try:
+            priors = find_priors(fields, prior, calibrate_fields)
+        except ValueError as error:
+            stop(f'prior: {error}')
     device = start_ranks(pick_device(device), 'gloo')
     dtype = pick_dtype(dtype, device)
     if full_lse < 0:
@@ -419,17 +488,19 @@ if __name__ == '__main__':
     # the first process finds out what is to do and tells the others
     task = {'teacher': teacher, 'prompt': prompt, 'chat': chat, 'fields': fields, 'indent': indent,
             'fence': fence, 'constrain': constrain, 'output_vocab': output_vocab, 'extra_vocab': extra_vocab,
-            'score': bool(score)}
+            'score': 'labels' if labels else bool(score), 'calibrate': habit}
     filters = min_text, max_text, max_records, too_long == 'cut'
-    meta, tokenizer, todo = tell_all(lambda: find_task(task, dataset, name, source, filters))
+    meta, tokenizer, todo, sample = tell_all(lambda: find_task(task, dataset, name, source, filters))
     meta['dtype'] = str(dtype).removeprefix('torch.')
-    style = fields, indent, fence, meta['end_id']
-    space = OutputSpace(Tokenizer.from_str(tokenizer), *style, meta['output_ids'])
+    space = OutputSpace.of(Tokenizer.from_str(tokenizer), meta)
     try:
         shards = Shards(dataset, name) if verify else None
     except FileNotFoundError as error:
         stop(f'{error}; there is nothing to verify yet')
-    if todo or verify:
+    if labels and verify:
+        stop('these labels are no teacher\'s: there is nothing to verify')
+    model = None
+    if (todo or verify) and not labels:
         print(f'loading {teacher} as {meta["dtype"]} on {device}')
         model = load_model(teacher, dtype, device)
     if verify:
@@ -441,13 +512,20 @@ if __name__ == '__main__':
     folder = Path('data', dataset, f'{name}-{RANK:02d}')
     writer = open_shard(folder, len(space.output_ids))
     if todo:
+        engine = Teacher(model, meta['before'], space.output_ids) if model else None
+        if habit and 'bias' not in meta:
+            print(f'asking {len(sample)} texts for the teacher\'s habits')
+            meta['bias'], report = tell_all(lambda: learn_bias(engine, space, sample, meta['after'], priors,
+                                                               extract_batch))
+            space.set_bias(meta['bias'])
+            print_bias(report, space)
         done, drafts = stored_hashes(shard_folders(dataset, name), meta), Drafts(space)
         for outs in first_answers(folder, meta, LEARN):
             drafts.add(outs.tolist())
-        groups = fetch_ahead(read_groups(read_texts(source), space.tokenizer, extract_batch, *filters))
+        texts = read_texts(source, None if labels else 'answer')
+        groups = fetch_ahead(read_groups(texts, space.tokenizer, extract_batch, *filters))
         mine = ([text for text in group if text[0] not in done]
                 for n, group in enumerate(groups) if n % WORLD == RANK)
-        engine = Teacher(model, meta['before'], space.output_ids)
         try:
             meta = write_meta(folder, meta, model, tokenizer)
             try:
@@ -465,7 +543,13 @@ if __name__ == '__main__':
         try:
             shards = Shards(dataset, name)
         except FileNotFoundError:
-            stop('no answer of the teacher obeys the schema; look at the dropped counts, and try '
+            stop('no answer obeys the schema; look at the dropped counts, and at the schema\'s values' if labels
+                 else 'no answer of the teacher obeys the schema; look at the dropped counts, and try '
                  'constrain = True or another prompt')
         print_coverage(shards, space, min_coverage)
+        if not meta['score']:
+            print_near_ties(shards, space)
+        answers = [shards.answer(i).tolist() for i in range(len(shards))]
+        for line in truth_lines(source, space, shards.hashes, {'teacher': answers}):
+            print(data_line(*line))
         print_answers(shards, space, examples)

@@ -30,11 +30,12 @@ class StudentConfig:
     dropout: float = 0.0
     rope_base: float = 10000.0
     start_id: int = 2                                       # the id between text and answer
-    # what it takes to hold layers of a Gemma 3 or Llama teacher; norm offsets and scales go into the weights
+    # what it takes to hold layers of a Gemma 3, Llama or Qwen 2 teacher; norm offsets and scales go into weights
     head_size: int = 0                                      # 0: n_embd // n_head
     n_table: int = 0  # width of the input embedding; 0: n_embd, else it is projected to that
     activation: str = 'gelu'  # of the MLP: gelu (its tanh form) or silu
     qk_norm: bool = False                                   # RMSNorm on queries and keys
+    qkv_bias: bool = False                                  # queries, keys and values have a bias
     sandwich: bool = False                                  # RMSNorm also after attention and MLP
     norm_eps: float = 1e-6
     rope_of_layer: tuple = ()  # row of rope_freq that each layer uses; (): 0
@@ -57,7 +58,7 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head, self.dropout = config.n_head, config.n_kv_head, config.dropout
         self.head_size = config.head_size or config.n_embd // config.n_head
         n_heads = config.n_head + 2 * config.n_kv_head      # queries, keys and values in one product
-        self.c_attn = nn.Linear(config.n_embd, n_heads * self.head_size, bias=False)
+        self.c_attn = nn.Linear(config.n_embd, n_heads * self.head_size, bias=config.qkv_bias)
         self.c_proj = nn.Linear(config.n_head * self.head_size, config.n_embd, bias=False)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_size, eps=config.norm_eps)
@@ -136,6 +137,8 @@ class Student(nn.Module):
                 # residual projections start smaller, so that depth does not grow the stream (GPT-2, 2.3)
                 std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02
                 nn.init.normal_(p, std=std)
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
         if width != config.n_embd:
             nn.init.normal_(self.wte_proj.weight, std=width ** -0.5)  # keeps the variance
 
@@ -246,7 +249,7 @@ def teacher_shape(config):
     shape = dict(n_embd=config.hidden_size, n_head=config.num_attention_heads,
                  n_kv_head=config.num_key_value_heads, n_mlp=config.intermediate_size, head_size=head_size,
                  norm_eps=float(config.rms_norm_eps), activation='gelu' if gemma else 'silu',
-                 qk_norm=gemma, sandwich=gemma)
+                 qk_norm=gemma, sandwich=gemma, qkv_bias=config.model_type == 'qwen2')
     return shape, kinds
 
 
@@ -264,7 +267,8 @@ def copy_layers(student, teacher, output_ids, numbers):
     output_ids of the teacher's, and its table. ValueError where the teacher's block has parts the student's
     does not."""
     config, body = teacher.config.get_text_config(), teacher.get_decoder()
-    if config.model_type not in ('gemma3_text', 'llama') or getattr(config, 'attention_bias', False):
+    known = config.model_type in ('gemma3_text', 'llama', 'qwen2')
+    if not known or getattr(config, 'attention_bias', False):
         raise ValueError(f'layers of a {config.model_type} teacher cannot be taken over, only its table: '
                          'set teacher_layers = none')
     copy_table(student, teacher)
@@ -276,8 +280,10 @@ def copy_layers(student, teacher, output_ids, numbers):
         scale = (config.query_pre_attn_scalar / student.h[0].attn.head_size) ** -0.5
     for block, i in zip(student.h, numbers):
         layer, attn = body.layers[i], body.layers[i].self_attn
-        qkv = [attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]
-        block.attn.c_attn.weight.copy_(torch.cat(qkv))
+        qkv = attn.q_proj, attn.k_proj, attn.v_proj
+        block.attn.c_attn.weight.copy_(torch.cat([part.weight for part in qkv]))
+        if student.config.qkv_bias:
+            block.attn.c_attn.bias.copy_(torch.cat([part.bias for part in qkv]))
         block.attn.c_proj.weight.copy_(attn.o_proj.weight)
         block.mlp.c_gate.weight.copy_(layer.mlp.gate_proj.weight)
         block.mlp.c_up.weight.copy_(layer.mlp.up_proj.weight)

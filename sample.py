@@ -82,8 +82,7 @@ def load_checkpoint(folder, device, which='best'):
     task = checkpoint['task']
     try:
         tokenizer = Tokenizer.from_file(str(Path(folder, 'tokenizer.json')))
-        style = task['fields'], task['indent'], task['fence'], task['end_id']
-        space = OutputSpace(tokenizer, *style, task['output_ids'])
+        space = OutputSpace.of(tokenizer, task)
     except Exception as error:  # tokenizers raises nothing narrower
         stop(f'{folder}/tokenizer.json cannot be used: {error}; copy it from where the student was trained')
     if tokenizer_hash(tokenizer) != task['tokenizer_hash'] or space.output_ids != task['output_ids']:
@@ -305,6 +304,8 @@ def load_asker(teacher, task, space, device):
         from teacher import Drafts, Teacher, answer_fitting, fingerprint, load_model
     except ImportError as error:
         stop(f'ask_teacher needs teacher.py and transformers here ({error})')
+    if task['fingerprint'] == 'labels':
+        stop('this student learned from labels that were given: there is no teacher to ask')
     teacher = teacher or task['teacher']
     say(f'loading {teacher}')
     model = load_model(teacher, torch.float32 if device == 'cpu' else torch.bfloat16, device)

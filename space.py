@@ -55,8 +55,8 @@ class OutputSpace:
 
     tokenizer: a tokenizers.Tokenizer. fields: {name: [allowed JSON values]} in output order. indent, fence:
     style of the JSON. end_id: the teacher's end of turn, or None where a newline ends the answer (few-shot
-    completion). auxiliary: ids appended to the output vocabulary. ValueError where the schema cannot be
-    compiled.
+    completion). auxiliary: ids appended to the output vocabulary. bias: what calibration takes off the
+    teacher's logits, see calibrate.py. ValueError where the schema cannot be compiled.
 
     output_ids  (V,) list   ids of the output vocabulary, the n_required of valid answers first
     moves       per state {legal output index: state after it}; answers start in state 0
@@ -66,9 +66,10 @@ class OutputSpace:
     runs        per state   the forced output indices that follow, and the state after: a decision, or done
     field       per state   the field whose value is being written, None between them
     max_answer  int         tokens of the longest answer, end token included
+    bias        (S, V)      float32, 0 where nothing is taken off
     """
 
-    def __init__(self, tokenizer, fields, indent=None, fence=False, end_id=None, auxiliary=()):
+    def __init__(self, tokenizer, fields, indent=None, fence=False, end_id=None, auxiliary=(), bias=None):
         self.tokenizer, self.fields, self.end_id = tokenizer, fields, end_id
         self.indent, self.fence = indent, fence
         for name, values in fields.items():
@@ -84,7 +85,14 @@ class OutputSpace:
         self.output_index = {t: i for i, t in enumerate(self.output_ids)}
         self.compile()
         self.verify()
+        self.set_bias(bias or {})
         self.parse = lru_cache(maxsize=10_000)(self.parse)  # most answers come again; memory must not grow
+
+    @classmethod
+    def of(cls, tokenizer, task):
+        """as a meta.json or a checkpoint describes it. task: a dict."""
+        keys = 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'bias'
+        return cls(tokenizer, *(task.get(key) for key in keys))
 
     def check_constants(self, name, constants):
         """ValueError where one of them is not what JSON can say, or the tokenizer would not read it as
@@ -196,6 +204,29 @@ class OutputSpace:
             if -1 in outs or self.walk(outs) != self.done:
                 raise ValueError(f'the tokenizer writes {self.text(values)!r} in a way its parts do not; '
                                  'try another indent')
+
+    def set_bias(self, bias):
+        """bias: {state: {output index: number}}, as meta.json keeps it."""
+        self.bias = torch.zeros(self.next_state.shape)
+        for state, row in bias.items():
+            for out, value in row.items():
+                self.bias[int(state), int(out)] = value
+
+    def shares(self, field, probabilities):
+        """{state: {output index: probability}} at every decision in a field's value, from the probabilities of
+        its values (a list, in their order): at each state those of the values that a token leads to, summed.
+        Where none of them can be reached all tokens are alike."""
+        rows, first = {}, {name: values[0] for name, values in self.fields.items()}
+        for value, p in zip(self.fields[field], probabilities):
+            outs = self.from_json({**first, field: value})
+            for state, out in zip(self.states(outs), outs):
+                if self.field[state] == field and len(self.moves[state]) > 1:
+                    row = rows.setdefault(state, dict.fromkeys(self.moves[state], 0.0))
+                    row[out] += p
+        for row in rows.values():
+            total = sum(row.values())
+            row.update({out: p / total if total else 1 / len(row) for out, p in row.items()})
+        return rows
 
     def misfits(self, prompt):
         """yields what is wrong with each JSON object in a prompt that is no answer of this schema in its due

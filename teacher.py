@@ -28,6 +28,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -78,8 +79,12 @@ def load_tokenizer(teacher):
 
 
 def load_model(teacher, dtype=torch.float32, device='cpu'):
-    """the transformers model of a teacher, as `locate` finds it, ready to answer."""
-    return from_pretrained(AutoModelForCausalLM, teacher, dtype=dtype).to(device).eval()
+    """the transformers model of a teacher, as `locate` finds it, ready to answer. The packed weights of a
+    .gguf become plain matrices: packed they are slow on a CPU, and model.copy_layers cannot read them."""
+    options = {'dtype': dtype}
+    if 'gguf_file' in locate(teacher) and hasattr(transformers, 'GgufConfig'):  # older ones always unpack
+        options['quantization_config'] = transformers.GgufConfig(dequantize=True)
+    return from_pretrained(AutoModelForCausalLM, teacher, **options).to(device).eval()
 
 
 def products_per_s(dtype, size=1024):
@@ -235,9 +240,10 @@ class Teacher:
             store[b.slots[b.text], :, b.pos] = new[0].transpose(0, 1)  # (N, n_kv, D)
             own.append(store if len(b.slots) == len(store) else store[b.slots])
         own_k, own_v = own                                      # (R, n_kv, S, D)
-        q = query[0].view(n_kv, -1, N, D) * (D ** -0.5 if scaling is None else scaling)  # (n_kv, g, N, D)
-        to_prompt = (q.reshape(n_kv, -1, D) @ prefix_k.mT).view(n_kv, -1, N, P)
-        to_own = self.unpad(self.pad(q) @ own_k.mT)             # (n_kv, g, N, S)
+        # in float32: where scores reach hundreds, as Qwen's do, those of bfloat16 are whole units apart
+        q = query[0].view(n_kv, -1, N, D).float() * (D ** -0.5 if scaling is None else scaling)
+        to_prompt = (q.reshape(n_kv, -1, D) @ prefix_k.float().mT).view(n_kv, -1, N, P)
+        to_own = self.unpad(self.pad(q) @ own_k.float().mT)     # (n_kv, g, N, S)
         scores = torch.cat((to_prompt, to_own), -1)             # (n_kv, g, N, P + S)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -245,7 +251,7 @@ class Teacher:
         if sliding_window and P + own_k.size(2) > sliding_window:
             place = torch.arange(P + own_k.size(2), device=self.device)
             scores.masked_fill_(place <= b.pos[:, None] + P - sliding_window, -float('inf'))
-        scores = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        scores = scores.softmax(-1).to(query.dtype)
         from_prompt = (scores[..., :P].reshape(n_kv, -1, P) @ prefix_v).view(n_kv, -1, N, D)
         from_own = self.unpad(self.pad(scores[..., P:]) @ own_v)  # (n_kv, g, N, D)
         return (from_prompt + from_own).reshape(1, H, N, D).transpose(1, 2), None
@@ -354,7 +360,8 @@ def answer(teacher, space, drafts, texts, after, constrain=True, whole=False, gi
         elif constrain:
             states = [state for _, states in guesses for state in states]
             legal = space.next_state[states].to(hidden.device) >= 0  # (n, V)
-            choice = logits.masked_fill(~legal, -float('inf')).argmax(-1).tolist()
+            unbiased = logits - space.bias[states].to(hidden.device)
+            choice = unbiased.masked_fill_(~legal, -float('inf')).argmax(-1).tolist()
         else:
             choice = [space.output_index.get(i, -1) for i in best.tolist()]
         logits = logits.cpu().numpy()
@@ -437,8 +444,9 @@ def verify_records(model, shards, space, rows):
         if space.walk(outs) != space.done:                      # no answer of this schema: not what it says
             choice = []
         elif meta['constrain']:
-            illegal = space.next_state[space.states(outs)] < 0
-            choice = kept.masked_fill(illegal, -float('inf')).argmax(-1).tolist()
+            states = space.states(outs)
+            unbiased = kept - space.bias[states]
+            choice = unbiased.masked_fill(space.next_state[states] < 0, -float('inf')).argmax(-1).tolist()
         else:
             choice = [space.output_index.get(token, -1) for token in logits.argmax(-1).tolist()]
         equal, steps = equal + sum(a == b for a, b in zip(choice, outs)), steps + len(outs)

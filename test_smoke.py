@@ -32,7 +32,8 @@ def step_by_step(model, space, ids, constrain):
         row = model(torch.tensor([ids + [space.output_ids[o] for o in outs]])).logits[0, -1].float()
         kept = row[space.output_ids]
         if constrain:
-            out = kept.masked_fill(space.next_state[state] < 0, -math.inf).argmax().item()
+            calibrated = kept - space.bias[state]
+            out = calibrated.masked_fill(space.next_state[state] < 0, -math.inf).argmax().item()
         else:
             out = space.output_index.get(row.argmax().item(), -1)
         if out not in space.moves[state]:
@@ -42,7 +43,7 @@ def step_by_step(model, space, ids, constrain):
     return outs, torch.stack(logits), torch.stack(lses)
 
 
-@pytest.mark.parametrize('family', ['gemma', 'llama'])
+@pytest.mark.parametrize('family', ['gemma', 'llama', 'qwen'])
 @pytest.mark.parametrize('fields, indent, fence', SCHEMAS)
 def test_drafting_equals_step_by_step_decoding(teachers, family, fields, indent, fence):
     tokenizer, model = load_teacher(teachers[family])
@@ -71,8 +72,7 @@ def test_stored_records_are_what_the_teacher_says(project, teachers):
     tokenizer, model = load_teacher(teachers['gemma'])
     shards = data.Shards('toy', 'toy', project / 'data')
     meta = shards.meta
-    space = OutputSpace(tokenizer.backend_tokenizer, meta['fields'], meta['indent'], meta['fence'],
-                        meta['end_id'], meta['output_ids'])
+    space = OutputSpace.of(tokenizer.backend_tokenizer, meta)   # with the bias of the calibration
     texts = {
         data.text_hash(t): t
         for t in (data.clean(json.loads(line)['text']) for line in open(project / 'data/toy/input.jsonl'))

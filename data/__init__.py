@@ -6,7 +6,8 @@
       logits.bin   float16   (steps, V) raw logit minus the row's maximum over V: fp16 is exact enough near 0
       stats.bin    float32   (steps, 2) that maximum, and logsumexp over all tokens (nan where not asked for)
       index.bin    uint64    (records, 3) end offset in input.bin, end offset in output.bin, hash of the text
-      meta.json              teacher, tokenizer hash, prompt, fields, output ids: what the output space needs
+      meta.json              teacher, tokenizer hash, prompt, fields, output ids: what the output space needs;
+                             bias: what calibration takes off the logits, which are stored without it
       tokenizer.json         the teacher's tokenizer
 
 A record exists when its row of index.bin does, and that row is written last: a run killed anywhere loses at
@@ -17,10 +18,14 @@ import fcntl
 import hashlib
 import json
 import os
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+
+from space import OutputSpace
 
 FORMAT = 1
 DTYPES = {'input': np.dtype('<u4'), 'output': np.dtype('<u2'), 'logits': np.dtype('<f2'),
@@ -35,14 +40,15 @@ def clean(text):
 
 def read_texts(path, key='answer'):
     """yields for each line of a .jsonl, whatever its bytes, (text, what it holds under key or None, '') or
-    ('', None, why it is no text)."""
+    ('', None, why it is no text). key None: the whole object."""
     with open(path, 'rb') as file:
         for line in file:
             try:
                 record = json.loads(line) if line.strip() else {'text': ''}
                 text = clean(record['text'])
                 text.encode()  # a lone surrogate is no text
-                yield (text, record.get(key), '') if text else ('', None, 'empty')
+                held = record.get(key) if key else record
+                yield (text, held, '') if text else ('', None, 'empty')
             except UnicodeError:
                 yield '', None, 'bad_utf8'
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -182,9 +188,10 @@ class Shards:
         self.metas = [read_meta(folder) for folder in folders]
         self.shards, spans, hashes = [], [], []
         for folder, meta in zip(folders, self.metas):
-            if meta['format'] != FORMAT or meta['output_ids'] != self.metas[0]['output_ids']:
-                raise ValueError(f'{folder} has another format or output vocabulary than {folders[0]}; '
-                                 'extract it again')
+            same = all(meta.get(key) == self.metas[0].get(key) for key in ('output_ids', 'bias'))
+            if meta['format'] != FORMAT or not same:
+                raise ValueError(f'{folder} has another format, output vocabulary or calibration than '
+                                 f'{folders[0]}; extract it again')
             V = len(meta['output_ids'])
             index = read_index(folder, V)
             ends = index[:, :2].astype(np.int64)
@@ -213,10 +220,24 @@ class Shards:
         return self.shards[shard]['input'][start:stop]
 
     def answer(self, i, what='output'):
-        """(n,) output indices of the teacher's answer; (n, V) its 'logits' below their maximum; (n, 2) its
+        """(n,) output indices of the teacher's answer; (n, V) its raw 'logits' below their maximum; (n, 2) its
         'stats'."""
         shard, _, start, _, stop = self.spans[i]
         return self.shards[shard][what][start:stop]
+
+    @cached_property
+    def space(self):
+        """the OutputSpace with the bias of a calibrated teacher; None where nothing is to be taken off."""
+        if not self.meta.get('bias'):
+            return None
+        return OutputSpace.of(Tokenizer.from_file(str(self.folder / 'tokenizer.json')), self.meta)
+
+    def logits(self, i):
+        """(n, V) float32: the teacher's logits up to a constant of each row, calibrated where it was."""
+        logits = self.answer(i, 'logits').astype(np.float32)
+        if self.space:
+            logits -= self.space.bias[self.space.states(self.answer(i).tolist())].numpy()
+        return logits
 
     def split(self):
         """record numbers to train on, record numbers held out."""
@@ -225,7 +246,7 @@ class Shards:
 
     def batch(self, rows, start_id):
         """idx (B, T) ids: text, start, answer without its last token. targets (B, T) output indices, -1 on
-        the text and the padding. teacher_logits (n, V) float32, one row per target >= 0, in their order."""
+        the text and the padding. teacher_logits (n, V), see logits, one row per target >= 0, in their order."""
         texts, outs = [self.ids(i) for i in rows], [self.answer(i) for i in rows]
         T = max(len(t) + len(o) for t, o in zip(texts, outs))
         output_ids = np.array(self.meta['output_ids'])
@@ -234,7 +255,7 @@ class Shards:
             idx[b, :len(t)] = t
             idx[b, len(t) + 1:len(t) + len(o)] = output_ids[o[:-1]]
             targets[b, len(t):len(t) + len(o)] = o
-        logits = np.concatenate([self.answer(i, 'logits') for i in rows]).astype(np.float32)
+        logits = np.concatenate([self.logits(i) for i in rows])
         return torch.from_numpy(idx), torch.from_numpy(targets), torch.from_numpy(logits)
 
 

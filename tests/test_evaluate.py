@@ -42,15 +42,19 @@ def test_teacher_and_student_are_shown_against_the_truth_where_there_is_one(proj
         expected += [(f, space.to_json(shards.answer(i).tolist())[f] == v, space.to_json(answers[n])[f] == v)
                      for f, v in truth.items()]
     (tmp_path / 'input.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records))
-    lines = {
-        line['name']: line
-        for _, line in truth_lines(tmp_path / 'input.jsonl', space, shards, rows, answers)
-    }
+    both = {'teacher': [shards.answer(i).tolist() for i in rows], 'student': answers}
+    args = space, shards.hashes[rows], both
+    lines = {line['name']: line for _, line in truth_lines(tmp_path / 'input.jsonl', *args)}
     for field in FIELDS:
         mine = [pair[1:] for pair in expected if pair[0] == field]
         assert [lines[field][k] for k in ('records', 'teacher', 'student')
                 ] == pytest.approx([len(mine), *np.mean(mine, axis=0)])
-    assert not list(truth_lines(project / 'data/toy/input.jsonl', space, shards, rows, answers))
+    spam = [(n % 3 == 0, *pair[1:]) for n, pair in enumerate(p for p in expected if p[0] == 'spam')]
+    balanced = np.mean([np.mean([pair[1:] for pair in spam if pair[0] == value], axis=0)
+                        for value in (True, False)], axis=0)
+    share = max(np.mean([pair[0] for pair in spam]), np.mean([not pair[0] for pair in spam]))
+    assert [lines['spam'][k] for k in ('balanced', 'student_balanced', 'majority')] == pytest.approx([*balanced, share])
+    assert not list(truth_lines(project / 'data/toy/input.jsonl', *args))
 
 
 def test_temperature_calibration_error_cascade_and_cost_on_cases_done_by_hand():

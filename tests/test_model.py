@@ -36,7 +36,7 @@ def test_no_token_sees_the_future_or_the_padding(space):
     torch.testing.assert_close(model(idx, targets), model(idx)[targets >= 0])
 
 
-@pytest.mark.parametrize('family', ['gemma', 'llama'])
+@pytest.mark.parametrize('family', ['gemma', 'llama', 'qwen'])
 def test_a_student_of_all_layers_is_the_teacher(teachers, family):
     _, model = load_teacher(teachers[family])
     for name, p in model.named_parameters():

@@ -108,3 +108,20 @@ def test_bfloat16_is_chosen_only_where_it_is_measured_to_be_faster(monkeypatch):
     rates.clear()  # where there is none, it is not even tried
     monkeypatch.setattr(torch.cpu, 'get_capabilities', dict)
     assert teacher_module.pick_dtype('auto', 'cpu') == torch.float32
+
+
+def test_scores_of_hundreds_survive_bfloat16(teachers):
+    """Qwen 2's keys carry a bias so large that a score rounded to bfloat16 would be whole units off."""
+    tokenizer, model = load_teacher(teachers['qwen'])
+    before, _, _ = encode_prompt(tokenizer, PROMPT, chat=False)
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.data = 60 * torch.randn_like(layer.self_attn.k_proj.bias)
+        layer.self_attn.q_proj.bias.data = 5 * torch.randn_like(layer.self_attn.q_proj.bias)
+    model, ids = model.bfloat16(), list(range(30, 50))
+    engine = Teacher(model, before, ids)
+    engine.start(1, 20)
+    with torch.inference_mode():
+        ours = engine.logits(engine.read([0], [ids], [0]), engine.head)
+        theirs = model(torch.tensor([before + ids]), logits_to_keep=20).logits[0].float()
+    assert (ours - theirs).abs().mean() < 0.02 * theirs.std()

