@@ -380,18 +380,28 @@ def print_bias(report, space):
 ROUNDING = {'float32': 0.01, 'float16': 0.05, 'bfloat16': 0.25}  # of a logit: between two ways to compute it
 
 
-def print_near_ties(shards, space):
-    """prints the share of records whose answer hangs on less than the rounding of the teacher's logits: no
-    student can learn those."""
-    below, hang = ROUNDING[shards.meta['dtype']], []
+def print_ties(shards, space):
+    """prints the share of records whose answer hangs on less than the rounding of the teacher's logits, which
+    no student can learn; and the share that the teacher would also write if it were not held to the schema, as
+    a student will that runs free."""
+    below, hang, free, rather = ROUNDING[shards.meta['dtype']], [], [], Counter()
     for i in np.linspace(0, len(shards) - 1, min(len(shards), 5000)).astype(int):
-        states = space.states(shards.answer(i).tolist())
+        outs, logits = shards.answer(i).tolist(), torch.from_numpy(shards.logits(i))  # (n,), (n, V)
+        states, best = space.states(outs), logits.argmax(-1).tolist()
         choices = [n for n, state in enumerate(states) if len(space.moves[state]) > 1]
-        legal = space.next_state[[states[n] for n in choices]] >= 0  # (n, V)
-        logits = torch.from_numpy(shards.logits(i)[choices]).masked_fill(~legal, -np.inf)
-        best = logits.topk(2).values                            # (n, 2)
-        hang.append((best[:, 0] - best[:, 1]).min().item() < below)
-    print(f'near_ties records={len(hang)} share={np.mean(hang):.4f} below={below}')
+        legal = space.next_state[[states[n] for n in choices]] >= 0
+        two = logits[choices].masked_fill(~legal, -np.inf).topk(2).values  # (decisions, 2)
+        hang.append((two[:, 0] - two[:, 1]).min().item() < below)
+        other = next((n for n, state in enumerate(states) if best[n] not in space.moves[state]), None)
+        free.append(other is None)
+        if other is not None:
+            rather[outs[other], best[other]] += 1
+    print(f'near_ties records={len(hang)} share={np.mean(hang):.4f} below={below} free={np.mean(free):.4f}')
+    if np.mean(free) < 0.9:
+        due, said = (space.tokenizer.decode([space.output_ids[o]]) for o in rather.most_common(1)[0][0])
+        print(f'left to itself the teacher would break the schema in {1 - np.mean(free):.0%} of the answers, mostly '
+              f'with {said!r} where {due!r} is due; a student that runs free learns that too: show the form of '
+              'the answer in the prompt')
 
 
 def print_answers(shards, space, examples):
@@ -548,7 +558,7 @@ if __name__ == '__main__':
                  'constrain = True or another prompt')
         print_coverage(shards, space, min_coverage)
         if not meta['score']:
-            print_near_ties(shards, space)
+            print_ties(shards, space)
         answers = [shards.answer(i).tolist() for i in range(len(shards))]
         for line in truth_lines(source, space, shards.hashes, {'teacher': answers}):
             print(data_line(*line))

