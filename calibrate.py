@@ -23,8 +23,8 @@ import torch
 def find_priors(fields, prior, only):
     """{field: (probabilities of its values, in their order, whether they are known)} of the fields to
     calibrate: uniform, or as prior says; values it leaves out share the rest, and more than one of those is a
-    guess. prior: {field: {value: probability}}; only: names of fields, [] is all. ValueError where one of them
-    is not in the schema, or a prior cannot be."""
+    guess. prior: {field: {value: probability}}; only: names of fields, [] is all. ValueError where one of
+    them is not in the schema, or a prior cannot be."""
     for name in [*prior, *only]:
         if name not in fields:
             raise ValueError(f'there is no field {name!r}; there are: {", ".join(fields)}')
@@ -102,3 +102,22 @@ def learn_bias(teacher, space, texts, after, priors, batch_size=64, few=16):
             feed[i] = [space.output_ids[o] for o in (outs[k], *run)]
     space.set_bias(bias)
     return bias, report
+
+
+def print_bias(report, space):
+    """prints for each calibrated field how often each value was the teacher's own choice, and is now. report:
+    of learn_bias."""
+    first, seen = {name: values[0] for name, values in space.fields.items()}, set()
+    for state, n, before, after in report:
+        field = space.field[state]
+        if field in seen:  # a later decision of the same value
+            continue
+        seen.add(field)
+        names = {}
+        for value in space.fields[field]:
+            outs = space.from_json({**first, field: value})
+            names.setdefault(outs[space.states(outs).index(state)], []).append(json.dumps(value).strip('"'))
+        top = sorted(names, key=lambda out: -before[out] - after[out])[:8]
+        said = [','.join(f'{"|".join(names[out][:2])}:{share[out]:.2f}' for out in top).replace(' ', '_')
+                for share in (before, after)]
+        print(f'calibrate field={field} texts={n} before={said[0]} after={said[1]}')

@@ -449,13 +449,13 @@ def print_examples(space, shards, rows, answers, n):
 
 
 def print_in_words(figures, linear, money):
-    """prints what the figures say: how often the student agrees, beside what is simpler, and how fast it is."""
+    """prints what the figures say: how often the student agrees, beside simpler ways, and how fast it is."""
     of_100 = lambda share: f'{100 * share:.0f}'
     line = (f'the student agrees with its teacher in {of_100(figures["field"])} of 100 fields; always saying '
             f'the commonest value would in {of_100(figures["majority"])}')
     if linear:
-        line += (f', counting words in {of_100(linear["field"])}. Whole answers: {of_100(figures["exact"])} of '
-                 f'100, counting words {of_100(linear["exact"])}')
+        line += (f', counting words in {of_100(linear["field"])}. Whole answers: {of_100(figures["exact"])}, '
+                 f'counting words {of_100(linear["exact"])}')
     print(line)
     line = f'it answers {money["student_rec_s"]:,.0f} texts a second here'
     if money['teacher_rec_s'] > 0:

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers.utils import logging
 
-from calibrate import find_priors, learn_bias
+from calibrate import find_priors, learn_bias, print_bias
 from config import RANK, WORLD, configure, end_ranks, on_stop, pick_device, start_ranks, stop, tell_all
 from data import (FORMAT, Hashes, Shards, Writer, clean, first_answers, read_meta, read_texts, shard_folders,
                   stored_hashes, text_hash, write_json)
@@ -52,7 +52,7 @@ dtype = 'auto'      # 'auto', 'float32', 'bfloat16', 'float16'; auto: bfloat16 w
                      # with it (measured on a CPU; one without is hundreds of times slower)
 constrain = True     # hold answers to the schema; False drops the records whose free answer breaks it
 extract_batch = 64   # 1..; texts answered together; more do not help a CPU, a GPU wants 256
-# calibration: what the teacher likes to say whatever the text is taken off (calibrate.py). Base models want it
+# calibration: what the teacher likes to say whatever the text is taken off (calibrate.py), as base models want
 calibrate = 0        # 0..; texts asked first to learn that, 512 are enough; 0: off
 calibrate_fields = []  # names of the fields to do it for; []: all
 prior = {}           # {'toxicity': {'toxic': 0.1}}: values' true shares, where they are not all alike; of a
@@ -358,32 +358,13 @@ def print_coverage(shards, space, min_coverage):
               'where they are only other spacing or quotes, show that form in the prompt')
 
 
-def print_bias(report, space):
-    """prints for each calibrated field how often each value was the teacher's own choice, and is now. report:
-    of learn_bias."""
-    first, seen = {name: values[0] for name, values in space.fields.items()}, set()
-    for state, n, before, after in report:
-        field = space.field[state]
-        if field in seen:  # a later decision of the same value
-            continue
-        seen.add(field)
-        names = {}
-        for value in space.fields[field]:
-            outs = space.from_json({**first, field: value})
-            names.setdefault(outs[space.states(outs).index(state)], []).append(json.dumps(value).strip('"'))
-        top = sorted(names, key=lambda out: -before[out] - after[out])[:8]
-        said = [','.join(f'{"|".join(names[out][:2])}:{share[out]:.2f}' for out in top).replace(' ', '_')
-                for share in (before, after)]
-        print(f'calibrate field={field} texts={n} before={said[0]} after={said[1]}')
-
-
 ROUNDING = {'float32': 0.01, 'float16': 0.05, 'bfloat16': 0.25}  # of a logit: between two ways to compute it
 
 
 def print_ties(shards, space):
     """prints the share of records whose answer hangs on less than the rounding of the teacher's logits, which
-    no student can learn; and the share that the teacher would also write if it were not held to the schema, as
-    a student will that runs free."""
+    no student can learn; and of those it would also write if it were not held to the schema, as a student will
+    that runs free."""
     below, hang, free, rather = ROUNDING[shards.meta['dtype']], [], [], Counter()
     for i in np.linspace(0, len(shards) - 1, min(len(shards), 5000)).astype(int):
         outs, logits = shards.answer(i).tolist(), torch.from_numpy(shards.logits(i))  # (n,), (n, V)
@@ -399,9 +380,9 @@ def print_ties(shards, space):
     print(f'near_ties records={len(hang)} share={np.mean(hang):.4f} below={below} free={np.mean(free):.4f}')
     if np.mean(free) < 0.9:
         due, said = (space.tokenizer.decode([space.output_ids[o]]) for o in rather.most_common(1)[0][0])
-        print(f'left to itself the teacher would break the schema in {1 - np.mean(free):.0%} of the answers, mostly '
-              f'with {said!r} where {due!r} is due; a student that runs free learns that too: show the form of '
-              'the answer in the prompt')
+        print(f'left to itself the teacher would break the schema in {1 - np.mean(free):.0%} of the answers, '
+              f'mostly with {said!r} where {due!r} is due; a student that runs free learns that too: show the '
+              'form of the answer in the prompt')
 
 
 def print_answers(shards, space, examples):
@@ -553,9 +534,8 @@ if __name__ == '__main__':
         try:
             shards = Shards(dataset, name)
         except FileNotFoundError:
-            stop('no answer obeys the schema; look at the dropped counts, and at the schema\'s values' if labels
-                 else 'no answer of the teacher obeys the schema; look at the dropped counts, and try '
-                 'constrain = True or another prompt')
+            stop('no answer obeys the schema; look at the dropped counts, and '
+                 + ('at the values of fields' if labels else 'try constrain = True or another prompt'))
         print_coverage(shards, space, min_coverage)
         if not meta['score']:
             print_ties(shards, space)

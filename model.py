@@ -30,7 +30,7 @@ class StudentConfig:
     dropout: float = 0.0
     rope_base: float = 10000.0
     start_id: int = 2                                       # the id between text and answer
-    # what it takes to hold layers of a Gemma 3, Llama or Qwen 2 teacher; norm offsets and scales go into weights
+    # what it takes to hold layers of a Gemma 3, Llama or Qwen 2; norm offsets and scales go into the weights
     head_size: int = 0                                      # 0: n_embd // n_head
     n_table: int = 0  # width of the input embedding; 0: n_embd, else it is projected to that
     activation: str = 'gelu'  # of the MLP: gelu (its tanh form) or silu

@@ -213,9 +213,9 @@ class OutputSpace:
                 self.bias[int(state), int(out)] = value
 
     def shares(self, field, probabilities):
-        """{state: {output index: probability}} at every decision in a field's value, from the probabilities of
-        its values (a list, in their order): at each state those of the values that a token leads to, summed.
-        Where none of them can be reached all tokens are alike."""
+        """{state: {output index: probability}} at every decision in a field's value, from the probabilities
+        of its values (a list, in their order): at each state those of the values that a token leads to,
+        summed. Where none of them can be reached all tokens are alike."""
         rows, first = {}, {name: values[0] for name, values in self.fields.items()}
         for value, p in zip(self.fields[field], probabilities):
             outs = self.from_json({**first, field: value})

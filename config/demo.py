@@ -15,9 +15,10 @@ sentiment is positive, negative or neutral. A question, a fact or a remark witho
 topic is what the message is about: people, food, school, work, music, movies, games, animals, places, or other where it is none of these or too short to tell.
 Message: {text}
 '''
-# left to itself it finds that most messages are about people; what it says whatever the text is taken off
+# left to itself it finds nearly all neutral, and about people; what it says whatever the text is taken off
 calibrate = 256
-prior = {'sentiment': {'neutral': 0.25, 'positive': 0.45}, 'topic': {'other': 0.25}}  # the texts have feeling words
+# the texts were chosen for words of feeling, so few of them are neutral
+prior = {'sentiment': {'neutral': 0.25, 'positive': 0.45}, 'topic': {'other': 0.25}}
 max_records = 2000
 # student: the teacher's table of words, frozen, and 1 M parameters that think
 init_from = 'teacher'

@@ -220,8 +220,8 @@ class Shards:
         return self.shards[shard]['input'][start:stop]
 
     def answer(self, i, what='output'):
-        """(n,) output indices of the teacher's answer; (n, V) its raw 'logits' below their maximum; (n, 2) its
-        'stats'."""
+        """(n,) output indices of the teacher's answer; (n, V) its raw 'logits' below their maximum; (n, 2)
+        its 'stats'."""
         shard, _, start, _, stop = self.spans[i]
         return self.shards[shard][what][start:stop]
 
@@ -246,7 +246,7 @@ class Shards:
 
     def batch(self, rows, start_id):
         """idx (B, T) ids: text, start, answer without its last token. targets (B, T) output indices, -1 on
-        the text and the padding. teacher_logits (n, V), see logits, one row per target >= 0, in their order."""
+        the text and the padding. teacher_logits (n, V) as logits says, a row per target >= 0, in their order."""
         texts, outs = [self.ids(i) for i in rows], [self.answer(i) for i in rows]
         T = max(len(t) + len(o) for t, o in zip(texts, outs))
         output_ids = np.array(self.meta['output_ids'])

@@ -1,7 +1,7 @@
 """The pictures and figures of docs/how.md: one record, from the teacher to the student's answer.
 
-    python docs/pictures.py config/demo.py                      # two minutes on 2 cores
-    python docs/pictures.py config/demo.py --train=False        # with the checkpoints of the last time
+    python docs/pictures.py config/chitchat_270m.py             # two minutes on 2 cores
+    python docs/pictures.py config/chitchat_270m.py --train=False  # with the checkpoints of the last time
 
 Needs what extract.py made. Trains the config's student as out/how, keeps its checkpoint after some epochs,
 prints the figures that how.md quotes and writes how_record.png, how_automaton.png and how_gradient.png.
@@ -32,8 +32,8 @@ dataset = ''
 run = 'how'            # the student is out/<run>
 train = True           # train it; False: it is there
 epochs = [1, 6, 12]    # it is looked at after these; the last of them answers
-record = 16            # a held-out one of those whose logsumexp is stored. In the demo its first decision is
-                       # a near tie and its second is clear
+record = 16            # a held-out one of those whose logsumexp is stored. In config/chitchat_270m.py its
+                       # first decision is a near tie and its second is clear
 near = 0.25            # a near tie: so many logits or less between the two likeliest legal tokens
 small = {'tone': ['neutral', 'friendly'], 'spam': [True, False]}  # the schema whose automaton is drawn
 config = configure(globals())
@@ -276,7 +276,7 @@ def draw_gradient(plt, students, shards, i, positions):
 if __name__ == '__main__':
     plt = start_drawing()
     if not name or not plt:
-        stop('needs matplotlib' if name else 'no task; run: python docs/pictures.py config/demo.py')
+        stop('needs matplotlib' if name else 'no task; run: python docs/pictures.py config/chitchat_270m.py')
     try:
         shards = Shards(dataset, name)
     except (FileNotFoundError, ValueError) as error:

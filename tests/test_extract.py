@@ -101,6 +101,7 @@ def test_a_killed_extraction_goes_on_to_identical_files(project, tmp_path, momen
     assert run(root, 'extract.py').returncode == 0
     for name in data.DTYPES:
         assert (folder / f'{name}.bin').read_bytes() == (whole / f'{name}.bin').read_bytes(), name
+    assert data.read_meta(folder)['bias'] == data.read_meta(whole)['bias']  # calibrations were killed too
     again = run(root, 'extract.py')
     assert again.returncode == 0 and ', 0 are to do' in again.stdout and 'loading' not in again.stdout
 

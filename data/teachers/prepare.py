@@ -30,8 +30,8 @@ TEACHERS = {
 
 def sha256(path):
     """of a file, with progress."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file, tqdm(total=path.stat().st_size, desc='check', unit='B', unit_scale=True) as bar:
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with open(path, 'rb') as file, tqdm(total=size, desc='check', unit='B', unit_scale=True) as bar:
         while block := file.read(1 << 22):
             digest.update(block)
             bar.update(len(block))

@@ -1,4 +1,4 @@
-"""Tweets and sentences that people rated, from the source package of vaderSentiment -> data/tweets/input.jsonl
+"""Tweets and sentences that people rated, out of vaderSentiment's source package -> data/tweets/input.jsonl
 
     python data/tweets/prepare.py    # fetches the package with `pip download`, which installs nothing
 
@@ -33,13 +33,13 @@ def say(rating):
 
 here = Path(__file__).parent
 if not list(here.glob('*.tar.gz')):
-    pip = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary', 'vaderSentiment', '-d', here,
-           'vaderSentiment']
+    pip = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary', 'vaderSentiment',
+           '-d', here, 'vaderSentiment']
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:
         why = (done.stderr.strip() or 'no reason given').splitlines()[-1]
-        sys.exit(f'the ratings come in the source package of vaderSentiment, and pip did not fetch it ({why}); '
-                 f'put its .tar.gz into {os.path.relpath(here)}')
+        sys.exit(f'the ratings come in the source package of vaderSentiment, and pip did not fetch it '
+                 f'({why}); put its .tar.gz into {os.path.relpath(here)}')
 records, odd = [], 0
 with tarfile.open(sorted(here.glob('*.tar.gz'))[-1]) as package:
     inner = next(member for member in package if member.name.endswith('hutto_ICWSM_2014.tar.gz'))
