@@ -140,25 +140,32 @@ def evaluate(student, space, shards, rows, batch_size=64):
     return figures, per_field, answers, decisions
 
 
-def truth_lines(path, space, hashes, answers):
-    """where texts of the .jsonl at path carry the truth, {"text": ..., "truth": {field: value}}: yields per
-    field how often the answers say it, in all (the name) and on average over the true values (balanced).
-
-    hashes (N,): of the texts that were answered. answers: {'teacher': N lists of output indices, ...}. Texts
-    that were cut are not found.
-    """
-    place = {int(hash_): n for n, hash_ in enumerate(hashes)}
-    said, found = {who: field_texts(space, outs) for who, outs in answers.items()}, {}
+def read_truth(path, hashes):
+    """{number: {field: value}} of the texts of the .jsonl at path that carry the truth, {"text": ..., "truth":
+    {...}}, and are among those of these hashes (N,). Texts that were cut are not found."""
+    order, found = np.argsort(hashes), {}
     for text, truth, _ in read_texts(path, 'truth'):
-        n = place.get(text_hash(text)) if isinstance(truth, dict) else None
-        for field in space.fields.keys() & (truth if n is not None else {}):
-            found.setdefault(field, {})[n] = json.dumps(truth[field])
-    for field in [field for field in space.fields if field in found]:
-        numbers, due = list(found[field]), np.array([*found[field].values()])
+        if isinstance(truth, dict):
+            k = np.searchsorted(hashes, np.uint64(text_hash(text)), sorter=order)
+            if k < len(order) and hashes[order[k]] == text_hash(text):
+                found[int(order[k])] = truth
+    return found
+
+
+def truth_lines(space, truth, answers):
+    """yields per field how often the answers are right, in all (the name) and on average over the true values
+    (balanced). truth: of read_truth. answers: {'teacher': list of output indices of each of these texts, ...}.
+    """
+    said = {who: field_texts(space, outs) for who, outs in answers.items()}
+    for field in space.fields:
+        known = [(n, json.dumps(of_text[field])) for n, of_text in enumerate(truth.values()) if field in of_text]
+        if not known:
+            continue
+        numbers, due = map(np.array, zip(*known))
         values, counts = np.unique(due, return_counts=True)
         figures = {}
         for who in answers:
-            right = np.array([said[who][field][n] for n in numbers]) == due
+            right = np.array(said[who][field])[numbers] == due
             balanced = float(np.mean([right[due == value].mean() for value in values]))
             figures |= {who: float(right.mean()), 'balanced' if not figures else f'{who}_balanced': balanced}
         yield 'truth', {'name': field, 'records': len(due), **figures, 'majority': counts.max() / len(due)}
@@ -515,8 +522,9 @@ if __name__ == '__main__':
         print(data_line(*line))
     source = Path('data', dataset, 'input.jsonl')
     if source.is_file():
-        theirs = [shards.answer(i).tolist() for i in rows]
-        for line in truth_lines(source, space, shards.hashes[rows], {'teacher': theirs, 'student': answers}):
+        truth = read_truth(source, shards.hashes[rows])
+        theirs = [shards.answer(rows[n]).tolist() for n in truth]
+        for line in truth_lines(space, truth, {'teacher': theirs, 'student': [answers[n] for n in truth]}):
             print(data_line(*line))
     money = print_doubt_and_cost(checkpoint, student, space, shards, rows, answers, sample_batch, hour_price,
                                  teacher_price, calls_per_day)

@@ -31,7 +31,7 @@ from calibrate import find_priors, learn_bias, print_bias
 from config import RANK, WORLD, configure, end_ranks, on_stop, pick_device, start_ranks, stop, tell_all
 from data import (FORMAT, Hashes, Shards, Writer, clean, first_answers, read_meta, read_texts, shard_folders,
                   stored_hashes, text_hash, write_json)
-from evaluate import data_line, truth_lines
+from evaluate import data_line, read_truth, truth_lines
 from labels import from_label
 from space import OutputSpace, special_ids, tokenizer_hash
 from teacher import (Drafts, Teacher, answer_fitting, encode_prompt, fingerprint, load_model, load_tokenizer,
@@ -539,7 +539,7 @@ if __name__ == '__main__':
         print_coverage(shards, space, min_coverage)
         if not meta['score']:
             print_ties(shards, space)
-        answers = [shards.answer(i).tolist() for i in range(len(shards))]
-        for line in truth_lines(source, space, shards.hashes, {'teacher': answers}):
+        truth = read_truth(source, shards.hashes)
+        for line in truth_lines(space, truth, {'teacher': [shards.answer(i).tolist() for i in truth]}):
             print(data_line(*line))
         print_answers(shards, space, examples)

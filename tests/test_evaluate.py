@@ -11,7 +11,7 @@ import torch
 import data
 from conftest import FIELDS, clone_task, one_line, run
 from evaluate import (BROKEN, agreement, calibration_error, cascade, cost, field_texts, fit_temperature,
-                      truth_lines)
+                      read_truth, truth_lines)
 from sample import generate, load_checkpoint
 from space import OutputSpace
 
@@ -42,9 +42,9 @@ def test_teacher_and_student_are_shown_against_the_truth_where_there_is_one(proj
         expected += [(f, space.to_json(shards.answer(i).tolist())[f] == v, space.to_json(answers[n])[f] == v)
                      for f, v in truth.items()]
     (tmp_path / 'input.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records))
-    both = {'teacher': [shards.answer(i).tolist() for i in rows], 'student': answers}
-    args = space, shards.hashes[rows], both
-    lines = {line['name']: line for _, line in truth_lines(tmp_path / 'input.jsonl', *args)}
+    truth = read_truth(tmp_path / 'input.jsonl', shards.hashes[rows])
+    both = {'teacher': [shards.answer(rows[n]).tolist() for n in truth], 'student': [answers[n] for n in truth]}
+    lines = {line['name']: line for _, line in truth_lines(space, truth, both)}
     for field in FIELDS:
         mine = [pair[1:] for pair in expected if pair[0] == field]
         assert [lines[field][k] for k in ('records', 'teacher', 'student')
@@ -53,8 +53,9 @@ def test_teacher_and_student_are_shown_against_the_truth_where_there_is_one(proj
     balanced = np.mean([np.mean([pair[1:] for pair in spam if pair[0] == value], axis=0)
                         for value in (True, False)], axis=0)
     share = max(np.mean([pair[0] for pair in spam]), np.mean([not pair[0] for pair in spam]))
-    assert [lines['spam'][k] for k in ('balanced', 'student_balanced', 'majority')] == pytest.approx([*balanced, share])
-    assert not list(truth_lines(project / 'data/toy/input.jsonl', *args))
+    expected = pytest.approx([*balanced, share])
+    assert [lines['spam'][k] for k in ('balanced', 'student_balanced', 'majority')] == expected
+    assert not read_truth(project / 'data/toy/input.jsonl', shards.hashes[rows])
 
 
 def test_temperature_calibration_error_cascade_and_cost_on_cases_done_by_hand():
