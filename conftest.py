@@ -206,7 +206,7 @@ def project(tmp_path_factory, teachers, words):
     rng = random.Random(3)
     write_texts(root / 'data/toy', [' '.join(rng.choices(words, k=rng.randint(3, 9))) for _ in range(400)])
     settings = dict(name='toy', dataset='toy', teacher=str(teachers['gemma']), chat=False, fields=FIELDS,
-                    calibrate=64, prior={'tone': {'friendly': 0.1}},
+                    calibrate=64, prior={'tone': {'friendly': 0.4}},
                     prompt=PROMPT, output_vocab=64, full_lse=8, block_size=60, n_layer=2, n_head=2, n_embd=32,
                     n_mlp=64, max_epochs=5, batch_size=16, learning_rate=1e-2, device='cpu', dtype='float32')
     (root / 'config/toy.py').write_text(''.join(f'{k} = {v!r}\n' for k, v in settings.items()))

@@ -213,7 +213,7 @@ def test_given_answers_are_scored_and_stored_in_the_same_format(project, tmp_pat
 
 def test_free_answers_that_break_the_schema_are_dropped_counted_and_not_asked_again(project, tmp_path):
     root = clone_task(project, tmp_path)
-    args = ("--fields={'tone': ['neutral', 'bad'], 'spam': [True]}", '--constrain=False')
+    args = ("--fields={'tone': ['neutral', 'bad'], 'spam': [True]}", '--constrain=False', '--calibrate=0')
     done = run(root, 'extract.py', *args)
     figures = {
         line.split()[0]: dict(f.split('=') for f in line.split()[1:])
@@ -243,7 +243,7 @@ def test_a_vocabulary_that_misses_what_the_teacher_says_is_reported_and_can_be_w
 def test_another_task_or_a_second_run_does_not_touch_a_folder(project):
     before = (project / 'data/toy/toy-00/index.bin').read_bytes()
     assert 'another prompt, fields' in one_line(
-        run(project, 'extract.py', '--prompt=other {text}', "--fields={'a': [1, 2]}"))
+        run(project, 'extract.py', '--prompt=other {text}', "--fields={'a': [1, 2]}", '--prior={}'))
     with open(project / 'data/toy/toy-00/index.bin', 'ab') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert 'another run is writing' in one_line(run(project, 'extract.py'))

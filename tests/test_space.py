@@ -46,7 +46,7 @@ def test_examples_that_are_not_in_the_form_of_the_answer_are_named(tokenizer):
         style.text, style.from_json = (lambda values: OutputSpace.text(
             style, values)), lambda answer: answer if all(answer[f] in values
                                                           for f, values in task['fields'].items()) else None
-        assert not list(OutputSpace.misfits(style, task['prompt'])), path
+        assert not list(OutputSpace.misfits(style, task.get('prompt', ''))), path
 
 
 def test_output_vocabulary_is_required_then_auxiliary(tokenizer):
