@@ -14,7 +14,7 @@ fields = {
     'safety': ['safe', 'harmful'],
     'toxicity': ['respectful', 'toxic'],
 }
-# Each field is explained: that brought sentiment from 0.67 to 0.70 right, and toxicity from never to 0.15.
+# Each field is explained. Sentiment after tone: asked first it was right in 0.57 to 0.63, so in 0.66.
 prompt = '''Classify the Reddit comment below. Answer with one JSON object and nothing else:
 {"tone":"neutral"|"friendly"|"aggressive"|"sarcastic","sentiment":"neutral"|"positive"|"negative","safety":"safe"|"harmful","toxicity":"respectful"|"toxic"}
 tone: neutral is plain talk, friendly is kind, thankful or praising, aggressive attacks or insults, sarcastic mocks by saying the opposite.
@@ -24,9 +24,9 @@ toxicity: insults, contempt and foul language against people are toxic.
 Comment: {text}
 '''
 # it sees feeling where people see none, and few insults; the shares are about those people gave GoEmotions
-calibrate = 256
+calibrate = 512        # with 256 sentiment was right in 0.65 to 0.66, as the draw of the texts would have it
 calibrate_fields = ['sentiment', 'toxicity']
-prior = {'sentiment': {'neutral': 0.35, 'positive': 0.4}, 'toxicity': {'toxic': 0.2}}
+prior = {'sentiment': {'negative': 0.28}, 'toxicity': {'toxic': 0.2}}
 max_records = 6000
 # student: the teacher's table, frozen, and four small layers of its own
 init_from = 'teacher'
