@@ -12,6 +12,7 @@ after every epoch.
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 
 from config import configure, pick_device, stop
 from data import Shards, read_texts, text_hash
-from sample import confidence_of, decode, generate, load_checkpoint, note_changes
+from sample import (checkpoint_path, confidence_of, decode, generate, load_checkpoint, note_changes)
 
 name = ''            # word; data/<dataset>/<name>-* has the held-out records
 dataset = ''         # word
@@ -30,6 +31,9 @@ run = ''             # word; out/<run> is the student; '': out/<name>
 which = 'best'       # 'best' or 'last'; the epoch to use: the best by train.py's best_by
 sample_batch = 64    # 1..; texts decoded together
 examples = 8         # 0..; held-out texts shown
+# doubt
+target_agreement = 0.0  # 0..1; find the lowest min_confidence at which what the student keeps agrees at least so
+                        # often, whole answers, with 95 % certainty, and store it in the student. 0: do not
 # savings
 hour_price = 1.0     # 0..; of the machine that runs teacher and student, in any currency
 teacher_price = 0.0  # 0..; of a million calls, where it is bought by the call; 0: what its hours cost
@@ -265,6 +269,42 @@ def cascade(sure, right, shares=(0, 0.05, 0.1, 0.2, 0.3, 0.5)):
                'kept_field': float(right[kept].mean()) if len(kept) else 1.0}
 
 
+def at_least(hits, n, doubt=0.05):
+    """the share of hits that n trials with so many hits show with 95 % certainty: the lower end of the one-sided
+    interval of Clopper and Pearson 1934, https://doi.org/10.1093/biomet/26.4.404"""
+    low, high = 0.0, hits / n if n else 0.0
+    k = np.arange(hits, n + 1)
+    ways = math.lgamma(n + 1) - np.array([math.lgamma(i + 1) + math.lgamma(n - i + 1) for i in k])
+    for _ in range(40):  # bisection: at `low` so many hits or more are too rare
+        p = (low + high) / 2
+        if not 0 < p < 1:
+            break
+        rare = np.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p)).sum() < doubt
+        low, high = (p, high) if rare else (low, p)
+    return low
+
+
+def find_target(sure, right, target):
+    """the lowest confidence at which the records that are kept agree as a whole in a share of `target`, for sure
+    (see at_least): {min_confidence, kept, agree, at_least}, or None. sure, right (N, fields)."""
+    least, whole = sure.min(1), right.all(1)                    # (N,) each
+    for threshold in np.unique(least):
+        kept = least >= threshold
+        bound = at_least(int(whole[kept].sum()), int(kept.sum()))
+        if bound >= target:
+            return {'agreement': target, 'min_confidence': float(threshold), 'kept': float(kept.mean()),
+                    'agree': float(whole[kept].mean()), 'at_least': bound}
+    return None
+
+
+def store_target(folder, which, target):
+    """writes it into the checkpoint, which is whole before and after."""
+    path = checkpoint_path(folder, which)
+    checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    torch.save(checkpoint | {'target': target}, path.with_suffix('.tmp'))
+    os.replace(path.with_suffix('.tmp'), path)
+
+
 def cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
     """when a student has paid for itself. work: {extract_hours, train_hours, teacher_rec_s}. Prices are per
     million calls; break_even is in calls, inf where a call of the student saves nothing, nan where the
@@ -472,7 +512,8 @@ def print_in_words(figures, linear, money):
 
 def print_doubt_and_cost(checkpoint, student, space, shards, rows, free_answers, batch_size, *prices):
     """prints how well the student knows what it does not know, what a cascade gives, and when it has paid for
-    itself, and returns that. prices: the last arguments of cost."""
+    itself. prices: the last arguments of cost. Returns that cost, and of the odd records confidence and whether
+    it is the teacher's value, (N, fields) each."""
     start = time.perf_counter()
     held, decisions = zip(*decode(student, space, (shards.ids(i).tolist() for i in rows), batch_size))
     money = cost(checkpoint['work'], len(rows) / (time.perf_counter() - start), *prices)
@@ -495,7 +536,19 @@ def print_doubt_and_cost(checkpoint, student, space, shards, rows, free_answers,
     print(data_line('cost', money))
     if money['break_even'] == math.inf:
         print('at these prices a call of the student is no cheaper than one of the teacher: keep the teacher')
-    return money
+    return money, sure, right
+
+
+def set_target(folder, which, sure, right, target):
+    """finds, prints and stores the threshold for an agreement; see find_target."""
+    found = find_target(sure, right, target)
+    store_target(folder, which, found)
+    if found:
+        print(data_line('target', found))
+        print('stored in the student: sample.py takes --min_confidence=target')
+    else:
+        print(f'no threshold keeps records that agree in {target:g} for sure: more held-out records, a lower '
+              'target or a better student')
 
 
 if __name__ == '__main__':
@@ -526,8 +579,10 @@ if __name__ == '__main__':
         theirs = [shards.answer(rows[n]).tolist() for n in truth]
         for line in truth_lines(space, truth, {'teacher': theirs, 'student': [answers[n] for n in truth]}):
             print(data_line(*line))
-    money = print_doubt_and_cost(checkpoint, student, space, shards, rows, answers, sample_batch, hour_price,
-                                 teacher_price, calls_per_day)
+    money, sure, right = print_doubt_and_cost(checkpoint, student, space, shards, rows, answers, sample_batch,
+                                              hour_price, teacher_price, calls_per_day)
+    if target_agreement:
+        set_target(out, which, sure, right, target_agreement)
     print_examples(space, shards, rows, answers, examples)
     print_in_words(figures, checkpoint['linear'], money)
     if picture := draw(out, shards, rows[:500]):

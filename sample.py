@@ -43,8 +43,10 @@ too_long = 'cut'     # 'cut' or 'refuse'; what becomes of texts longer than the 
 constrain = True  # guaranteed: answers are held to the schema, so that they always parse; False: it runs free
 sample_batch = 64    # 1..; texts decoded together
 # doubt
-confidence = False   # add "_confidence": {field: probability that it is what the teacher would say}
-min_confidence = 0.0  # 0..1; a record with a field below gets "_defer": true ...
+confidence = False   # False, True or 'full'; add "_confidence": {field: probability that it is what the teacher
+                     # would say}, or 'full': {field: {value: probability}} of all values
+min_confidence = 0.0  # 0..1 or 'target'; a record with a field below gets "_defer": true ... 'target': the
+                      # threshold that evaluate.py --target_agreement= found
 ask_teacher = False  # ... or, with this, the teacher's answer and "_teacher": true
 teacher = ''         # file; the one to ask, as in extract.py; '': the one the student learned from
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
@@ -59,12 +61,15 @@ config = configure(globals())
 CHECKPOINT = 4  # version of the files that train.py writes
 
 
+def checkpoint_path(folder, which='best'):
+    path = Path(folder, 'best.pt')
+    return Path(folder, 'ckpt.pt') if which == 'last' or not path.is_file() else path
+
+
 def load_checkpoint(folder, device, which='best'):
     """folder of a training run -> checkpoint dict, Student, OutputSpace. SystemExit with one line where it
     will not do. which: the 'best' epoch's, or the 'last' one's."""
-    path = Path(folder, 'best.pt')
-    if which == 'last' or not path.is_file():
-        path = Path(folder, 'ckpt.pt')
+    path = checkpoint_path(folder, which)
     if not path.is_file():
         stop(f'{path} does not exist; run: {command("train.py")}')
     try:
@@ -265,6 +270,44 @@ def confidence_of(fields, decisions, temperature=None):
     return {name: math.exp(p) for name, p in log_p.items()}
 
 
+@torch.no_grad()
+def values(student, space, ids, outs, decisions, temperature=None):
+    """{field: [probability of each of its values, in their order]} for one answer: of the student held to the
+    schema, given the fields before as it answered them. That of the value chosen is confidence_of's.
+
+    ids: of the text; outs, decisions: what decode gave for it, held to the schema. A value's probability is
+    the product along its tokens of the softmax over the legal ones, so those of a field sum to 1. Where values
+    share their first tokens the decisions that are not on the answer's way are asked too, in one pass.
+    """
+    ways, known = space.ways, {}                                # known: logits (V,) by state
+    states = space.states(outs)
+    chosen = [n for n, state in enumerate(states) if len(space.moves[state]) > 1]
+    known = {states[n]: logits for n, (_, logits, _) in zip(chosen, decisions)}
+    first = {}                                                  # of each field: where its first decision is
+    for n in chosen:
+        first.setdefault(space.field[states[n]], n)
+    missing = {state: [*outs[:first[name]], *before] for name, of_values in ways.items()
+               for way in of_values for state, _, before in way if state not in known}
+    if missing:
+        rows = [[*ids, student.config.start_id, *(space.output_ids[o] for o in answer)]
+                for answer in missing.values()]
+        idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        asked = torch.full_like(idx, -1)
+        for n, row in enumerate(rows):
+            idx[n, :len(row)], asked[n, len(row) - 1] = torch.tensor(row), 0
+        device = student.lm_head.weight.device
+        logits = student(idx.to(device), asked.to(device)).float().cpu()  # (rows, V)
+        legal = space.next_state[list(missing)] >= 0
+        known |= dict(zip(missing, logits.masked_fill(~legal, -math.inf)))
+    result = {name: [1.0] for name in space.fields}             # a constant is certain
+    for name, of_values in ways.items():
+        t = (temperature or {}).get(name, 1.0)
+        log_p = {state: (known[state] / t).log_softmax(-1).tolist()
+                 for state in {state for way in of_values for state, _, _ in way}}
+        result[name] = [math.exp(sum(log_p[state][out] for state, out, _ in way)) for way in of_values]
+    return result
+
+
 # -----------------------------------------------------------------------------
 # text in, JSON out
 
@@ -297,6 +340,21 @@ def read_text(line, space, max_text, too_long):
     return ids[:max_text], '', n_cut
 
 
+def value_name(value):
+    """a value as the key of a JSON object."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def find_threshold(checkpoint, min_confidence):
+    """min_confidence as a number; 'target' is what evaluate.py --target_agreement= found."""
+    if min_confidence != 'target':
+        return min_confidence
+    target = checkpoint.get('target')
+    if not target:
+        stop(f'no target was set; run: {command("evaluate.py")} --target_agreement=0.9')
+    return target['min_confidence']
+
+
 def load_asker(teacher, task, space, device):
     """loads the teacher a student learned from; returns a function from lists of ids to its answers, output
     indices."""
@@ -321,62 +379,97 @@ def load_asker(teacher, task, space, device):
     return ask
 
 
-def to_record(space, outs, error, sure, confidence, mark):
-    """the dict that is printed for a text: its answer, or why there is none."""
-    if error:
-        return {'error': error}
-    answer = space.to_json(outs)
-    if answer is None:
-        raw = space.tokenizer.decode([space.output_ids[o] for o in outs], skip_special_tokens=True)
-        answer = {'error': 'answer breaks the schema', 'answer': raw}
-    answer = dict(answer)
-    if confidence:
-        answer['_confidence'] = {name: round(p, 4) for name, p in sure.items()}
-    return answer | mark
+class Labeler:
+    """A student, from Python: Labeler('out/demo')(['text', ...]) -> [{'sentiment': 'positive', ..., '_confidence':
+    {'sentiment': 0.93, ...}}, ...].
 
+    folder: of a training run. confidence: as the setting. too_long: 'cut', or 'refuse' for {'error': ...} in
+    place of an answer. min_confidence: records with a field below it get '_defer': True, or, with ask_teacher,
+    the teacher's answer and '_teacher': True. SystemExit with one line where the folder will not do.
+    """
 
-def label(lines, student, space, task, temperature=None, batch_size=64, constrain=True, too_long='cut',
-          confidence=False, min_confidence=0.0, ask=None):
-    """yields (record, number of its text's tokens that were cut off) for every line of bytes, in order."""
-    ahead, results = read_ahead(lines), []
-    waiting = deque()  # texts the decoder has not answered yet
-    drained = False    # whether there was no line when it asked last
+    def __init__(self, folder, device='auto', which='best', batch_size=64, constrain=True, too_long='cut',
+                 confidence=True, min_confidence=0.0, ask_teacher=False, teacher=''):
+        device = pick_device(device)
+        self.checkpoint, self.student, self.space = load_checkpoint(folder, device, which)
+        self.task, self.batch_size, self.constrain = self.checkpoint['task'], batch_size, constrain
+        self.too_long, self.confidence = too_long, confidence
+        self.min_confidence = find_threshold(self.checkpoint, min_confidence)
+        self.temperature = {name: of_field['temperature']
+                            for name, of_field in self.checkpoint['per_field'].items()}
+        self.ask = load_asker(teacher, self.task, self.space, device) if ask_teacher else None
 
-    def texts():
-        nonlocal drained
-        while True:
-            try:
-                line = ahead.get(block=not waiting)
-            except queue.Empty:
-                drained = True
-                yield None
-                continue
-            if line is None:
-                return
-            drained = False
-            waiting.append(read_text(line, space, task['max_text'], too_long))
-            yield waiting[-1][0]  # one without a text takes its place all the same, so that the order is kept
+    def __call__(self, texts):
+        """a dict for each of an iterable of texts, in their order."""
+        return [record for record, _ in self.stream(text.encode('utf-8', 'replace') for text in texts)]
 
-    def finish(results):
-        """the records of these results; those the student is unsure of are the teacher's, or marked."""
-        doubtful = [i for i, (_, _, sure, error, _) in enumerate(results)
-                    if not error and min(sure.values(), default=0) < min_confidence]
-        theirs = ask([results[i][0] for i in doubtful]) if ask and doubtful else []
-        theirs = dict(zip(doubtful, theirs))
-        for i, (ids, outs, sure, error, n_cut) in enumerate(results):
-            mark = {'_teacher' if ask else '_defer': True} if i in doubtful else {}
-            yield to_record(space, theirs.get(i, outs), error, sure, confidence, mark), n_cut
+    def read(self, line):
+        """a text as bytes -> its ids, why it is not to be answered or '', number of ids cut off."""
+        return read_text(line, self.space, self.task['max_text'], self.too_long)
 
-    for outs, decisions in decode(student, space, texts(), batch_size, constrain):
-        ids, error, n_cut = waiting.popleft()
-        sure = {}
-        if (confidence or min_confidence) and space.to_json(outs) is not None:
-            sure = confidence_of(space.fields, decisions, temperature)
-        results.append((ids, outs, sure, error, n_cut))
-        if not ask or drained or not waiting or len(results) >= batch_size:  # the teacher likes many at once
-            yield from finish(results)
-            results = []
-    yield from finish(results)
+    def stream(self, lines):
+        """yields (record, number of its text's tokens that were cut off) for every line of bytes, in order, as
+        soon as it is known."""
+        ahead, results = read_ahead(lines), []
+        waiting = deque()  # texts the decoder has not answered yet
+        drained = False    # whether there was no line when it asked last
+
+        def texts():
+            nonlocal drained
+            while True:
+                try:
+                    line = ahead.get(block=not waiting)
+                except queue.Empty:
+                    drained = True
+                    yield None
+                    continue
+                if line is None:
+                    return
+                drained = False
+                waiting.append(self.read(line))
+                yield waiting[-1][0]  # one without a text takes its place all the same: the order is kept
+
+        for answer in decode(self.student, self.space, texts(), self.batch_size, self.constrain):
+            results.append((*waiting.popleft(), *answer))
+            if not self.ask or drained or not waiting or len(results) >= self.batch_size:
+                yield from self.finish(results)  # the teacher likes many at once
+                results = []
+        yield from self.finish(results)
+
+    def sure(self, ids, outs, decisions):
+        """{field: probability of its value}, and what is shown of it."""
+        sure = confidence_of(self.space.fields, decisions, self.temperature)
+        if self.confidence != 'full':
+            return sure, {name: round(p, 4) for name, p in sure.items()}
+        shown = values(self.student, self.space, ids, outs, decisions, self.temperature)
+        return sure, {name: {value_name(value): round(p, 4) for value, p in zip(self.space.fields[name], of_values)}
+                      for name, of_values in shown.items()}
+
+    def finish(self, results):
+        """the records of these results, (ids, error, n_cut, outs, decisions); those the student is unsure of
+        are the teacher's, or marked."""
+        records, doubtful = [], {}
+        for n, (ids, error, n_cut, outs, decisions) in enumerate(results):
+            answer = None if error else self.space.to_json(outs)
+            if error:
+                record = {'error': error}
+            elif answer is None:
+                raw = self.space.tokenizer.decode([self.space.output_ids[o] for o in outs],
+                                                  skip_special_tokens=True)
+                record = {'error': 'answer breaks the schema', 'answer': raw}
+            else:
+                record = dict(answer)
+                if self.confidence or self.min_confidence:
+                    sure, shown = self.sure(ids, outs, decisions)
+                    record |= {'_confidence': shown} if self.confidence else {}
+                    if min(sure.values()) < self.min_confidence:
+                        doubtful[n] = ids
+            records.append((record, n_cut))
+        theirs = self.ask(list(doubtful.values())) if self.ask and doubtful else [None] * len(doubtful)
+        for n, outs in zip(doubtful, theirs):
+            records[n][0].update({'_defer': True} if outs is None else
+                                 {**self.space.to_json(outs), '_teacher': True})
+        return records
 
 
 def say(line):
@@ -384,11 +477,11 @@ def say(line):
     print(line, file=sys.stderr, flush=True)
 
 
-def print_labels(lines, student, space, task, *options):
+def print_labels(labeler, lines):
     """prints a JSON line per text; a reader that goes away (| head -1) ends it quietly."""
     cut = 0
     try:
-        for record, n_cut in label(lines, student, space, task, *options):
+        for record, n_cut in labeler.stream(lines):
             print(json.dumps(record, ensure_ascii=False), flush=True)
             cut += n_cut > 0
     except OSError as error:
@@ -396,7 +489,7 @@ def print_labels(lines, student, space, task, *options):
         if not isinstance(error, BrokenPipeError):
             stop(f'cannot write the answers: {error.strerror}')
     if cut:
-        say(f'{cut} texts were longer than the {task["max_text"]} tokens the student reads; '
+        say(f'{cut} texts were longer than the {labeler.task["max_text"]} tokens the student reads; '
             'their ends were ignored')
 
 
@@ -425,19 +518,16 @@ if __name__ == '__main__':
         piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
     if not (text is not None or input or piped or terminal):
         stop(f'nothing to label; give a text: {command("sample.py")} --text="...", --input=FILE, or a pipe')
-    checkpoint, student, space = load_checkpoint(Path('out', run or name), device, which)
-    task = checkpoint['task']
-    note_changes(task, fields, prompt)
-    ask = load_asker(teacher, task, space, device) if ask_teacher else None
-    temperature = {field: figures['temperature'] for field, figures in checkpoint['per_field'].items()}
-    options = temperature, sample_batch, constrain, too_long, confidence, min_confidence, ask
+    labeler = Labeler(Path('out', run or name), device, which, sample_batch, constrain, too_long, confidence,
+                      min_confidence, ask_teacher, teacher)
+    note_changes(labeler.task, fields, prompt)
     try:
         if text is not None:
-            print_labels([text.encode('utf-8', 'replace')], student, space, task, *options)
+            print_labels(labeler, [text.encode('utf-8', 'replace')])
         elif input or piped:
-            print_labels(open(input or 0, 'rb'), student, space, task, *options)
+            print_labels(labeler, open(input or 0, 'rb'))
         else:
             for line in typed_lines():
-                print_labels([line], student, space, task, *options)
+                print_labels(labeler, [line])
     except KeyboardInterrupt:
         pass

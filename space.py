@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 import re
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -216,17 +216,29 @@ class OutputSpace:
         """{state: {output index: probability}} at every decision in a field's value, from the probabilities
         of its values (a list, in their order): at each state those of the values that a token leads to,
         summed. Where none of them can be reached all tokens are alike."""
-        rows, first = {}, {name: values[0] for name, values in self.fields.items()}
-        for value, p in zip(self.fields[field], probabilities):
-            outs = self.from_json({**first, field: value})
-            for state, out in zip(self.states(outs), outs):
-                if self.field[state] == field and len(self.moves[state]) > 1:
-                    row = rows.setdefault(state, dict.fromkeys(self.moves[state], 0.0))
-                    row[out] += p
+        rows = {}
+        for way, p in zip(self.ways.get(field, []), probabilities):
+            for state, out, _ in way:
+                row = rows.setdefault(state, dict.fromkeys(self.moves[state], 0.0))
+                row[out] += p
         for row in rows.values():
             total = sum(row.values())
             row.update({out: p / total if total else 1 / len(row) for out, p in row.items()})
         return rows
+
+    @cached_property
+    def ways(self):
+        """{field: [way of each of its values]}, of fields with a choice: the way to a value is its decisions,
+        [(state, output index, the output indices from the field's first decision to here)]."""
+        ways, first = {}, {name: values[0] for name, values in self.fields.items()}
+        for name in [name for name, values in self.fields.items() if len(values) > 1]:
+            ways[name] = []
+            for value in self.fields[name]:
+                outs = self.from_json({**first, name: value})
+                at = [(n, state) for n, state in enumerate(self.states(outs))
+                      if self.field[state] == name and len(self.moves[state]) > 1]
+                ways[name].append([(state, outs[n], tuple(outs[at[0][0]:n])) for n, state in at])
+        return ways
 
     def misfits(self, prompt):
         """yields what is wrong with each JSON object in a prompt that is no answer of this schema in its due

@@ -103,7 +103,10 @@ def in_words(parts):
 
 def convert(value, default, parts=()):
     """value with the type of default; text is read as that type, and a plain constant as the text it would be
-    on the command line. ValueError or SyntaxError where it cannot be. parts: what the setting may be."""
+    on the command line. ValueError or SyntaxError where it cannot be. parts: what the setting may be; a word
+    among them stands for itself."""
+    if isinstance(value, str) and repr(value) in parts:
+        return value
     if isinstance(default, str) and isinstance(value, (bool, int, float)):
         return str(value)
     if isinstance(value, str) and not isinstance(default, str) and 'text' not in parts:

@@ -10,8 +10,8 @@ import torch
 
 import data
 from conftest import FIELDS, clone_task, one_line, run
-from evaluate import (BROKEN, agreement, calibration_error, cascade, cost, field_texts, fit_temperature,
-                      read_truth, truth_lines)
+from evaluate import (BROKEN, agreement, at_least, calibration_error, cascade, cost, field_texts, find_target,
+                      fit_temperature, read_truth, truth_lines)
 from sample import generate, load_checkpoint
 from space import OutputSpace
 
@@ -130,3 +130,36 @@ def test_without_held_out_records_the_figures_of_the_training_are_shown(project,
     done = run(root, 'evaluate.py', '--which=last')
     assert done.returncode == 0, done.stderr
     assert 'val step=115' in done.stdout and 'no held-out records here' in done.stdout
+
+
+def test_the_bound_of_a_share_is_that_of_clopper_and_pearson():
+    for hits, n in ((9, 10), (95, 100), (0, 5), (5, 5), (700, 1000), (1, 1)):
+        p = at_least(hits, n)
+        tail = sum(math.comb(n, k) * p ** k * (1 - p) ** (n - k) for k in range(hits, n + 1))
+        assert tail == pytest.approx(1 if hits == 0 else 0.05, rel=1e-3) and (p == 0 if hits == 0 else p < hits / n)
+    assert at_least(59, 59) == pytest.approx(0.05 ** (1 / 59), abs=1e-6)  # p ** n = 0.05
+
+
+def test_the_target_is_the_lowest_threshold_that_holds_and_is_stored(project, tmp_path):
+    sure = np.linspace(0.3, 1, 400)[:, None].repeat(2, 1)
+    right = np.ones((400, 2), bool)
+    right[:200:2, 1] = False                                    # half of the unsure ones are wrong in a field
+    found = find_target(sure, right, 0.9)
+    kept = sure[:, 0] >= found['min_confidence']
+    assert found['agree'] == pytest.approx(right[kept].all(1).mean()) and found['at_least'] >= 0.9
+    lower = sure[~kept, 0].max()                                # the next lower one does not hold
+    more = right[sure[:, 0] >= lower].all(1)
+    assert at_least(int(more.sum()), len(more)) < 0.9 and found['kept'] == pytest.approx(kept.mean())
+    assert find_target(sure, ~right, 0.5) is None
+    root = clone_task(project, tmp_path, 'toy-00', 'out')
+    done = run(root, 'evaluate.py', '--target_agreement=0.3')
+    line, = [line for line in done.stdout.splitlines() if line.startswith('target ')]
+    threshold = float(line.split('min_confidence=')[1].split()[0])
+    stored = load_checkpoint(root / 'out/toy', 'cpu')[0]['target']
+    assert stored['min_confidence'] == pytest.approx(threshold, rel=1e-3) and stored['agreement'] == 0.3
+    content = b'hello my friend\nbuy now\nthe cat sat\n'
+    by_name = run(root, 'sample.py', '--min_confidence=target', stdin=content)
+    assert by_name.stdout == run(root, 'sample.py', f'--min_confidence={stored["min_confidence"]}', stdin=content).stdout
+    assert by_name.returncode == 0 and len(by_name.stdout.splitlines()) == 3
+    assert 'no threshold' in run(root, 'evaluate.py', '--target_agreement=1').stdout
+    assert 'no target was set' in one_line(run(root, 'sample.py', '--min_confidence=target', '--text=a'))

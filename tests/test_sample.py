@@ -15,8 +15,8 @@ import torch
 
 import data
 from bench import stepwise
-from conftest import FIELDS, clone_task, one_line, run, tiny_student
-from sample import confidence_of, decode, generate, label, load_checkpoint
+from conftest import FIELDS, SCHEMAS, clone_task, one_line, run, tiny_student
+from sample import Labeler, confidence_of, decode, generate, load_checkpoint, values
 from space import OutputSpace
 
 many = hypothesis.settings(max_examples=40, deadline=None, derandomize=True,
@@ -224,13 +224,13 @@ def test_a_checkpoint_of_another_version_is_refused_by_its_number(project, tmp_p
 def test_the_last_answers_of_a_pause_are_not_held_back_for_the_teacher(project):
     """with a teacher, results are gathered; but where nothing is under way, nobody must wait for the next
     line."""
-    checkpoint, student, space = load_checkpoint(project / 'out/toy', 'cpu')
+    labeler = Labeler(project / 'out/toy', 'cpu', batch_size=2, confidence=False, min_confidence=2.0)
+    always = labeler.space.from_json({'tone': 'neutral', 'spam': True})
+    labeler.ask = lambda texts: [always for _ in texts]
     lines = queue.Queue()
     for text in (b'hello my friend', b'buy now', b'the cat sat'):
         lines.put(text)
-    records = label(iter(lines.get,
-                         None), student, space, checkpoint['task'], batch_size=2, min_confidence=2.0,
-                    ask=lambda texts: [space.from_json({'tone': 'neutral', 'spam': True}) for _ in texts])
+    records = labeler.stream(iter(lines.get, None))
     assert [next(records)[0] for _ in range(3)] == [{'tone': 'neutral', 'spam': True, '_teacher': True}] * 3
     lines.put(None)
     assert list(records) == []
@@ -284,3 +284,48 @@ def test_a_pipe_is_an_input_and_a_text_beside_one_is_not(project, tmp_path):
     assert list(json.loads(done.stdout)) == list(FIELDS), done.stderr
     assert 'not both' in one_line(run(project, 'sample.py', '--text=hi', '--input=config/toy.py'))
     assert 'is a directory' in one_line(run(project, 'sample.py', '--input=config'))
+
+
+@pytest.mark.parametrize('fields, indent, fence', SCHEMAS)
+def test_the_probabilities_of_all_values_are_those_of_a_slow_twin(tokenizer, fields, indent, fence):
+    """token by token, without a cache, every value written out."""
+    space = OutputSpace(tokenizer, fields, indent, fence, auxiliary=range(4, 90))
+    student = tiny_student(space, vocab_size=600, block_size=120)
+    temperature = {name: 0.5 + n for n, name in enumerate(fields)}
+    texts = [[5, 9, 77], [300, 8], [4, 4, 4, 9]]
+    for ids, (outs, decisions) in zip(texts, decode(student, space, texts)):
+        answer, result = space.to_json(outs), values(student, space, ids, outs, decisions, temperature)
+        for name, of_field in fields.items():
+            twin = []
+            for value in of_field:
+                written, log_p = space.from_json({**answer, name: value}), 0.0
+                for n, state in enumerate(space.states(written)):
+                    if space.field[state] == name and len(space.moves[state]) > 1:
+                        row = [*ids, 1, *(space.output_ids[o] for o in written[:n])]
+                        with torch.no_grad():
+                            logits = student(torch.tensor([row]))[0, -1]
+                        legal = list(space.moves[state])
+                        log_p += (logits[legal] / temperature[name]).log_softmax(0)[legal.index(written[n])].item()
+                twin.append(math.exp(log_p))
+            assert result[name] == pytest.approx(twin, abs=1e-5) and sum(result[name]) == pytest.approx(1, abs=1e-5)
+            chosen = [json.dumps(value) for value in of_field].index(json.dumps(answer[name]))
+            sure = confidence_of(fields, decisions, temperature)[name]
+            assert result[name][chosen] == pytest.approx(sure, abs=1e-5)
+
+
+def test_from_python_the_answers_are_those_of_the_program(project):
+    texts = ['hello my friend', '', 'buy  the\ncat now', 'x\ud800y', 'the cat ' * 60]
+    done = run(project, 'sample.py', '--confidence=True', stdin='\n'.join(
+        ' '.join(text.split()) for text in texts).encode('utf-8', 'replace') + b'\n')
+    ours = Labeler(project / 'out/toy', 'cpu')(texts)
+    assert ours == [json.loads(line) for line in done.stdout.splitlines()] and ours[1] == {'error': 'empty text'}
+    assert set(ours[0]['_confidence']) == set(FIELDS)
+    full, = Labeler(project / 'out/toy', 'cpu', confidence='full')(texts[:1])
+    for name, of_field in FIELDS.items():
+        shares = full['_confidence'][name]
+        assert list(shares) == [v if isinstance(v, str) else json.dumps(v) for v in of_field]
+        own = full[name] if isinstance(full[name], str) else json.dumps(full[name])
+        assert shares[own] == ours[0]['_confidence'][name] == max(shares.values())
+    said = run(project, 'sample.py', '--confidence=full', '--text=hello my friend')
+    assert json.loads(said.stdout) == full
+    assert 'no target was set; run' in one_line(run(project, 'sample.py', '--min_confidence=target', '--text=a'))
