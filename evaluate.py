@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from config import configure, pick_device, stop
 from data import Shards, read_texts, text_hash
-from sample import (checkpoint_path, confidence_of, decode, generate, load_checkpoint, note_changes)
+from sample import checkpoint_path, confidence_of, decode, generate, load_checkpoint, note_changes
 
 name = ''            # word; data/<dataset>/<name>-* has the held-out records
 dataset = ''         # word
@@ -32,8 +32,8 @@ which = 'best'       # 'best' or 'last'; the epoch to use: the best by train.py'
 sample_batch = 64    # 1..; texts decoded together
 examples = 8         # 0..; held-out texts shown
 # doubt
-target_agreement = 0.0  # 0..1; find the lowest min_confidence at which what the student keeps agrees at least so
-                        # often, whole answers, with 95 % certainty, and store it in the student. 0: do not
+target_agreement = 0.0  # 0..1; find the lowest min_confidence at which the answers that are kept agree as a
+                        # whole at least so often, with 95 % certainty, and store it in the student. 0: do not
 # savings
 hour_price = 1.0     # 0..; of the machine that runs teacher and student, in any currency
 teacher_price = 0.0  # 0..; of a million calls, where it is bought by the call; 0: what its hours cost
@@ -175,15 +175,21 @@ def truth_lines(space, truth, answers):
         yield 'truth', {'name': field, 'records': len(due), **figures, 'majority': counts.max() / len(due)}
 
 
-def linear_baseline(shards, space, train_rows, rows):
-    """What a linear model learns from the same records, as the yardstick of whether a student is worth it:
-    TF-IDF of words and pairs of words, logistic regression per field. {} where scikit-learn is missing, else
-    field, exact and fields: {name: agreement}."""
-    if not importlib.util.find_spec('sklearn'):
-        return {}
+def word_counts():
+    """an untrained linear model of texts: TF-IDF of words and pairs of words, logistic regression."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
+    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r'\S+')
+    return make_pipeline(words, LogisticRegression(max_iter=1000))
+
+
+def linear_baseline(shards, space, train_rows, rows):
+    """What a linear model learns from the same records, as the yardstick of whether a student is worth it:
+    word_counts per field. {} where scikit-learn is missing, else field, exact and fields: {name:
+    agreement}."""
+    if not importlib.util.find_spec('sklearn'):
+        return {}
     texts, held = ([space.tokenizer.decode(shards.ids(i).tolist()) for i in some]
                    for some in (train_rows, rows))
     known, theirs = (field_texts(space, [shards.answer(i).tolist() for i in some])
@@ -192,9 +198,7 @@ def linear_baseline(shards, space, train_rows, rows):
     for field in space.fields:
         guess = known[field][:1] * len(held)
         if len(set(known[field])) > 1:
-            words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r'\S+')
-            model = make_pipeline(words, LogisticRegression(max_iter=1000))
-            guess = model.fit(texts, known[field]).predict(held)
+            guess = word_counts().fit(texts, known[field]).predict(held)
         right[field] = np.array([g == t for g, t in zip(guess, theirs[field])])
     return {'field': float(np.mean([r.mean() for r in right.values()])),
             'exact': float(np.all(list(right.values()), axis=0).mean()),
@@ -270,8 +274,8 @@ def cascade(sure, right, shares=(0, 0.05, 0.1, 0.2, 0.3, 0.5)):
 
 
 def at_least(hits, n, doubt=0.05):
-    """the share of hits that n trials with so many hits show with 95 % certainty: the lower end of the one-sided
-    interval of Clopper and Pearson 1934, https://doi.org/10.1093/biomet/26.4.404"""
+    """the share of hits that n trials with so many hits show with 95 % certainty: the lower end of the
+    one-sided interval of Clopper and Pearson 1934, https://doi.org/10.1093/biomet/26.4.404"""
     low, high = 0.0, hits / n if n else 0.0
     k = np.arange(hits, n + 1)
     ways = math.lgamma(n + 1) - np.array([math.lgamma(i + 1) + math.lgamma(n - i + 1) for i in k])
@@ -285,8 +289,9 @@ def at_least(hits, n, doubt=0.05):
 
 
 def find_target(sure, right, target):
-    """the lowest confidence at which the records that are kept agree as a whole in a share of `target`, for sure
-    (see at_least): {min_confidence, kept, agree, at_least}, or None. sure, right (N, fields)."""
+    """the lowest confidence at which the records that are kept agree as a whole in a share of `target`, for
+    sure (see at_least): {agreement, min_confidence, kept, agree, at_least}, or None. sure, right (N,
+    fields)."""
     least, whole = sure.min(1), right.all(1)                    # (N,) each
     for threshold in np.unique(least):
         kept = least >= threshold
@@ -301,8 +306,11 @@ def store_target(folder, which, target):
     """writes it into the checkpoint, which is whole before and after."""
     path = checkpoint_path(folder, which)
     checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    torch.save(checkpoint | {'target': target}, path.with_suffix('.tmp'))
-    os.replace(path.with_suffix('.tmp'), path)
+    try:
+        torch.save(checkpoint | {'target': target}, path.with_suffix('.tmp'))
+        os.replace(path.with_suffix('.tmp'), path)
+    except (OSError, RuntimeError) as error:
+        stop(f'cannot write to {folder}: {str(error).splitlines()[0]}; the student is as it was')
 
 
 def cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
@@ -512,8 +520,8 @@ def print_in_words(figures, linear, money):
 
 def print_doubt_and_cost(checkpoint, student, space, shards, rows, free_answers, batch_size, *prices):
     """prints how well the student knows what it does not know, what a cascade gives, and when it has paid for
-    itself. prices: the last arguments of cost. Returns that cost, and of the odd records confidence and whether
-    it is the teacher's value, (N, fields) each."""
+    itself. prices: the last arguments of cost. Returns that cost, and of the odd records how sure the student
+    is and whether its value is the teacher's, (N, fields) each."""
     start = time.perf_counter()
     held, decisions = zip(*decode(student, space, (shards.ids(i).tolist() for i in rows), batch_size))
     money = cost(checkpoint['work'], len(rows) / (time.perf_counter() - start), *prices)

@@ -17,6 +17,8 @@ import math
 
 import numpy as np
 
+from space import value_name
+
 NEVER = -30.0  # logit of a token that the schema forbids: a probability of 1e-13
 LEAST = 1e-6   # probability of a legal token that nobody chose
 
@@ -24,7 +26,7 @@ LEAST = 1e-6   # probability of a legal token that nobody chose
 def values_of(given, values):
     """probabilities of a field's values, in their order, from a JSON object or a constant; ValueError where
     it is neither."""
-    names = [value if isinstance(value, str) else json.dumps(value) for value in values]
+    names = [value_name(value) for value in values]
     if not isinstance(given, dict):  # an answer
         given = {name: 1 for name, value in zip(names, values) if json.dumps(value) == json.dumps(given)}
     right = all(name in names and type(p) in (int, float) and 0 <= p < math.inf for name, p in given.items())

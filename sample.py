@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from config import command, configure, pick_device, stop
 from data import clean
 from model import Student, StudentConfig
-from space import OutputSpace, accepted, tokenizer_hash
+from space import OutputSpace, accepted, tokenizer_hash, value_name
 
 name = ''            # word; out/<name> is the student ...
 run = ''             # word; ... or out/<run>
@@ -43,8 +43,8 @@ too_long = 'cut'     # 'cut' or 'refuse'; what becomes of texts longer than the 
 constrain = True  # guaranteed: answers are held to the schema, so that they always parse; False: it runs free
 sample_batch = 64    # 1..; texts decoded together
 # doubt
-confidence = False   # False, True or 'full'; add "_confidence": {field: probability that it is what the teacher
-                     # would say}, or 'full': {field: {value: probability}} of all values
+confidence = False   # False, True or 'full'; add "_confidence": {field: probability that it is what the
+                     # teacher would say}, or 'full': {field: {value: probability}} of all values
 min_confidence = 0.0  # 0..1 or 'target'; a record with a field below gets "_defer": true ... 'target': the
                       # threshold that evaluate.py --target_agreement= found
 ask_teacher = False  # ... or, with this, the teacher's answer and "_teacher": true
@@ -276,13 +276,12 @@ def values(student, space, ids, outs, decisions, temperature=None):
     schema, given the fields before as it answered them. That of the value chosen is confidence_of's.
 
     ids: of the text; outs, decisions: what decode gave for it, held to the schema. A value's probability is
-    the product along its tokens of the softmax over the legal ones, so those of a field sum to 1. Where values
-    share their first tokens the decisions that are not on the answer's way are asked too, in one pass.
+    the product along its tokens of the softmax over the legal ones, so those of a field sum to 1. Where
+    values share their first tokens the decisions that are not on the answer's way are asked too, in one pass.
     """
-    ways, known = space.ways, {}                                # known: logits (V,) by state
-    states = space.states(outs)
+    ways, states = space.ways, space.states(outs)
     chosen = [n for n, state in enumerate(states) if len(space.moves[state]) > 1]
-    known = {states[n]: logits for n, (_, logits, _) in zip(chosen, decisions)}
+    known = {states[n]: logits for n, (_, logits, _) in zip(chosen, decisions)}  # (V,) by state
     first = {}                                                  # of each field: where its first decision is
     for n in chosen:
         first.setdefault(space.field[states[n]], n)
@@ -340,11 +339,6 @@ def read_text(line, space, max_text, too_long):
     return ids[:max_text], '', n_cut
 
 
-def value_name(value):
-    """a value as the key of a JSON object."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def find_threshold(checkpoint, min_confidence):
     """min_confidence as a number; 'target' is what evaluate.py --target_agreement= found."""
     if min_confidence != 'target':
@@ -380,12 +374,13 @@ def load_asker(teacher, task, space, device):
 
 
 class Labeler:
-    """A student, from Python: Labeler('out/demo')(['text', ...]) -> [{'sentiment': 'positive', ..., '_confidence':
-    {'sentiment': 0.93, ...}}, ...].
+    """A student, from Python: Labeler('out/demo')(['text', ...]) -> [{'sentiment': 'positive', ...,
+    '_confidence': {'sentiment': 0.93, ...}}, ...].
 
     folder: of a training run. confidence: as the setting. too_long: 'cut', or 'refuse' for {'error': ...} in
-    place of an answer. min_confidence: records with a field below it get '_defer': True, or, with ask_teacher,
-    the teacher's answer and '_teacher': True. SystemExit with one line where the folder will not do.
+    place of an answer. min_confidence: records with a field below it get '_defer': True, or, with
+    ask_teacher, the teacher's answer and '_teacher': True. SystemExit with one line where the folder will not
+    do.
     """
 
     def __init__(self, folder, device='auto', which='best', batch_size=64, constrain=True, too_long='cut',
@@ -408,8 +403,8 @@ class Labeler:
         return read_text(line, self.space, self.task['max_text'], self.too_long)
 
     def stream(self, lines):
-        """yields (record, number of its text's tokens that were cut off) for every line of bytes, in order, as
-        soon as it is known."""
+        """yields (record, number of its text's tokens that were cut off) for every line of bytes, in order,
+        as soon as it is known."""
         ahead, results = read_ahead(lines), []
         waiting = deque()  # texts the decoder has not answered yet
         drained = False    # whether there was no line when it asked last
@@ -442,8 +437,8 @@ class Labeler:
         if self.confidence != 'full':
             return sure, {name: round(p, 4) for name, p in sure.items()}
         shown = values(self.student, self.space, ids, outs, decisions, self.temperature)
-        return sure, {name: {value_name(value): round(p, 4) for value, p in zip(self.space.fields[name], of_values)}
-                      for name, of_values in shown.items()}
+        return sure, {name: dict(zip(map(value_name, self.space.fields[name]), (round(p, 4) for p in row)))
+                      for name, row in shown.items()}
 
     def finish(self, results):
         """the records of these results, (ids, error, n_cut, outs, decisions); those the student is unsure of
@@ -457,6 +452,8 @@ class Labeler:
                 raw = self.space.tokenizer.decode([self.space.output_ids[o] for o in outs],
                                                   skip_special_tokens=True)
                 record = {'error': 'answer breaks the schema', 'answer': raw}
+                if self.min_confidence:
+                    doubtful[n] = ids
             else:
                 record = dict(answer)
                 if self.confidence or self.min_confidence:
@@ -467,8 +464,11 @@ class Labeler:
             records.append((record, n_cut))
         theirs = self.ask(list(doubtful.values())) if self.ask and doubtful else [None] * len(doubtful)
         for n, outs in zip(doubtful, theirs):
-            records[n][0].update({'_defer': True} if outs is None else
-                                 {**self.space.to_json(outs), '_teacher': True})
+            record, n_cut = records[n]
+            if outs is not None:
+                sure = {'_confidence': record['_confidence']} if '_confidence' in record else {}
+                record = self.space.to_json(outs) | sure
+            records[n] = record | {'_defer' if outs is None else '_teacher': True}, n_cut
         return records
 
 

@@ -28,6 +28,11 @@ def special_ids(tokenizer):
     return {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
 
+def value_name(value):
+    """a value as the key of a JSON object."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def accepted(draft, chosen):
     """what stands of a draft that a model has read at once: its tokens as far as the model would have written
     them too, then the model's own. So greedy decoding gives the same answer, only in fewer passes.

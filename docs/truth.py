@@ -3,13 +3,12 @@ people said of the same texts' sentiment. The tables of docs/results.md.
 
     pip install vaderSentiment sparrow-decider==0.2.0           # those that are missing are left out
     python docs/truth.py --dataset=tweets --runs=tweets
-    python docs/truth.py --dataset=reddit --teachers=reddit_270m,reddit_qwen --runs=reddit_270m,reddit_qwen
+    python docs/truth.py --dataset=reddit_truth --teachers=reddit_270m --runs=reddit_270m
 
 Measured on the texts of data/<dataset>/input.jsonl that carry the truth, that each of the teachers has
 answered, and that none of the runs was trained on.
 """
 import importlib.util
-import json
 import sys
 import time
 from pathlib import Path
@@ -20,8 +19,8 @@ from tokenizers import Tokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
 from config import configure, stop
 from data import Shards, held_out, read_texts, text_hash
-from evaluate import data_line
-from sample import generate, load_checkpoint
+from evaluate import data_line, word_counts
+from sample import Labeler
 from space import OutputSpace
 
 dataset = 'tweets'     # data/<dataset>/input.jsonl has the texts
@@ -56,28 +55,17 @@ def by_sparrow():
 
 
 def linear_answers(texts, truth, fold, wanted):
-    """answers of TF-IDF and logistic regression to the wanted texts, each by a model trained on the truth of
-    the other nine folds; and the seconds that took without the training."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
+    """answers of word counts to the wanted texts, each by a model trained on the truth of the other nine
+    folds; and the seconds that took without the training."""
     texts, truth, answers, seconds = np.array(texts, object), np.array(truth), {}, 0.0
     for k in range(10):
         if not len(mine := np.flatnonzero(wanted & (fold == k))):
             continue
-        words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r'\S+')
-        model = make_pipeline(words, LogisticRegression(max_iter=1000)).fit(texts[fold != k], truth[fold != k])
+        model = word_counts().fit(texts[fold != k], truth[fold != k])
         start = time.perf_counter()
         answers |= dict(zip(mine, model.predict(texts[mine])))
         seconds += time.perf_counter() - start
     return [answers[n] for n in sorted(answers)], seconds
-
-
-def student_answers(checkpoint, student, space, texts):
-    """what a student says; a text longer than it reads is cut."""
-    most = checkpoint['task']['max_text']
-    ids = [encoding.ids[:most] for encoding in space.tokenizer.encode_batch(texts, add_special_tokens=False)]
-    return [space.to_json(outs)['sentiment'] for outs in generate(student, space, ids)]
 
 
 def show(who, answers, truth, rec_s):
@@ -107,10 +95,11 @@ if __name__ == '__main__':
         said[name] = shards, space, dict(zip(shards.hashes.tolist(), range(len(shards))))
         wanted &= np.isin(hashes, shards.hashes)
     for run in filter(None, runs.split(',')):
-        checkpoint, student, space = load_checkpoint(Path('out', run), 'cpu')
-        trained = Shards(checkpoint['config']['dataset'], checkpoint['config']['name']).hashes
+        labeler = Labeler(Path('out', run), 'cpu', confidence=False)
+        task = labeler.checkpoint['config']
+        trained = Shards(task['dataset'], task['name']).hashes
         wanted &= ~np.isin(hashes, trained[~held_out(trained)])
-        students.append((run, checkpoint, student, space))
+        students.append((run, labeler))
     some = np.flatnonzero(wanted)
     if not len(some):
         stop('no text is left that all of them can be measured on')
@@ -132,8 +121,8 @@ if __name__ == '__main__':
         answers = [space.to_json(shards.answer(number[int(hashes[n])]).tolist())['sentiment'] for n in some]
         timed = shards.meta['timed']
         show(f'teacher_{name}', answers, due, timed['records'] / timed['seconds'])
-    for run, *student in students:
-        student_answers(*student, asked[:200])                  # warm
+    for run, labeler in students:
+        labeler(asked[:200])                                    # warm
         start = time.perf_counter()
-        answers = student_answers(*student, asked)
+        answers = [record['sentiment'] for record in labeler(asked)]
         show(f'student_{run}', answers, due, len(asked) / (time.perf_counter() - start))

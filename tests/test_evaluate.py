@@ -108,7 +108,8 @@ def test_the_report_shows_teacher_and_student_side_by_side(project):
     done = run(project, 'evaluate.py', '--examples=2')
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    pairs = [[line.split()[1:] for line in lines if line.startswith(f'   {who} ')] for who in ('teacher', 'student')]
+    pairs = [[line.split()[1:] for line in lines if line.startswith(f'   {who} ')]
+             for who in ('teacher', 'student')]
     assert len(pairs[0]) == len(pairs[1]) == 2
     for theirs, ours in zip(*pairs):
         assert [a != b for a, b in zip(theirs, ours)] == [value.endswith('<') for value in ours]
@@ -136,7 +137,8 @@ def test_the_bound_of_a_share_is_that_of_clopper_and_pearson():
     for hits, n in ((9, 10), (95, 100), (0, 5), (5, 5), (700, 1000), (1, 1)):
         p = at_least(hits, n)
         tail = sum(math.comb(n, k) * p ** k * (1 - p) ** (n - k) for k in range(hits, n + 1))
-        assert tail == pytest.approx(1 if hits == 0 else 0.05, rel=1e-3) and (p == 0 if hits == 0 else p < hits / n)
+        assert tail == pytest.approx(1 if hits == 0 else 0.05, rel=1e-3)
+        assert p == 0 if hits == 0 else p < hits / n
     assert at_least(59, 59) == pytest.approx(0.05 ** (1 / 59), abs=1e-6)  # p ** n = 0.05
 
 
@@ -159,7 +161,8 @@ def test_the_target_is_the_lowest_threshold_that_holds_and_is_stored(project, tm
     assert stored['min_confidence'] == pytest.approx(threshold, rel=1e-3) and stored['agreement'] == 0.3
     content = b'hello my friend\nbuy now\nthe cat sat\n'
     by_name = run(root, 'sample.py', '--min_confidence=target', stdin=content)
-    assert by_name.stdout == run(root, 'sample.py', f'--min_confidence={stored["min_confidence"]}', stdin=content).stdout
+    typed = run(root, 'sample.py', f'--min_confidence={stored["min_confidence"]}', stdin=content)
+    assert by_name.stdout == typed.stdout
     assert by_name.returncode == 0 and len(by_name.stdout.splitlines()) == 3
     assert 'no threshold' in run(root, 'evaluate.py', '--target_agreement=1').stdout
     assert 'no target was set' in one_line(run(root, 'sample.py', '--min_confidence=target', '--text=a'))

@@ -305,9 +305,11 @@ def test_the_probabilities_of_all_values_are_those_of_a_slow_twin(tokenizer, fie
                         with torch.no_grad():
                             logits = student(torch.tensor([row]))[0, -1]
                         legal = list(space.moves[state])
-                        log_p += (logits[legal] / temperature[name]).log_softmax(0)[legal.index(written[n])].item()
+                        p = (logits[legal] / temperature[name]).log_softmax(0)
+                        log_p += p[legal.index(written[n])].item()
                 twin.append(math.exp(log_p))
-            assert result[name] == pytest.approx(twin, abs=1e-5) and sum(result[name]) == pytest.approx(1, abs=1e-5)
+            assert result[name] == pytest.approx(twin, abs=1e-5)
+            assert sum(result[name]) == pytest.approx(1, abs=1e-5)
             chosen = [json.dumps(value) for value in of_field].index(json.dumps(answer[name]))
             sure = confidence_of(fields, decisions, temperature)[name]
             assert result[name][chosen] == pytest.approx(sure, abs=1e-5)
@@ -318,7 +320,8 @@ def test_from_python_the_answers_are_those_of_the_program(project):
     done = run(project, 'sample.py', '--confidence=True', stdin='\n'.join(
         ' '.join(text.split()) for text in texts).encode('utf-8', 'replace') + b'\n')
     ours = Labeler(project / 'out/toy', 'cpu')(texts)
-    assert ours == [json.loads(line) for line in done.stdout.splitlines()] and ours[1] == {'error': 'empty text'}
+    assert ours == [json.loads(line) for line in done.stdout.splitlines()]
+    assert ours[1] == {'error': 'empty text'}
     assert set(ours[0]['_confidence']) == set(FIELDS)
     full, = Labeler(project / 'out/toy', 'cpu', confidence='full')(texts[:1])
     for name, of_field in FIELDS.items():
@@ -328,4 +331,15 @@ def test_from_python_the_answers_are_those_of_the_program(project):
         assert shares[own] == ours[0]['_confidence'][name] == max(shares.values())
     said = run(project, 'sample.py', '--confidence=full', '--text=hello my friend')
     assert json.loads(said.stdout) == full
-    assert 'no target was set; run' in one_line(run(project, 'sample.py', '--min_confidence=target', '--text=a'))
+    refused = run(project, 'sample.py', '--min_confidence=target', '--text=a')
+    assert 'no target was set; run' in one_line(refused)
+
+
+def test_an_answer_that_breaks_the_schema_is_a_doubtful_one(project):
+    labeler = Labeler(project / 'out/toy', 'cpu', constrain=False, min_confidence=0.1)
+    ids, broken = labeler.read(b'hello my friend')[0], [0, 0]
+    (record, _), = labeler.finish([(ids, '', 0, broken, [])])
+    assert record['error'] == 'answer breaks the schema' and record['_defer'] is True
+    right = {'tone': 'neutral', 'spam': True}
+    labeler.ask = lambda texts: [labeler.space.from_json(right) for _ in texts]
+    assert labeler.finish([(ids, '', 0, broken, [])]) == [(right | {'_teacher': True}, 0)]
