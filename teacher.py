@@ -57,7 +57,8 @@ def locate(teacher):
             teacher = str(files[0])
     if teacher.endswith('.gguf'):
         if not Path(teacher).is_file():
-            sys.exit(f'teacher {teacher} does not exist')
+            fetch = f'; run: python data/teachers/prepare.py {Path(teacher).stem}'
+            sys.exit(f'teacher {teacher} does not exist{fetch if teacher.startswith("data/teachers/") else ""}')
         missing = [m for m in ('gguf', 'accelerate') if importlib.util.find_spec(m) is None]
         if missing:
             sys.exit(f'a .gguf teacher needs more packages; run: pip install {" ".join(missing)}')
