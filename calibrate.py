@@ -10,9 +10,8 @@ texts is that habit. If the values' true shares are the prior's, then
 has the habit taken off, and what is left depends on the text. extract.py does this once, before anything is
 stored; the bias goes to meta.json and into space.bias, the stored logits stay as they were.
 
-One such step, as in the paper, is right where the shares are not known and the prior is only even-handed.
-Where they are known, one step stops short of them: the mean of a rare value is that of the few texts that
-certainly have it, and the doubtful ones stay where they were. So it is repeated until the mean is the prior.
+It is one step, as in the paper, and the mean comes nearer to the prior without reaching it. (Repeated until
+the mean is the prior it was no better, docs/results.md, and hung more on which texts were asked.)
 """
 import json
 
@@ -21,10 +20,9 @@ import torch
 
 
 def find_priors(fields, prior, only):
-    """{field: (probabilities of its values, in their order, whether they are known)} of the fields to
-    calibrate: uniform, or as prior says; values it leaves out share the rest, and more than one of those is a
-    guess. prior: {field: {value: probability}}; only: names of fields, [] is all. ValueError where one of
-    them is not in the schema, or a prior cannot be."""
+    """{field: probabilities of its values, in their order} of the fields to calibrate: uniform, or as prior
+    says; values it leaves out share the rest. prior: {field: {value: probability}}; only: names of fields, []
+    is all. ValueError where one of them is not in the schema, or a prior cannot be."""
     for name in [*prior, *only]:
         if name not in fields:
             raise ValueError(f'there is no field {name!r}; there are: {", ".join(fields)}')
@@ -40,7 +38,7 @@ def find_priors(fields, prior, only):
         rest, n = 1 - sum(given.values()), len(values) - len(given)
         if rest < -1e-6 or (rest > 1e-6) != (n > 0):
             raise ValueError(f'{name!r}: shares sum to {1 - rest:g}; all together, named or not, must be 1')
-        priors[name] = [given.get(value, rest / max(1, n)) for value in text], n < 2
+        priors[name] = [given.get(value, rest / max(1, n)) for value in text]
     return priors
 
 
@@ -53,14 +51,6 @@ def longest(space):
             left[state] = 1 + max(map(find, space.moves[state].values()))
         return left[state]
     return [find(state) for state in range(len(space.moves))]
-
-
-def find_bias(logits, prior, known):
-    """logits (n, values) of texts, prior (values,) -> bias (values,), see above."""
-    bias = torch.zeros_like(prior)
-    for _ in range(50 if known else 1):
-        bias += ((logits - bias).softmax(-1).mean(0) / prior).log()
-    return bias
 
 
 @torch.inference_mode()
@@ -76,7 +66,7 @@ def learn_bias(teacher, space, texts, after, priors, batch_size=64, few=16):
     with the longest way to go can be reached from another. A state that fewer than `few` reach is left as it
     is. The cost is that of answering these texts.
     """
-    due = {state: row for name, (p, _) in priors.items() for state, row in space.shares(name, p).items()}
+    due = {state: row for name, p in priors.items() for state, row in space.shares(name, p).items()}
     left, bias, report = longest(space), {}, []
     run, first = space.runs[0]
     where, at = [first] * len(texts), [0] * len(texts)          # the decision before each text; tokens read
@@ -92,7 +82,7 @@ def learn_bias(teacher, space, texts, after, priors, batch_size=64, few=16):
         shift = torch.zeros(len(outs), dtype=torch.float64)
         if state in due and len(here) >= few:
             prior = torch.tensor([due[state][o] for o in outs], dtype=torch.float64)
-            shift = find_bias(logits, prior, priors[space.field[state]][1])
+            shift = (logits.softmax(-1).mean(0) / prior).log()
             bias[state] = dict(zip(outs, shift.tolist()))
             counts = [np.bincount(x.argmax(-1), minlength=len(outs)) for x in (logits, logits - shift)]
             report.append((state, len(here), *(dict(zip(outs, c / len(here))) for c in counts)))

@@ -17,7 +17,7 @@ from test_smoke import step_by_step
 
 def bias_text_by_text(model, space, prompts, priors, few):
     """the slow twin of learn_bias: no cache, one text at a time, whole sequences. -> {state: {out: bias}}"""
-    due = {state: row for field, (p, _) in priors.items() for state, row in space.shares(field, p).items()}
+    due = {state: row for field, p in priors.items() for state, row in space.shares(field, p).items()}
     answers, bias, left = [[] for _ in prompts], {}, longest(space)
     while True:
         where = [space.walk(outs) for outs in answers]
@@ -31,11 +31,9 @@ def bias_text_by_text(model, space, prompts, priors, few):
             ids = prompts[i] + [space.output_ids[o] for o in answers[i]]
             rows.append(model(torch.tensor([ids])).logits[0, -1].double()[[space.output_ids[o] for o in legal]])
         if len(legal) > 1 and state in due and len(here) >= few:
-            bias[state] = dict.fromkeys(legal, 0.0)
-            for _ in range(50 if priors[space.field[state]][1] else 1):
-                p = [(row - torch.tensor([*bias[state].values()])).softmax(-1) for row in rows]
-                for k, out in enumerate(legal):
-                    bias[state][out] += math.log(sum(x[k] for x in p) / len(p) / due[state][out])
+            p = [row.softmax(-1) for row in rows]
+            bias[state] = {out: math.log(sum(x[k] for x in p) / len(p) / due[state][out])
+                           for k, out in enumerate(legal)}
         for i, row in zip(here, rows):
             row = row - torch.tensor([bias.get(state, {}).get(out, 0.0) for out in legal])
             answers[i].append(legal[row.argmax()])
@@ -73,24 +71,23 @@ def test_the_bias_is_what_the_slow_twin_finds(teachers, fields, indent, fence, o
             torch.testing.assert_close(torch.tensor(logits), slow_logits, atol=2e-4, rtol=1e-4)  # raw
 
 
-def test_after_calibration_the_mean_is_the_prior(teachers, words):
+def test_calibration_brings_the_mean_near_the_prior(teachers):
     tokenizer, model = load_teacher(teachers['llama'])
     before, after, end_id = encode_prompt(tokenizer, 'the cat {text}\n', chat=False)
     space = OutputSpace(tokenizer.backend_tokenizer, FIELDS, auxiliary=range(4, 300))
     rng = np.random.default_rng(0)
     texts = [rng.integers(4, 300, 5).tolist() for _ in range(40)]
-    priors = find_priors(FIELDS, {'tone': {'friendly': 0.3}}, ['tone'])
+    priors = find_priors(FIELDS, {'tone': {'friendly': 0.1}}, ['tone'])
     bias, report = learn_bias(Teacher(model, before, space.output_ids), space, texts, after, priors)
     (state, row), = bias.items()
     assert [r[0] for r in report] == [state] and space.field[state] == 'tone'
-    run_to, p = space.runs[0][0], []
-    for text in texts:
-        ids = before + text + after + [space.output_ids[o] for o in run_to]
-        raw = model(torch.tensor([ids])).logits[0, -1].double()[space.output_ids].detach()
-        p.append([raw[out] - b for out, b in row.items()])
-    friendly = space.from_json({'tone': 'friendly', 'spam': True})[len(run_to)]
-    mean = dict(zip(row, torch.tensor(p).softmax(-1).mean(0).tolist()))
-    assert mean[friendly] == pytest.approx(0.3, abs=1e-3)       # the prior is known: not one step, but all the way
+    run_to, means = space.runs[0][0], []
+    friendly = list(row).index(space.from_json({'tone': 'friendly', 'spam': True})[len(run_to)])
+    raw = torch.stack([model(torch.tensor([before + text + after + [space.output_ids[o] for o in run_to]]))
+                       .logits[0, -1].double()[[space.output_ids[o] for o in row]].detach() for text in texts])
+    for shift in (0, torch.tensor([*row.values()])):
+        means.append(float((raw - shift).softmax(-1).mean(0)[friendly]))
+    assert abs(means[1] - 0.1) < abs(means[0] - 0.1) / 2, means
 
 
 @pytest.mark.parametrize('prior, only, why', [
@@ -106,8 +103,8 @@ def test_priors_that_cannot_be_are_told_why(prior, only, why):
 def test_priors_share_what_is_not_named():
     fields = {'a': ['x', 'y', 'z'], 'b': [True, False, 1]}
     assert find_priors(fields, {'b': {True: 0.5, False: 0.25}}, []) == {
-        'a': ([pytest.approx(1 / 3)] * 3, False), 'b': ([0.5, 0.25, pytest.approx(0.25)], True)}
-    assert find_priors(fields, {'a': {'x': 0.2}}, ['a']) == {'a': ([0.2, pytest.approx(0.4), pytest.approx(0.4)], False)}
+        'a': [pytest.approx(1 / 3)] * 3, 'b': [0.5, 0.25, pytest.approx(0.25)]}
+    assert find_priors(fields, {'a': {'x': 0.2}}, ['a']) == {'a': [0.2, pytest.approx(0.4), pytest.approx(0.4)]}
 
 
 def test_training_and_the_cascade_get_the_calibrated_teacher(project, teachers):
