@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = 'extract.py', 'train.py', 'sample.py', 'evaluate.py', 'bench.py'  # one config file serves them all
+SCRIPTS = 'extract.py', 'train.py', 'sample.py', 'evaluate.py', 'bench.py', 'serve.py'  # one config file serves them all
 WORLD, RANK = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))  # torchrun sets them
 
 
