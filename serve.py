@@ -1,0 +1,513 @@
+"""The student where the LLM call was: change the base URL, keep the code.
+
+    python serve.py config/demo.py --port=8000
+    curl localhost:8000/v1/label -d '{"texts": ["thank you so much!"]}'
+    python serve.py config/demo.py --upstream=http://localhost:9000/v1 --upstream_model=big --min_confidence=0.6
+
+    POST /v1/chat/completions    as OpenAI's; the last user message is the text, or the teacher's prompt around it
+    POST /v1/decisions, /v1/systemone    typed questions, answered with the probabilities of all values
+    POST /v1/label               {"texts": [...]} -> {"answers": [...]}, many at once
+    GET  /v1/models  /health  /ready  /metrics
+
+Needs out/<name>/ alone, as sample.py does, and: pip install -r requirements-serve.txt. It answers the questions
+its student was trained on and refuses all others. What the student is unsure of goes to the LLM at `upstream`.
+"""
+import asyncio
+import hmac
+import json
+import logging
+import math
+import os
+import queue
+import random
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from config import configure, stop
+from sample import Labeler, confidence_of, decode, note_changes, values
+
+try:
+    import uvicorn
+    import zstandard
+    from fastapi import FastAPI, Request
+    from fastapi.responses import Response, StreamingResponse
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+    from questions import (Refusal, fields_of_format, need, read_decisions, read_system_one, say_decisions,
+                           say_system_one, text_of_messages, text_of_state, pieces_of, logprobs_of,
+                           say_completion, say_chunks, view)
+    from upstream import Audit, Upstream
+except ImportError as error:
+    sys.exit(f'serve.py needs {error.name}; run: pip install -r requirements-serve.txt')
+
+name = ''            # word; out/<name> is the student ...
+run = ''             # word; ... or out/<run>
+which = 'best'       # 'best' or 'last'; the epoch to use
+host = '127.0.0.1'   # this machine alone; 0.0.0.0: whoever reaches it
+port = 8000          # 0..65535; 0: a free one
+api_key = ''         # callers must send it (Authorization: Bearer ...); '': none is asked for
+max_waiting = 1024   # 1..; texts under way at a time; more are told to come again
+sample_batch = 64    # 1..; texts decoded together
+too_long = 'cut'     # 'cut' or 'refuse'; what becomes of texts longer than the student reads
+device = 'auto'      # auto: cuda, mps or cpu, whichever is there
+# what the questions of decision clients mean
+true_value = {}      # {'toxicity': 'toxic'}: the value that a yes stands for, of a field with two
+ordered = []         # names of fields whose values are a scale, lowest first; integers always are
+# what the student is unsure of
+min_confidence = 0.0  # 0..1 or 'target'; a record with a field below goes upstream (see sample.py)
+upstream = ''        # base URL of an OpenAI-compatible LLM; its key: the environment's UPSTREAM_API_KEY
+upstream_model = ''  # its name there
+upstream_timeout = 20.0  # 0..; seconds
+audit = 0.0          # 0..1; share of all texts that are also asked upstream, to watch the agreement
+audit_min = 0.0      # 0..1; where a field agrees less often than this for sure, everything goes upstream
+keep = False         # append what upstream answered to served.jsonl, for extract.py --score; else no text is kept
+dataset = ''         # word; that file is data/<dataset>/served.jsonl
+# of the config file, to say so where the student was trained with others
+fields = {}
+prompt = ''
+config = configure(globals())
+
+MAX_BODY = 1 << 20   # bytes
+AUDITS = 8           # at a time; what would be more is not audited
+log = logging.getLogger('serve')
+
+
+class Metrics:
+    """what /metrics tells (https://prometheus.io/docs/practices/naming)."""
+
+    def __init__(self):
+        self.registry = CollectorRegistry()
+
+        def new(kind, key, text, labels=(), **more):
+            return kind(f'student_{key}', text, labels, registry=self.registry, **more)
+        self.requests = new(Counter, 'requests', 'requests answered', ['route', 'status'])
+        self.seconds = new(Histogram, 'request_seconds', 'from the first byte to the last', ['route'], buckets=[
+            .002, .005, .01, .02, .05, .1, .25, .5, 1, 2.5, 10])
+        self.batch = new(Histogram, 'batch_texts', 'texts in a pass', buckets=[1, 2, 4, 8, 16, 32, 64, 128, 256])
+        self.waiting = new(Gauge, 'waiting_texts', 'texts under way')
+        self.texts = new(Counter, 'texts', 'texts answered', ['by'])
+        self.cut = new(Counter, 'texts_cut', 'texts of which the student read the beginning alone')
+        self.values = new(Counter, 'values', 'answers', ['field', 'value'])
+        self.audited = new(Counter, 'audited_texts', 'texts that upstream was asked about to compare')
+        self.agreement = new(Gauge, 'agreement', 'share of audited texts on which upstream says the same; low and '
+                             'high: its 95 % interval', ['field', 'end'])
+        self.deferring = new(Gauge, 'deferring', '1 while everything goes upstream, since a field agrees too rarely')
+
+
+# -----------------------------------------------------------------------------
+# one decoding thread for all requests
+
+
+@dataclass
+class Answer:
+    """what became of a text. by: 'student', 'student-unsure' or 'upstream'."""
+    answer: dict                # {field: value}
+    sure: dict                  # {field: probability of that value}
+    chances: dict               # {field: probabilities of its values}, where asked for
+    ids: list
+    outs: list                  # output indices
+    decisions: list             # of sample.decode
+    by: str = 'student'
+
+
+class Decoder(threading.Thread):
+    """answers the texts of all requests together: a new one takes its place wherever an answer is complete, and
+    one that is alone waits for nothing. A text whose caller is gone is left out."""
+
+    def __init__(self, labeler, max_waiting, metrics):
+        super().__init__(daemon=True, name='decoder')
+        self.labeler, self.max_waiting, self.metrics = labeler, max_waiting, metrics
+        self.coming, self.n_waiting = queue.SimpleQueue(), 0
+
+    async def ask(self, texts, full=False):
+        """list of Answers to lists of ids, in their order. full: with the probabilities of all values."""
+        if self.n_waiting + len(texts) > self.max_waiting:
+            raise Refusal(503, f'{self.n_waiting} texts are under way, {self.max_waiting} can be; come again')
+        loop = asyncio.get_running_loop()
+        jobs = [(ids, full, loop.create_future(), loop) for ids in texts]
+        self.n_waiting += len(jobs)
+        self.metrics.waiting.set(self.n_waiting)
+        try:
+            for job in jobs:
+                self.coming.put(job)
+            return [await future for _, _, future, _ in jobs]
+        finally:
+            self.n_waiting -= len(jobs)
+            self.metrics.waiting.set(self.n_waiting)
+            for _, _, future, _ in jobs:
+                future.cancel()  # where the caller hung up; else it is done
+
+    def run(self):
+        while True:
+            under_way = deque()
+            try:
+                for outs, decisions in decode(self.labeler.student, self.labeler.space, self.texts(under_way),
+                                              self.labeler.batch_size):
+                    self.finish(under_way.popleft(), outs, decisions)
+            except Exception as error:  # what is under way fails, the next text is answered
+                log.exception('the decoder failed')
+                for _, _, future, loop in under_way:
+                    loop.call_soon_threadsafe(tell, future, None, error)
+
+    def texts(self, under_way):
+        """yields ids, and None where no text is waiting; blocks only where nothing is under way."""
+        while True:
+            try:
+                job = self.coming.get(block=not under_way)
+            except queue.Empty:
+                self.metrics.batch.observe(len(under_way))
+                yield None
+                continue
+            if not job[2].cancelled():
+                under_way.append(job)
+                yield job[0]
+
+    def finish(self, job, outs, decisions):
+        ids, full, future, loop = job
+        student, space, temperature = self.labeler.student, self.labeler.space, self.labeler.temperature
+        sure = confidence_of(space.fields, decisions, temperature)
+        chances = values(student, space, ids, outs, decisions, temperature) if full else {}
+        answer = Answer(dict(space.to_json(outs)), sure, chances, ids, outs, decisions)
+        loop.call_soon_threadsafe(tell, future, answer, None)
+
+
+def tell(future, answer, error):
+    """sets what a coroutine waits for; in its own thread."""
+    if not future.done():
+        future.set_exception(error) if error else future.set_result(answer)
+
+
+# -----------------------------------------------------------------------------
+# what becomes of a text, whoever asks
+
+
+class Service:
+    """text in, Answer out: by the student, or where it is unsure by the LLM behind it.
+
+    min_confidence: a number. upstream: an Upstream or None. kept: path for what upstream answered, or None."""
+
+    def __init__(self, labeler, decoder, metrics, min_confidence=0.0, upstream=None, audit=0.0, audit_min=0.0,
+                 kept=None):
+        self.labeler, self.decoder, self.metrics, self.upstream = labeler, decoder, metrics, upstream
+        self.min_confidence, self.share, self.kept = min_confidence, audit, kept
+        self.audit = Audit(labeler.space.fields, audit_min, metrics)
+        self.auditing, self.rng = set(), random.Random()
+
+    async def answer(self, texts, full=False):
+        """list of Answers. full: with the probabilities of all values. Refusal for a text that cannot be read,
+        and where too many are under way."""
+        read = []
+        for n, text in enumerate(texts):
+            ids, error, n_cut = self.labeler.read(text.encode('utf-8', 'replace'))
+            if error:
+                raise Refusal(400, error if len(texts) == 1 else f'text {n}: {error}')
+            self.metrics.cut.inc(n_cut > 0)
+            read.append(ids)
+        answers = await self.decoder.ask(read, full)
+        answers = await asyncio.gather(*map(self.settle, texts, answers))
+        for answer in answers:
+            self.metrics.texts.labels(answer.by).inc()
+            for field, value in answer.answer.items():
+                self.metrics.values.labels(field, json.dumps(value)).inc()
+        return answers
+
+    async def settle(self, text, ours):
+        """the student's Answer to a text, or upstream's where the student is unsure."""
+        unsure = self.audit.defer_all or min(ours.sure.values()) < self.min_confidence
+        audited = self.upstream and self.rng.random() < self.share
+        if audited and not unsure and len(self.auditing) < AUDITS:
+            task = asyncio.create_task(self.compare(text, ours))  # in the background
+            self.auditing.add(task)
+            task.add_done_callback(self.auditing.discard)
+        if not unsure:
+            return ours
+        theirs = await self.upstream.ask(text) if self.upstream else None
+        if theirs is None:
+            return replace(ours, by='student-unsure')
+        if audited:
+            self.audit.add(ours.answer, theirs)
+        self.keep(text, theirs)
+        space = self.labeler.space  # an LLM says one value, and no probabilities
+        chances = {field: [float(json.dumps(value) == json.dumps(theirs[field])) for value in of_field]
+                   for field, of_field in space.fields.items()}
+        return Answer(theirs, dict.fromkeys(theirs, 1.0), chances, ours.ids, space.from_json(theirs), [], 'upstream')
+
+    async def compare(self, text, ours):
+        theirs = await self.upstream.ask(text)
+        if theirs is not None:
+            self.audit.add(ours.answer, theirs)
+            self.keep(text, theirs)
+
+    def keep(self, text, answer):
+        """appends a line that extract.py --score reads."""
+        if not self.kept:
+            return
+        try:
+            with open(self.kept, 'a', encoding='utf-8') as file:
+                file.write(json.dumps({'text': text, 'answer': answer}) + '\n')
+        except OSError as error:
+            log.warning('%s: %s', self.kept, error.strerror)
+
+
+# -----------------------------------------------------------------------------
+# routes
+
+
+async def read_body(request):
+    """the JSON object of a request; Refusal where there is none."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY:
+            raise Refusal(413, f'the body is longer than {MAX_BODY} bytes')
+        parts.append(part)
+    body = b''.join(parts)
+    packing = request.headers.get('content-encoding', 'identity').lower()
+    if packing not in ('identity', 'zstd'):
+        raise Refusal(415, f'content-encoding {packing!r} is not known, only zstd')
+    try:
+        if packing == 'zstd':
+            with zstandard.ZstdDecompressor(max_window_size=1 << 23).stream_reader(body) as reader:
+                body = reader.read(MAX_BODY + 1)
+            if len(body) > MAX_BODY:
+                raise Refusal(413, f'the unpacked body is longer than {MAX_BODY} bytes')
+        body = json.loads(body.decode(), parse_constant=float.fromhex)  # NaN, which is no JSON: a ValueError
+    except (ValueError, RecursionError, zstandard.ZstdError) as error:
+        raise Refusal(400, f'the body is not JSON in UTF-8: {str(error)[:200]}') from None
+    return need(body, dict, 'a JSON object', 'body', status=400)
+
+
+def say(body, status=200, headers=None):
+    return Response(json.dumps(body), status, headers, media_type='application/json')
+
+
+def say_refusal(status, message, where=(), system_one=False):
+    """the error that the clients of a route expect."""
+    if system_one and status == 422:
+        body = {'detail': [{'loc': ['body', *where], 'msg': message, 'type': 'value_error'}]}
+    elif system_one:
+        body = {'detail': {'error_type': KINDS.get(status, 'invalid_request_error'), 'message': message}}
+    else:
+        body = {'error': {'message': message, 'type': KINDS.get(status, 'invalid_request_error'),
+                          'param': '.'.join(map(str, where)) or None, 'code': None}}
+    return say(body, status, {'retry-after': '1'} if status == 503 else None)
+
+
+KINDS = {401: 'authentication_error', 404: 'not_found_error', 500: 'server_error', 503: 'overloaded_error'}
+
+
+def answered_by(answers):
+    """the header that says who answered: the one name, or all."""
+    return {'x-answered-by': ','.join(sorted({answer.by for answer in answers}))}
+
+
+def usage_of(answers):
+    """tokens read, tokens written."""
+    return sum(len(a.ids) + 1 for a in answers), sum(len(a.outs) for a in answers)
+
+
+async def chat(service, body):
+    """POST /v1/chat/completions"""
+    space = service.labeler.space
+    for key in ('tools', 'functions', 'audio'):
+        if body.get(key):
+            raise Refusal(400, f'{key}: the student answers its own questions alone', key)
+    if body.get('n') not in (None, 1):
+        raise Refusal(400, 'n: there is one answer to a text', 'n')
+    form, top = body.get('response_format'), body.get('top_logprobs') or 0
+    stream, logprobs, options = body.get('stream'), body.get('logprobs'), body.get('stream_options') or {}
+    if not all(flag in (None, True, False) for flag in (stream, logprobs)) or not isinstance(options, dict):
+        raise Refusal(400, 'stream and logprobs are true or false', 'stream')
+    if type(top) is not int or not 0 <= top <= 20:
+        raise Refusal(400, 'top_logprobs is 0 to 20', 'top_logprobs')
+    names = tuple(space.fields) if form is None else fields_of_format(form, space)
+    fence = space.fence and (form is None or form.get('type') == 'text')
+    text = text_of_messages(body.get('messages'), service.labeler.task['prompt'], 'messages')
+    answer, = await service.answer([text])
+    seen = space if names == tuple(space.fields) and fence == space.fence else view(space, names, fence)
+    head = {'id': f'chatcmpl-{uuid.uuid4().hex}', 'created': int(time.time()), 'model': service.name}
+    n_in, n_out = usage_of([answer])
+    usage = {'prompt_tokens': n_in, 'completion_tokens': n_out, 'total_tokens': n_in + n_out}
+    pieces = []
+    if stream or logprobs:
+        pieces = pieces_of(answer.answer, answer.decisions, seen, space, service.labeler.temperature)
+    if stream:
+        events = say_chunks(pieces, top if logprobs else None, head, usage if options.get('include_usage') else None)
+        return StreamingResponse(iter([events]), headers=answered_by([answer]), media_type='text/event-stream')
+    content = seen.text(answer.answer[name] for name in names).strip()
+    return say(say_completion(content, logprobs_of(pieces, top) if logprobs else None, head, usage),
+               headers=answered_by([answer]))
+
+
+async def decisions(service, body):
+    """POST /v1/decisions and /v1/systemone: some gateways take one for the other, so the shape decides."""
+    system_one = not isinstance(body.get('questions'), list)
+    read = read_system_one if system_one else read_decisions
+    questions = read(body, service.labeler.space, service.true_value, service.ordered)
+    if system_one:
+        if body.get('state') is None:
+            raise Refusal(422, 'state is missing', 'state')
+        text = text_of_state(body['state'])
+    elif isinstance(body.get('input'), str):
+        text = body['input']
+    else:
+        text = text_of_messages(body.get('input'), service.labeler.task['prompt'], 'input')
+    answer, = await service.answer([text], full=True)
+    n_in, n_out = usage_of([answer])
+    usage = {'input_tokens': n_in, 'output_tokens': n_out}
+    if not system_one:
+        usage |= {'input_tokens_details': {'cache_write_tokens': 0, 'cached_tokens': 0},
+                  'output_tokens_details': {'reasoning_tokens': 0}, 'total_tokens': n_in + n_out}
+    answers = (say_system_one if system_one else say_decisions)(questions, answer.chances)
+    return say({'model': service.name, 'answers': answers, 'usage': usage}, headers=answered_by([answer]))
+
+
+async def label(service, body):
+    """POST /v1/label"""
+    texts = need(body.get('texts'), list, 'a list of texts', 'texts', status=400)
+    for n, text in enumerate(texts):
+        need(text, str, 'a text', 'texts', n, status=400)
+    answers = await service.answer(texts)
+    said = [answer.answer | {'_confidence': {field: round(p, 4) for field, p in answer.sure.items()}} |
+            ({} if answer.by == 'student' else {'_answered_by': answer.by}) for answer in answers]
+    return say({'model': service.name, 'answers': said}, headers=answered_by(answers))
+
+
+async def hung_up(receive):
+    while (await receive())['type'] != 'http.disconnect':
+        pass
+
+
+def make_app(service, api_key=''):
+    """the routes, as an ASGI application."""
+    @asynccontextmanager
+    async def lifespan(app):
+        service.decoder.start()
+        await service.answer(['a first pass is slow'])  # before anybody waits for it
+        service.ready = True
+        yield
+        for task in service.auditing:
+            task.cancel()
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None)
+
+    def post(path, handler):
+        @app.post(path)
+        async def route(request: Request):
+            system_one = path == '/v1/systemone'
+            try:
+                body = await read_body(request)
+                system_one = system_one or isinstance(body.get('questions'), dict)
+                work = asyncio.ensure_future(handler(service, body))
+                gone = asyncio.ensure_future(hung_up(request.receive))
+                await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():  # nobody is there to read it
+                    work.cancel()
+                    return Response(status_code=499)
+                gone.cancel()
+                return work.result()
+            except Refusal as refusal:
+                return say_refusal(refusal.status, str(refusal), refusal.where, system_one)
+            except Exception:
+                log.exception('%s failed', path)
+                return say_refusal(500, 'the server made a mistake; its log says which', (), system_one)
+
+    for path, handler in (('/v1/chat/completions', chat), ('/v1/decisions', decisions), ('/v1/systemone', decisions),
+                          ('/v1/label', label)):
+        post(path, handler)
+
+    @app.get('/v1/models')
+    async def models():
+        day = time.strftime('%Y-%m-%d', time.gmtime(service.created))
+        about = f'answers {", ".join(service.labeler.space.fields)}, as {service.labeler.task["teacher"]} would'
+        return say({'object': 'list', 'data': [{'id': service.name, 'object': 'model', 'created': service.created,
+                                                'owned_by': 'you'}],
+                    'models': [{'name': service.name, 'description': about, 'release_date': day}]})
+
+    @app.get('/health')
+    async def health():
+        alive = service.decoder.is_alive()
+        return say({'status': 'ok' if alive else 'the decoder is gone'}, 200 if alive else 500)
+
+    @app.get('/ready')
+    async def ready():
+        return say({'status': 'ready' if service.ready else 'starting'}, 200 if service.ready else 503)
+
+    @app.get('/metrics')
+    async def metrics():
+        return Response(generate_latest(service.metrics.registry), media_type='text/plain; version=0.0.4')
+
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    async def unknown(request, error):
+        return say_refusal(error.status_code, f'there is no {request.method} {request.url.path}', (),
+                           request.url.path == '/v1/systemone')
+    return Front(app, service.metrics, api_key, {route.path for route in app.routes})
+
+
+class Front:
+    """around the application: the key is checked, each reply gets an id, and the metrics count it."""
+
+    def __init__(self, app, metrics, api_key, paths):
+        self.app, self.metrics, self.paths = app, metrics, paths
+        self.key = f'Bearer {api_key}'.encode() if api_key else b''
+
+    async def __call__(self, scope, receive, send):
+        if scope['type'] != 'http':
+            return await self.app(scope, receive, send)
+        began, status = time.perf_counter(), 0
+        path = scope['path'] if scope['path'] in self.paths else 'other'  # a label for each thing tried is too many
+
+        async def send_with_id(message):
+            nonlocal status
+            if message['type'] == 'http.response.start':
+                status = message['status']
+                message['headers'] = [*message.get('headers', []), (b'x-request-id', uuid.uuid4().hex.encode())]
+            await send(message)
+        app, given = self.app, dict(scope['headers']).get(b'authorization', b'')
+        if self.key and path not in ('/health', '/ready') and not hmac.compare_digest(given, self.key):
+            app = say_refusal(401, 'the key is wrong or missing: Authorization: Bearer ...', (),
+                              path == '/v1/systemone')
+        try:
+            await app(scope, receive, send_with_id)
+        finally:
+            self.metrics.requests.labels(path, status).inc()
+            self.metrics.seconds.labels(path).observe(time.perf_counter() - began)
+
+
+if __name__ == '__main__':
+    if not name and not run:
+        stop('no task; run: python serve.py config/demo.py')
+    if (audit or audit_min) and not upstream:
+        stop('an audit needs an upstream to compare with')
+    if audit_min and not audit:
+        stop('audit_min needs an audit: a share of the texts that upstream is asked about too')
+    if keep and not (dataset and upstream):
+        stop('keep needs an upstream, whose answers are kept, and a dataset, where they go')
+    labeler = Labeler(Path('out', run or name), device, which, sample_batch, True, too_long,
+                      min_confidence=min_confidence)
+    note_changes(labeler.task, fields, prompt)
+    for field in [*true_value, *ordered]:
+        if field not in labeler.space.fields:
+            stop(f'true_value, ordered: there is no field {field!r}')
+    logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
+    logging.getLogger('httpx').setLevel(logging.WARNING)
+    kept = None
+    if keep:
+        kept = Path('data', dataset, 'served.jsonl')
+        kept.parent.mkdir(parents=True, exist_ok=True)
+    metrics = Metrics()
+    llm = Upstream(upstream, upstream_model, upstream_timeout, labeler.space, labeler.task['prompt']) if upstream else None
+    service = Service(labeler, Decoder(labeler, max_waiting, metrics), metrics, labeler.min_confidence, llm, audit,
+                      audit_min, kept)
+    service.name, service.created = run or name, int(Path('out', run or name).stat().st_mtime)
+    service.true_value, service.ordered, service.ready = true_value, ordered, False
+    server = uvicorn.Server(uvicorn.Config(make_app(service, api_key), host, port, log_level='warning',
+                                           access_log=False, timeout_graceful_shutdown=30))
+    server.run()
