@@ -3,9 +3,10 @@
     python bench.py config/demo.py --what=extract    # the engine beside transformers' generate
     python bench.py config/demo.py --what=train      # a step of the student beside a plain Hugging Face loop
     python bench.py config/demo.py --what=decode     # the student beside one token at a time, and its teacher
+    python bench.py config/demo.py --what=serve      # the student over HTTP, with 1, 8 and 64 clients
     python bench.py config/demo.py --what=reference  # 537 M beside 4 B, random weights: takes 21 GB of memory
 
-Needs the records that extract.py made of the task, `train` and `decode` also the student. Timings are medians
+Needs the records that extract.py made of the task, all but `extract` also the student. Timings are medians
 of alternating rounds; a ratio holds on the machine and for the shapes it was measured with.
 """
 import math
@@ -35,7 +36,7 @@ from train import distill_loss
 name = ''            # word; data/<dataset>/<name>-* has the texts
 dataset = ''         # word
 run = ''             # word; out/<run> is the student; '': out/<name>
-what = 'extract'     # 'extract', 'train', 'decode', 'reference'; see above
+what = 'extract'     # 'extract', 'train', 'decode', 'serve', 'reference'; see above
 teacher = ''         # file; loaded as extract.py does
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'float16'; of the extracting teacher
@@ -375,6 +376,13 @@ if __name__ == '__main__':
         train_rows, val_rows = shards.split()
         if what == 'train':
             print(bench_train(student, shards, train_rows, batch_size))
+        elif what == 'serve':
+            from bench_serve import bench_serve  # optional: requirements-serve.txt
+            texts = [space.tokenizer.decode(shards.ids(i).tolist()) for i in val_rows[:256]]
+            large, task = load_model(teacher, pick_dtype(dtype, device), device), checkpoint['task']
+            encode = lambda text: space.tokenizer.encode(text, add_special_tokens=False).ids
+            answer = lambda text: space.to_json(generate_held(large, space, task, [encode(text)])[0])
+            bench_serve([f'--name={name}', f'--run={run}', f'--device={device}'], student, space, texts, answer)
         else:
             texts = [shards.ids(i).tolist() for i in val_rows[:256]]
             bench_decode(student, space, checkpoint['task'], texts, teacher, device)

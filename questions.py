@@ -1,8 +1,9 @@
 """What callers of serve.py ask, in terms of the student's fields, and its answers in their words.
 
-Three ways to ask about a text: a chat completion (the whole answer as JSON, or the part of it that a JSON Schema
-names), OpenAI's decisions and TypeSafe's System One: lists of typed questions, answered with the probabilities of
-all options. A student answers the questions it was trained on; whatever else is asked is refused by name.
+Three ways to ask about a text: a chat completion (the whole answer as JSON, or the part of it that a JSON
+Schema names), OpenAI's decisions and TypeSafe's System One: lists of typed questions, answered with the
+probabilities of all options. A student answers the questions it was trained on; whatever else is asked is
+refused by name.
 """
 import json
 import math
@@ -56,8 +57,8 @@ def text_in(content, where):
 
 
 def text_of_messages(messages, prompt, where):
-    """the text to be answered: what the teacher's prompt is put around, in the last user message alone or after
-    a system message; else all of the last user message."""
+    """the text to be answered: what the teacher's prompt is put around, in the last user message alone or
+    after a system message; else all of the last user message."""
     said = []
     for n, message in enumerate(need(messages, list, 'a list of messages', where, status=400)):
         need(message, dict, 'an object with role and content', where, n, status=400)
@@ -126,8 +127,8 @@ def fields_of_schema(text, space):
         for field, value in [(field, value) for field in names for value in space.fields[field]]:
             for error in validator.iter_errors({**first, field: value}):
                 if not error.absolute_path or error.absolute_path[0] == field:
-                    raise Refusal(400, f'the student can say {json.dumps(value)} for {field!r}, which the schema '
-                                  f'refuses: {error.message[:200]}', 'response_format')
+                    raise Refusal(400, f'the student can say {json.dumps(value)} for {field!r}, which the '
+                                  f'schema refuses: {error.message[:200]}', 'response_format')
     except (SchemaError, Unresolvable, RecursionError, TypeError, ValueError, AttributeError) as error:
         raise Refusal(400, f'the schema cannot be read: {str(error)[:200]}', 'response_format') from None
     return names
@@ -146,11 +147,11 @@ def view(space, names, fence):
 
 def pieces_of(answer, decisions, view, space, temperature):
     """the text of an answer in tokens, and of each the log probability and those of all that was legal there:
-    [(text, log p, {text: log p})]; 0 and {} where the schema left no choice. Tokens that are half a character are
-    joined.
+    [(text, log p, {text: log p})]; 0 and {} where the schema left no choice. Tokens that are half a character
+    are joined.
 
-    answer: dict; decisions: how the student came to it (sample.decode), [] where it did not; view: of the answer,
-    see above; space: the student's.
+    answer: dict; decisions: how the student came to it (sample.decode), [] where it did not; view: of the
+    answer, see above; space: the student's.
     """
     def spell(ids):
         return view.tokenizer.decode(ids, skip_special_tokens=True)
@@ -165,7 +166,8 @@ def pieces_of(answer, decisions, view, space, temperature):
             name, logits, choice = due[view.field[state]].popleft()
             row = (logits / temperature.get(name, 1.0)).log_softmax(-1)
             log_p = row[choice].item()
-            others = {spell([space.output_ids[o]]): row[o].item() for o in row.isfinite().nonzero()[:, 0].tolist()}
+            legal = row.isfinite().nonzero()[:, 0].tolist()
+            others = {spell([space.output_ids[o]]): row[o].item() for o in legal}
         text = spell(ids)
         if at < len(text) <= len(whole) and not text.endswith('\ufffd'):
             pieces.append((text[at:], log_p, others))
@@ -227,9 +229,9 @@ class Question:
 def find_field(space, name, kind, options, true_value, ordered, where):
     """the Question about a field: the field of that name, or the only one with these options (order free).
 
-    name: or None. kind: see Question. options: strings, booleans or parsed JSON. true_value: {field: the value
-    that a yes stands for}, booleans need none; ordered: fields whose values are a scale, lowest first; integers
-    are one anyway. Refusal where no field, or more than one, will do.
+    name: or None. kind: see Question. options: strings, booleans or parsed JSON. true_value: {field: the
+    value that a yes stands for}, booleans need none; ordered: fields whose values are a scale, lowest first;
+    integers are one anyway. Refusal where no field, or more than one, will do.
     """
     own = {field: [value_name(value) for value in of_field] for field, of_field in space.fields.items()}
     asked, fits = [value_name(option) for option in options], {}
@@ -246,7 +248,7 @@ def find_field(space, name, kind, options, true_value, ordered, where):
         elif kind == 'yes' and yes in names and len(names) == 2 and name in (field, yes):
             fits[field] = [names.index(yes)]
         elif kind == 'score' and (integers or field in ordered) and len(asked) == len(names):
-            rising = sorted(range(len(names)), key=values.__getitem__) if integers else list(range(len(names)))
+            rising = sorted(range(len(names)), key=values.__getitem__ if integers else None)
             if name == field or asked == [names[n] for n in rising]:
                 fits[field] = rising
     if name in fits:
@@ -260,7 +262,7 @@ def find_field(space, name, kind, options, true_value, ordered, where):
 
 
 def read_decisions(body, space, true_value, ordered):
-    """body of /v1/decisions -> text parts to be joined by text_of_messages or a text, list of Questions."""
+    """body of /v1/decisions -> list of Questions, in their order."""
     asked = need(body.get('questions'), list, 'a list of 1 to 400 questions', 'questions')
     if not 1 <= len(asked) <= 400:
         raise Refusal(422, f'there are {len(asked)} questions; 1 to 400 can be asked', 'questions')
@@ -274,11 +276,13 @@ def read_decisions(body, space, true_value, ordered):
         if kind in ('choice', 'score'):
             part, key = ('choices', 'value') if kind == 'choice' else ('levels', 'label')
             listed = need(question.get(part), list, 'a list', *where, part)
-            options = [need(option, dict, 'an object', *where, part, k).get(key) for k, option in enumerate(listed)]
+            options = [need(option, dict, 'an object', *where, part, k).get(key)
+                       for k, option in enumerate(listed)]
             if not all(isinstance(option, (str, bool)) for option in options):
                 raise Refusal(422, f'each of {part} needs a {key} that is a text', *where, part)
         elif kind != 'predicate':
-            raise Refusal(422, f'question {name or n!r}: a question is a choice, a predicate or a score', *where, 'type')
+            raise Refusal(422, f'question {name or n!r}: a question is a choice, a predicate or a score',
+                          *where, 'type')
         kind = 'yes' if kind == 'predicate' else kind
         result.append(find_field(space, name, kind, options, true_value, ordered, where))
     return result
@@ -300,7 +304,8 @@ def read_system_one(body, space, true_value, ordered):
         elif kind == 'noul':
             kind, options = 'yes', []
         else:
-            raise Refusal(422, f'question {name!r}: a question is a choice, a noul or a score', *where, 'type')
+            raise Refusal(422, f'question {name!r}: a question is a choice, a noul or a score',
+                          *where, 'type')
         result.append(find_field(space, name, kind, options, true_value, ordered, where))
     return result
 
@@ -311,10 +316,14 @@ def choice_confidence(p):
 
 
 def score_confidence(p):
-    """of a score's probabilities: 1 - mean distance from the likeliest level / the same where all are alike."""
+    """of a score's probabilities: 1 - mean distance from the likeliest level / that where all are alike."""
     mode, n = p.index(max(p)), len(p)
     alike = sum(abs(i - (n - 1) / 2) for i in range(n)) / n
     return max(0.0, 1 - sum(q * abs(i - mode) for i, q in enumerate(p)) / alike) if n > 1 else 1.0
+
+
+def expected_score(p):
+    return math.fsum(i * q for i, q in enumerate(p))
 
 
 def say_decisions(questions, rows):
@@ -329,7 +338,7 @@ def say_decisions(questions, rows):
                             'confidence': choice_confidence(p),
                             'probabilities': [{'value': v, 'probability': q} for v, q in zip(options, p)]})
         else:
-            answers.append({'type': 'score', 'name': question.name, 'score': math.fsum(i * q for i, q in enumerate(p)),
+            answers.append({'type': 'score', 'name': question.name, 'score': expected_score(p),
                             'confidence': score_confidence(p),
                             'probabilities': [{'label': label, 'value': i, 'probability': q}
                                               for i, (label, q) in enumerate(zip(options, p))]})
@@ -344,12 +353,11 @@ def say_system_one(questions, rows):
         if question.kind == 'yes':
             answer = {'type': 'noul', 'noul': p[0]}
         elif question.kind == 'choice':
-            answer = {'type': 'choice', 'choice': options[p.index(max(p))], 'confidence': choice_confidence(p),
-                      'probabilities': dict(zip(options, p))}
+            answer = {'type': 'choice', 'choice': options[p.index(max(p))],
+                      'confidence': choice_confidence(p), 'probabilities': dict(zip(options, p))}
         else:
             numbers = list(map(str, range(len(p))))
-            answer = {'type': 'score', 'score': math.fsum(i * q for i, q in enumerate(p)),
-                      'confidence': score_confidence(p), 'legend': dict(zip(numbers, options)),
-                      'probabilities': dict(zip(numbers, p))}
+            answer = {'type': 'score', 'score': expected_score(p), 'confidence': score_confidence(p),
+                      'legend': dict(zip(numbers, options)), 'probabilities': dict(zip(numbers, p))}
         answers[question.name] = answer
     return answers

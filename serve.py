@@ -2,47 +2,44 @@
 
     python serve.py config/demo.py --port=8000
     curl localhost:8000/v1/label -d '{"texts": ["thank you so much!"]}'
-    python serve.py config/demo.py --upstream=http://localhost:9000/v1 --upstream_model=big --min_confidence=0.6
+    python serve.py config/demo.py --min_confidence=0.6 --upstream=http://localhost:9000/v1 --upstream_model=x
 
-    POST /v1/chat/completions    as OpenAI's; the last user message is the text, or the teacher's prompt around it
+    POST /v1/chat/completions    as OpenAI's; the last user message is the text, or the prompt around one
     POST /v1/decisions, /v1/systemone    typed questions, answered with the probabilities of all values
     POST /v1/label               {"texts": [...]} -> {"answers": [...]}, many at once
     GET  /v1/models  /health  /ready  /metrics
 
-Needs out/<name>/ alone, as sample.py does, and: pip install -r requirements-serve.txt. It answers the questions
-its student was trained on and refuses all others. What the student is unsure of goes to the LLM at `upstream`.
+Needs out/<name>/ alone, as sample.py does, and: pip install -r requirements-serve.txt. It answers the
+questions its student was trained on and refuses all others. What the student is unsure of goes to the LLM at
+`upstream`.
 """
 import asyncio
 import hmac
 import json
 import logging
-import math
-import os
-import queue
-import random
+import signal
+import socket
 import sys
-import threading
 import time
 import uuid
-from collections import deque
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from config import configure, stop
-from sample import Labeler, confidence_of, decode, note_changes, values
+from sample import Labeler, note_changes
 
 try:
     import uvicorn
     import zstandard
     from fastapi import FastAPI, Request
-    from fastapi.responses import Response, StreamingResponse
-    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+    from fastapi.responses import Response
+    from prometheus_client import generate_latest
 
-    from questions import (Refusal, fields_of_format, need, read_decisions, read_system_one, say_decisions,
-                           say_system_one, text_of_messages, text_of_state, pieces_of, logprobs_of,
-                           say_completion, say_chunks, view)
-    from upstream import Audit, Upstream
+    from questions import (Refusal, fields_of_format, logprobs_of, need, pieces_of, read_decisions,
+                           read_system_one, say_chunks, say_completion, say_decisions, say_system_one,
+                           text_of_messages, text_of_state, view)
+    from service import Service, Upstream
 except ImportError as error:
     sys.exit(f'serve.py needs {error.name}; run: pip install -r requirements-serve.txt')
 
@@ -66,7 +63,7 @@ upstream_model = ''  # its name there
 upstream_timeout = 20.0  # 0..; seconds
 audit = 0.0          # 0..1; share of all texts that are also asked upstream, to watch the agreement
 audit_min = 0.0      # 0..1; where a field agrees less often than this for sure, everything goes upstream
-keep = False         # append what upstream answered to served.jsonl, for extract.py --score; else no text is kept
+keep = False         # append what upstream answered to served.jsonl, for extract.py --score; else no text is
 dataset = ''         # word; that file is data/<dataset>/served.jsonl
 # of the config file, to say so where the student was trained with others
 fields = {}
@@ -74,185 +71,7 @@ prompt = ''
 config = configure(globals())
 
 MAX_BODY = 1 << 20   # bytes
-AUDITS = 8           # at a time; what would be more is not audited
 log = logging.getLogger('serve')
-
-
-class Metrics:
-    """what /metrics tells (https://prometheus.io/docs/practices/naming)."""
-
-    def __init__(self):
-        self.registry = CollectorRegistry()
-
-        def new(kind, key, text, labels=(), **more):
-            return kind(f'student_{key}', text, labels, registry=self.registry, **more)
-        self.requests = new(Counter, 'requests', 'requests answered', ['route', 'status'])
-        self.seconds = new(Histogram, 'request_seconds', 'from the first byte to the last', ['route'], buckets=[
-            .002, .005, .01, .02, .05, .1, .25, .5, 1, 2.5, 10])
-        self.batch = new(Histogram, 'batch_texts', 'texts in a pass', buckets=[1, 2, 4, 8, 16, 32, 64, 128, 256])
-        self.waiting = new(Gauge, 'waiting_texts', 'texts under way')
-        self.texts = new(Counter, 'texts', 'texts answered', ['by'])
-        self.cut = new(Counter, 'texts_cut', 'texts of which the student read the beginning alone')
-        self.values = new(Counter, 'values', 'answers', ['field', 'value'])
-        self.audited = new(Counter, 'audited_texts', 'texts that upstream was asked about to compare')
-        self.agreement = new(Gauge, 'agreement', 'share of audited texts on which upstream says the same; low and '
-                             'high: its 95 % interval', ['field', 'end'])
-        self.deferring = new(Gauge, 'deferring', '1 while everything goes upstream, since a field agrees too rarely')
-
-
-# -----------------------------------------------------------------------------
-# one decoding thread for all requests
-
-
-@dataclass
-class Answer:
-    """what became of a text. by: 'student', 'student-unsure' or 'upstream'."""
-    answer: dict                # {field: value}
-    sure: dict                  # {field: probability of that value}
-    chances: dict               # {field: probabilities of its values}, where asked for
-    ids: list
-    outs: list                  # output indices
-    decisions: list             # of sample.decode
-    by: str = 'student'
-
-
-class Decoder(threading.Thread):
-    """answers the texts of all requests together: a new one takes its place wherever an answer is complete, and
-    one that is alone waits for nothing. A text whose caller is gone is left out."""
-
-    def __init__(self, labeler, max_waiting, metrics):
-        super().__init__(daemon=True, name='decoder')
-        self.labeler, self.max_waiting, self.metrics = labeler, max_waiting, metrics
-        self.coming, self.n_waiting = queue.SimpleQueue(), 0
-
-    async def ask(self, texts, full=False):
-        """list of Answers to lists of ids, in their order. full: with the probabilities of all values."""
-        if self.n_waiting + len(texts) > self.max_waiting:
-            raise Refusal(503, f'{self.n_waiting} texts are under way, {self.max_waiting} can be; come again')
-        loop = asyncio.get_running_loop()
-        jobs = [(ids, full, loop.create_future(), loop) for ids in texts]
-        self.n_waiting += len(jobs)
-        self.metrics.waiting.set(self.n_waiting)
-        try:
-            for job in jobs:
-                self.coming.put(job)
-            return [await future for _, _, future, _ in jobs]
-        finally:
-            self.n_waiting -= len(jobs)
-            self.metrics.waiting.set(self.n_waiting)
-            for _, _, future, _ in jobs:
-                future.cancel()  # where the caller hung up; else it is done
-
-    def run(self):
-        while True:
-            under_way = deque()
-            try:
-                for outs, decisions in decode(self.labeler.student, self.labeler.space, self.texts(under_way),
-                                              self.labeler.batch_size):
-                    self.finish(under_way.popleft(), outs, decisions)
-            except Exception as error:  # what is under way fails, the next text is answered
-                log.exception('the decoder failed')
-                for _, _, future, loop in under_way:
-                    loop.call_soon_threadsafe(tell, future, None, error)
-
-    def texts(self, under_way):
-        """yields ids, and None where no text is waiting; blocks only where nothing is under way."""
-        while True:
-            try:
-                job = self.coming.get(block=not under_way)
-            except queue.Empty:
-                self.metrics.batch.observe(len(under_way))
-                yield None
-                continue
-            if not job[2].cancelled():
-                under_way.append(job)
-                yield job[0]
-
-    def finish(self, job, outs, decisions):
-        ids, full, future, loop = job
-        student, space, temperature = self.labeler.student, self.labeler.space, self.labeler.temperature
-        sure = confidence_of(space.fields, decisions, temperature)
-        chances = values(student, space, ids, outs, decisions, temperature) if full else {}
-        answer = Answer(dict(space.to_json(outs)), sure, chances, ids, outs, decisions)
-        loop.call_soon_threadsafe(tell, future, answer, None)
-
-
-def tell(future, answer, error):
-    """sets what a coroutine waits for; in its own thread."""
-    if not future.done():
-        future.set_exception(error) if error else future.set_result(answer)
-
-
-# -----------------------------------------------------------------------------
-# what becomes of a text, whoever asks
-
-
-class Service:
-    """text in, Answer out: by the student, or where it is unsure by the LLM behind it.
-
-    min_confidence: a number. upstream: an Upstream or None. kept: path for what upstream answered, or None."""
-
-    def __init__(self, labeler, decoder, metrics, min_confidence=0.0, upstream=None, audit=0.0, audit_min=0.0,
-                 kept=None):
-        self.labeler, self.decoder, self.metrics, self.upstream = labeler, decoder, metrics, upstream
-        self.min_confidence, self.share, self.kept = min_confidence, audit, kept
-        self.audit = Audit(labeler.space.fields, audit_min, metrics)
-        self.auditing, self.rng = set(), random.Random()
-
-    async def answer(self, texts, full=False):
-        """list of Answers. full: with the probabilities of all values. Refusal for a text that cannot be read,
-        and where too many are under way."""
-        read = []
-        for n, text in enumerate(texts):
-            ids, error, n_cut = self.labeler.read(text.encode('utf-8', 'replace'))
-            if error:
-                raise Refusal(400, error if len(texts) == 1 else f'text {n}: {error}')
-            self.metrics.cut.inc(n_cut > 0)
-            read.append(ids)
-        answers = await self.decoder.ask(read, full)
-        answers = await asyncio.gather(*map(self.settle, texts, answers))
-        for answer in answers:
-            self.metrics.texts.labels(answer.by).inc()
-            for field, value in answer.answer.items():
-                self.metrics.values.labels(field, json.dumps(value)).inc()
-        return answers
-
-    async def settle(self, text, ours):
-        """the student's Answer to a text, or upstream's where the student is unsure."""
-        unsure = self.audit.defer_all or min(ours.sure.values()) < self.min_confidence
-        audited = self.upstream and self.rng.random() < self.share
-        if audited and not unsure and len(self.auditing) < AUDITS:
-            task = asyncio.create_task(self.compare(text, ours))  # in the background
-            self.auditing.add(task)
-            task.add_done_callback(self.auditing.discard)
-        if not unsure:
-            return ours
-        theirs = await self.upstream.ask(text) if self.upstream else None
-        if theirs is None:
-            return replace(ours, by='student-unsure')
-        if audited:
-            self.audit.add(ours.answer, theirs)
-        self.keep(text, theirs)
-        space = self.labeler.space  # an LLM says one value, and no probabilities
-        chances = {field: [float(json.dumps(value) == json.dumps(theirs[field])) for value in of_field]
-                   for field, of_field in space.fields.items()}
-        return Answer(theirs, dict.fromkeys(theirs, 1.0), chances, ours.ids, space.from_json(theirs), [], 'upstream')
-
-    async def compare(self, text, ours):
-        theirs = await self.upstream.ask(text)
-        if theirs is not None:
-            self.audit.add(ours.answer, theirs)
-            self.keep(text, theirs)
-
-    def keep(self, text, answer):
-        """appends a line that extract.py --score reads."""
-        if not self.kept:
-            return
-        try:
-            with open(self.kept, 'a', encoding='utf-8') as file:
-                file.write(json.dumps({'text': text, 'answer': answer}) + '\n')
-        except OSError as error:
-            log.warning('%s: %s', self.kept, error.strerror)
 
 
 # -----------------------------------------------------------------------------
@@ -277,10 +96,14 @@ async def read_body(request):
                 body = reader.read(MAX_BODY + 1)
             if len(body) > MAX_BODY:
                 raise Refusal(413, f'the unpacked body is longer than {MAX_BODY} bytes')
-        body = json.loads(body.decode(), parse_constant=float.fromhex)  # NaN, which is no JSON: a ValueError
+        body = json.loads(body.decode(), parse_constant=no_constant)
     except (ValueError, RecursionError, zstandard.ZstdError) as error:
         raise Refusal(400, f'the body is not JSON in UTF-8: {str(error)[:200]}') from None
     return need(body, dict, 'a JSON object', 'body', status=400)
+
+
+def no_constant(name):
+    raise ValueError(f'{name} is no JSON')
 
 
 def say(body, status=200, headers=None):
@@ -314,7 +137,7 @@ def usage_of(answers):
 
 async def chat(service, body):
     """POST /v1/chat/completions"""
-    space = service.labeler.space
+    space = service.space
     for key in ('tools', 'functions', 'audio'):
         if body.get(key):
             raise Refusal(400, f'{key}: the student answers its own questions alone', key)
@@ -338,18 +161,19 @@ async def chat(service, body):
     if stream or logprobs:
         pieces = pieces_of(answer.answer, answer.decisions, seen, space, service.labeler.temperature)
     if stream:
-        events = say_chunks(pieces, top if logprobs else None, head, usage if options.get('include_usage') else None)
-        return StreamingResponse(iter([events]), headers=answered_by([answer]), media_type='text/event-stream')
+        events = say_chunks(pieces, top if logprobs else None, head,
+                            usage if options.get('include_usage') else None)
+        return Response(events, headers=answered_by([answer]), media_type='text/event-stream')
     content = seen.text(answer.answer[name] for name in names).strip()
     return say(say_completion(content, logprobs_of(pieces, top) if logprobs else None, head, usage),
                headers=answered_by([answer]))
 
 
-async def decisions(service, body):
+async def decisions(service, body, true_value, ordered):
     """POST /v1/decisions and /v1/systemone: some gateways take one for the other, so the shape decides."""
     system_one = not isinstance(body.get('questions'), list)
     read = read_system_one if system_one else read_decisions
-    questions = read(body, service.labeler.space, service.true_value, service.ordered)
+    questions = read(body, service.space, true_value, ordered)
     if system_one:
         if body.get('state') is None:
             raise Refusal(422, 'state is missing', 'state')
@@ -384,13 +208,17 @@ async def hung_up(receive):
         pass
 
 
-def make_app(service, api_key=''):
-    """the routes, as an ASGI application."""
+def make_app(service, created=0, api_key='', true_value=None, ordered=()):
+    """the routes, as an ASGI application. created: when the student was, in seconds; the rest: as the
+    settings."""
+    is_ready = False
+
     @asynccontextmanager
     async def lifespan(app):
+        nonlocal is_ready
         service.decoder.start()
         await service.answer(['a first pass is slow'])  # before anybody waits for it
-        service.ready = True
+        is_ready = True
         yield
         for task in service.auditing:
             task.cancel()
@@ -418,15 +246,17 @@ def make_app(service, api_key=''):
                 log.exception('%s failed', path)
                 return say_refusal(500, 'the server made a mistake; its log says which', (), system_one)
 
-    for path, handler in (('/v1/chat/completions', chat), ('/v1/decisions', decisions), ('/v1/systemone', decisions),
-                          ('/v1/label', label)):
-        post(path, handler)
+    decide = partial(decisions, true_value=true_value or {}, ordered=ordered)
+    post('/v1/chat/completions', chat)
+    post('/v1/decisions', decide)
+    post('/v1/systemone', decide)
+    post('/v1/label', label)
 
     @app.get('/v1/models')
     async def models():
-        day = time.strftime('%Y-%m-%d', time.gmtime(service.created))
-        about = f'answers {", ".join(service.labeler.space.fields)}, as {service.labeler.task["teacher"]} would'
-        return say({'object': 'list', 'data': [{'id': service.name, 'object': 'model', 'created': service.created,
+        day = time.strftime('%Y-%m-%d', time.gmtime(created))
+        about = f'answers {", ".join(service.space.fields)}, as {service.labeler.task["teacher"]} would'
+        return say({'object': 'list', 'data': [{'id': service.name, 'object': 'model', 'created': created,
                                                 'owned_by': 'you'}],
                     'models': [{'name': service.name, 'description': about, 'release_date': day}]})
 
@@ -437,7 +267,7 @@ def make_app(service, api_key=''):
 
     @app.get('/ready')
     async def ready():
-        return say({'status': 'ready' if service.ready else 'starting'}, 200 if service.ready else 503)
+        return say({'status': 'ready' if is_ready else 'starting'}, 200 if is_ready else 503)
 
     @app.get('/metrics')
     async def metrics():
@@ -462,13 +292,14 @@ class Front:
         if scope['type'] != 'http':
             return await self.app(scope, receive, send)
         began, status = time.perf_counter(), 0
-        path = scope['path'] if scope['path'] in self.paths else 'other'  # a label for each thing tried is too many
+        path = scope['path'] if scope['path'] in self.paths else 'other'  # or metrics grow without end
 
         async def send_with_id(message):
             nonlocal status
             if message['type'] == 'http.response.start':
                 status = message['status']
-                message['headers'] = [*message.get('headers', []), (b'x-request-id', uuid.uuid4().hex.encode())]
+                number = uuid.uuid4().hex.encode()
+                message['headers'] = [*message.get('headers', []), (b'x-request-id', number)]
             await send(message)
         app, given = self.app, dict(scope['headers']).get(b'authorization', b'')
         if self.key and path not in ('/health', '/ready') and not hmac.compare_digest(given, self.key):
@@ -479,6 +310,23 @@ class Front:
         finally:
             self.metrics.requests.labels(path, status).inc()
             self.metrics.seconds.labels(path).observe(time.perf_counter() - began)
+
+
+def serve(app, host, port):
+    """answers until SIGTERM or Ctrl-C, which let what is under way finish."""
+    listening = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(2048)
+    except OSError as error:
+        stop(f'cannot listen at {host}:{port}: {error.strerror}; another --port?')
+    server = uvicorn.Server(uvicorn.Config(app, log_level='warning', access_log=False,
+                                           timeout_graceful_shutdown=30))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: setattr(server, 'should_exit', True))  # before uvicorn's, and after
+    print(f'http://{host}:{listening.getsockname()[1]}/v1', flush=True)
+    server.run(sockets=[listening])
 
 
 if __name__ == '__main__':
@@ -502,12 +350,10 @@ if __name__ == '__main__':
     if keep:
         kept = Path('data', dataset, 'served.jsonl')
         kept.parent.mkdir(parents=True, exist_ok=True)
-    metrics = Metrics()
-    llm = Upstream(upstream, upstream_model, upstream_timeout, labeler.space, labeler.task['prompt']) if upstream else None
-    service = Service(labeler, Decoder(labeler, max_waiting, metrics), metrics, labeler.min_confidence, llm, audit,
-                      audit_min, kept)
-    service.name, service.created = run or name, int(Path('out', run or name).stat().st_mtime)
-    service.true_value, service.ordered, service.ready = true_value, ordered, False
-    server = uvicorn.Server(uvicorn.Config(make_app(service, api_key), host, port, log_level='warning',
-                                           access_log=False, timeout_graceful_shutdown=30))
-    server.run()
+    behind = None
+    if upstream:
+        behind = Upstream(upstream, upstream_model, upstream_timeout, labeler.space, labeler.task['prompt'])
+    service = Service(labeler, run or name, max_waiting, behind, audit, audit_min, kept)
+    created = int(Path('out', run or name).stat().st_mtime)
+    app = make_app(service, created, api_key, true_value, ordered)
+    serve(app, host, port)

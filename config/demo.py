@@ -9,7 +9,7 @@ fields = {
     'sentiment': ['neutral', 'positive', 'negative'],
     'topic': ['people', 'food', 'school', 'work', 'music', 'movies', 'games', 'animals', 'places', 'other'],
 }
-prompt = '''Classify the message below. Answer with one JSON object and nothing else:
+prompt = '''Classify the message below. Answer with one line of JSON without spaces and nothing else:
 {"sentiment":"neutral"|"positive"|"negative","topic":"people"|"food"|"school"|"work"|"music"|"movies"|"games"|"animals"|"places"|"other"}
 sentiment: a question, a fact or a remark without feeling is neutral. Thanks, praise, joy, love, hope and amusement are positive. Anger, sadness, fear, disgust and disappointment are negative.
 topic: what the message is about; other where it is none of these or too short to tell.

@@ -1,0 +1,132 @@
+"""python bench.py config/demo.py --what=serve: the student over HTTP, beside its decoder without it and beside a
+server of its teacher. And the clients that ask, which the tests use too.
+"""
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from evaluate import data_line
+from sample import decode, generate
+
+
+async def client(host, port, path, bodies, replies):
+    """one connection that stays open: takes (number, body) from the iterator bodies until it is empty, and puts
+    (status, body, seconds) at that number of the dict replies."""
+    reader, writer = await asyncio.open_connection(host, port)
+    for n, body in bodies:
+        began = time.perf_counter()
+        writer.write(b'POST %s HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\n\r\n%s' % (
+            path.encode(), host.encode(), len(body), body))
+        head = await reader.readuntil(b'\r\n\r\n')
+        length = int(head.lower().partition(b'content-length:')[2].split(b'\r\n')[0])
+        reply = await reader.readexactly(length)
+        replies[n] = int(head.split()[1]), reply, time.perf_counter() - began
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+
+
+def ask_many(url, path, bodies, n_clients):
+    """bodies (bytes) posted by so many clients at a time, each waiting for its answer -> [(status, body,
+    seconds)] in their order, and the seconds that all took."""
+    async def go():
+        todo, replies = iter(enumerate(bodies)), {}
+        place = urlsplit(url)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(n_clients):
+                group.create_task(client(place.hostname, place.port, path, todo, replies))
+        return [replies[n] for n in range(len(replies))]
+    began = time.perf_counter()
+    replies = asyncio.run(go())
+    return replies, time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def server(*args):
+    """the URL of a serve.py with these arguments, as long as it is wanted."""
+    process = subprocess.Popen([sys.executable, 'serve.py', *args, '--port=0'], stdout=subprocess.PIPE, text=True)
+    try:
+        for line in process.stdout:
+            if line.startswith('http'):
+                yield line.strip().removesuffix('/v1')
+                break
+        else:
+            raise SystemExit('serve.py did not start')
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@contextlib.contextmanager
+def teacher_server(answer):
+    """the URL of what people run without this project, at its least: one request, one generate. answer: function
+    of a text."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            texts = json.loads(self.rfile.read(int(self.headers['content-length'])))['texts']
+            reply = json.dumps({'answers': [answer(text) for text in texts]}).encode()
+            self.send_response(200)
+            self.send_header('content-length', str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *args):
+            pass
+
+    Handler.protocol_version = 'HTTP/1.1'
+    httpd = HTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{httpd.server_port}'
+    httpd.shutdown()
+
+
+def figures(replies, seconds, per_request):
+    assert all(status == 200 for status, _, _ in replies), next(r for r in replies if r[0] != 200)
+    ms = np.array([took for _, _, took in replies]) * 1e3
+    return {'answers_s': len(replies) * per_request / seconds, 'p50_ms': float(np.median(ms)),
+            'p99_ms': float(np.quantile(ms, 0.99))}
+
+
+def bench_serve(args, student, space, texts, teacher_answer, n_requests=1500, rounds=3):
+    """prints a line for each number of clients and texts a request, medians of rounds in turn. args: of serve.py.
+    texts: strings, the student's; teacher_answer: function of a text, or None."""
+    ids = [space.tokenizer.encode(text, add_special_tokens=False).ids[:student.config.block_size - space.max_answer]
+           for text in texts]
+
+    def alone():
+        for some in ids[:100]:
+            began = time.perf_counter()
+            list(decode(student, space, [some]))
+            yield (time.perf_counter() - began) * 1e3
+    many, loads = (ids * (1024 // len(ids) + 1))[:1024], [(n, per) for per in (1, 32) for n in (1, 8, 64)]
+    found = {load: [] for load in loads}
+    own = []
+    with server(*args) as url:
+        for _ in range(rounds + 1):  # the first warms up
+            began = time.perf_counter()
+            generate(student, space, many)
+            own.append((len(many) / (time.perf_counter() - began), *np.quantile(list(alone()), (0.5, 0.99))))
+            for n_clients, per in loads:
+                n = max(n_clients * 4, n_requests // (8 if per > 1 else 1) // (5 if n_clients == 1 else 1))
+                bodies = [json.dumps({'texts': [texts[(k * per + j) % len(texts)] for j in range(per)]}).encode()
+                          for k in range(n)]
+                found[n_clients, per].append(figures(*ask_many(url, '/v1/label', bodies, n_clients), per))
+    rate, p50, p99 = np.median(own[1:], axis=0).tolist()
+    print(data_line('bench', {'what': 'decoder', 'answers_s': rate, 'p50_ms': p50, 'p99_ms': p99}))
+    for (n_clients, per), rows in found.items():
+        medians = {key: float(np.median([row[key] for row in rows[1:]])) for key in rows[0]}
+        print(data_line('bench', {'what': 'serve', 'clients': n_clients, 'texts': per, **medians}))
+    if teacher_answer:
+        with teacher_server(teacher_answer) as url:
+            bodies = [json.dumps({'texts': [text]}).encode() for text in texts[:24]]
+            ask_many(url, '/', bodies[:2], 1)
+            print(data_line('bench', {'what': 'generate', 'clients': 1, 'texts': 1,
+                                      **figures(*ask_many(url, '/', bodies, 1), 1)}))

@@ -1,0 +1,631 @@
+"""serve.py: every kind of question beside the student's own answers, what callers get wrong, and load."""
+import asyncio
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import CHILDREN, ROOT, run_script, tiny_student
+from sample import CHECKPOINT, Labeler
+from space import OutputSpace, tokenizer_hash, value_name
+
+for package in ('fastapi', 'uvicorn', 'httpx', 'openai', 'typesafe_sdk', 'jevcompat'):
+    pytest.importorskip(package)  # optional: requirements-serve.txt and the clients that it is tested with
+import httpx
+import openai
+import typesafe_sdk
+import zstandard
+from jevcompat import validate
+from jevcompat.client import Response, parse_json
+
+from bench_serve import ask_many
+from data import read_texts
+from questions import (Refusal, choice_confidence, fields_of_format, find_field, score_confidence, text_of_messages,
+                       text_of_state)
+from serve import make_app
+from service import AUDITS, Decoder, Service, Upstream, wilson
+
+FIELDS = {'tone': ['neutral', 'friendly', 'friend'], 'spam': [True, False], 'stars': [2, 1, 3],
+          'mood': ['low', 'mid', 'high'], 'kind': ['respectful', 'toxic']}
+MEANING = {'true_value': {'kind': 'toxic'}, 'ordered': ['mood']}
+PROMPT = 'Label the text.\nText: {text}\nAnswer:'
+TEXTS = ['hello my friend', 'the cat sat on a mat', 'buy now', 'it rained 😀 all day', 'nobody was there']
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory, teachers, tokenizer):
+    """a folder with two students whose fields are of every kind, and the programs."""
+    root = tmp_path_factory.mktemp('served')
+    for path in ('config/__init__.py', 'data/__init__.py', 'serve.py'):
+        (root / path).parent.mkdir(exist_ok=True)
+        os.symlink(ROOT / path, root / path)
+    (root / 'config/toy.py').write_text(f"name = 'toy'\ndataset = 'toy'\nfields = {FIELDS!r}\nprompt = {PROMPT!r}\n"
+                                        "true_value = {'kind': 'toxic'}\nordered = ['mood']\n")
+    space = OutputSpace(tokenizer, FIELDS, end_id=2, auxiliary=range(4, 60))
+    for seed, name in enumerate(('toy', 'other')):
+        student = tiny_student(space, seed, block_size=space.max_answer + 20)
+        for weight in student.parameters():  # so that answers depend on the text
+            weight.data *= 8 if weight.dim() == 2 else 1
+        folder = root / 'out' / name
+        folder.mkdir(parents=True)
+        shutil.copy(teachers['gemma'] / 'tokenizer.json', folder)
+        task = {'fields': FIELDS, 'indent': None, 'fence': False, 'end_id': 2, 'output_ids': space.output_ids,
+                'tokenizer_hash': tokenizer_hash(tokenizer), 'prompt': PROMPT, 'max_text': 18,
+                'teacher': 'a/teacher', 'fingerprint': ''}
+        per_field = {field: {'temperature': 0.5 + n / 3} for n, field in enumerate(FIELDS)}
+        torch.save({'format': CHECKPOINT, 'student': vars(student.config), 'model': student.state_dict(),
+                    'task': task, 'per_field': per_field}, folder / 'best.pt')
+    return root
+
+
+@contextmanager
+def serving(root, *args):
+    """process and URL of a serve.py, started as a user does."""
+    files = [os.devnull, root / f'{len(os.listdir(root))}.out', root / f'{len(os.listdir(root))}.err']
+    process = CHILDREN.Process(target=run_script, args=(root, 'serve.py', ('--port=0', *args), files, 0))
+    process.start()
+    try:
+        for _ in range(600):
+            said = files[1].read_text() if files[1].exists() else ''
+            lines = [line for line in said.splitlines() if line.startswith('http')]
+            if lines or process.exitcode is not None:
+                break
+            time.sleep(0.05)
+        assert lines, files[2].read_text()
+        yield process, lines[0]
+    finally:
+        process.terminate()
+        process.join(30)
+        assert process.exitcode == 0 or process.exitcode == -signal.SIGKILL, files[2].read_text()
+
+
+@pytest.fixture(scope='module')
+def url(root):
+    with serving(root) as (_, url):
+        yield url
+
+
+@pytest.fixture(scope='module')
+def labeler(root):
+    return Labeler(root / 'out/toy', 'cpu', confidence='full')
+
+
+@pytest.fixture(scope='module')
+def truth(labeler):
+    """{text: the student's answer with the probabilities of all values}, by sample.py."""
+    return dict(zip(TEXTS, labeler(TEXTS)))
+
+
+def ask(service, *calls, **settings):
+    """responses of an application in this process to calls (path, body)."""
+    async def go():
+        transport = httpx.ASGITransport(make_app(service, **MEANING, **settings))
+        async with httpx.AsyncClient(transport=transport, base_url='http://test') as client:
+            return [await client.post(path, json=body) for path, body in calls]
+    if not service.decoder.is_alive():
+        service.decoder.start()
+    return asyncio.run(go())
+
+
+# -----------------------------------------------------------------------------
+# the real clients
+
+
+def test_the_openai_client_gets_the_students_answers(url, truth):
+    client = openai.OpenAI(base_url=url, api_key='any')
+    for text, due in truth.items():
+        answer = {name: due[name] for name in FIELDS}
+        for content in (text, PROMPT.replace('{text}', text), [{'type': 'text', 'text': text}]):
+            reply = client.chat.completions.create(model='gpt', messages=[{'role': 'user', 'content': content}])
+            choice, = reply.choices
+            assert json.loads(choice.message.content) == answer and choice.finish_reason == 'stop'
+            assert choice.message.content == json.dumps(answer, separators=(',', ':'))  # the style of the task
+            assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens > 0
+    system, user = PROMPT.split('\n', 1)
+    reply = client.chat.completions.create(model='gpt', messages=[
+        {'role': 'system', 'content': system}, {'role': 'user', 'content': user.replace('{text}', TEXTS[0])}])
+    assert json.loads(reply.choices[0].message.content) == {name: truth[TEXTS[0]][name] for name in FIELDS}
+    assert {model.id for model in client.models.list()} == {'toy'}
+
+
+def test_a_schema_of_some_fields_gets_them_and_one_of_others_is_refused_by_name(url, truth):
+    client = openai.OpenAI(base_url=url, api_key='any')
+
+    def call(properties, **more):
+        schema = {'type': 'object', 'properties': properties, 'required': list(properties),
+                  'additionalProperties': False, **more}
+        form = {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': schema, 'strict': True}}
+        reply = client.chat.completions.create(model='x', response_format=form,
+                                               messages=[{'role': 'user', 'content': TEXTS[1]}])
+        return json.loads(reply.choices[0].message.content)
+    stars, spam = {'type': 'integer', 'enum': [1, 2, 3, 4]}, {'type': 'boolean'}
+    assert call({'stars': stars, 'spam': spam}) == {name: truth[TEXTS[1]][name] for name in ('spam', 'stars')}
+    for properties, named in (({'nice': spam}, "'nice'"), ({'stars': {'enum': [1, 2]}}, "'stars'"),
+                              ({'tone': {'type': 'integer'}}, "'tone'"), ({'tone': {'$ref': 'http://x/y'}}, 'schema')):
+        with pytest.raises(openai.BadRequestError, match=named):
+            call(properties)
+    with pytest.raises(openai.BadRequestError, match='schema'):
+        call({'tone': {'type': 'nonsense'}})
+    reply = client.chat.completions.create(model='x', response_format={'type': 'json_object'},
+                                           messages=[{'role': 'user', 'content': TEXTS[1]}])
+    assert json.loads(reply.choices[0].message.content) == {name: truth[TEXTS[1]][name] for name in FIELDS}
+
+
+def test_logprobs_are_the_confidence_at_decisions_and_0_elsewhere(url, truth, labeler):
+    client, some = openai.OpenAI(base_url=url, api_key='any'), {'properties': {'tone': {}, 'stars': {}}}
+    for text in TEXTS:
+        for form, names in (({'type': 'json_object'}, list(FIELDS)), (
+                {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': some}}, ['tone', 'stars'])):
+            call = dict(model='x', messages=[{'role': 'user', 'content': text}], response_format=form)
+            reply = client.chat.completions.create(**call, logprobs=True, top_logprobs=3)
+            choice, = reply.choices
+            tokens = choice.logprobs.content
+            assert ''.join(token.token for token in tokens) == choice.message.content
+            assert all(bytes(token.bytes).decode() == token.token for token in tokens)
+            assert 0 in {token.logprob for token in tokens}
+            sure = math.prod(truth[text]['_confidence'][name][value_name(truth[text][name])] for name in names)
+            assert math.exp(sum(token.logprob for token in tokens)) == pytest.approx(sure, rel=2e-3)
+            decided = [token for token in tokens if token.logprob < 0]
+            assert all(1 < len(t.top_logprobs) <= 3 and t.top_logprobs[0].logprob >= t.logprob for t in decided)
+            chunks = list(client.chat.completions.create(**call, logprobs=True, top_logprobs=3, stream=True,
+                                                         stream_options={'include_usage': True}))
+            assert chunks[-1].usage == reply.usage and not chunks[-1].choices
+            deltas = [chunk.choices[0] for chunk in chunks[:-1]]
+            assert ''.join(d.delta.content or '' for d in deltas) == choice.message.content
+            assert [d.finish_reason for d in deltas] == [None] * (len(deltas) - 1) + ['stop']
+            assert [t for d in deltas if d.logprobs for t in d.logprobs.content] == tokens
+
+
+def test_decisions_have_the_probabilities_of_all_values(url, truth):
+    client = openai.OpenAI(base_url=url, api_key='any')
+    questions = [
+        {'type': 'score', 'name': 'stars', 'instructions': '', 'levels': [{'label': n} for n in ('bad', 'so', 'top')]},
+        {'type': 'choice', 'instructions': 'how?',
+         'choices': [{'value': v} for v in ('friend', 'neutral', 'friendly')]},
+        {'type': 'choice', 'name': 'spam', 'instructions': '', 'choices': [{'value': False}, {'value': True}]},
+        {'type': 'choice', 'name': 'spam', 'instructions': '', 'choices': [{'value': 'Yes'}, {'value': 'No'}]},
+        {'type': 'predicate', 'name': 'spam', 'instructions': ''},
+        {'type': 'predicate', 'name': 'toxic', 'instructions': ''},
+        {'type': 'score', 'instructions': '', 'levels': [{'label': n} for n in FIELDS['mood']]}]
+    for text, due in truth.items():
+        for given_as in (text, [{'role': 'user', 'content': [{'type': 'input_text', 'text': text}]}],
+                         [{'role': 'user', 'content': [{'type': 'input_json', 'data': {'body': text}}]}]):
+            answers = client.decisions.create(model='x', input=given_as, questions=questions).answers
+            sure = due['_confidence']
+            assert [a.name for a in answers] == [q.get('name') for q in questions]
+            stars, tone, spam, yes, predicate, toxic, mood = answers
+            assert [p.probability for p in stars.probabilities] == pytest.approx(
+                [sure['stars'][n] for n in '123'], abs=1e-4)
+            assert stars.score == pytest.approx(sure['stars']['2'] + 2 * sure['stars']['3'], abs=2e-4)
+            assert {p.value: p.probability for p in tone.probabilities} == pytest.approx(sure['tone'], abs=1e-4)
+            assert tone.choice == max(sure['tone'], key=sure['tone'].get)
+            assert [p.value for p in spam.probabilities] == [False, True] and type(spam.choice) is bool
+            assert [p.probability for p in spam.probabilities] == pytest.approx(
+                [sure['spam']['false'], sure['spam']['true']], abs=1e-4)
+            assert [p.probability for p in yes.probabilities] == [p.probability for p in spam.probabilities[::-1]]
+            assert predicate.probability == yes.probabilities[0].probability
+            assert toxic.probability == pytest.approx(sure['kind']['toxic'], abs=1e-4)
+            assert [p.label for p in mood.probabilities] == FIELDS['mood']
+            for answer in (stars, tone, spam, yes, mood):
+                assert sum(p.probability for p in answer.probabilities) == pytest.approx(1, abs=1e-6)
+    alone = client.decisions.create(model='x', input=TEXTS[0], questions=questions[1:2]).answers
+    assert alone[0].probabilities == client.decisions.create(  # nor do answers depend on what else is asked
+        model='x', input=TEXTS[0], questions=questions).answers[1].probabilities
+    with pytest.raises(openai.UnprocessableEntityError, match='weather'):
+        client.decisions.create(model='x', input='a', questions=[
+            {'type': 'predicate', 'name': 'weather', 'instructions': 'is it nice?'}])
+
+
+def judged(reply):
+    """as jevcompat reads a reply."""
+    return Response(reply.status_code, dict(reply.headers), reply.content, 0.0, *parse_json(reply.content))
+
+
+SYSTEM_ONE = {
+    'q1': {'type': 'choice', 'instructions': 'x', 'criteria': {'friendly': 'kind', 'friend': None, 'neutral': None}},
+    'spam': {'type': 'noul', 'instructions': 'is it?'}, 'kind': {'type': 'noul', 'instructions': ''},
+    'stars': {'type': 'score', 'criteria': ['low', 'mid', 'high']},
+    'mood': {'type': 'score', 'criteria': ['gloomy', 'so so', 'fine']}}
+
+
+def test_the_typesafe_client_and_the_validator_accept_every_kind_of_answer(url, truth):
+    client = typesafe_sdk.TypeSafeClient(api_key='x', base_url=url.removesuffix('/v1'))
+    for text, due in truth.items():
+        for state in (text, {'message': text}, [text]):
+            answers = client.system_one(model='toy', state=state, questions=SYSTEM_ONE).answers
+            assert answers['q1'].probabilities == pytest.approx(due['_confidence']['tone'], abs=1e-4)
+            assert answers['kind'].noul == pytest.approx(due['_confidence']['kind']['toxic'], abs=1e-4)
+            assert answers['stars'].legend == {0: 'low', 1: 'mid', 2: 'high'}
+        for path in ('systemone', 'decisions'):  # some gateways take one for the other
+            body = {'model': 'toy', 'state': text, 'questions': SYSTEM_ONE}
+            reply = httpx.post(f'{url}/{path}', json=body)
+            assert validate.validate_success(body, judged(reply)) == []
+    packed = zstandard.compress(json.dumps({'model': 'toy', 'state': TEXTS[0] + ' ' * 3000,
+                                            'questions': SYSTEM_ONE}).encode())
+    reply = httpx.post(f'{url}/systemone', content=packed, headers={'content-encoding': 'zstd'})
+    assert reply.json()['answers']['kind']['noul'] == pytest.approx(
+        truth[TEXTS[0]]['_confidence']['kind']['toxic'], abs=1e-4)
+    reply = httpx.post(f'{url}/systemone', json={'state': 'x', 'questions': {'sky': {'type': 'noul'}}})
+    assert validate.validate_validation_error(judged(reply)) == [] and 'sky' in reply.text
+    assert httpx.get(f'{url}/models').json()['models'][0]['name'] == 'toy'
+
+
+def test_curl_gets_answers_and_the_pages_about_the_server(url, truth):
+    if not shutil.which('curl'):
+        pytest.skip('no curl here')
+    base = url.removesuffix('/v1')
+
+    def curl(*args):
+        return subprocess.run(['curl', '-s', *args], capture_output=True, text=True, check=True).stdout
+    answers = json.loads(curl(f'{url}/label', '-d', json.dumps({'texts': TEXTS})))['answers']
+    for text, answer in zip(TEXTS, answers):
+        assert {name: answer[name] for name in FIELDS} == {name: truth[text][name] for name in FIELDS}
+        assert answer['_confidence'] == pytest.approx(
+            {name: truth[text]['_confidence'][name][value_name(answer[name])] for name in FIELDS}, abs=2e-4)
+    assert json.loads(curl(f'{base}/health')) == {'status': 'ok'} and 'ready' in curl(f'{base}/ready')
+    said = curl(f'{base}/metrics')
+    for line in ('student_requests_total{route="/v1/label",status="200"}', 'student_texts_total{by="student"}',
+                 'student_waiting_texts 0.0', 'student_values_total{field="spam",value="true"}', 'student_batch_texts'):
+        assert line in said
+    head = curl('-i', f'{url}/label', '-d', '{"texts": ["a"]}').lower()
+    assert 'x-request-id: ' in head and 'x-answered-by: student\n' in head.replace('\r', '')
+
+
+# -----------------------------------------------------------------------------
+# load, limits, and what callers get wrong
+
+
+def test_under_load_every_client_gets_the_answer_to_its_own_text(url, root, words):
+    rng = random.Random(5)
+    texts = [f'{" ".join(rng.choices(words, k=rng.randint(1, 5)))} {n}' for n in range(10_000)]
+    due = Labeler(root / 'out/toy', 'cpu', confidence=False)(texts)
+    assert len({*map(str, due)}) > 20
+    at, bodies = 0, []
+    while at < len(texts):
+        n = rng.choice((1, 1, 2, 7, 30))
+        bodies.append(texts[at:at + n])
+        at += n
+    replies, _ = ask_many(url, '/v1/label', [json.dumps({'texts': some}).encode() for some in bodies], 64)
+    answers = []
+    for status, body, _ in replies:
+        assert status == 200, body
+        answers += [{name: answer[name] for name in FIELDS} for answer in json.loads(body)['answers']]
+    assert answers == due
+
+
+@pytest.mark.parametrize('path, body, status, named', [
+    ('label', b'{"texts": ["', 400, 'JSON'), ('label', b'\xff\xfe', 400, 'JSON'), ('label', b'', 400, 'JSON'),
+    ('label', b'{"texts": ["a\x00b"]}', 400, 'JSON'), ('label', b'[' * 100_000, 400, 'JSON'),
+    ('label', b'{"texts": NaN}', 400, 'JSON'), ('label', b'[]', 400, 'object'), ('label', b'{}', 400, 'texts'),
+    ('label', b'{"texts": "a"}', 400, 'texts'), ('label', b'{"texts": ["a", 1]}', 400, 'texts.1'),
+    ('label', b'{"texts": ["a", " "]}', 400, 'text 1: empty'), ('label', b'{"x":"' + b'a' * (1 << 20) + b'"}', 413, 'long'),
+    ('label', json.dumps({'texts': ['a'] * 1025}).encode(), 503, 'again'),
+    ('chat/completions', b'{}', 400, 'messages'), ('chat/completions', b'{"messages": []}', 400, 'user'),
+    ('chat/completions', b'{"messages": [{"role": "user", "content": ""}]}', 400, 'empty'),
+    ('chat/completions', b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400, 'image_url'),
+    ('chat/completions', b'{"messages": [{"role": "user", "content": "a"}], "n": 2}', 400, 'n:'),
+    ('chat/completions', b'{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}', 400, 'tools'),
+    ('chat/completions', b'{"messages": [{"role": "user", "content": "a"}], "top_logprobs": 99}', 400, 'top_logprobs'),
+    ('chat/completions', b'{"messages": [{"role": "user", "content": "a"}], "response_format": 1}', 400, 'response_format'),
+    ('decisions', b'{"input": "a"}', 422, 'questions'), ('decisions', b'{"input": "a", "questions": []}', 422, '1 to 400'),
+    ('decisions', b'{"input": "a", "questions": [{"type": "choice", "choices": 3}]}', 422, 'choices'),
+    ('decisions', b'{"input": "a", "questions": [{"type": "poem"}]}', 422, 'predicate'),
+    ('systemone', b'{"questions": {"spam": {"type": "noul"}}}', 422, 'state'),
+    ('systemone', b'{"state": "a", "questions": {}}', 422, 'questions'),
+    ('systemone', b'{"state": "a", "questions": {"tone": {"type": "choice", "criteria": {"good": null}}}}', 422, 'tone'),
+    ('nothing', b'{}', 404, 'nothing')])
+def test_a_wrong_request_gets_its_error_in_words(url, path, body, status, named):
+    reply = httpx.post(f'{url}/{path}', content=body)
+    assert reply.status_code == status and named in reply.text and reply.headers['x-request-id']
+    said = reply.json()
+    if path == 'systemone':
+        assert said['detail'][0]['loc'][0] == 'body' and said['detail'][0]['msg']
+    else:
+        assert set(said['error']) == {'message', 'type', 'param', 'code'}
+    assert status != 503 or reply.headers['retry-after']
+    assert httpx.get(url.replace('/v1', '/health')).status_code == 200
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.sampled_from(
+    ['user', 'choice', 'score', 'predicate', 'noul', 'tone', 'spam', 'true', 'text', 'input_text', 'json_schema']),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5) | st.sampled_from([
+        'role', 'content', 'type', 'text', 'name', 'choices', 'value', 'levels', 'label', 'criteria', 'schema',
+        'json_schema', 'properties', 'required', 'enum', 'tone', 'data', '$ref', 'stream']), inner, max_size=4),
+    max_leaves=12)
+BODY = st.fixed_dictionaries({}, optional={key: JSON for key in (
+    'messages', 'response_format', 'stream', 'logprobs', 'top_logprobs', 'n', 'tools', 'stream_options', 'input',
+    'questions', 'state', 'texts', 'model')}) | st.fixed_dictionaries({
+        'messages': st.just([{'role': 'user', 'content': 'a'}]),
+        'response_format': st.fixed_dictionaries({'type': st.just('json_schema'),
+                                                  'json_schema': st.fixed_dictionaries({'schema': JSON})}),
+        'input': st.text() | JSON, 'state': JSON, 'texts': st.lists(st.text()),
+        'questions': st.lists(st.dictionaries(st.sampled_from(['type', 'name', 'choices', 'levels']), JSON))
+        | st.dictionaries(st.text(), st.dictionaries(st.sampled_from(['type', 'criteria']), JSON))})
+
+
+@pytest.mark.parametrize('path', ['chat/completions', 'decisions', 'systemone', 'label'])
+def test_no_json_makes_the_server_fail(url, path):
+    with httpx.Client() as client:
+        @settings(max_examples=150, deadline=None, database=None)
+        @given(BODY | JSON)
+        def throw(body):
+            reply = client.post(f'{url}/{path}', content=json.dumps(body).encode())
+            assert reply.status_code < 500, reply.text
+            assert reply.json() if reply.headers['content-type'] == 'application/json' else reply.text
+        throw()
+
+
+def test_a_key_is_asked_for(labeler):
+    service = Service(labeler, 'toy')
+
+    async def go():
+        transport = httpx.ASGITransport(make_app(service, api_key='secret'))
+        async with httpx.AsyncClient(transport=transport, base_url='http://test') as client:
+            codes = []
+            for key in (None, 'Bearer wrong', 'Bearer secret', 'secret', 'Bearer sécret'.encode()):
+                headers = {'authorization': key} if key else {}
+                codes.append((await client.post('/v1/label', json={'texts': ['a']}, headers=headers)).status_code)
+            codes.append((await client.get('/metrics')).status_code)
+            codes.append((await client.get('/health')).status_code)
+            return codes
+    service.decoder.start()
+    assert asyncio.run(go()) == [401, 401, 200, 401, 401, 401, 200]
+
+
+def test_texts_whose_caller_is_gone_are_left_out_and_too_many_are_refused(labeler):
+    service = Service(labeler, 'toy', max_waiting=10)
+
+    async def go():
+        first = asyncio.create_task(service.answer(['a'] * 6))
+        await asyncio.sleep(0)
+        with pytest.raises(Refusal, match='6 texts are under way'):
+            await service.answer(['b'] * 5)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert service.decoder.n_waiting == 0
+        kept = asyncio.create_task(service.answer(['hello my friend'] * 4))
+        await asyncio.sleep(0)
+        service.decoder.start()  # only now
+        return await kept
+    answers = asyncio.run(go())
+    assert len(answers) == 4
+    assert not any(bucket.get() for bucket in service.metrics.batch._buckets[3:])  # nobody decoded the six
+
+
+def test_a_decoder_that_fails_fails_its_texts_alone(labeler, monkeypatch):
+    service = Service(labeler, 'toy')
+    monkeypatch.setattr(service.decoder, 'finish', lambda *args: 1 / 0)
+    replies = ask(service, ('/v1/label', {'texts': ['a']}))
+    monkeypatch.undo()
+    replies += ask(service, ('/v1/label', {'texts': ['a']}))
+    assert [reply.status_code for reply in replies] == [500, 200] and 'mistake' in replies[0].text
+
+
+def test_a_client_that_hangs_up_and_sigterm_leave_nothing_behind(root):
+    with serving(root) as (process, url):
+        host, port = url.removeprefix('http://').removesuffix('/v1').split(':')
+        body = json.dumps({'texts': [f'{n} hello' for n in range(1000)]}).encode()
+        request = b'POST /v1/label HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n' % len(body) + body
+        for sent in (request[:40], request[:-100], request):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(sent)
+                time.sleep(0.05)
+        for _ in range(100):
+            said = httpx.get(url.replace('/v1', '/metrics')).text
+            if 'student_waiting_texts 0.0' in said:
+                break
+            time.sleep(0.05)
+        assert 'status="499"' in said and 'student_waiting_texts 0.0' in said
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(request.replace(b'HTTP/1.1\r\n', b'HTTP/1.1\r\nConnection: close\r\n'))
+            time.sleep(0.1)
+            os.kill(process.pid, signal.SIGTERM)
+            reply = b''
+            while part := connection.recv(1 << 20):
+                reply += part
+        assert reply.startswith(b'HTTP/1.1 200') and len(json.loads(reply.partition(b'\r\n\r\n')[2])['answers']) == 1000
+        process.join(30)
+        assert process.exitcode == 0
+
+
+# -----------------------------------------------------------------------------
+# the LLM behind: another student, which speaks the same
+
+
+def test_what_the_student_is_unsure_of_goes_upstream_until_that_is_gone(root, truth):
+    labeler, theirs = Labeler(root / 'out/toy', 'cpu', min_confidence=0.7), Labeler(root / 'out/other', 'cpu')
+    unsure = {text: min(max(of_field.values()) for of_field in due['_confidence'].values()) < 0.7
+              for text, due in truth.items()}
+    messages = [{'messages': [{'role': 'user', 'content': text}], 'logprobs': True} for text in TEXTS]
+    calls = [('/v1/chat/completions', body) for body in messages]
+    assert {*unsure.values()} == {True, False} or True
+    with serving(root, '--run=other') as (process, url):
+        service = Service(labeler, 'toy', upstream=Upstream(url, 'other', 5.0, labeler.space, PROMPT))
+        replies = ask(service, *calls, ('/v1/systemone', {'state': TEXTS[0], 'questions': SYSTEM_ONE}))
+        system_one = replies.pop()
+        for text, reply, due in zip(TEXTS, replies, theirs(TEXTS)):
+            due = due if unsure[text] else truth[text]
+            assert reply.headers['x-answered-by'] == ('upstream' if unsure[text] else 'student')
+            choice, = reply.json()['choices']
+            assert json.loads(choice['message']['content']) == {name: due[name] for name in FIELDS}
+            assert ''.join(t['token'] for t in choice['logprobs']['content']) == choice['message']['content']
+        assert system_one.json()['answers']['kind']['noul'] in (0, 1) or not unsure[TEXTS[0]]
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        service = Service(labeler, 'toy', upstream=Upstream(url, 'other', 5.0, labeler.space, PROMPT))
+        for text, reply in zip(TEXTS, ask(service, *calls)):
+            assert reply.headers['x-answered-by'] == ('student-unsure' if unsure[text] else 'student')
+            answer = json.loads(reply.json()['choices'][0]['message']['content'])
+            assert answer == {name: truth[text][name] for name in FIELDS}
+
+
+@pytest.mark.parametrize('reply', [
+    b'HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n', b'nonsense', b'', None,
+    *(b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s' % (len(body), body) for body in (
+        b'', b'[]', b'{"choices": []}', b'{"choices": [{"message": {"content": null}}]}',
+        b'{"choices": [{"message": {"content": "{\\"tone\\": \\"rude\\"}"}}]}', b'[' * 99999))])
+def test_an_upstream_that_is_slow_or_answers_nonsense_is_left_alone_after_three_times(labeler, reply):
+    async def go():
+        asked = 0
+
+        async def handle(reader, writer):
+            nonlocal asked
+            asked += 1
+            await reader.readuntil(b'\r\n\r\n')
+            if reply is None:
+                await asyncio.sleep(5)
+            writer.write(reply or b'')
+            await writer.drain()
+            writer.close()
+        server = await asyncio.start_server(handle, '127.0.0.1', 0)
+        host, port = server.sockets[0].getsockname()
+        upstream = Upstream(f'http://{host}:{port}/v1', 'x', 0.2, labeler.space, PROMPT)
+        answers = [await upstream.ask('hello') for _ in range(5)]
+        server.close()
+        return answers, asked
+    answers, asked = asyncio.run(go())
+    assert answers == [None] * 5 and asked == 3
+
+
+class Fixed:
+    """an upstream that says what it is told to."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    async def ask(self, text):
+        return self.answer(text)
+
+
+def test_an_audit_measures_agreement_keeps_its_answers_and_defers_all_below_its_minimum(root, tmp_path):
+    labeler = Labeler(root / 'out/toy', 'cpu')
+    ours = {text: {name: value for name, value in record.items() if name in FIELDS}
+            for text, record in zip(TEXTS, labeler(TEXTS))}
+    wrong = set()
+    upstream = Fixed(lambda text: ours[text] | ({'spam': not ours[text]['spam']} if text in wrong else {}))
+    kept = tmp_path / 'served.jsonl'
+    service = Service(labeler, 'toy', upstream=upstream, share=1.0, least=0.8, kept=kept)
+    service.decoder.start()
+
+    async def go(texts):
+        said = []
+        for text in texts:
+            answer, = await service.answer([text])
+            said.append(answer.by)
+            await asyncio.gather(*service.auditing)
+        return said
+    assert asyncio.run(go(TEXTS * 4)) == ['student'] * 20 and not service.audit.defer_all
+    wrong.update(TEXTS[1:])
+    said = asyncio.run(go(TEXTS * 4))
+    equal = list(service.audit.equal['spam'])
+    by_hand = [[text not in (set() if n < 4 else {*TEXTS[1:]}) for text in TEXTS] for n in range(8)]
+    assert equal == sum(by_hand, [])
+    assert said[0] == 'student' and said[-1] == 'upstream' and service.audit.defer_all
+    low, high = wilson(sum(equal), 40)
+    values = service.metrics.agreement
+    assert [values.labels('spam', end)._value.get() for end in ('mean', 'low', 'high')] == [
+        sum(equal) / 40, low, high]
+    assert values.labels('tone', 'mean')._value.get() == 1.0
+    wrong.clear()
+    assert asyncio.run(go(TEXTS * 30))[-1] == 'student'  # agreement is back, and so is the student
+    lines = list(read_texts(kept))
+    assert len(lines) == 5 * 38 and all(set(answer) == set(FIELDS) for _, answer, _ in lines)
+
+
+def test_background_audits_are_bounded(labeler):
+    async def go():
+        begun = []
+
+        async def never(text):
+            begun.append(text)
+            await asyncio.sleep(60)
+        upstream = Fixed(None)
+        upstream.ask = never
+        service = Service(labeler, 'toy', upstream=upstream, share=1.0)
+        service.decoder.start()
+        await service.answer(['a'] * 50)
+        await asyncio.sleep(0)
+        for task in service.auditing:
+            task.cancel()
+        return begun
+    assert len(asyncio.run(go())) == AUDITS
+
+
+def test_the_interval_is_wilsons():
+    # R. G. Newcombe 1998, https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E, table I
+    for hits, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611),
+                               (1, 29, 0.0061, 0.1718)):
+        assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
+
+
+# -----------------------------------------------------------------------------
+# questions
+
+
+def test_the_text_in_the_teachers_prompt_is_found_and_nothing_else_is_taken_for_it():
+    def find(*messages):
+        return text_of_messages([{'role': role, 'content': text} for role, text in messages], PROMPT, 'messages')
+    assert find(('user', PROMPT.replace('{text}', 'a b'))) == 'a b'
+    assert find(('user', PROMPT.replace('{text}', 'a b').strip() + ' \n')) == 'a b'
+    for end in (len('Label the text.'), len('Label the text.\nText:')):  # what lies between may be given up
+        assert find(('system', PROMPT[:end]), ('user', PROMPT[end:].strip().replace('{text}', 'x'))) == 'x'
+    assert find(('user', 'Label the text. Text: a')) == 'Label the text. Text: a'
+    assert find(('user', 'one'), ('assistant', 'x'), ('user', 'two')) == 'two'
+    assert find(('user', PROMPT.replace('{text}', ''))) == ''
+    assert text_of_state({'a': [{'b': 'x'}]}) == 'x' and text_of_state('y') == 'y'
+    assert json.loads(text_of_state({'a': 'x', 'b': 1})) == {'a': 'x', 'b': 1}
+
+
+@pytest.mark.parametrize('name, kind, options, field, numbers', [
+    (None, 'choice', ['friend', 'friendly', 'neutral'], 'tone', [2, 1, 0]),
+    ('q7', 'choice', ['toxic', 'respectful'], 'kind', [1, 0]), ('spam', 'choice', ['no', 'yes'], 'spam', [1, 0]),
+    ('kind', 'choice', ['yes', 'no'], 'kind', [1, 0]), ('spam', 'yes', [], 'spam', [0]), ('toxic', 'yes', [], 'kind', [1]),
+    ('stars', 'score', ['x', 'y', 'z'], 'stars', [1, 0, 2]), (None, 'score', ['1', '2', '3'], 'stars', [1, 0, 2]),
+    (None, 'choice', ['1', '2', '3'], 'stars', [1, 0, 2]), ('mood', 'score', ['x', 'y', 'z'], 'mood', [0, 1, 2])])
+def test_questions_find_their_field(labeler, name, kind, options, field, numbers):
+    question = find_field(labeler.space, name, kind, options, MEANING['true_value'], MEANING['ordered'], ('q',))
+    assert (question.field, question.numbers) == (field, numbers)
+
+
+@pytest.mark.parametrize('name, kind, options', [
+    ('tone', 'choice', ['toxic', 'respectful']), (None, 'yes', []), ('mood', 'yes', []), ('tone', 'score', list('abc')),
+    ('q', 'choice', ['friend', 'friend', 'neutral']), ('stars', 'score', ['a', 'b']), (None, 'score', list('abc')),
+    ('tone', 'choice', []), ('q', 'choice', ['yes', 'no']), (None, 'choice', [True, False, 'x'])])
+def test_questions_without_a_field_are_refused(labeler, name, kind, options):
+    with pytest.raises(Refusal) as refusal:
+        find_field(labeler.space, name, kind, options, MEANING['true_value'], MEANING['ordered'], ('questions', 3))
+    assert refusal.value.status == 422 and refusal.value.where == ('questions', 3)
+
+
+def test_confidences_are_0_where_all_is_alike_and_1_for_certainty():
+    for confidence in (choice_confidence, score_confidence):
+        for n in range(2, 7):
+            assert confidence([1 / n] * n) == pytest.approx(0 if n % 2 and confidence is choice_confidence else
+                                                            confidence([1 / n] * n), abs=1e-9)
+            assert confidence([0.0] * (n - 1) + [1.0]) == 1
+    assert choice_confidence([0.5, 0.25, 0.25]) == pytest.approx(0.25)
+    assert score_confidence([0.8, 0.2, 0.0]) == pytest.approx(1 - 0.2 / (2 / 3))
+
+
+def test_a_schema_is_read_once(labeler):
+    form = {'type': 'json_schema', 'json_schema': {'schema': {'properties': {'mood': {'type': 'string'}}}}}
+    assert fields_of_format(form, labeler.space) == ('mood',)
+    with pytest.raises(Refusal, match='longer'):
+        fields_of_format({'type': 'json_schema', 'json_schema': {'schema': {'x': 'y' * 60_000}}}, labeler.space)
+    for schema in ({'$ref': '#'}, {'properties': 5}, {'allOf': [{'$ref': '#/x'}]}, {'required': 1}):
+        with pytest.raises(Refusal) as refusal:
+            fields_of_format({'type': 'json_schema', 'json_schema': {'schema': schema}}, labeler.space)
+        assert refusal.value.status == 400
