@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 
 from config import configure, pick_device, stop
-from data import Shards, read_texts, text_hash
+from data import Shards, first_tokens, read_texts, text_hash
 from sample import checkpoint_path, confidence_of, decode, generate, load_checkpoint, note_changes
 
 name = ''            # word; data/<dataset>/<name>-* has the held-out records
@@ -144,15 +145,18 @@ def evaluate(student, space, shards, rows, batch_size=64):
     return figures, per_field, answers, decisions
 
 
-def read_truth(path, hashes):
-    """{number: {field: value}} of the texts of the .jsonl at path that carry the truth, {"text": ..., "truth":
-    {...}}, and are among those of these hashes (N,). Texts that were cut are not found."""
-    order, found = np.argsort(hashes), {}
+def read_truth(path, shards, rows):
+    """{number in rows: {field: value}} of the texts of the .jsonl at path that carry the truth, {"text": ...,
+    "truth": {...}}, and are among these records, whole or cut."""
+    tokenizer = Tokenizer.from_file(str(shards.folder / 'tokenizer.json'))
+    numbers, found = {int(shards.hashes[row]): n for n, row in enumerate(rows)}, {}
     for text, truth, _ in read_texts(path, 'truth'):
-        if isinstance(truth, dict):
-            k = np.searchsorted(hashes, np.uint64(text_hash(text)), sorter=order)
-            if k < len(order) and hashes[order[k]] == text_hash(text):
-                found[int(order[k])] = truth
+        if not isinstance(truth, dict):
+            continue
+        if text_hash(text) not in numbers:
+            text = first_tokens(text, tokenizer.encode(text, add_special_tokens=False), shards.meta['max_text'])[1]
+        if text_hash(text) in numbers:
+            found[numbers[text_hash(text)]] = truth
     return found
 
 
@@ -583,7 +587,7 @@ if __name__ == '__main__':
         print(data_line(*line))
     source = Path('data', dataset, 'input.jsonl')
     if source.is_file():
-        truth = read_truth(source, shards.hashes[rows])
+        truth = read_truth(source, shards, rows)
         theirs = [shards.answer(rows[n]).tolist() for n in truth]
         for line in truth_lines(space, truth, {'teacher': theirs, 'student': [answers[n] for n in truth]}):
             print(data_line(*line))

@@ -29,8 +29,8 @@ from transformers.utils import logging
 
 from calibrate import find_priors, learn_bias, print_bias
 from config import RANK, WORLD, configure, end_ranks, on_stop, pick_device, start_ranks, stop, tell_all
-from data import (FORMAT, Hashes, Shards, Writer, clean, first_answers, read_meta, read_texts, shard_folders,
-                  stored_hashes, text_hash, write_json)
+from data import (FORMAT, Hashes, Shards, Writer, first_answers, first_tokens, read_meta, read_texts,
+                  shard_folders, stored_hashes, text_hash, write_json)
 from evaluate import data_line, read_truth, truth_lines
 from labels import from_label
 from space import OutputSpace, special_ids, tokenizer_hash
@@ -116,8 +116,7 @@ def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut=False, 
             ids = encoding.ids
             long = len(ids) > max_text or len(text) > most
             if cut and long:  # the text as the student will read it
-                ids, end = ids[:max_text], encoding.offsets[:max_text][-1][1]
-                text = clean(text[:end])
+                ids, text = first_tokens(text, encoding, max_text)
             hash_ = text_hash(text)
             reason = reason or why_refused(text, ids, long and not cut, min_text, special)
             reason = reason or ('duplicate' if hash_ in seen else 'kept')
@@ -539,7 +538,7 @@ if __name__ == '__main__':
         print_coverage(shards, space, min_coverage)
         if not meta['score']:
             print_ties(shards, space)
-        truth = read_truth(source, shards.hashes)
+        truth = read_truth(source, shards, range(len(shards)))
         for line in truth_lines(space, truth, {'teacher': [shards.answer(i).tolist() for i in truth]}):
             print(data_line(*line))
         print_answers(shards, space, examples)

@@ -38,6 +38,11 @@ def clean(text):
     return ' '.join(text.split())
 
 
+def first_tokens(text, encoding, n):
+    """ids of the first n tokens of a text, and the cleaned text that they stand for. encoding: of tokenizers."""
+    return encoding.ids[:n], clean(text[:encoding.offsets[:n][-1][1]])
+
+
 def read_texts(path, key='answer'):
     """yields for each line of a .jsonl, whatever its bytes, (text, what it holds under key or None, '') or
     ('', None, why it is no text). key None: the whole object."""

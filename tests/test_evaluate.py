@@ -42,7 +42,7 @@ def test_teacher_and_student_are_shown_against_the_truth_where_there_is_one(proj
         expected += [(f, space.to_json(shards.answer(i).tolist())[f] == v, space.to_json(answers[n])[f] == v)
                      for f, v in truth.items()]
     (tmp_path / 'input.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records))
-    truth = read_truth(tmp_path / 'input.jsonl', shards.hashes[rows])
+    truth = read_truth(tmp_path / 'input.jsonl', shards, rows)
     both = {'teacher': [shards.answer(rows[n]).tolist() for n in truth], 'student': [answers[n] for n in truth]}
     lines = {line['name']: line for _, line in truth_lines(space, truth, both)}
     for field in FIELDS:
@@ -55,7 +55,11 @@ def test_teacher_and_student_are_shown_against_the_truth_where_there_is_one(proj
     share = max(np.mean([pair[0] for pair in spam]), np.mean([not pair[0] for pair in spam]))
     expected = pytest.approx([*balanced, share])
     assert [lines['spam'][k] for k in ('balanced', 'student_balanced', 'majority')] == expected
-    assert not read_truth(project / 'data/toy/input.jsonl', shards.hashes[rows])
+    assert not read_truth(project / 'data/toy/input.jsonl', shards, rows)
+    shards.meta['max_text'] = len(shards.ids(rows[2]))  # as of a text that was longer, and cut
+    text = space.tokenizer.decode(shards.ids(rows[2]).tolist()) + ' and more'
+    (tmp_path / 'input.jsonl').write_text(json.dumps({'text': text, 'truth': {'spam': True}}))
+    assert read_truth(tmp_path / 'input.jsonl', shards, rows) == {2: {'spam': True}}
 
 
 def test_temperature_calibration_error_cascade_and_cost_on_cases_done_by_hand():
