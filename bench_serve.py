@@ -1,5 +1,5 @@
-"""python bench.py config/demo.py --what=serve: the student over HTTP, beside its decoder without it and beside a
-server of its teacher. And the clients that ask, which the tests use too.
+"""python bench.py config/demo.py --what=serve: the student over HTTP, beside its decoder without it and beside
+a server of its teacher. And the clients that ask, which the tests use too.
 """
 import asyncio
 import contextlib
@@ -18,8 +18,8 @@ from sample import decode, generate
 
 
 async def client(host, port, path, bodies, replies):
-    """one connection that stays open: takes (number, body) from the iterator bodies until it is empty, and puts
-    (status, body, seconds) at that number of the dict replies."""
+    """one connection that stays open: takes (number, body) from the iterator bodies until it is empty, and
+    puts (status, body, seconds) at that number of the dict replies."""
     reader, writer = await asyncio.open_connection(host, port)
     for n, body in bodies:
         began = time.perf_counter()
@@ -52,7 +52,8 @@ def ask_many(url, path, bodies, n_clients):
 @contextlib.contextmanager
 def server(*args):
     """the URL of a serve.py with these arguments, as long as it is wanted."""
-    process = subprocess.Popen([sys.executable, 'serve.py', *args, '--port=0'], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, 'serve.py', *args, '--port=0']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         for line in process.stdout:
             if line.startswith('http'):
@@ -67,8 +68,8 @@ def server(*args):
 
 @contextlib.contextmanager
 def teacher_server(answer):
-    """the URL of what people run without this project, at its least: one request, one generate. answer: function
-    of a text."""
+    """the URL of what people run without this project, at its least: one request, one generate. answer:
+    function of a text."""
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             texts = json.loads(self.rfile.read(int(self.headers['content-length'])))['texts']
@@ -96,10 +97,10 @@ def figures(replies, seconds, per_request):
 
 
 def bench_serve(args, student, space, texts, teacher_answer, n_requests=1500, rounds=3):
-    """prints a line for each number of clients and texts a request, medians of rounds in turn. args: of serve.py.
-    texts: strings, the student's; teacher_answer: function of a text, or None."""
-    ids = [space.tokenizer.encode(text, add_special_tokens=False).ids[:student.config.block_size - space.max_answer]
-           for text in texts]
+    """prints a line for each number of clients and texts a request, medians of rounds in turn. args: of
+    serve.py. texts: strings, the student's; teacher_answer: function of a text, or None."""
+    room = student.config.block_size - space.max_answer
+    ids = [space.tokenizer.encode(text, add_special_tokens=False).ids[:room] for text in texts]
 
     def alone():
         for some in ids[:100]:
@@ -116,8 +117,8 @@ def bench_serve(args, student, space, texts, teacher_answer, n_requests=1500, ro
             own.append((len(many) / (time.perf_counter() - began), *np.quantile(list(alone()), (0.5, 0.99))))
             for n_clients, per in loads:
                 n = max(n_clients * 4, n_requests // (8 if per > 1 else 1) // (5 if n_clients == 1 else 1))
-                bodies = [json.dumps({'texts': [texts[(k * per + j) % len(texts)] for j in range(per)]}).encode()
-                          for k in range(n)]
+                some = [[texts[(k * per + j) % len(texts)] for j in range(per)] for k in range(n)]
+                bodies = [json.dumps({'texts': of_request}).encode() for of_request in some]
                 found[n_clients, per].append(figures(*ask_many(url, '/v1/label', bodies, n_clients), per))
     rate, p50, p99 = np.median(own[1:], axis=0).tolist()
     print(data_line('bench', {'what': 'decoder', 'answers_s': rate, 'p50_ms': p50, 'p99_ms': p99}))

@@ -124,6 +124,8 @@ def fields_of_schema(text, space):
                               'response_format')
         names = tuple(field for field in space.fields if field in wanted) or tuple(space.fields)
         first = {field: space.fields[field][0] for field in names}
+        if not any(len(space.fields[field]) > 1 for field in names):
+            raise Refusal(400, f'there is nothing to decide about {", ".join(names)}', 'response_format')
         for field, value in [(field, value) for field in names for value in space.fields[field]]:
             for error in validator.iter_errors({**first, field: value}):
                 if not error.absolute_path or error.absolute_path[0] == field:

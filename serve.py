@@ -110,6 +110,9 @@ def say(body, status=200, headers=None):
     return Response(json.dumps(body), status, headers, media_type='application/json')
 
 
+KINDS = {401: 'authentication_error', 404: 'not_found_error', 500: 'server_error', 503: 'overloaded_error'}
+
+
 def say_refusal(status, message, where=(), system_one=False):
     """the error that the clients of a route expect."""
     if system_one and status == 422:
@@ -120,9 +123,6 @@ def say_refusal(status, message, where=(), system_one=False):
         body = {'error': {'message': message, 'type': KINDS.get(status, 'invalid_request_error'),
                           'param': '.'.join(map(str, where)) or None, 'code': None}}
     return say(body, status, {'retry-after': '1'} if status == 503 else None)
-
-
-KINDS = {401: 'authentication_error', 404: 'not_found_error', 500: 'server_error', 503: 'overloaded_error'}
 
 
 def answered_by(answers):
@@ -240,6 +240,8 @@ def make_app(service, created=0, api_key='', true_value=None, ordered=()):
                     return Response(status_code=499)
                 gone.cancel()
                 return work.result()
+            except RecursionError:
+                return say_refusal(400, 'the body is nested too deeply', (), system_one)
             except Refusal as refusal:
                 return say_refusal(refusal.status, str(refusal), refusal.where, system_one)
             except Exception:

@@ -40,8 +40,8 @@ class Metrics:
         self.cut = new(Counter, 'texts_cut', 'texts of which the student read the beginning alone')
         self.values = new(Counter, 'values', 'answers', ['field', 'value'])
         self.audited = new(Counter, 'audited_texts', 'texts that upstream was asked about to compare')
-        self.agreement = new(Gauge, 'agreement', 'share of audited texts on which upstream says the same; low '
-                             'and high: its 95 % interval', ['field', 'end'])
+        self.agreement = new(Gauge, 'agreement', 'share of audited texts on which upstream says the same; '
+                             'low and high: its 95 % interval', ['field', 'end'])
         self.deferring = new(Gauge, 'deferring', '1 while all goes upstream: a field agrees too rarely')
 
 

@@ -338,6 +338,16 @@ def test_a_wrong_request_gets_its_error_in_words(url, path, body, status, named)
     assert httpx.get(url.replace('/v1', '/health')).status_code == 200
 
 
+def test_deep_json_is_refused(url):
+    for depth in (100, 300, 450, 600, 800, 950, 3000):
+        deep = '[' * depth + '"a"' + ']' * depth
+        for path, body in (('systemone', '{"state": %s, "questions": {"spam": {"type": "noul"}}}'),
+                           ('label', '{"texts": [%s]}'), ('decisions', '{"input": "a", "questions": %s}'),
+                           ('chat/completions', '{"messages": [{"role": "user", "content": "a"}], "response_format": '
+                            '{"type": "json_schema", "json_schema": {"schema": {"allOf": %s}}}}')):
+            assert httpx.post(f'{url}/{path}', content=(body % deep).encode()).status_code < 500, (path, depth)
+
+
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.sampled_from(
     ['user', 'choice', 'score', 'predicate', 'noul', 'tone', 'spam', 'true', 'text', 'input_text', 'json_schema']),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5) | st.sampled_from([
