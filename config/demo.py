@@ -9,10 +9,12 @@ fields = {
     'sentiment': ['neutral', 'positive', 'negative'],
     'topic': ['people', 'food', 'school', 'work', 'music', 'movies', 'games', 'animals', 'places', 'other'],
 }
-prompt = '''Classify the message below. Answer with one line of JSON without spaces and nothing else:
-{"sentiment":"neutral"|"positive"|"negative","topic":"people"|"food"|"school"|"work"|"music"|"movies"|"games"|"animals"|"places"|"other"}
-sentiment: a question, a fact or a remark without feeling is neutral. Thanks, praise, joy, love, hope and amusement are positive. Anger, sadness, fear, disgust and disappointment are negative.
-topic: what the message is about; other where it is none of these or too short to tell.
+prompt = '''Classify the message below. Answer with one line of JSON and nothing else, like one of these:
+{"sentiment":"neutral","topic":"places"}
+{"sentiment":"positive","topic":"food"}
+{"sentiment":"negative","topic":"work"}
+sentiment: neutral, positive or negative. A question, a fact or a remark without feeling is neutral. Thanks, praise, joy, love, hope and amusement are positive. Anger, sadness, fear, disgust and disappointment are negative.
+topic: people, food, school, work, music, movies, games, animals, places, or other where it is none of these or too short to tell.
 Message: {text}
 '''
 # left to itself it finds nearly all neutral, and about people; what it says whatever the text is taken off
