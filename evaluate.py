@@ -154,7 +154,8 @@ def read_truth(path, shards, rows):
         if not isinstance(truth, dict):
             continue
         if text_hash(text) not in numbers:
-            text = first_tokens(text, tokenizer.encode(text, add_special_tokens=False), shards.meta['max_text'])[1]
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+            text = first_tokens(text, encoding, shards.meta['max_text'])[1]
         if text_hash(text) in numbers:
             found[numbers[text_hash(text)]] = truth
     return found
@@ -166,7 +167,8 @@ def truth_lines(space, truth, answers):
     """
     said = {who: field_texts(space, outs) for who, outs in answers.items()}
     for field in space.fields:
-        known = [(n, json.dumps(of_text[field])) for n, of_text in enumerate(truth.values()) if field in of_text]
+        known = [(n, json.dumps(of_text[field]))
+                 for n, of_text in enumerate(truth.values()) if field in of_text]
         if not known:
             continue
         numbers, due = map(np.array, zip(*known))

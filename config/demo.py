@@ -10,9 +10,9 @@ fields = {
     'topic': ['people', 'food', 'school', 'work', 'music', 'movies', 'games', 'animals', 'places', 'other'],
 }
 prompt = '''Classify the message below. Answer with one line of JSON and nothing else, like one of these:
-{"sentiment":"neutral","topic":"places"}
-{"sentiment":"positive","topic":"food"}
-{"sentiment":"negative","topic":"work"}
+{"sentiment":"neutral","topic":"other"}
+{"sentiment":"positive","topic":"other"}
+{"sentiment":"negative","topic":"other"}
 sentiment: neutral, positive or negative. A question, a fact or a remark without feeling is neutral. Thanks, praise, joy, love, hope and amusement are positive. Anger, sadness, fear, disgust and disappointment are negative.
 topic: people, food, school, work, music, movies, games, animals, places, or other where it is none of these or too short to tell.
 Message: {text}
@@ -20,7 +20,7 @@ Message: {text}
 # left to itself it finds nearly all neutral, and about people; what it says whatever the text is taken off
 calibrate = 256
 # the texts were chosen for words of feeling, so few of them are neutral
-prior = {'sentiment': {'neutral': 0.25, 'positive': 0.45}, 'topic': {'other': 0.25}}
+prior = {'sentiment': {'neutral': 0.25, 'positive': 0.45}, 'topic': {'other': 0.3}}
 max_records = 2000
 # student: the teacher's table of words, frozen, and 1 M parameters that think
 init_from = 'teacher'
