@@ -217,7 +217,8 @@ def make_app(service, created=0, api_key='', true_value=None, ordered=()):
     async def lifespan(app):
         nonlocal is_ready
         service.decoder.start()
-        await service.answer(['a first pass is slow'])  # before anybody waits for it
+        ids, _, _ = service.labeler.read(b'the first pass is slow')
+        await service.decoder.ask([ids], full=True)  # before anybody waits for it
         is_ready = True
         yield
         for task in service.auditing:
@@ -343,9 +344,13 @@ if __name__ == '__main__':
     labeler = Labeler(Path('out', run or name), device, which, sample_batch, True, too_long,
                       min_confidence=min_confidence)
     note_changes(labeler.task, fields, prompt)
-    for field in [*true_value, *ordered]:
-        if field not in labeler.space.fields:
-            stop(f'true_value, ordered: there is no field {field!r}')
+    own = labeler.space.fields
+    for field, yes in true_value.items():
+        if len(own.get(field, [])) != 2 or yes not in own[field]:
+            stop(f'true_value: there is no field {field!r} with two values, one of them {yes!r}')
+    for field in ordered:
+        if field not in own:
+            stop(f'ordered: there is no field {field!r}; there are: {", ".join(own)}')
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
     logging.getLogger('httpx').setLevel(logging.WARNING)
     kept = None

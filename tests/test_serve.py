@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import CHILDREN, ROOT, run_script, tiny_student
+from conftest import CHILDREN, ROOT, one_line, run, run_script, tiny_student
 from sample import CHECKPOINT, Labeler
 from space import OutputSpace, tokenizer_hash, value_name
 
@@ -463,6 +463,16 @@ def test_a_client_that_hangs_up_and_sigterm_leave_nothing_behind(root):
         assert len(json.loads(reply.partition(b'\r\n\r\n')[2])['answers']) == 1000
         process.join(30)
         assert process.exitcode == 0
+
+
+@pytest.mark.parametrize('args, why', [
+    (['--name=nix'], 'out/nix/ckpt.pt does not exist'), (['--audit=0.1'], 'an audit needs an upstream'),
+    (['--upstream=http://x', '--audit_min=0.5'], 'audit_min needs an audit'), (['--keep=True'], 'keep needs'),
+    (['--true_value={"tone": "friend"}'], "true_value: there is no field 'tone' with two values"),
+    (['--ordered=["size"]'], "ordered: there is no field 'size'"), (['--host=256.0.0.1'], 'cannot listen'),
+    (['--min_confidence=target'], 'no target was set'), (['--port=70000'], 'port')])
+def test_a_wrong_setting_ends_in_one_line(root, args, why):
+    assert why in one_line(run(root, 'serve.py', *args))
 
 
 # -----------------------------------------------------------------------------
