@@ -65,26 +65,19 @@ class Decoder(threading.Thread):
     """answers the texts of all requests together: a new one takes its place wherever an answer is complete,
     and one that is alone waits for nothing. A text whose caller is gone is left out."""
 
-    def __init__(self, labeler, max_waiting, metrics):
+    def __init__(self, labeler, metrics):
         super().__init__(daemon=True, name='decoder')
-        self.labeler, self.max_waiting, self.metrics = labeler, max_waiting, metrics
-        self.coming, self.n_waiting = queue.SimpleQueue(), 0
+        self.labeler, self.metrics, self.coming = labeler, metrics, queue.SimpleQueue()
 
     async def ask(self, texts, full=False):
         """list of Answers to lists of ids, in their order. full: with the probabilities of all values."""
-        if self.n_waiting + len(texts) > self.max_waiting:
-            raise Refusal(503, f'{self.n_waiting} texts are under way, {self.max_waiting} can be; come again')
         loop = asyncio.get_running_loop()
         jobs = [(ids, full, loop.create_future(), loop) for ids in texts]
-        self.n_waiting += len(jobs)
-        self.metrics.waiting.set(self.n_waiting)
         try:
             for job in jobs:
                 self.coming.put(job)
             return [await future for _, _, future, _ in jobs]
         finally:
-            self.n_waiting -= len(jobs)
-            self.metrics.waiting.set(self.n_waiting)
             for _, _, future, _ in jobs:
                 future.cancel()  # where the caller hung up; else it is done
 
@@ -218,16 +211,19 @@ class Service:
     upstream: an Upstream or None. share, least: of the texts, to audit, see Audit. kept: path of the file for
     what upstream answered, or None. Start its decoder first."""
 
-    def __init__(self, labeler, name, max_waiting=1024, upstream=None, share=0.0, least=0.0, kept=None):
+    def __init__(self, labeler, name, max_waiting=4096, upstream=None, share=0.0, least=0.0, kept=None):
         self.labeler, self.space, self.name = labeler, labeler.space, name
         self.metrics = Metrics()
-        self.decoder = Decoder(labeler, max_waiting, self.metrics)
+        self.decoder = Decoder(labeler, self.metrics)
+        self.max_waiting, self.n_waiting = max_waiting, 0
         self.upstream, self.share, self.kept = upstream, share, kept
         self.audit, self.auditing = Audit(self.space.fields, least, self.metrics), set()
 
     async def answer(self, texts, full=False):
         """list of Answers. full: with the probabilities of all values. Refusal for a text that cannot be
         read, and where too many are under way."""
+        if self.n_waiting + len(texts) > self.max_waiting:
+            raise Refusal(503, f'{self.n_waiting} texts are under way, {self.max_waiting} can be; come again')
         read = []
         for n, text in enumerate(texts):
             ids, error, n_cut = self.labeler.read(text.encode('utf-8', 'replace'))
@@ -235,13 +231,21 @@ class Service:
                 raise Refusal(400, error if len(texts) == 1 else f'text {n}: {error}')
             self.metrics.cut.inc(n_cut > 0)
             read.append(ids)
-        answers = await self.decoder.ask(read, full)
-        answers = await asyncio.gather(*map(self.settle, texts, answers))
+        self.count(len(texts))
+        try:
+            answers = await self.decoder.ask(read, full)
+            answers = await asyncio.gather(*map(self.settle, texts, answers))
+        finally:
+            self.count(-len(texts))
         for answer in answers:
             self.metrics.texts.labels(answer.by).inc()
             for field, value in answer.answer.items():
                 self.metrics.values.labels(field, json.dumps(value)).inc()
         return answers
+
+    def count(self, n):
+        self.n_waiting += n
+        self.metrics.waiting.set(self.n_waiting)
 
     async def settle(self, text, ours):
         """the student's Answer to a text, or upstream's where the student is unsure."""

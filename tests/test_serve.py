@@ -30,7 +30,7 @@ import zstandard
 from jevcompat import validate
 from jevcompat.client import Response, parse_json
 
-from bench_serve import ask_many
+from bench_serve import ask_many, bench_serve
 from data import read_texts
 from questions import (Refusal, choice_confidence, fields_of_format, find_field, score_confidence,
                        text_of_messages, text_of_state)
@@ -320,7 +320,7 @@ ASKED = b'{"messages": [{"role": "user", "content": "a"}], %s}'
     ('label', b'{"texts": "a"}', 400, 'texts'), ('label', b'{"texts": ["a", 1]}', 400, 'texts.1'),
     ('label', b'{"texts": ["a", " "]}', 400, 'text 1: empty'),
     ('label', b'{"x":"' + b'a' * (1 << 20) + b'"}', 413, 'long'),
-    ('label', json.dumps({'texts': ['a'] * 1025}).encode(), 503, 'again'),
+    ('label', json.dumps({'texts': ['a'] * 4097}).encode(), 503, 'again'),
     ('chat/completions', b'{}', 400, 'messages'), ('chat/completions', b'{"messages": []}', 400, 'user'),
     ('chat/completions', b'{"messages": [{"role": "user", "content": ""}]}', 400, 'empty'),
     ('chat/completions', b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400, 'image'),
@@ -418,7 +418,7 @@ def test_texts_whose_caller_is_gone_are_left_out_and_too_many_are_refused(labele
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
-        assert service.decoder.n_waiting == 0
+        assert service.n_waiting == 0
         kept = asyncio.create_task(service.answer(['hello my friend'] * 4))
         await asyncio.sleep(0)
         service.decoder.start()  # only now
@@ -480,9 +480,11 @@ def test_a_wrong_setting_ends_in_one_line(root, args, why):
 
 
 def test_what_the_student_is_unsure_of_goes_upstream_until_that_is_gone(root, truth):
-    labeler, theirs = Labeler(root / 'out/toy', 'cpu', min_confidence=0.7), Labeler(root / 'out/other', 'cpu')
-    unsure = {text: min(max(of_field.values()) for of_field in due['_confidence'].values()) < 0.7
-              for text, due in truth.items()}
+    sure = {text: min(due['_confidence'][name][value_name(due[name])] for name in FIELDS)
+            for text, due in truth.items()}
+    least = sum(sorted(sure.values())[1:3]) / 2
+    labeler, theirs = Labeler(root / 'out/toy', 'cpu', min_confidence=least), Labeler(root / 'out/other', 'cpu')
+    unsure = {text: p < least for text, p in sure.items()}
     messages = [{'messages': [{'role': 'user', 'content': text}], 'logprobs': True} for text in TEXTS]
     calls = [('/v1/chat/completions', body) for body in messages]
     assert {*unsure.values()} == {True, False}
@@ -666,3 +668,13 @@ def test_a_schema_is_read_once(labeler):
         with pytest.raises(Refusal) as refusal:
             fields_of_format({'type': 'json_schema', 'json_schema': {'schema': schema}}, labeler.space)
         assert refusal.value.status == 400
+
+
+def test_the_bench_says_a_line_for_each_load(root, labeler, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    bench_serve(['--name=toy'], labeler.student, labeler.space, TEXTS, labeler.space.to_json, 8, 1)
+    lines = [dict(part.split('=') for part in line.split()[1:]) for line in capsys.readouterr().out.splitlines()]
+    loads = [(line['clients'], line['texts']) for line in lines if line['what'] == 'serve']
+    assert loads == [('1', '1'), ('8', '1'), ('64', '1'), ('1', '32'), ('8', '32'), ('64', '32')]
+    assert [line['what'] for line in lines if line['what'] != 'serve'] == ['decoder', 'generate']
+    assert all(0 < float(line['p50_ms']) <= float(line['p99_ms']) and float(line['answers_s']) > 0 for line in lines)
