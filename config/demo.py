@@ -9,12 +9,11 @@ fields = {
     'sentiment': ['neutral', 'positive', 'negative'],
     'topic': ['people', 'food', 'school', 'work', 'music', 'movies', 'games', 'animals', 'places', 'other'],
 }
-prompt = '''Classify the message below. Answer with one line of JSON and nothing else, like one of these:
+prompt = '''Classify the message below. Answer with one JSON object and nothing else, like these two:
 {"sentiment":"neutral","topic":"other"}
 {"sentiment":"positive","topic":"other"}
-{"sentiment":"negative","topic":"other"}
-sentiment: neutral, positive or negative. A question, a fact or a remark without feeling is neutral. Thanks, praise, joy, love, hope and amusement are positive. Anger, sadness, fear, disgust and disappointment are negative.
-topic: people, food, school, work, music, movies, games, animals, places, or other where it is none of these or too short to tell.
+sentiment is positive, negative or neutral. A question, a fact or a remark without feeling is neutral. Thanks, praise, joy, love, hope and amusement are positive. Anger, sadness, fear, disgust and disappointment are negative.
+topic is what the message is about: people, food, school, work, music, movies, games, animals, places, or other where it is none of these or too short to tell.
 Message: {text}
 '''
 # left to itself it finds nearly all neutral, and about people; what it says whatever the text is taken off
@@ -32,7 +31,7 @@ n_mlp = 512
 block_size = 40        # 25 in + 15 out
 token_dropout = 0.15
 # training
-max_epochs = 12
+max_epochs = 14
 batch_size = 32
 learning_rate = 1e-3
 min_lr = 1e-4
