@@ -38,3 +38,5 @@ max_epochs = 12
 batch_size = 32
 learning_rate = 1e-3
 min_lr = 1e-4
+# serving
+ordered = ['urgency']  # a scale, lowest first

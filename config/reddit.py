@@ -42,3 +42,5 @@ min_lr = 3e-5
 kl_start = 0.9         # the curriculum: first what the teacher hesitates between, then what it decides
 kl_end = 0.1
 kd_temperature = 1.0
+# serving
+true_value = {'safety': 'harmful', 'toxicity': 'toxic'}  # what a yes stands for

@@ -49,3 +49,5 @@ max_epochs = 5
 batch_size = 32
 learning_rate = 1e-3
 min_lr = 1e-4
+# serving
+true_value = {'safety': 'harmful', 'toxicity': 'toxic'}  # what a yes stands for
