@@ -18,8 +18,8 @@ Message: {text}
 '''
 # left to itself it finds nearly all neutral, and about people; what it says whatever the text is taken off
 calibrate = 256
-# the texts were chosen for words of feeling, so few of them are neutral
-prior = {'sentiment': {'neutral': 0.25, 'positive': 0.45}, 'topic': {'other': 0.25}}
+# the texts were chosen for words of feeling, so more of them than a third are positive
+prior = {'sentiment': {'neutral': 0.3, 'positive': 0.4}, 'topic': {'other': 0.22}}
 max_records = 2000
 # student: the teacher's table of words, frozen, and 1 M parameters that think
 init_from = 'teacher'
