@@ -10,15 +10,17 @@ import math
 from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
+from data import clean
 from space import OutputSpace, value_name
 
-MAX_SCHEMA = 50_000  # characters
+MAX_CHECKS = 20_000  # of an answer against a part of a schema
 
 
 class Refusal(Exception):
@@ -68,12 +70,10 @@ def text_of_messages(messages, prompt, where):
     if user is None:
         raise Refusal(400, 'there is no message with the role user', where)
     system = next((text for role, text in said if role != 'user'), None)
-    before, _, after = prompt.partition('{text}')
-    before, after = before.lstrip(), after.rstrip()
-    glued = [system + glue + user for glue in ('', '\n', '\n\n', ' ')] if system is not None else []
-    for whole in map(str.strip, [user, *glued]):
+    before, _, after = map(clean, prompt.partition('{text}'))  # a text's whitespace does not count
+    for whole in map(clean, [user] if system is None else [user, f'{system} {user}']):
         if whole.startswith(before) and whole.endswith(after) and len(whole) >= len(before) + len(after):
-            return whole[len(before):len(whole) - len(after)]
+            return whole[len(before):len(whole) - len(after)].strip()
     return user
 
 
@@ -104,10 +104,28 @@ def fields_of_format(form, space):
     if kind != 'json_schema' or not isinstance(wrapped, dict) or not isinstance(wrapped.get('schema'), dict):
         raise Refusal(400, 'response_format must be text, json_object or json_schema with a schema',
                       'response_format')
-    text = json.dumps(wrapped['schema'])
-    if len(text) > MAX_SCHEMA:
-        raise Refusal(400, f'the schema is longer than {MAX_SCHEMA} characters', 'response_format')
-    return fields_of_schema(text, space)
+    return fields_of_schema(json.dumps(wrapped['schema']), space)
+
+
+def weight(part, defs):
+    """number of objects in a part of a JSON Schema, each $ref written out; ValueError where that cannot be
+    told. defs: {name: what it refers to, and then its weight}."""
+    if isinstance(part, list):
+        return sum(weight(inner, defs) for inner in part)
+    if not isinstance(part, dict):
+        return 0
+    total = 1 + sum(weight(inner, defs) for key, inner in part.items() if key != '$defs')
+    if part.keys() & {'$id', '$anchor', '$dynamicRef', '$dynamicAnchor'}:
+        raise ValueError('$id, $anchor and $dynamicRef are not read')
+    if isinstance(ref := part.get('$ref'), str):
+        name = ref.removeprefix('#/$defs/')
+        if name not in defs:
+            raise ValueError(f'there is no {ref!r}; references go to #/$defs/...')
+        if not isinstance(defs[name], int):
+            inner, defs[name] = defs[name], MAX_CHECKS  # which is what one that leads to itself weighs
+            defs[name] = weight(inner, defs)
+        total += defs[name]
+    return total
 
 
 @lru_cache(maxsize=256)  # a caller sends the same one every time
@@ -115,6 +133,8 @@ def fields_of_schema(text, space):
     """see fields_of_format. text: the JSON Schema. Every answer the student can give must be valid by it."""
     schema = json.loads(text)
     try:
+        if (parts := weight(schema, dict(schema.get('$defs', {})))) > MAX_CHECKS / 20:
+            raise ValueError('it is too large')
         Draft202012Validator.check_schema(schema)
         validator = Draft202012Validator(schema, registry=Registry())  # which fetches nothing
         wanted = [*schema.get('properties', {}), *schema.get('required', [])]
@@ -123,14 +143,19 @@ def fields_of_schema(text, space):
                 raise Refusal(400, f'the student does not answer {field!r}, only: {", ".join(space.fields)}',
                               'response_format')
         names = tuple(field for field in space.fields if field in wanted) or tuple(space.fields)
-        first = {field: space.fields[field][0] for field in names}
-        if not any(len(space.fields[field]) > 1 for field in names):
+        values = [space.fields[field] for field in names]
+        if all(len(of_field) == 1 for of_field in values):
             raise Refusal(400, f'there is nothing to decide about {", ".join(names)}', 'response_format')
-        for field, value in [(field, value) for field in names for value in space.fields[field]]:
-            for error in validator.iter_errors({**first, field: value}):
-                if not error.absolute_path or error.absolute_path[0] == field:
-                    raise Refusal(400, f'the student can say {json.dumps(value)} for {field!r}, which the '
-                                  f'schema refuses: {error.message[:200]}', 'response_format')
+        first = {field: space.fields[field][0] for field in names}
+        answers = [first | {field: value} for field in names for value in space.fields[field]]
+        if math.prod(map(len, values)) * parts <= MAX_CHECKS:  # else not each with each
+            answers += [dict(zip(names, answer)) for answer in product(*values)]
+        for answer in answers:
+            for error in validator.iter_errors(answer):
+                field = next(iter(error.absolute_path), '')
+                of_field = f' (about {field!r})' if field else ''
+                raise Refusal(400, f'the student can say {json.dumps(answer)}, which the schema refuses'
+                              f'{of_field}: {error.message[:200]}', 'response_format')
     except (SchemaError, Unresolvable, RecursionError, TypeError, ValueError, AttributeError) as error:
         raise Refusal(400, f'the schema cannot be read: {str(error)[:200]}', 'response_format') from None
     return names
@@ -230,6 +255,7 @@ class Question:
 
 def find_field(space, name, kind, options, true_value, ordered, where):
     """the Question about a field: the field of that name, or the only one with these options (order free).
+    The levels of a score may also have words of their own, lowest first, where the field is named.
 
     name: or None. kind: see Question. options: strings, booleans or parsed JSON. true_value: {field: the
     value that a yes stands for}, booleans need none; ordered: fields whose values are a scale, lowest first;
@@ -238,28 +264,30 @@ def find_field(space, name, kind, options, true_value, ordered, where):
     own = {field: [value_name(value) for value in of_field] for field, of_field in space.fields.items()}
     asked, fits = [value_name(option) for option in options], {}
     for field, names in own.items():
-        values = space.fields[field]
-        yes = value_name(true_value[field]) if field in true_value else 'true' if True in [
-            value for value in values if isinstance(value, bool)] else None
+        values, yes = space.fields[field], value_name(true_value.get(field, True))
         integers = all(type(value) is int for value in values)
-        if kind == 'choice' and sorted(asked) == sorted(names):
+        same = sorted(asked) == sorted(names)
+        if kind == 'choice' and same or kind == 'score' and same and (integers or field in ordered):
             fits[field] = [names.index(option) for option in asked]
-        elif kind == 'choice' and yes in names and len(names) == 2 and name == field and sorted(
-                option.lower() for option in asked) in (['no', 'yes'], ['false', 'true']):
-            fits[field] = [names.index(yes) ^ (option.lower() in ('no', 'false')) for option in asked]
-        elif kind == 'yes' and yes in names and len(names) == 2 and name in (field, yes):
-            fits[field] = [names.index(yes)]
-        elif kind == 'score' and (integers or field in ordered) and len(asked) == len(names):
-            rising = sorted(range(len(names)), key=values.__getitem__ if integers else None)
-            if name == field or asked == [names[n] for n in rising]:
-                fits[field] = rising
+        elif kind == 'score' and (integers or field in ordered) and name == field and len(asked) == len(names):
+            if not set(asked) & set(names):  # words of the caller's own
+                fits[field] = sorted(range(len(names)), key=values.__getitem__ if integers else None)
+        elif len(names) == 2 and yes in names:
+            yes_or_no = [names.index(yes), 1 - names.index(yes)]
+            said = [option.lower() for option in asked]
+            if kind == 'yes' and name in (field, yes):
+                fits[field] = yes_or_no[:1]
+            elif kind == 'choice' and name == field and sorted(said) in (['no', 'yes'], ['false', 'true']):
+                fits[field] = [yes_or_no[option in ('no', 'false')] for option in said]
     if name in fits:
         return Question(name, kind, options, name, fits[name])
     if len(fits) == 1 and name not in own:
         field, numbers = fits.popitem()
         return Question(name, kind, options, field, numbers)
-    known = '; '.join(f'{field} ({", ".join(names[:12])})' for field, names in own.items())
-    why = f'its name must be one of {", ".join(fits)}' if fits and name not in own else f'it knows: {known}'
+    why = 'it knows: ' + '; '.join(f'{field} ({", ".join(names[:12])})' for field, names in own.items())
+    if len(fits) > 1:
+        why = f'its name must say which is meant: {", ".join(fits)}'
+    kind = 'yes-or-no' if kind == 'yes' else kind
     raise Refusal(422, f'this student cannot answer the {kind} question {name or where[-1]!r}; {why}', *where)
 
 

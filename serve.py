@@ -17,6 +17,7 @@ import asyncio
 import hmac
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -30,11 +31,13 @@ from config import configure, stop
 from sample import Labeler, note_changes
 
 try:
+    import httpx
     import uvicorn
     import zstandard
     from fastapi import FastAPI, Request
     from fastapi.responses import Response
     from prometheus_client import generate_latest
+    from starlette.requests import ClientDisconnect
 
     from questions import (Refusal, fields_of_format, logprobs_of, need, pieces_of, read_decisions,
                            read_system_one, say_chunks, say_completion, say_decisions, say_system_one,
@@ -48,7 +51,7 @@ run = ''             # word; ... or out/<run>
 which = 'best'       # 'best' or 'last'; the epoch to use
 host = '127.0.0.1'   # this machine alone; 0.0.0.0: whoever reaches it
 port = 8000          # 0..65535; 0: a free one
-api_key = ''         # callers must send it (Authorization: Bearer ...); '': none is asked for
+api_key = ''         # callers must send it (Authorization: Bearer ...); '': SERVE_API_KEY of the environment
 max_waiting = 4096   # 1..; texts under way at a time; more are told to come again
 sample_batch = 64    # 1..; texts decoded together
 too_long = 'cut'     # 'cut' or 'refuse'; what becomes of texts longer than the student reads
@@ -146,7 +149,7 @@ async def chat(service, body):
     form, top = body.get('response_format'), body.get('top_logprobs') or 0
     stream, logprobs, options = body.get('stream'), body.get('logprobs'), body.get('stream_options') or {}
     if not all(flag in (None, True, False) for flag in (stream, logprobs)) or not isinstance(options, dict):
-        raise Refusal(400, 'stream and logprobs are true or false', 'stream')
+        raise Refusal(400, 'stream and logprobs are true or false, stream_options is an object', 'stream')
     if type(top) is not int or not 0 <= top <= 20:
         raise Refusal(400, 'top_logprobs is 0 to 20', 'top_logprobs')
     names = tuple(space.fields) if form is None else fields_of_format(form, space)
@@ -169,9 +172,15 @@ async def chat(service, body):
                headers=answered_by([answer]))
 
 
-async def decisions(service, body, true_value, ordered):
-    """POST /v1/decisions and /v1/systemone: some gateways take one for the other, so the shape decides."""
-    system_one = not isinstance(body.get('questions'), list)
+def is_system_one(path, body):
+    """some gateways take it for a decision, and the other way round: the shape of the questions decides."""
+    questions = body.get('questions')
+    return isinstance(questions, dict) or path == '/v1/systemone' and not isinstance(questions, list)
+
+
+async def decisions(service, body, path, true_value, ordered):
+    """POST /v1/decisions and /v1/systemone"""
+    system_one = is_system_one(path, body)
     read = read_system_one if system_one else read_decisions
     questions = read(body, service.space, true_value, ordered)
     if system_one:
@@ -180,6 +189,8 @@ async def decisions(service, body, true_value, ordered):
         text = text_of_state(body['state'])
     elif isinstance(body.get('input'), str):
         text = body['input']
+    elif not isinstance(body.get('input'), list):
+        raise Refusal(422, 'input must be a text or a list of messages', 'input')
     else:
         text = text_of_messages(body.get('input'), service.labeler.task['prompt'], 'input')
     answer, = await service.answer([text], full=True)
@@ -194,7 +205,7 @@ async def decisions(service, body, true_value, ordered):
 
 async def label(service, body):
     """POST /v1/label"""
-    texts = need(body.get('texts'), list, 'a list of texts', 'texts', status=400)
+    texts = need(body.get('texts') or None, list, 'a list of texts', 'texts', status=400)
     for n, text in enumerate(texts):
         need(text, str, 'a text', 'texts', n, status=400)
     answers = await service.answer(texts)
@@ -211,15 +222,11 @@ async def hung_up(receive):
 def make_app(service, created=0, api_key='', true_value=None, ordered=()):
     """the routes, as an ASGI application. created: when the student was, in seconds; the rest: as the
     settings."""
-    is_ready = False
-
     @asynccontextmanager
     async def lifespan(app):
-        nonlocal is_ready
         service.decoder.start()
         ids, _, _ = service.labeler.read(b'the first pass is slow')
         await service.decoder.ask([ids], full=True)  # before anybody waits for it
-        is_ready = True
         yield
         for task in service.auditing:
             task.cancel()
@@ -232,7 +239,7 @@ def make_app(service, created=0, api_key='', true_value=None, ordered=()):
             system_one = path == '/v1/systemone'
             try:
                 body = await read_body(request)
-                system_one = system_one or isinstance(body.get('questions'), dict)
+                system_one = is_system_one(path, body)
                 work = asyncio.ensure_future(handler(service, body))
                 gone = asyncio.ensure_future(hung_up(request.receive))
                 await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -241,6 +248,8 @@ def make_app(service, created=0, api_key='', true_value=None, ordered=()):
                     return Response(status_code=499)
                 gone.cancel()
                 return work.result()
+            except ClientDisconnect:
+                return Response(status_code=499)
             except RecursionError:
                 return say_refusal(400, 'the body is nested too deeply', (), system_one)
             except Refusal as refusal:
@@ -249,11 +258,10 @@ def make_app(service, created=0, api_key='', true_value=None, ordered=()):
                 log.exception('%s failed', path)
                 return say_refusal(500, 'the server made a mistake; its log says which', (), system_one)
 
-    decide = partial(decisions, true_value=true_value or {}, ordered=ordered)
     post('/v1/chat/completions', chat)
-    post('/v1/decisions', decide)
-    post('/v1/systemone', decide)
     post('/v1/label', label)
+    for path in ('/v1/decisions', '/v1/systemone'):
+        post(path, partial(decisions, path=path, true_value=true_value or {}, ordered=ordered))
 
     @app.get('/v1/models')
     async def models():
@@ -270,7 +278,8 @@ def make_app(service, created=0, api_key='', true_value=None, ordered=()):
 
     @app.get('/ready')
     async def ready():
-        return say({'status': 'ready' if is_ready else 'starting'}, 200 if is_ready else 503)
+        room = service.n_waiting < service.max_waiting
+        return say({'status': 'ready' if room else 'full'}, 200 if room else 503)
 
     @app.get('/metrics')
     async def metrics():
@@ -289,7 +298,7 @@ class Front:
 
     def __init__(self, app, metrics, api_key, paths):
         self.app, self.metrics, self.paths = app, metrics, paths
-        self.key = f'Bearer {api_key}'.encode() if api_key else b''
+        self.key = api_key.encode()
 
     async def __call__(self, scope, receive, send):
         if scope['type'] != 'http':
@@ -304,8 +313,9 @@ class Front:
                 number = uuid.uuid4().hex.encode()
                 message['headers'] = [*message.get('headers', []), (b'x-request-id', number)]
             await send(message)
-        app, given = self.app, dict(scope['headers']).get(b'authorization', b'')
-        if self.key and path not in ('/health', '/ready') and not hmac.compare_digest(given, self.key):
+        app, (way, _, key) = self.app, dict(scope['headers']).get(b'authorization', b'').partition(b' ')
+        known = way.lower() == b'bearer' and hmac.compare_digest(key, self.key)
+        if self.key and path not in ('/health', '/ready') and not known:
             app = say_refusal(401, 'the key is wrong or missing: Authorization: Bearer ...', (),
                               path == '/v1/systemone')
         try:
@@ -327,7 +337,8 @@ def serve(app, host, port):
     server = uvicorn.Server(uvicorn.Config(app, log_level='warning', access_log=False,
                                            timeout_graceful_shutdown=30))
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: setattr(server, 'should_exit', True))  # before uvicorn's, and after
+        # uvicorn has its own while it runs, but for the first moment; it then raises the signal once more
+        signal.signal(number, lambda *_: setattr(server, 'should_exit', True))
     print(f'http://{host}:{listening.getsockname()[1]}/v1', flush=True)
     server.run(sockets=[listening])
 
@@ -341,6 +352,8 @@ if __name__ == '__main__':
         stop('audit_min needs an audit: a share of the texts that upstream is asked about too')
     if keep and not (dataset and upstream):
         stop('keep needs an upstream, whose answers are kept, and a dataset, where they go')
+    if upstream and not (upstream_model and (min_confidence or audit)):
+        stop('upstream needs upstream_model, and min_confidence or audit: else it is never asked')
     labeler = Labeler(Path('out', run or name), device, which, sample_batch, True, too_long,
                       min_confidence=min_confidence)
     note_changes(labeler.task, fields, prompt)
@@ -359,8 +372,13 @@ if __name__ == '__main__':
         kept.parent.mkdir(parents=True, exist_ok=True)
     behind = None
     if upstream:
-        behind = Upstream(upstream, upstream_model, upstream_timeout, labeler.space, labeler.task['prompt'])
+        try:
+            behind = Upstream(upstream, upstream_model, upstream_timeout, labeler.space,
+                              labeler.task['prompt'])
+        except (httpx.InvalidURL, ValueError) as error:
+            stop(f'upstream: {error}')
     service = Service(labeler, run or name, max_waiting, behind, audit, audit_min, kept)
     created = int(Path('out', run or name).stat().st_mtime)
+    api_key = api_key or os.environ.get('SERVE_API_KEY', '')
     app = make_app(service, created, api_key, true_value, ordered)
     serve(app, host, port)

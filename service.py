@@ -34,7 +34,8 @@ class Metrics:
         self.requests = new(Counter, 'requests', 'requests answered', ['route', 'status'])
         self.seconds = new(Histogram, 'request_seconds', 'from the first byte to the last', ['route'],
                            buckets=[.002, .005, .01, .02, .05, .1, .25, .5, 1, 2.5, 10])
-        self.batch = new(Histogram, 'batch_texts', 'texts in a pass', buckets=[2 ** k for k in range(9)])
+        self.batch = new(Histogram, 'batch_texts', 'texts decoded together with one',
+                         buckets=[2 ** k for k in range(9)])
         self.waiting = new(Gauge, 'waiting_texts', 'texts under way')
         self.texts = new(Counter, 'texts', 'texts answered', ['by'])
         self.cut = new(Counter, 'texts_cut', 'texts of which the student read the beginning alone')
@@ -51,7 +52,8 @@ class Metrics:
 
 @dataclass
 class Answer:
-    """what became of a text. by: 'student', 'student-unsure' or 'upstream'."""
+    """what became of a text. by: 'student'; 'upstream'; or 'student-unsure', where the student was not sure
+    and there is no upstream, or it has no answer."""
     answer: dict                # {field: value}
     sure: dict                  # {field: probability of that value}
     chances: dict               # {field: probabilities of its values}, where asked for
@@ -87,7 +89,8 @@ class Decoder(threading.Thread):
             try:
                 for outs, decisions in decode(self.labeler.student, self.labeler.space, self.texts(under_way),
                                               self.labeler.batch_size):
-                    self.finish(under_way[0], outs, decisions)
+                    self.metrics.batch.observe(min(len(under_way), self.labeler.batch_size))
+                    self.finish(under_way[0], outs, decisions)  # decode answers in the texts' order
                     under_way.popleft()
             except Exception as error:  # what is under way fails, the next text is answered
                 log.exception('the decoder failed')
@@ -100,7 +103,6 @@ class Decoder(threading.Thread):
             try:
                 job = self.coming.get(block=not under_way)
             except queue.Empty:
-                self.metrics.batch.observe(len(under_way))
                 yield None
                 continue
             if not job[2].cancelled():
@@ -135,7 +137,7 @@ class Upstream:
         headers = {'Authorization': f'Bearer {key}'} if key else {}
         self.client = httpx.AsyncClient(base_url=url.rstrip('/') + '/', headers=headers, timeout=timeout)
         self.model, self.space, self.prompt, self.timeout = model, space, prompt, timeout
-        self.failures, self.closed_until = 0, 0.0
+        self.failures, self.left_alone_until = 0, 0.0
         properties = {field: {'enum': of_field} for field, of_field in space.fields.items()}
         schema = {'type': 'object', 'properties': properties, 'required': list(properties),
                   'additionalProperties': False}
@@ -144,7 +146,7 @@ class Upstream:
 
     async def ask(self, text):
         """its answer to a text, a dict of the schema; None where it is down, slow or answers nonsense."""
-        if time.monotonic() < self.closed_until:
+        if time.monotonic() < self.left_alone_until:
             return None
         message = {'role': 'user', 'content': self.prompt.replace('{text}', text)}
         try:
@@ -158,9 +160,10 @@ class Upstream:
                 raise ValueError(f'{said[:80]!r} is no answer of the schema')
         except (httpx.HTTPError, TimeoutError, ValueError, LookupError, TypeError, AttributeError,
                 RecursionError) as error:
-            self.failures += 1
+            status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 0
+            self.failures += status not in (400, 413, 422)  # which are about this text alone
             if self.failures >= 3:
-                self.closed_until = time.monotonic() + 30
+                self.left_alone_until = time.monotonic() + 30
             log.warning('upstream: %s', str(error) or type(error).__name__)
             return None
         self.failures = 0
@@ -222,13 +225,15 @@ class Service:
     async def answer(self, texts, full=False):
         """list of Answers. full: with the probabilities of all values. Refusal for a text that cannot be
         read, and where too many are under way."""
+        if len(texts) > self.max_waiting:
+            raise Refusal(413, f'{len(texts)} texts are too many for a request; {self.max_waiting} can be')
         if self.n_waiting + len(texts) > self.max_waiting:
             raise Refusal(503, f'{self.n_waiting} texts are under way, {self.max_waiting} can be; come again')
-        read = []
+        read, texts = [], [text.encode('utf-8', 'replace').decode() for text in texts]  # no lone surrogates
         for n, text in enumerate(texts):
-            ids, error, n_cut = self.labeler.read(text.encode('utf-8', 'replace'))
+            ids, error, n_cut = self.labeler.read(text.encode())
             if error:
-                raise Refusal(400, error if len(texts) == 1 else f'text {n}: {error}')
+                raise Refusal(400, error if len(texts) == 1 else f'text {n}: {error}', 'texts', n)
             self.metrics.cut.inc(n_cut > 0)
             read.append(ids)
         self.count(len(texts))

@@ -188,6 +188,7 @@ def configure(g):
             value = str(Path(value).absolute())
         if value != g[key] and RANK == 0:
             new, old = (t if len(t) < 60 else f'{t[:56]} ...' for t in (repr(value), repr(g[key])))
+            new = '(a secret)' if key.endswith('_key') else new
             print(f'{key} = {new} ({source}; was {old})', file=sys.stderr)
         g[key] = value
     folder = Path(g['__file__']).absolute().parent
