@@ -269,8 +269,9 @@ def find_field(space, name, kind, options, true_value, ordered, where):
         same = sorted(asked) == sorted(names)
         if kind == 'choice' and same or kind == 'score' and same and (integers or field in ordered):
             fits[field] = [names.index(option) for option in asked]
-        elif kind == 'score' and (integers or field in ordered) and name == field and len(asked) == len(names):
-            if not set(asked) & set(names):  # words of the caller's own
+        elif kind == 'score' and (integers or field in ordered):
+            own_words = not set(asked) & set(names)
+            if name == field and len(asked) == len(names) and own_words:
                 fits[field] = sorted(range(len(names)), key=values.__getitem__ if integers else None)
         elif len(names) == 2 and yes in names:
             yes_or_no = [names.index(yes), 1 - names.index(yes)]

@@ -129,8 +129,10 @@ def say_refusal(status, message, where=(), system_one=False):
 
 
 def answered_by(answers):
-    """the header that says who answered: the one name, or all."""
-    return {'x-answered-by': ','.join(sorted({answer.by for answer in answers}))}
+    """the header that says who answered, the one name or all, and the one that says how much was cut off."""
+    n_cut = sum(answer.n_cut for answer in answers)
+    cut = {'x-tokens-cut': str(n_cut)} if n_cut else {}
+    return {'x-answered-by': ','.join(sorted({answer.by for answer in answers}))} | cut
 
 
 def usage_of(answers):

@@ -61,6 +61,7 @@ class Answer:
     outs: list                  # output indices
     decisions: list             # of sample.decode
     by: str = 'student'
+    n_cut: int = 0              # tokens of the text that the student did not read
 
 
 class Decoder(threading.Thread):
@@ -229,20 +230,22 @@ class Service:
             raise Refusal(413, f'{len(texts)} texts are too many for a request; {self.max_waiting} can be')
         if self.n_waiting + len(texts) > self.max_waiting:
             raise Refusal(503, f'{self.n_waiting} texts are under way, {self.max_waiting} can be; come again')
-        read, texts = [], [text.encode('utf-8', 'replace').decode() for text in texts]  # no lone surrogates
+        texts = [text.encode('utf-8', 'replace').decode() for text in texts]  # no half characters
+        read, cuts = [], []
         for n, text in enumerate(texts):
             ids, error, n_cut = self.labeler.read(text.encode())
             if error:
                 raise Refusal(400, error if len(texts) == 1 else f'text {n}: {error}', 'texts', n)
-            self.metrics.cut.inc(n_cut > 0)
             read.append(ids)
+            cuts.append(n_cut)
         self.count(len(texts))
         try:
             answers = await self.decoder.ask(read, full)
             answers = await asyncio.gather(*map(self.settle, texts, answers))
         finally:
             self.count(-len(texts))
-        for answer in answers:
+        for answer, answer.n_cut in zip(answers, cuts):
+            self.metrics.cut.inc(answer.n_cut > 0)
             self.metrics.texts.labels(answer.by).inc()
             for field, value in answer.answer.items():
                 self.metrics.values.labels(field, json.dumps(value)).inc()

@@ -284,7 +284,9 @@ def test_curl_gets_answers_and_the_pages_about_the_server(url, truth):
                  'student_waiting_texts 0.0', 'student_values_total{field="spam",value="true"}',
                  'student_batch_texts'):
         assert line in said
+    assert 'x-tokens-cut: ' in curl('-i', f'{url}/label', '-d', json.dumps({'texts': ['the cat ' * 500]}))
     head = curl('-i', f'{url}/label', '-d', '{"texts": ["a"]}').lower()
+    assert 'x-tokens-cut' not in head
     assert 'x-request-id: ' in head and 'x-answered-by: student\n' in head.replace('\r', '')
 
 
