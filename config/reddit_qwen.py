@@ -23,9 +23,10 @@ safety: threats, hate and calls to hurt someone are harmful.
 toxicity: insults, contempt and foul language against people are toxic.
 Comment: {text}
 '''
-# it sees feeling where people see none, no sarcasm, and little harm; of sentiment the shares are about those people
-# gave GoEmotions, of harm they leave a student something to learn
+# it sees feeling where people see none, and little harm; of sentiment the shares are about those people gave
+# GoEmotions, of harm they leave a student something to learn. With tone, too, sentiment is right in 0.63, not 0.66
 calibrate = 512        # with 256 sentiment was right in 0.65 to 0.66, as the draw of the texts would have it
+calibrate_fields = ['sentiment', 'safety', 'toxicity']
 prior = {'sentiment': {'negative': 0.28}, 'safety': {'harmful': 0.3}, 'toxicity': {'toxic': 0.3}}
 max_records = 6000
 # student: the teacher's table, frozen, and four small layers of its own
@@ -38,7 +39,7 @@ n_mlp = 768
 block_size = 60
 token_dropout = 0.15
 # training
-max_epochs = 8
+max_epochs = 6
 batch_size = 32
 learning_rate = 1e-3
 min_lr = 1e-4
