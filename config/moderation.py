@@ -31,7 +31,7 @@ n_mlp = 768
 block_size = 45
 token_dropout = 0.15
 # training
-max_epochs = 12
+max_epochs = 8
 batch_size = 32
 learning_rate = 1e-3
 min_lr = 1e-4
