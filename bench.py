@@ -377,12 +377,13 @@ if __name__ == '__main__':
         if what == 'train':
             print(bench_train(student, shards, train_rows, batch_size))
         elif what == 'serve':
-            from bench_serve import bench_serve  # optional: requirements-serve.txt
+            from bench_serve import bench_serve  # its server needs requirements-serve.txt
             texts = [space.tokenizer.decode(shards.ids(i).tolist()) for i in val_rows[:256]]
             large, task = load_model(teacher, pick_dtype(dtype, device), device), checkpoint['task']
             encode = lambda text: space.tokenizer.encode(text, add_special_tokens=False).ids
             answer = lambda text: space.to_json(generate_held(large, space, task, [encode(text)])[0])
-            bench_serve([f'--name={name}', f'--run={run}', f'--device={device}'], student, space, texts, answer)
+            args = [f'--name={name}', f'--run={run}', f'--device={device}']
+            bench_serve(args, student, space, texts, answer)
         else:
             texts = [shards.ids(i).tolist() for i in val_rows[:256]]
             bench_decode(student, space, checkpoint['task'], texts, teacher, device)

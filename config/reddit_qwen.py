@@ -24,7 +24,8 @@ toxicity: insults, contempt and foul language against people are toxic.
 Comment: {text}
 '''
 # it sees feeling where people see none, and little harm; of sentiment the shares are about those people gave
-# GoEmotions, of harm they leave a student something to learn. With tone, too, sentiment is right in 0.63, not 0.66
+# GoEmotions, of harm they leave a student something to learn. With tone calibrated too, sentiment is right in
+# 0.63, not 0.66
 calibrate = 512        # with 256 sentiment was right in 0.65 to 0.66, as the draw of the texts would have it
 calibrate_fields = ['sentiment', 'safety', 'toxicity']
 prior = {'sentiment': {'negative': 0.28}, 'safety': {'harmful': 0.3}, 'toxicity': {'toxic': 0.3}}
