@@ -1,8 +1,9 @@
 # make demo: teacher -> logits -> student -> JSON, for real, on two CPU cores.  make test: the behaviour tests.
+# make web, after make demo: the student as a page in a browser.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test clean
+.PHONY: demo web test clean
 
 demo: .venv/installed
 	python data/chitchat/prepare.py
@@ -11,10 +12,14 @@ demo: .venv/installed
 	python train.py config/demo.py
 	python evaluate.py config/demo.py
 
+web: .venv/installed
+	python device/export.py config/demo.py
+	python device/web.py config/demo.py
+
 test: .venv/installed
 	pytest -q -n 2
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt requirements-serve.txt requirements-device.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q -r requirements.txt
 	touch $@

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = 'extract.py', 'train.py', 'sample.py', 'evaluate.py', 'bench.py', 'serve.py'  # one config file serves them all
+# one config file serves them all
+SCRIPTS = 'extract.py', 'train.py', 'sample.py', 'evaluate.py', 'bench.py', 'serve.py', 'device/export.py'
 WORLD, RANK = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))  # torchrun sets them
 
 
@@ -201,7 +202,9 @@ def command(script):
     settings typed those that say which task and run are meant. Typed where this one was, it works."""
     known = [f'--{key}' for key in ('name', 'dataset', 'run') if key in settings_block(ROOT / script)[0]]
     same = [arg for arg in sys.argv[1:] if arg.endswith('.py') or arg.partition('=')[0] in known]
-    return shlex.join(['python', str(Path(sys.argv[0]).with_name(script)), *same])
+    here = Path(sys.argv[0]).parent
+    here = here.parent if here.name == 'device' else here
+    return shlex.join(['python', str(here / script), *same])
 
 
 # -----------------------------------------------------------------------------

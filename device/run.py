@@ -1,0 +1,178 @@
+"""Turn text into JSON with the student in this folder: numpy, onnxruntime and tokenizers, nothing else.
+
+    python run.py "you are great"                # one JSON line
+    python run.py texts.txt                      # one JSON line per input line, in order
+    cat texts.txt | python run.py --confidence   # and how sure it is; =full: of every value
+    python run.py texts.txt --min_confidence=0.4 # "_defer": true where it is less sure of a field
+
+    from run import Student
+    Student('out/demo/device')(['you are great'])   # [{'sentiment': 'positive', ...}]
+
+It reads as the specification of decoding, too: the answers are those of the project's sample.py. The text is
+cut into tokens; from there on the schema is a small automaton (task.json) whose states are the decisions it
+leaves. At each the student reads text and answer so far in one pass, and takes the likeliest of the choices.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+BATCH = 64  # texts read together
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+class Student:
+    """Student(folder)(texts) -> a dict for each text, in their order. confidence, min_confidence: as above,
+    confidence 'full' for {field: {value: probability}}. SystemExit with one line where the folder will not
+    do."""
+
+    def __init__(self, folder, confidence=False, min_confidence=0.0, threads=0):
+        folder, options = Path(folder), onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads  # 0: as many as there are cores
+        try:
+            self.task = json.loads((folder / 'task.json').read_text(encoding='utf-8'))
+            if self.task['format'] != 1:
+                sys.exit(f'{folder} has format {self.task["format"]}, this run.py reads 1; export it again')
+            self.tokenizer = Tokenizer.from_file(str(folder / 'tokenizer.json'))
+            self.session = onnxruntime.InferenceSession(folder / 'student.onnx', options)
+            self.graph_reads = {one.name for one in self.session.get_inputs()}
+            assert self.graph_reads == {'ids', 'asked'}, 'its graph is no student\'s'
+        except Exception as error:  # onnxruntime and tokenizers raise nothing narrower
+            sys.exit(f'{folder} is no whole student ({" ".join(str(error).split())[:150]}); export it again')
+        self.fields, self.states = self.task['fields'], self.task['states']
+        self.confidence, self.min_confidence = confidence, min_confidence
+        if min_confidence == 'target':
+            self.min_confidence = self.task['min_confidence']
+            if self.min_confidence is None:
+                sys.exit('this student has no target; see evaluate.py --target_agreement')
+
+    def __call__(self, texts):
+        return self.label(text.encode('utf-8', 'replace') for text in texts)
+
+    def read(self, line):
+        """bytes -> the ids of the text in them, whitespace of any kind and length as one space."""
+        text = ' '.join(line.decode('utf-8', 'replace').split())
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def logits(self, rows):
+        """lists of ids -> (B, V) logits of what follows each: one pass. Rows are padded on the right, where
+        nobody looks."""
+        ids = np.zeros((len(rows), max(2, *map(len, rows), 2)), np.int64)
+        for n, row in enumerate(rows):
+            ids[n, :len(row)] = row
+        asked = np.arange(len(rows)) * ids.shape[1] + [len(row) - 1 for row in rows]
+        return self.session.run(None, {'ids': ids, 'asked': asked})[0]
+
+    def decide(self, texts):
+        """lists of ids -> for each {state: (what was read before it, logits of its choices, the choice)}."""
+        rows, state = [[*ids, *self.task['start']] for ids in texts], [0] * len(texts)
+        made = [{} for _ in texts]
+        while open_ := [n for n, s in enumerate(state) if s >= 0]:
+            for n, row in zip(open_, self.logits([rows[n] for n in open_])):
+                choices = self.states[state[n]]
+                of_choices = row[choices['rows']]
+                pick = int(of_choices.argmax())
+                made[n][state[n]] = rows[n], of_choices, pick
+                rows[n], state[n] = rows[n] + choices['read'][pick], choices['next'][pick]
+        return made
+
+    def values(self, field, made):
+        """{value: its probability} of one field, given the fields before as they were answered: the product
+        along its way of the softmax over the choices. Decisions off the way of the answer are asked too."""
+        if field not in self.task['ways']:
+            return {self.task['names'][field][0]: 1.0}  # a constant is certain
+        known = {state: of_choices for state, (_, of_choices, _) in made.items()}
+        before = {}  # what would have been read before each decision that was not met
+        for way in self.task['ways'][field]:
+            read = made[way[0][0]][0]
+            for state, choice in way:
+                if state not in known:
+                    before[state] = read
+                read = read + self.states[state]['read'][choice]
+        if before:
+            for state, row in zip(before, self.logits(list(before.values()))):
+                known[state] = row[self.states[state]['rows']]
+        temperature = self.task['temperature'][field]
+        p = [math.prod(float(softmax(known[state].astype(float) / temperature)[choice]) for state, choice in way)
+             for way in self.task['ways'][field]]
+        return dict(zip(self.task['names'][field], p))
+
+    def record(self, made):
+        """the answer that these decisions spell out."""
+        answer, sure = {}, {}
+        for field, values in self.fields.items():
+            ways = self.task['ways'].get(field, [[]])
+            n = next(n for n, way in enumerate(ways) if all(s in made and made[s][2] == c for s, c in way))
+            answer[field], sure[field] = values[n], 1.0
+            for state, choice in ways[n]:
+                of_choices = made[state][1].astype(float) / self.task['temperature'][field]
+                sure[field] *= float(softmax(of_choices)[choice])
+        if self.confidence:
+            full = self.confidence == 'full'
+            answer['_confidence'] = {
+                field: {v: round(p, 4) for v, p in self.values(field, made).items()} if full else round(p, 4)
+                for field, p in sure.items()}
+        return answer | ({'_defer': True} if min(sure.values()) < self.min_confidence else {})
+
+    def label(self, lines):
+        """lines of bytes -> records, in their order; texts of like length are read together."""
+        texts = [self.read(line) for line in lines]
+        records = [None if ids else {'error': 'empty text'} for ids in texts]
+        order = sorted((n for n, ids in enumerate(texts) if ids), key=lambda n: len(texts[n]))
+        for at in range(0, len(order), BATCH):
+            batch = order[at:at + BATCH]
+            for n, made in zip(batch, self.decide([texts[n][:self.task['max_text']] for n in batch])):
+                records[n] = self.record(made)
+        self.n_cut = sum(len(ids) > self.task['max_text'] for ids in texts)
+        return records
+
+
+def lines_of(file):
+    """yields lists of lines, each as many as are there: a slow pipe is answered line by line."""
+    rest = b''
+    while data := file.read1(1 << 16):
+        *lines, rest = (rest + data).split(b'\n')
+        yield lines
+    yield [rest] if rest else []
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('text', nargs='?', help='a text, or a file of them; none: what is piped in')
+    parser.add_argument('--text', dest='typed', help='a text, even if there is a file of that name')
+    parser.add_argument('--confidence', nargs='?', const=True, default=False, choices=[True, 'full'])
+    parser.add_argument('--min_confidence', default='0', metavar='P', help='0 to 1, or target')
+    args = parser.parse_args()
+    try:
+        least = args.min_confidence if args.min_confidence == 'target' else float(args.min_confidence)
+    except ValueError:
+        sys.exit(f'--min_confidence is {args.min_confidence!r}; it must be a number or target')
+    if args.text is None and args.typed is None and sys.stdin.isatty():
+        sys.exit('nothing to label; give a text, a file, or a pipe')
+    student, n_cut = Student(Path(__file__).resolve().parent, args.confidence, least), 0
+    given = args.text if args.typed is None else args.typed
+    if given is None or (args.typed is None and os.path.isfile(given)):
+        parts = lines_of(open(given or 0, 'rb'))
+    else:
+        parts = [[given.encode('utf-8', 'replace')]]
+    try:
+        for lines in parts:
+            for record in student.label(lines):
+                print(json.dumps(record, ensure_ascii=False))
+            sys.stdout.flush()
+            n_cut += student.n_cut
+    except (BrokenPipeError, KeyboardInterrupt):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a reader that went away is told nothing more
+    if n_cut:
+        print(f'{n_cut} texts were longer than the {student.task["max_text"]} tokens the student reads; '
+              'their ends were ignored', file=sys.stderr)

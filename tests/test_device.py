@@ -1,0 +1,387 @@
+"""device/: the exported folder beside sample.py, in Python without torch, in Node and in Chromium."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from functools import partial
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+
+for package in ('onnx', 'onnxscript', 'onnxruntime'):
+    pytest.importorskip(package)  # optional: requirements-device.txt
+import onnx
+import onnxruntime
+
+from conftest import FIELDS, PROMPT, ROOT, SCHEMAS, one_line, run, tiny_student
+from data import write_json
+from device.export import OnDevice, make_task, write_onnx
+from device.run import Student as Runner
+from device.shrink import Int8, choose_tokens, fold_table, pieces_of, round_to_int8, trim, trim_tokenizer
+from device.web import PARTS, Handler, fetch_parts
+from sample import CHECKPOINT, Labeler
+from space import OutputSpace, tokenizer_hash
+
+HOSTILE = ['', '  ', '\t\x1c\x85\xa0', 'hello ' * 20_000, 'x' * 100_000, 'a\0b \x01', '\ud800 half', 'é日本 😀👩‍👩‍👧', 'שלום مرحبا',
+           '<eos> <turn>', '\ufeffhello', '{"tone":"spam"}', "I'M it’s “so”…", '\u200b', '1234567890 ½']
+SAME = [f'hello my friend {n} was not there' for n in range(70)]  # more than a batch
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
+AXE = os.environ.get('AXE', '')  # axe.min.js of axe-core, where there is one
+
+
+def as_lines(texts):
+    return b'\n'.join(text.encode('utf-8', 'replace') for text in texts) + b'\n'
+
+
+def nearly(ours, theirs):
+    """whether two records are equal, probabilities up to their last figure."""
+    ours, theirs = dict(ours), dict(theirs)
+    a, b = ours.pop('_confidence', {}), theirs.pop('_confidence', {})
+    flat = lambda sure: {(field, value): p for field, of in sure.items()
+                         for value, p in (of.items() if isinstance(of, dict) else [('', of)])}
+    a, b = flat(a), flat(b)
+    return json.dumps(ours) == json.dumps(theirs) and a.keys() == b.keys() and all(
+        abs(a[key] - b[key]) < 2e-4 for key in a)
+
+
+def make_student(folder, tokenizer, fields, indent=None, fence=False, seed=0, **sizes):
+    """a student of these fields in a folder as train.py leaves it, and exported as it is."""
+    space = OutputSpace(tokenizer, fields, indent, fence, end_id=2, auxiliary=range(4, 60))
+    student = tiny_student(space, seed, block_size=space.max_answer + 20, **sizes)
+    for weight in student.parameters():  # so that answers depend on the text
+        weight.data *= 8 if weight.dim() == 2 else 1
+    task = {'fields': fields, 'indent': indent, 'fence': fence, 'end_id': 2, 'output_ids': space.output_ids,
+            'tokenizer_hash': tokenizer_hash(tokenizer), 'prompt': PROMPT, 'max_text': 18, 'teacher': 'a/teacher',
+            'fingerprint': ''}
+    checkpoint = {'format': CHECKPOINT, 'student': vars(student.config), 'model': student.state_dict(),
+                  'task': task, 'per_field': {f: {'temperature': 0.7 + n / 3} for n, f in enumerate(fields)}}
+    folder.mkdir()
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    torch.save(checkpoint, folder / 'best.pt')
+    device = folder / 'device'
+    device.mkdir()
+    kept = choose_tokens(tokenizer, 0, Counter(), set())
+    small, small_space = trim(student, space, kept, trim_tokenizer(tokenizer, kept))
+    write_onnx(small, device / 'student.onnx')
+    write_json(device / 'task.json', make_task('toy', checkpoint, small_space, small.config.start_id))
+    small_space.tokenizer.save(str(device / 'tokenizer.json'))
+    for file in ('run.py', 'student.js', 'index.html', 'worker.js'):
+        shutil.copy(ROOT / 'device' / file, device)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def students(tmp_path_factory, tokenizer):
+    root = tmp_path_factory.mktemp('device')
+    return [make_student(root / str(n), tokenizer, *schema, seed=n) for n, schema in enumerate(SCHEMAS)]
+
+
+@pytest.fixture(scope='module')
+def npm(tmp_path_factory):
+    """what other people's packages a browser needs, fetched as a user would."""
+    if not shutil.which('npm') or not shutil.which('node'):
+        pytest.skip('Node.js is not here')
+    folder = tmp_path_factory.mktemp('npm') / 'npm'
+    fetch_parts(folder)
+    return folder
+
+
+# -----------------------------------------------------------------------------
+# smaller
+
+texts = st.lists(st.one_of(st.text(max_size=30), st.sampled_from(['hello', ' friend', ' the cat', '"tone"', ' rained'])),
+                 max_size=6).map(''.join)
+
+
+@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.given(st.integers(265, 400), st.lists(st.integers(0, 999), max_size=200), texts)
+def test_a_trimmed_tokenizer_cuts_as_before_what_it_knows_and_still_cuts_all_else(tokenizer, n, seen, text):
+    seen = Counter(i % tokenizer.get_vocab_size() for i in seen)
+    kept = choose_tokens(tokenizer, n, seen, {1, 2})
+    small = trim_tokenizer(tokenizer, kept)
+    assert len(kept) <= n and small.get_vocab_size() == len(kept)
+    before = tokenizer.encode(text, add_special_tokens=False).ids
+    after = [kept[i] for i in small.encode(text, add_special_tokens=False).ids]
+    if {*before} <= {*kept}:
+        assert after == before
+    assert tokenizer.decode(after, skip_special_tokens=False) == tokenizer.decode(before, skip_special_tokens=False)
+
+
+def test_what_was_seen_is_kept_first_and_with_the_pieces_it_is_made_of(tokenizer):
+    vocab = tokenizer.get_vocab()
+    seen = tokenizer.encode(' friendly', add_special_tokens=False).ids
+    kept = choose_tokens(tokenizer, 290, Counter(seen), {2})
+    ranks = {tuple(pair): n for n, pair in enumerate(json.loads(tokenizer.to_str())['model']['merges'])}
+    for i in seen:
+        pieces = pieces_of(tokenizer.id_to_token(i), ranks)
+        assert pieces[-1] == tokenizer.id_to_token(i) and {vocab[piece] for piece in pieces} <= {*kept}
+    assert choose_tokens(tokenizer, 0, Counter(), set()) == sorted(vocab.values())
+    with pytest.raises(ValueError, match='keep_tokens is 9'):
+        choose_tokens(tokenizer, 9, Counter(), set())
+
+
+def test_int8_is_off_by_half_a_step_at_most_and_computes_what_its_weights_say(space):
+    weight = torch.randn(20, 32) * torch.logspace(-3, 2, 20)[:, None]
+    whole = Int8(torch.cat((weight, torch.zeros(1, 32))))
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((whole.weight[:20] - weight).abs() <= step * 0.5001).all() and not whole.weight[20].any()
+    student = fold_table(tiny_student(space, n_table=48, qkv_bias=True))
+    rounded, twin = round_to_int8(student), fold_table(student)
+    for name, p in twin.named_parameters():
+        if p.dim() == 2 and name != 'lm_head.weight':
+            p.data = rounded.get_submodule(name.removesuffix('.weight')).weight
+    idx = torch.randint(0, 500, (3, 11))
+    assert torch.allclose(rounded(idx), twin(idx), atol=1e-6) and not torch.equal(rounded(idx), student(idx))
+
+
+def test_a_folded_table_gives_the_same_logits(space):
+    student = tiny_student(space, n_table=48)
+    folded, idx = fold_table(student), torch.randint(0, 500, (3, 11))
+    assert folded.wte.weight.shape == (600, 32) and torch.allclose(folded(idx), student(idx), atol=1e-5)
+    assert fold_table(tiny_student(space, n_table=16)).wte.weight.shape == (600, 16)  # folding would widen it
+
+
+# -----------------------------------------------------------------------------
+# the graph
+
+
+@pytest.mark.parametrize('int8', [False, True])
+@pytest.mark.parametrize('shape', [dict(), dict(n_kv_head=4, n_table=48), dict(qkv_bias=True, activation='silu'),
+                                   dict(qk_norm=True, sandwich=True, head_size=6, rope_of_layer=(0, 0))])
+def test_the_graph_computes_what_the_student_does(space, tmp_path, shape, int8):
+    student = fold_table(tiny_student(space, **shape))
+    student = round_to_int8(student) if int8 else student
+    write_onnx(student, tmp_path / 'student.onnx')
+    session, rng = onnxruntime.InferenceSession(tmp_path / 'student.onnx'), np.random.default_rng(0)
+    for B, T, M in ((1, 2, 1), (3, 7, 5), (1, 96, 96), (9, 20, 1)):
+        ids, asked = rng.integers(0, 600, (B, T)), rng.integers(0, B * T, M)
+        with torch.no_grad():
+            plain = student(torch.tensor(ids)).flatten(0, 1)[asked]
+            packed = OnDevice(student)(torch.tensor(ids), torch.tensor(asked))
+        logits, = session.run(None, {'ids': ids, 'asked': asked})
+        assert (packed - plain).abs().max() < 1e-5 and np.abs(logits - plain.numpy()).max() < 1e-5
+    graph = onnx.load(tmp_path / 'student.onnx').graph
+    assert {node.domain for node in graph.node} == {''}
+    table, = (init for init in graph.initializer if init.dims[:1] == [600] and init.dims[1] > 1)
+    assert table.data_type == (onnx.TensorProto.INT8 if int8 else onnx.TensorProto.FLOAT)
+    assert str(ROOT).encode() not in (tmp_path / 'student.onnx').read_bytes()  # nothing of whose machine it was
+
+
+# -----------------------------------------------------------------------------
+# the runners
+
+
+@pytest.mark.parametrize('n', range(len(SCHEMAS)))
+def test_run_py_says_what_sample_py_says(students, n):
+    texts = [*SAME, *HOSTILE]
+    for confidence in (False, True, 'full'):
+        theirs = Labeler(students[n], 'cpu', confidence=confidence, min_confidence=0.6)(texts)
+        ours = Runner(students[n] / 'device', confidence, 0.6)(texts)
+        assert all(map(nearly, ours, theirs)) and len(ours) == len(texts)
+    assert len({json.dumps(record) for record in theirs}) > 3  # they are not all alike
+    assert any('_defer' in record for record in theirs) and not all('_defer' in record for record in theirs)
+
+
+def test_run_py_answers_where_there_is_no_torch(students, tmp_path):
+    for package in ('numpy', 'numpy.libs', 'onnxruntime', 'tokenizers', 'huggingface_hub', 'flatbuffers', 'google',
+                    'packaging', 'ml_dtypes'):
+        there = Path(np.__file__).parent.parent / package
+        if there.exists():
+            os.symlink(there, tmp_path / package)
+    folder, texts = students[0] / 'device', [*HOSTILE, *SAME]
+    python = [sys.executable, '-S']  # without the packages of this environment but those linked
+    start = dict(env={'PYTHONPATH': str(tmp_path), 'PATH': os.environ['PATH']}, capture_output=True)
+    assert subprocess.run([*python, '-c', 'import torch'], **start).returncode == 1
+    done = subprocess.run([*python, folder / 'run.py', '--confidence'], input=as_lines(texts), **start)
+    assert done.returncode == 0, done.stderr.decode()
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(map(nearly, records, Labeler(students[0], 'cpu')(texts)))
+    assert b'longer than the 18 tokens' in done.stderr
+    (tmp_path / 't.txt').write_bytes(as_lines(texts) + b'\xff\xfe\xed\xa0\x80 no newline')
+    done = subprocess.run([*python, folder / 'run.py', tmp_path / 't.txt'], **start)
+    assert len(done.stdout.splitlines()) == len(texts) + 1 and b'_confidence' not in done.stdout
+    done = subprocess.run([*python, folder / 'run.py', '--text=hello', '--confidence=full'], **start)
+    assert list(json.loads(done.stdout)['_confidence']['spam']) == ['true', 'false']
+
+
+def test_a_damaged_or_foreign_folder_ends_in_one_line(students, tmp_path):
+    damages = {'student.onnx': lambda b: b[:len(b) // 2], 'task.json': lambda b: b[:-9], 'tokenizer.json': lambda b: b'{}'}
+    for file, damage in damages.items():
+        folder = shutil.copytree(students[0] / 'device', tmp_path / file)
+        (folder / file).write_bytes(damage((folder / file).read_bytes()))
+        done = subprocess.run([sys.executable, folder / 'run.py', 'hello'], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'export it again' in done.stderr
+    folder = shutil.copytree(students[0] / 'device', tmp_path / 'format')
+    task = json.loads((folder / 'task.json').read_text()) | {'format': 2}
+    (folder / 'task.json').write_text(json.dumps(task))
+    done = subprocess.run([sys.executable, folder / 'run.py', 'hello'], capture_output=True, text=True)
+    assert done.stderr == f'{folder} has format 2, this run.py reads 1; export it again\n'
+    with pytest.raises(SystemExit, match='no whole student'):
+        Runner(tmp_path)
+
+
+@pytest.mark.parametrize('n', range(len(SCHEMAS)))
+def test_node_says_what_sample_py_says(students, npm, n):
+    device, texts = students[n] / 'device', [*SAME, *HOSTILE]
+    shutil.copytree(npm, device / 'npm', dirs_exist_ok=True)
+    theirs = Labeler(students[n], 'cpu', confidence='full')(texts)
+    done = subprocess.run(['node', device / 'student.js', '--confidence=full'], input=as_lines(texts), capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    ours = [json.loads(line) for line in done.stdout.splitlines()]
+    order = lambda record: dict(sorted(record.items()))  # JavaScript puts names that are numbers first
+    assert all(nearly(order(a), order(b)) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_node_ends_in_one_line_where_the_folder_is_damaged(students, npm, tmp_path):
+    for file in ('student.onnx', 'task.json'):
+        folder = shutil.copytree(students[0] / 'device', tmp_path / file)
+        shutil.copytree(npm, folder / 'npm', dirs_exist_ok=True)
+        (folder / file).write_bytes((folder / file).read_bytes()[:-500])
+        done = subprocess.run(['node', folder / 'student.js'], input=b'hello\n', capture_output=True, text=False)
+        assert done.returncode == 1 and b'export it again' in done.stderr and b' at ' not in done.stderr
+
+
+# -----------------------------------------------------------------------------
+# the page
+
+
+@pytest.fixture
+def page(students, npm):
+    """the page of a student, opened in the system's Chromium; and what ends its server."""
+    api = pytest.importorskip('playwright.sync_api')
+    if not CHROMIUM:
+        pytest.skip('Chromium is not here')
+    device = students[0] / 'device'
+    shutil.copytree(npm, device / 'npm', dirs_exist_ok=True)
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=str(device)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    flags = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+             '--disable-component-update', '--disable-sync']
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        page = browser.new_page(viewport={'width': 390, 'height': 844})
+        page.trouble, page.asked = [], []
+        page.on('pageerror', lambda error: page.trouble.append(str(error)))
+        page.on('console', lambda said: said.type == 'error' and page.trouble.append(said.text))
+        page.on('request', lambda request: page.asked.append(request.url))
+        page.goto(f'http://127.0.0.1:{server.server_port}/')
+        page.wait_for_selector('#text:enabled')
+        yield page, server
+        assert not page.trouble
+        assert {url.split('/')[2] for url in page.asked if not url.startswith(('blob:', 'data:'))} == {
+            f'127.0.0.1:{server.server_port}'}  # and nobody else
+        browser.close()
+    server.shutdown()
+
+
+def read_answers(page):
+    """[{field: {value: probability}}] as they stand on the page, and the values in bold."""
+    return page.evaluate('''() => [...document.querySelectorAll("#answers > li")].map((card) => [
+        Object.fromEntries([...card.querySelectorAll("section")].map((part) => [part.querySelector("h2").textContent,
+            Object.fromEntries([...part.querySelectorAll("li")].map((row) => [row.children[1].textContent,
+                Number(row.querySelector(".number").textContent)]))])),
+        [...card.querySelectorAll(".chosen")].map((row) => row.children[1].textContent)])''')
+
+
+def test_the_page_shows_what_sample_py_says_and_works_offline(page, students, tmp_path):
+    page, server = page
+    label = Labeler(students[0], 'cpu', confidence='full')
+    texts = ['hello my friend', 'the cat sat on a mat', 'buy now 😀']
+    page.fill('#text', '\n'.join(texts))
+    page.wait_for_function('document.querySelectorAll("#answers > li").length == 3')
+    for (shown, chosen), record in zip(read_answers(page), label(texts), strict=True):
+        assert chosen == [record['tone'], json.dumps(record['spam'])]
+        for field, of in record['_confidence'].items():
+            assert shown[field].keys() == of.keys()
+            assert all(abs(shown[field][value] - p) < 0.006 for value, p in of.items())
+    assert page.evaluate('document.documentElement.scrollWidth') <= 390  # it fits a phone
+
+    (tmp_path / 'lines.txt').write_bytes(as_lines([*SAME * 5, '', 'é日']))
+    page.set_input_files('#file', tmp_path / 'lines.txt')
+    with page.expect_download() as download:
+        page.click('#done a')
+    records = [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]
+    theirs = Labeler(students[0], 'cpu')([*SAME * 5, '', 'é日'])
+    assert all(map(nearly, records, theirs)) and len(records) == len(theirs)
+
+    page.wait_for_function('document.getElementById("status").textContent.includes("without a network")')
+    server.shutdown()
+    server.server_close()
+    page.reload()
+    page.wait_for_selector('#text:enabled')
+    page.fill('#text', 'hello my friend')
+    page.wait_for_function('document.querySelectorAll("#answers > li").length == 1')
+    assert read_answers(page)[0][1][0] == label(texts)[0]['tone']
+    page.trouble = [line for line in page.trouble if 'ERR_CONNECTION_REFUSED' not in line]  # the worker tried
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_the_page_can_be_used_by_keyboard_and_screen_reader(page, scheme):
+    page, _ = page
+    page.emulate_media(color_scheme=scheme)
+    page.keyboard.press('Tab')
+    page.keyboard.press('Control+A')
+    page.keyboard.type('buy now')
+    page.wait_for_function('document.getElementById("said").textContent.includes("tone: ")')
+    assert page.input_value('#text') == 'buy now'
+    page.keyboard.press('Tab')
+    assert page.evaluate('document.activeElement.id') == 'file'
+    if not AXE:
+        pytest.skip('AXE names no axe.min.js of axe-core')
+    page.add_script_tag(path=AXE)
+    faults = page.evaluate('axe.run()')['violations']
+    assert not [(fault['id'], fault['nodes'][0]['html']) for fault in faults], faults
+
+
+# -----------------------------------------------------------------------------
+# as a user
+
+
+@pytest.fixture(scope='module')
+def exported(project, tmp_path_factory):
+    """the project, and what device/export.py printed there."""
+    root = shutil.copytree(project, tmp_path_factory.mktemp('exported') / 'p', symlinks=True)
+    (root / 'device').mkdir()
+    for file in ('export.py', 'web.py'):
+        os.symlink(ROOT / 'device' / file, root / 'device' / file)
+    return root, run(root, 'device/export.py', '--keep_tokens=340')
+
+
+def test_export_says_what_was_lost_and_leaves_a_folder_that_answers(exported):
+    root, done = exported
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: dict(pair.split('=') for pair in line.split()[1:])
+             for line in done.stdout.splitlines() if '=' in line.split()[1]}
+    shrink = {key: float(value) for key, value in lines['shrink'].items()}
+    assert shrink['tokens'] <= 340 < shrink['of'] and shrink['fields_same'] > 0.8 and shrink['ids_changed'] < 0.5
+    assert abs(shrink['kl_int8'] - shrink['kl_float32']) < 0.002 and lines['onnx']['same_records'] == '1'
+    folder = root / 'out/toy/device'
+    assert sum(file.stat().st_size for file in folder.iterdir()) == int(lines['device']['bytes'])
+    assert not (root / 'out/toy/device.tmp').exists()
+    card = (folder / 'README.md').read_text()
+    assert '`tone` | "neutral", "friendly"' in card and 'hello there' in card and '{' not in card.split('The prompt')[0]
+    record = Runner(folder)(['hello my friend'])[0]
+    assert record == Labeler(root / 'out/toy', 'cpu', confidence=False)(['hello my friend'])[0] and set(record) == {*FIELDS}
+    again = run(root, 'device/export.py', '--keep_tokens=0', '--int8=False')
+    assert again.returncode == 0 and 'fields_same=1\n' in again.stdout and 'onnx texts=' in again.stdout
+
+
+def test_a_users_mistakes_end_in_one_line(exported):
+    root, _ = exported
+    assert 'no task' in one_line(run(root, 'device/export.py', '--name='))
+    assert "did you mean 'keep_tokens'" in one_line(run(root, 'device/export.py', '--keep_token=9'))
+    assert 'keep_tokens is 9' in one_line(run(root, 'device/export.py', '--keep_tokens=9'))
+    missing = one_line(run(root, 'device/export.py', '--run=nowhere'))
+    assert 'does not exist; run: python train.py config/toy.py --run=nowhere' in missing
+    missing = one_line(run(root, 'device/export.py', '--dataset=nowhere'))
+    assert 'data/nowhere/input.jsonl does not exist' in missing
+    assert 'holds no student; run: python device/export.py' in one_line(run(root, 'device/web.py', '--run=x'))
+    assert all(kept for files in PARTS.values() for kept in files.values())
