@@ -17,13 +17,14 @@ import json
 import math
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
-BATCH = 64  # texts read together
+BATCH = 32  # texts read together, by each core
 
 
 def softmax(x):
@@ -36,9 +37,10 @@ class Student:
     confidence 'full' for {field: {value: probability}}. SystemExit with one line where the folder will not
     do."""
 
-    def __init__(self, folder, confidence=False, min_confidence=0.0, threads=0):
+    def __init__(self, folder, confidence=False, min_confidence=0.0):
         folder, options = Path(folder), onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads  # 0: as many as there are cores
+        options.intra_op_num_threads = 1  # a batch to each core is faster than each batch on all of them
+        self.pool = ThreadPoolExecutor(os.cpu_count())
         try:
             self.task = json.loads((folder / 'task.json').read_text(encoding='utf-8'))
             if self.task['format'] != 1:
@@ -59,10 +61,10 @@ class Student:
     def __call__(self, texts):
         return self.label(text.encode('utf-8', 'replace') for text in texts)
 
-    def read(self, line):
-        """bytes -> the ids of the text in them, whitespace of any kind and length as one space."""
-        text = ' '.join(line.decode('utf-8', 'replace').split())
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def read(self, lines):
+        """lines of bytes -> the ids of the text in each, whitespace of any kind and length as one space."""
+        texts = [' '.join(line.decode('utf-8', 'replace').split()) for line in lines]
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def logits(self, rows):
         """lists of ids -> (B, V) logits of what follows each: one pass. Rows are padded on the right, where
@@ -113,26 +115,28 @@ class Student:
         for field, values in self.fields.items():
             ways = self.task['ways'].get(field, [[]])
             n = next(n for n, way in enumerate(ways) if all(s in made and made[s][2] == c for s, c in way))
-            answer[field], sure[field] = values[n], 1.0
-            for state, choice in ways[n]:
-                of_choices = made[state][1].astype(float) / self.task['temperature'][field]
-                sure[field] *= float(softmax(of_choices)[choice])
+            answer[field] = values[n]
+            if self.confidence or self.min_confidence:
+                temperature = self.task['temperature'][field]
+                sure[field] = math.prod(float(softmax(made[state][1].astype(float) / temperature)[choice])
+                                        for state, choice in ways[n])
         if self.confidence:
             full = self.confidence == 'full'
             answer['_confidence'] = {
                 field: {v: round(p, 4) for v, p in self.values(field, made).items()} if full else round(p, 4)
                 for field, p in sure.items()}
-        return answer | ({'_defer': True} if min(sure.values()) < self.min_confidence else {})
+        return answer | ({'_defer': True} if min(sure.values(), default=1) < self.min_confidence else {})
 
     def label(self, lines):
         """lines of bytes -> records, in their order; texts of like length are read together."""
-        texts = [self.read(line) for line in lines]
+        texts = self.read(lines)
         records = [None if ids else {'error': 'empty text'} for ids in texts]
         order = sorted((n for n, ids in enumerate(texts) if ids), key=lambda n: len(texts[n]))
-        for at in range(0, len(order), BATCH):
-            batch = order[at:at + BATCH]
+
+        def answer(batch):
             for n, made in zip(batch, self.decide([texts[n][:self.task['max_text']] for n in batch])):
                 records[n] = self.record(made)
+        list(self.pool.map(answer, (order[at:at + BATCH] for at in range(0, len(order), BATCH))))
         self.n_cut = sum(len(ids) > self.task['max_text'] for ids in texts)
         return records
 

@@ -1,0 +1,141 @@
+"""The tables of docs/device.md: what trimming costs, and how fast the folder answers where.
+
+    python device/bench.py config/demo.py --what=tokens    # agreement and bytes by the number of tokens kept
+    python device/bench.py config/demo.py --what=speed     # torch, ONNX in Python, Node, Chromium, in one run
+
+The second needs out/<name>/device with its npm parts (device/export.py, device/web.py --serve=False); Node and
+Chromium are passed over where they are not installed. Figures are medians of rounds that take turns.
+"""
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from functools import partial
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
+from config import configure, stop
+from data import Shards
+from device.export import read_corpus, shrink, write_onnx
+from device.run import Student
+from device.web import Handler
+from evaluate import data_line
+from sample import Labeler, load_checkpoint
+
+name = ''            # word; out/<name> is the student ...
+run = ''             # word; ... or out/<run>
+dataset = ''         # word; data/<dataset> has the texts
+what = 'tokens'      # 'tokens' or 'speed'; see above
+texts = 1000         # 1..; held-out texts that are answered in a round of speed
+rounds = 5           # 1..
+config = configure(globals())
+
+SIZES = 8192, 16384, 32768, 40960, 65536, 0
+IN_JAVASCRIPT = '''async (url, texts) => {
+    const { Student } = await import(url + 'student.js');
+    const began = performance.now();
+    const student = await Student.load(url);
+    const load_ms = performance.now() - began;
+    await student.label(texts.slice(0, 200), {});
+    const clock = async (work) => { const t = performance.now(); await work(); return performance.now() - t; };
+    const median = (x) => x.sort((a, b) => a - b)[Math.floor(x.length / 2)];
+    const all = [], one = [];
+    for (let n = 0; n < 3; n++) all.push(await clock(() => student.label(texts, {})));
+    for (const text of texts.slice(0, 200)) one.push(await clock(() => student.label([text], { confidence: 'full' })));
+    return { rec_s: texts.length / median(all) * 1000, one_ms: median(one), load_ms };
+}'''
+
+
+def clock(work):
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def bench_python(answerers, texts, rounds):
+    """answerers {name: function of texts}, in turns -> {name: (texts a second, milliseconds of one)}."""
+    many, one = {who: [] for who in answerers}, {who: [] for who in answerers}
+    for answer in answerers.values():
+        answer(texts[:200])
+    for n in range(rounds):
+        for who, answer in answerers.items():
+            many[who].append(clock(lambda: answer(texts)))
+            one[who] += [clock(lambda: answer([text])) for text in texts[n::max(1, len(texts) // 40)]]
+    return {who: (len(texts) / np.median(many[who]), 1e3 * np.median(one[who])) for who in answerers}
+
+
+def bench_node(folder, texts):
+    """None where there is no Node."""
+    if not shutil.which('node'):
+        return None
+    program = f'console.log(JSON.stringify(await ({IN_JAVASCRIPT})({json.dumps(folder.as_uri() + "/")}, {json.dumps(texts)})))'
+    done = subprocess.run(['node', '--input-type=module'], input=program, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def bench_chromium(folder, texts):
+    """None where there is no Chromium or no playwright."""
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser')
+    if not chromium or importlib.util.find_spec('playwright') is None:
+        return None
+    from playwright.sync_api import sync_playwright
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f'http://127.0.0.1:{server.server_port}/'
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=['--no-sandbox', '--disable-gpu'])
+        usable = []
+        for _ in range(3):  # each with an empty cache
+            page = browser.new_context().new_page()
+            began = time.perf_counter()
+            page.goto(url)
+            page.wait_for_selector('#text:enabled')
+            usable.append(time.perf_counter() - began)
+        figures = page.evaluate(f'([url, texts]) => ({IN_JAVASCRIPT})(url, texts)', [url, texts])
+        browser.close()
+    server.shutdown()
+    return figures | {'usable_s': float(np.median(usable))}
+
+
+if __name__ == '__main__':
+    if not name and not run:
+        stop('no task; run: python device/bench.py config/demo.py --what=tokens')
+    out = Path('out', run or name).resolve()
+    checkpoint, student, space = load_checkpoint(out, 'cpu')
+    max_text = checkpoint['task']['max_text']
+    seen, check = read_corpus(Path('data', dataset, 'input.jsonl'), 200_000)
+    if what == 'tokens':
+        shards = Shards(dataset, name)
+        for n in SIZES:
+            if 0 < n >= student.config.vocab_size:
+                continue
+            small, small_space, figures = shrink(student, space, seen, check[:2000], max_text, n, True, shards)
+            with tempfile.TemporaryDirectory() as folder:
+                write_onnx(small, Path(folder, 'student.onnx'))
+                small_space.tokenizer.save(f'{folder}/tokenizer.json', pretty=False)
+                size = sum(file.stat().st_size for file in Path(folder).iterdir())
+            print(data_line('size', {'tokens': small.config.vocab_size, **figures, 'bytes': size}), flush=True)
+    else:
+        folder, check = out / 'device', check[:texts]
+        if not (folder / 'npm').is_dir():
+            stop(f'{folder}/npm is not there; run device/export.py and device/web.py --serve=False first')
+        with tempfile.TemporaryDirectory() as float32:
+            for file in ('task.json', 'tokenizer.json'):
+                shutil.copy(folder / file, float32)
+            n = len(json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))['model']['vocab'])
+            small, _, _ = shrink(student, space, seen, [], max_text, n, False)
+            write_onnx(small, Path(float32, 'student.onnx'))
+            ways = {'sample.py': Labeler(out, 'cpu', confidence=False), 'run.py, int8': Student(folder),
+                    'run.py, float32': Student(float32)}
+            for who, (rec_s, ms) in bench_python(ways, check, rounds).items():
+                print(data_line('speed', {'who': who.replace(', ', '_'), 'rec_s': rec_s, 'one_ms': ms}), flush=True)
+        for who, figures in (('node', bench_node(folder, check)), ('chromium', bench_chromium(folder, check))):
+            if figures:
+                print(data_line('speed', {'who': who, **figures}), flush=True)
