@@ -3,7 +3,7 @@
     python device/export.py config/demo.py                      # out/demo/device
     python device/export.py config/demo.py --keep_tokens=0      # the teacher's whole vocabulary, for any text
     python device/export.py config/demo.py --int8=False --keep_tokens=0    # and every bit of the weights
-    python out/demo/device/run.py "you are great"               # wants numpy, onnxruntime and tokenizers
+    python out/demo/device/run.py --text="you are great"        # wants numpy, onnxruntime and tokenizers
 
 Reads out/<name>/, counts the tokens of data/<dataset>/input.jsonl, and measures what was lost on the tenth of
 those texts that nothing was trained on. Needs requirements-device.txt.
@@ -40,7 +40,7 @@ check_texts = 2000   # 0..; held-out texts on which the answers are compared
 config = configure(globals())
 
 HERE = Path(__file__).resolve().parent
-RUNNERS = 'run.py', 'student.js', 'index.html', 'worker.js'
+RUNNERS = 'run.py', 'student.js', 'index.html', 'worker.js', 'package.json'
 FORMAT = 1  # of the folder: the version in task.json that the runners look for
 
 # -----------------------------------------------------------------------------
@@ -211,8 +211,8 @@ about three quarters of an English word) and overlooks the rest of a longer text
 
 What became of it on its way here: {keep_tokens} of {vocab} tokens kept, weights in {bits}; {check}
 
-    pip install numpy onnxruntime tokenizers
-    python run.py "a text"                 # or a file with a text on each line, or a pipe; --confidence
+    pip install numpy "onnxruntime>=1.24" tokenizers
+    python run.py --text="a text"          # or a file with a text on each line, or a pipe; --confidence
 
 | file | bytes | |
 |---|---|---|
@@ -230,7 +230,8 @@ def write_card(folder, checkpoint, figures, space, vocab):
     what = {'student.onnx': 'its weights and what to do with them', 'task.json': 'its fields, as an automaton',
             'tokenizer.json': 'how a text is cut into tokens', 'run.py': 'answers, in Python',
             'student.js': 'answers, in a browser or in Node', 'index.html': 'a page to try it',
-            'worker.js': 'keeps the page for when there is no network'}
+            'worker.js': 'keeps the page for when there is no network',
+            'package.json': 'tells Node that student.js is a module'}
     lines = [f'| `{field}` | {", ".join(json.dumps(v, ensure_ascii=False) for v in values)} | '
              f'{per_field[field]["agree"]:.3f} | {per_field[field]["majority"]:.3f} |'
              for field, values in space.fields.items()]
@@ -277,8 +278,10 @@ if __name__ == '__main__':
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
     write_onnx(small, tmp / 'student.onnx')
-    write_json(tmp / 'task.json', make_task(run or name, checkpoint, small_space, small.config.start_id))
     small_space.tokenizer.save(str(tmp / 'tokenizer.json'), pretty=False)
+    sizes = {file: (tmp / file).stat().st_size for file in ('student.onnx', 'tokenizer.json')}
+    task = make_task(run or name, checkpoint, small_space, small.config.start_id) | {'bytes': sizes}
+    write_json(tmp / 'task.json', task)
     for file in RUNNERS:
         shutil.copy(HERE / file, tmp)
     write_card(tmp, checkpoint, figures, small_space, vocab)
@@ -297,4 +300,4 @@ if __name__ == '__main__':
     tmp.rename(folder)
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     print(data_line('device', {'folder': folder, 'bytes': size}))
-    print(f'try it: python {folder}/run.py "a text"')
+    print(f'try it: python {folder}/run.py --text="a text"')

