@@ -127,11 +127,12 @@ if __name__ == '__main__':
         if not (folder / 'npm').is_dir():
             stop(f'{folder}/npm is not there; run device/export.py and device/web.py --serve=False first')
         with tempfile.TemporaryDirectory() as float32:
-            for file in ('task.json', 'tokenizer.json'):
-                shutil.copy(folder / file, float32)
+            shutil.copy(folder / 'tokenizer.json', float32)
             n = len(json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))['model']['vocab'])
             small, _, _ = shrink(student, space, seen, [], max_text, n, False)
             write_onnx(small, Path(float32, 'student.onnx'))
+            task = json.loads((folder / 'task.json').read_text(encoding='utf-8')) | {'bytes': {}}
+            Path(float32, 'task.json').write_text(json.dumps(task))
             ways = {'sample.py': Labeler(out, 'cpu', confidence=False), 'run.py, int8': Student(folder),
                     'run.py, float32': Student(float32)}
             for who, (rec_s, ms) in bench_python(ways, check, rounds).items():

@@ -24,7 +24,7 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
-BATCH = 16  # texts read together, by each core
+BATCH = 32  # texts read together, by each core
 
 
 def softmax(x):
