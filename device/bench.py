@@ -48,7 +48,9 @@ IN_JAVASCRIPT = '''async (url, texts) => {
     const median = (x) => x.sort((a, b) => a - b)[Math.floor(x.length / 2)];
     const all = [], one = [];
     for (let n = 0; n < 3; n++) all.push(await clock(() => student.label(texts, {})));
-    for (const text of texts.slice(0, 200)) one.push(await clock(() => student.label([text], { confidence: 'full' })));
+    for (const text of texts.slice(0, 200)) {
+        one.push(await clock(() => student.label([text], { confidence: 'full' })));
+    }
     return { rec_s: texts.length / median(all) * 1000, one_ms: median(one), load_ms };
 }'''
 
@@ -75,8 +77,9 @@ def bench_node(folder, texts):
     """None where there is no Node."""
     if not shutil.which('node'):
         return None
-    program = f'console.log(JSON.stringify(await ({IN_JAVASCRIPT})({json.dumps(folder.as_uri() + "/")}, {json.dumps(texts)})))'
-    done = subprocess.run(['node', '--input-type=module'], input=program, capture_output=True, text=True, check=True)
+    given = f'{json.dumps(folder.as_uri() + "/")}, {json.dumps(texts)}'
+    done = subprocess.run(['node', '--input-type=module'], capture_output=True, text=True, check=True,
+                          input=f'console.log(JSON.stringify(await ({IN_JAVASCRIPT})({given})))')
     return json.loads(done.stdout)
 
 
@@ -116,7 +119,8 @@ if __name__ == '__main__':
         for n in SIZES:
             if 0 < n >= student.config.vocab_size:
                 continue
-            small, small_space, figures = shrink(student, space, seen, check[:2000], max_text, n, True, shards)
+            small, small_space, figures = shrink(
+                student, space, seen, check[:2000], max_text, n, True, shards)
             with tempfile.TemporaryDirectory() as folder:
                 write_onnx(small, Path(folder, 'student.onnx'))
                 small_space.tokenizer.save(f'{folder}/tokenizer.json', pretty=False)

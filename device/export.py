@@ -84,7 +84,8 @@ def write_onnx(student, path):
     one operator each, an eighth faster than set 20's."""
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
     dim = torch.export.Dim
-    shapes = {0: dim('B', max=65536), 1: dim('T', min=2, max=student.config.block_size)}, {0: dim('M', max=65536)}
+    T = dim('T', min=2, max=student.config.block_size)
+    shapes = {0: dim('B', max=65536), 1: T}, {0: dim('M', max=65536)}
     example = torch.zeros(3, 7, dtype=torch.long), torch.tensor([6, 13, 16, 20])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -128,7 +129,8 @@ def make_task(name, checkpoint, space, start_id):
               'next': [numbers[space.runs[after][1]] for _, after in moves]} for state, moves in states]
     ways = {field: [[[numbers[state], table[numbers[state]]['rows'].index(out)] for state, out, _ in way]
                     for way in of_values] for field, of_values in space.ways.items()}
-    return {'format': FORMAT, 'name': name, 'fields': space.fields, 'names': {field: [value_name(v) for v in values] for field, values in space.fields.items()},
+    names = {field: [value_name(value) for value in values] for field, values in space.fields.items()}
+    return {'format': FORMAT, 'name': name, 'fields': space.fields, 'names': names,
             'max_text': task['max_text'], 'start': [start_id, *ids(prefix)], 'states': table, 'ways': ways,
             'temperature': {field: checkpoint['per_field'][field]['temperature'] for field in space.fields},
             'min_confidence': (checkpoint.get('target') or {}).get('min_confidence')}
@@ -198,21 +200,23 @@ def shrink(student, space, texts, check, max_text, keep_tokens, int8, shards=Non
 
 CARD = '''# {name}: a student
 
-It turns a text into JSON, {n_fields} of these values, in place of `{teacher}`, whose answers it has learned.
+It turns a text into JSON, {n_fields} of these values, in place of `{teacher}`,
+whose answers it has learned.
 
 | field | values | agrees with its teacher | always the commonest value would |
 |---|---|---|---|
 {fields}
 
-Agreement is that of the student as trained, on {records} texts it was not trained on (whole answers: {exact:.3f}); it was
-trained on {trained}. Where the teacher is wrong, so is the student. `_confidence` is the probability that it says what its teacher
-would, made true on held-out records; it says nothing of texts unlike those it was trained on. It reads {max_text} tokens (a token is
-about three quarters of an English word) and overlooks the rest of a longer text.
+Agreement is that of the student as trained, on {records} texts it was not trained on (whole answers:
+{exact:.3f}); it was trained on {trained}. Where the teacher is wrong, so is the student. `_confidence` is the
+probability that it says what its teacher would, made true on held-out records; it says nothing of texts
+unlike those it was trained on. It reads {max_text} tokens (a token is about three quarters of an English word)
+and overlooks the rest of a longer text.
 
 What became of it on its way here: {keep_tokens} of {vocab} tokens kept, weights in {bits}; {check}
 
     pip install numpy "onnxruntime>=1.24" tokenizers
-    python run.py --text="a text"          # or a file with a text on each line, or a pipe; --confidence
+    python run.py --text="a text"     # or a file with a text on each line, or a pipe; --confidence
 
 | file | bytes | |
 |---|---|---|

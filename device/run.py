@@ -156,10 +156,12 @@ def lines_of(file):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('file', nargs='?', help='a file with a text on each line; none or -: what is piped in')
     parser.add_argument('--text', help='one text')
-    parser.add_argument('--confidence', nargs='?', const='True', default='False', choices=['False', 'True', 'full'])
+    parser.add_argument('--confidence', nargs='?', const='True', default='False',
+                        choices=['False', 'True', 'full'])
     parser.add_argument('--min_confidence', default='0', metavar='P', help='0 to 1, or target')
     args = parser.parse_args()
     try:

@@ -26,7 +26,7 @@ from space import OutputSpace
 def merge_ranks(model):
     """{(left piece, right piece): rank} of the `model` of a tokenizer.json. ValueError where it is no BPE."""
     if model['type'] != 'BPE':
-        raise ValueError(f'its tokenizer is {model["type"]}, not BPE, and cannot be trimmed: set keep_tokens = 0')
+        raise ValueError(f'its tokenizer is {model["type"]}, not BPE, and cannot be trimmed: set keep_tokens=0')
     pairs = (pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges'])
     return {tuple(pair): rank for rank, pair in enumerate(pairs)}
 

@@ -23,7 +23,7 @@ from config import configure, stop
 name = ''            # word; out/<name>/device is the folder ...
 run = ''             # word; ... or out/<run>/device
 serve = True         # else the folder is only made ready
-host = '127.0.0.1'   # text; 0.0.0.0 lets others in (browsers keep a page for offline use from https or localhost only)
+host = '127.0.0.1'   # text; 0.0.0.0 lets others in; offline use wants https or localhost
 port = 8080          # 0..65535; 0: any that is free
 config = configure(globals())
 
