@@ -63,10 +63,10 @@ def choose_tokens(tokenizer, n, counts, always):
     before: merging takes the best pair there is, and none of those is lost.
     """
     spec = json.loads(tokenizer.to_str())
-    vocab, ranks = spec['model']['vocab'], merge_ranks(spec['model'])
-    names = {i: token for token, i in vocab.items()} | {t['id']: t['content'] for t in spec['added_tokens']}
+    names = {i: token for token, i in tokenizer.get_vocab().items()}
     if n == 0 or n >= len(names):
         return sorted(names)
+    vocab, ranks = spec['model']['vocab'], merge_ranks(spec['model'])
     unknown = spec['model'].get('unk_token')
     # byte-level BPE writes each byte as one character; with byte_fallback it is a token like <0x0A>
     fallback = spec['model'].get('byte_fallback')
@@ -87,15 +87,15 @@ def choose_tokens(tokenizer, n, counts, always):
 
 def trim_tokenizer(tokenizer, kept):
     """a tokenizers.Tokenizer of the tokens kept alone, numbered in that order; merges whose parts or result
-    are gone go too."""
+    are gone go too. Where all are kept it is as it was."""
     spec, number = json.loads(tokenizer.to_str()), {i: n for n, i in enumerate(kept)}
-    model = spec['model']
-    ranks = merge_ranks(model)
-    model['vocab'] = {token: number[i] for token, i in model['vocab'].items() if i in number}
-    there = model['vocab']
-    model['merges'] = [[a, b] for a, b in ranks if a in there and b in there and a + b in there]
-    spec['added_tokens'] = [t | {'id': number[t['id']]} for t in spec['added_tokens'] if t['id'] in number]
-    spec['post_processor'] = None  # it names tokens by their old numbers; a student's text has none put around it
+    spec['post_processor'] = None  # it names tokens by their old numbers, and a student's text has none around
+    if kept != list(range(tokenizer.get_vocab_size())):
+        model = spec['model']
+        there = model['vocab'] = {token: number[i] for token, i in model['vocab'].items() if i in number}
+        merges = merge_ranks(model)
+        model['merges'] = [[a, b] for a, b in merges if a in there and b in there and a + b in there]
+        spec['added_tokens'] = [t | {'id': number[t['id']]} for t in spec['added_tokens'] if t['id'] in number]
     return Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
 
 

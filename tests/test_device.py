@@ -16,6 +16,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 for package in ('onnx', 'onnxscript', 'onnxruntime'):
     pytest.importorskip(package)  # optional: requirements-device.txt
@@ -131,6 +132,11 @@ def test_what_was_seen_is_kept_first_and_with_the_pieces_it_is_made_of(tokenizer
     assert choose_tokens(tokenizer, 0, Counter(), set()) == sorted(vocab.values())
     with pytest.raises(ValueError, match='keep_tokens is 9'):
         choose_tokens(tokenizer, 9, Counter(), set())
+    words = Tokenizer(models.WordLevel({'a': 0, 'b': 1, '?': 2}, unk_token='?'))  # no BPE: whole or not at all
+    with pytest.raises(ValueError, match='set keep_tokens=0'):
+        choose_tokens(words, 2, Counter(), set())
+    kept = choose_tokens(words, 0, Counter(), set())
+    assert trim_tokenizer(words, kept).encode('b').ids == words.encode('b').ids
 
 
 def test_int8_is_off_by_half_a_step_at_most_and_computes_what_its_weights_say(space):
