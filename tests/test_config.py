@@ -11,6 +11,8 @@ import pytest
 import config as configure_module
 from conftest import FIELDS, PROGRAMS, ROOT, clone_task, one_line, run
 
+ALL = (*PROGRAMS, 'device/export.py', 'device/web.py', 'device/bench.py')
+
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
@@ -70,7 +72,7 @@ def test_help_prints_the_settings_block(settings, capsys):
     assert 'a = 1  # why' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('script', PROGRAMS)
+@pytest.mark.parametrize('script', ALL)
 def test_shipped_configs_fit_every_script(script, monkeypatch):
     names, _ = configure_module.settings_block(ROOT / script)
     for path in sorted((ROOT / 'config').glob('[!_]*.py')):
@@ -81,22 +83,23 @@ def test_shipped_configs_fit_every_script(script, monkeypatch):
 
 
 def test_commands_that_are_shown_name_files_and_settings_that_exist():
-    documents = [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), *(ROOT / script for script in PROGRAMS),
+    documents = [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), *(ROOT / script for script in ALL),
                  *(ROOT / 'config').glob('*.py'), ROOT / 'Makefile']
     text = '\n'.join(document.read_text() for document in documents)
     commands = re.findall(
         r'(?:python|torchrun \S+) ([\w/]+\.py)((?: +(?:--\w+=(?:"[^"]*"|[^\s`]*)|config/\w+\.py))*)', text)
     assert len(commands) > 50
     for script, arguments in commands:
+        script = re.sub(r'^(out/\w+/device/|(?=run\.py))', 'device/', script)  # where the exported copy of it is
         assert (ROOT / script).is_file() or 'mine' in script, script
         for argument in re.findall(r'config/\w+\.py|--\w+', arguments):
             if argument.startswith('config/'):
                 assert (ROOT / argument).is_file() or 'mine' in argument, (script, argument)
-            elif script in PROGRAMS:
+            elif script in ALL:
                 assert argument[2:] in configure_module.settings_block(ROOT / script)[0], (script, argument)
 
 
-@pytest.mark.parametrize('program', PROGRAMS)
+@pytest.mark.parametrize('program', ALL)
 def test_every_number_among_the_settings_has_its_limits_beside_it_and_keeps_them(program):
     names, block = configure_module.settings_block(ROOT / program)
     limits, defaults = configure_module.read_limits(block), runpy.run_path(str(ROOT / program),
