@@ -61,6 +61,15 @@ config = configure(globals())
 CHECKPOINT = 4  # version of the files that train.py writes
 
 
+class NoInit(torch.overrides.TorchFunctionMode):
+    """leaves out torch.nn.init, for weights that a file is about to give: memory that nobody writes to costs
+    nothing. (The meta device would do it too, but loads torch._dynamo: most of a second.)"""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, '__module__', '') != 'torch.nn.init':
+            return func(*args, **(kwargs or {}))
+
+
 def checkpoint_path(folder, which='best'):
     path = Path(folder, 'best.pt')
     return Path(folder, 'ckpt.pt') if which == 'last' or not path.is_file() else path
@@ -79,7 +88,7 @@ def load_checkpoint(folder, device, which='best'):
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
         if checkpoint['format'] != CHECKPOINT:
             stop(f'{path} has format {checkpoint["format"]}, this version reads {CHECKPOINT}; train again')
-        with torch.device('meta'):
+        with NoInit():
             student = Student(StudentConfig(**checkpoint['student']))
         student.load_state_dict(checkpoint['model'], assign=True)  # a frozen table stays in half precision
     except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, TypeError) as error:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
 from config import configure, stop
-from data import Shards, clean, held_out, read_texts, text_hash, write_json
+from data import Shards, held_out, read_texts, text_hash, write_json
 from device.shrink import choose_tokens, fold_table, round_to_int8, trim, trim_tokenizer
 from evaluate import data_line, field_texts, same_values, teacher_forced_sums
 from sample import generate, load_checkpoint

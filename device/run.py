@@ -74,7 +74,7 @@ class Student:
     def logits(self, rows):
         """lists of ids -> (B, V) logits of what follows each: one pass. Rows are padded on the right, where
         nobody looks."""
-        ids = np.zeros((len(rows), max(2, *map(len, rows), 2)), np.int64)
+        ids = np.zeros((len(rows), max(2, *map(len, rows))), np.int64)
         for n, row in enumerate(rows):
             ids[n, :len(row)] = row
         asked = np.arange(len(rows)) * ids.shape[1] + [len(row) - 1 for row in rows]

@@ -10,13 +10,12 @@ import unicodedata
 from collections import Counter
 from dataclasses import asdict
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from model import Student, StudentConfig
+from model import StudentConfig
 from space import OutputSpace
 
 # -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 
 import data
 from bench import stepwise
-from conftest import FIELDS, SCHEMAS, clone_task, one_line, run, tiny_student
+from conftest import FIELDS, ROOT, SCHEMAS, clone_task, one_line, run, tiny_student
 from sample import Labeler, confidence_of, decode, generate, load_checkpoint, values
 from space import OutputSpace
 
@@ -343,3 +343,12 @@ def test_an_answer_that_breaks_the_schema_is_a_doubtful_one(project):
     right = {'tone': 'neutral', 'spam': True}
     labeler.ask = lambda texts: [labeler.space.from_json(right) for _ in texts]
     assert labeler.finish([(ids, '', 0, broken, [])]) == [(right | {'_teacher': True}, 0)]
+
+
+def test_answering_a_text_never_loads_torch_dynamo(project):
+    """which takes most of a second, and nothing here uses it."""
+    program = (f'import sys; sys.path.insert(0, {str(ROOT)!r}); from sample import Labeler; '
+               f'print(Labeler({str(project / "out/toy")!r}, "cpu")(["hello"])); '
+               'sys.exit("torch._dynamo" in sys.modules)')
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert done.returncode == 0 and "'tone'" in done.stdout, done.stderr
