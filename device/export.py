@@ -242,8 +242,8 @@ def write_card(folder, checkpoint, figures, space, vocab):
     files = [f'| `{file}` | {(folder / file).stat().st_size:,} | {text} |' for file, text in what.items()]
     check = 'not measured: there were no held-out texts.'
     if 'fields_same' in figures:
-        check = (f'on {figures["texts"]:,} held-out texts {figures["ids_changed"]:.3f} are cut into other tokens, and '
-                 f'{figures["fields_same"]:.4f} of the fields are as before.')
+        check = (f'on {figures["texts"]:,} held-out texts\n{figures["ids_changed"]:.3f} are cut into other '
+                 f'tokens, and {figures["fields_same"]:.4f} of the fields are as before.')
     best = checkpoint['figures']
     card = CARD.format(name=run or name, n_fields=f'{len(space.fields)} fields', teacher=task['teacher'],
                        fields='\n'.join(lines), records=best['records'], exact=best['exact'],

@@ -69,10 +69,14 @@ export class Student {
       part('ort.wasm.bundle.min.mjs'), part('tokenizers.min.mjs'),
       parse('task.json'), parse('tokenizer.json'), get('student.onnx'), get('npm/ort-wasm-simd-threaded.wasm.gz'),
     ]);
-    if (task.format !== 1) throw new Error(`this folder has format ${task.format}, this student.js reads 1; export it again`);
+    if (task.format !== 1) {
+      throw new Error(`this folder has format ${task.format}, this student.js reads 1; export it again`);
+    }
     sizes['student.onnx'] = graph.length;
     for (const [name, size] of Object.entries(task.bytes)) {
-      if (sizes[name] !== size) throw new Error(`${name} is not of this export or not whole; load again, or export it again`);
+      if (sizes[name] !== size) {
+        throw new Error(`${name} is not of this export or not whole; load again, or export it again`);
+      }
     }
     student.task = task;
     student.ort = ort;
@@ -177,7 +181,8 @@ export class Student {
   async label(texts, options = {}) {
     const ids = texts.map((text) => this.read(text));
     const records = ids.map((row) => (row.length ? null : { error: 'empty text' }));
-    const order = ids.flatMap((row, n) => (row.length ? [n] : [])).sort((a, b) => ids[a].length - ids[b].length || a - b);
+    const order = ids.flatMap((row, n) => (row.length ? [n] : []));
+    order.sort((a, b) => ids[a].length - ids[b].length); // texts of like length are read together
     for (let at = 0; at < order.length; at += BATCH) {
       const batch = order.slice(at, at + BATCH);
       const made = await this.decide(batch.map((n) => ids[n].slice(0, this.task.max_text)));
@@ -192,7 +197,8 @@ async function main(args) {
   const flags = { '--confidence': true, '--confidence=full': 'full' };
   const wrong = args.find((arg) => !(arg in flags));
   if (wrong || process.stdin.isTTY) {
-    throw new Error(`${wrong ? `cannot read ${wrong}` : 'nothing to label'}; run: node student.js [--confidence[=full]] < texts.txt`);
+    const what = wrong ? `cannot read ${wrong}` : 'nothing to label';
+    throw new Error(`${what}; run: node student.js [--confidence[=full]] < texts.txt`);
   }
   const student = await Student.load();
   const label = async (lines) => {

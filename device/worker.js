@@ -1,8 +1,8 @@
 /* Keeps the files of this folder for when there is no network: a service worker, registered by index.html.
    While there is one it is asked first, so that a new export is seen at once. */
 const KEPT = 'student';
-const FILES = ['./', 'index.html', 'student.js', 'student.onnx', 'task.json', 'tokenizer.json', 'npm/tokenizers.min.mjs',
-  'npm/ort.wasm.bundle.min.mjs', 'npm/ort-wasm-simd-threaded.wasm.gz'];
+const FILES = ['./', 'index.html', 'student.js', 'student.onnx', 'task.json', 'tokenizer.json',
+  'npm/tokenizers.min.mjs', 'npm/ort.wasm.bundle.min.mjs', 'npm/ort-wasm-simd-threaded.wasm.gz'];
 
 const URLS = new Set(FILES.map((file) => new URL(file, self.registration.scope).href));
 

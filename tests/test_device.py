@@ -32,7 +32,8 @@ from device.web import PARTS, Handler, fetch_parts
 from sample import CHECKPOINT, Labeler
 from space import OutputSpace, tokenizer_hash
 
-HOSTILE = ['', '  ', '\t\x1c\x85\xa0', 'hello ' * 20_000, 'x' * 100_000, 'a\0b \x01', '\ud800 half', 'é日本 😀👩‍👩‍👧', 'שלום مرحبا',
+HOSTILE = ['', '  ', '\t\x1c\x85\xa0', 'hello ' * 20_000, 'x' * 100_000, 'a\0b \x01', '\ud800 half',
+           'é日本 😀👩‍👩‍👧', 'שלום مرحبا',
            '<eos> <turn>', '\ufeffhello', '{"tone":"spam"}', "I'M it’s “so”…", '\u200b', '1234567890 ½']
 SAME = [f'hello my friend {n} was not there' for n in range(70)]  # more than a batch
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
@@ -94,7 +95,8 @@ def npm(tmp_path_factory):
         pytest.skip('Node.js is not here')
     folder = tmp_path_factory.mktemp('npm') / 'npm'
     fetch_parts(folder)
-    packed = subprocess.run(['npm', 'pack', '--silent', 'axe-core@4.14.1'], cwd=folder.parent, capture_output=True, text=True)
+    packed = subprocess.run(['npm', 'pack', '--silent', 'axe-core@4.14.1'], cwd=folder.parent,
+                            capture_output=True, text=True)
     with tarfile.open(folder.parent / packed.stdout.split()[-1]) as parts:
         (folder.parent / 'axe.js').write_bytes(parts.extractfile('package/axe.min.js').read())
     return folder
@@ -103,8 +105,8 @@ def npm(tmp_path_factory):
 # -----------------------------------------------------------------------------
 # smaller
 
-texts = st.lists(st.one_of(st.text(max_size=30), st.sampled_from(['hello', ' friend', ' the cat', '"tone"', ' rained'])),
-                 max_size=6).map(''.join)
+parts = st.sampled_from(['hello', ' friend', ' the cat', '"tone"', ' rained'])
+texts = st.lists(st.one_of(st.text(max_size=30), parts), max_size=6).map(''.join)
 
 
 @hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
@@ -224,7 +226,8 @@ def test_run_py_answers_where_there_is_no_torch(students, tmp_path):
 
 
 def test_a_damaged_or_foreign_folder_ends_in_one_line(students, tmp_path):
-    damages = {'student.onnx': lambda b: b[:len(b) // 2], 'task.json': lambda b: b[:-9], 'tokenizer.json': lambda b: b'{}'}
+    damages = {'student.onnx': lambda b: b[:len(b) // 2], 'task.json': lambda b: b[:-9],
+               'tokenizer.json': lambda b: b'{}'}
     for file, damage in damages.items():
         folder = shutil.copytree(students[0] / 'device', tmp_path / file)
         (folder / file).write_bytes(damage((folder / file).read_bytes()))
@@ -254,7 +257,8 @@ def test_wrong_ways_to_call_end_in_one_line(students, npm, tmp_path):
     piped = subprocess.run([sys.executable, device / 'run.py', '-'], **start).stdout
     by_link = subprocess.run(['node', tmp_path / 'link/student.js'], **start).stdout
     assert json.loads(piped) == json.loads(by_link) == Runner(device)(['hello'])[0]
-    elsewhere = f"import {{ Student }} from '{tmp_path}/link/student.js'; console.log(JSON.stringify(await (await Student.load()).label(['hello'])))"
+    elsewhere = f'''import {{ Student }} from '{tmp_path}/link/student.js';
+        console.log(JSON.stringify(await (await Student.load()).label(['hello'])))'''
     done = subprocess.run(['node', '--input-type=module', '-e', elsewhere], **start)
     assert json.loads(done.stdout) == [json.loads(piped)]
     mixed = shutil.copytree(device, tmp_path / 'mixed')
@@ -268,7 +272,8 @@ def test_node_says_what_sample_py_says(students, npm, n):
     device, texts = students[n] / 'device', [*SAME, *HOSTILE]
     shutil.copytree(npm, device / 'npm', dirs_exist_ok=True)
     theirs = Labeler(students[n], 'cpu', confidence='full')(texts)
-    done = subprocess.run(['node', device / 'student.js', '--confidence=full'], input=as_lines(texts), capture_output=True)
+    done = subprocess.run(['node', device / 'student.js', '--confidence=full'], input=as_lines(texts),
+                          capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     ours = [json.loads(line) for line in done.stdout.splitlines()]
     order = lambda record: dict(sorted(record.items()))  # JavaScript puts names that are numbers first
@@ -402,9 +407,11 @@ def test_export_says_what_was_lost_and_leaves_a_folder_that_answers(exported):
     assert sum(file.stat().st_size for file in folder.iterdir()) == int(lines['device']['bytes'])
     assert not (root / 'out/toy/device.tmp').exists()
     card = (folder / 'README.md').read_text()
-    assert '`tone` | "neutral", "friendly"' in card and 'hello there' in card and '{' not in card.split('The prompt')[0]
-    record = Runner(folder)(['hello my friend'])[0]
-    assert record == Labeler(root / 'out/toy', 'cpu', confidence=False)(['hello my friend'])[0] and set(record) == {*FIELDS}
+    assert '`tone` | "neutral", "friendly"' in card and 'hello there' in card
+    assert '{' not in card.split('The prompt')[0]
+    record, = Runner(folder)(['hello my friend'])
+    assert [record] == Labeler(root / 'out/toy', 'cpu', confidence=False)(['hello my friend'])
+    assert set(record) == {*FIELDS}
     again = run(root, 'device/export.py', '--keep_tokens=0', '--int8=False')
     assert again.returncode == 0 and 'fields_same=1\n' in again.stdout and 'onnx texts=' in again.stdout
 
