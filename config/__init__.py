@@ -136,6 +136,14 @@ def read_config(path):
             if not (name.startswith('_') or callable(value) or isinstance(value, ModuleType))]
 
 
+def say_stopped(kind, error, trace):
+    """the excepthook of the programs: Ctrl-C is no fault of theirs, and ends in one line."""
+    if issubclass(kind, KeyboardInterrupt):
+        print('\nstopped', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def configure(g):
     """apply config files and command line to the settings in g = globals(); returns them as a dict.
 
@@ -148,6 +156,7 @@ def configure(g):
     defaults = {name: g[name] for name in names}
     if g['__name__'] != '__main__':
         return defaults
+    sys.excepthook = say_stopped
     if WORLD > 1 and this not in ('extract.py', 'train.py'):
         stop(f'{this} is one process; run it without torchrun')
     limits, owners = read_limits(block), {}  # owners of the settings that are not this program's

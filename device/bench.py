@@ -22,11 +22,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
 from config import configure, stop
-from data import Shards
 from device.export import read_corpus, shrink, write_onnx
 from device.run import Student
 from device.web import Handler
-from evaluate import data_line
+from evaluate import data_line, find_shards
 from sample import Labeler, load_checkpoint
 
 name = ''            # word; out/<name> is the student ...
@@ -115,7 +114,7 @@ if __name__ == '__main__':
     max_text = checkpoint['task']['max_text']
     seen, check = read_corpus(Path('data', dataset, 'input.jsonl'), 200_000)
     if what == 'tokens':
-        shards = Shards(dataset, name)
+        shards = find_shards(dataset, name, checkpoint['task'])
         for n in SIZES:
             if 0 < n >= student.config.vocab_size:
                 continue

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
 from config import configure, stop
-from data import Shards, held_out, read_texts, text_hash, write_json
+from data import held_out, read_texts, text_hash, write_json
 from device.shrink import choose_tokens, fold_table, round_to_int8, trim, trim_tokenizer
-from evaluate import data_line, field_texts, same_values, teacher_forced_sums
+from evaluate import data_line, field_texts, find_shards, same_values, teacher_forced_sums
 from sample import generate, load_checkpoint
 from space import value_name
 
@@ -266,10 +266,7 @@ if __name__ == '__main__':
     if not corpus.is_file() and keep_tokens:
         stop(f'{corpus} does not exist, so nothing says which tokens to keep; bring it, or set --keep_tokens=0')
     texts, check = read_corpus(corpus, corpus_texts) if corpus.is_file() else ([], [])
-    try:
-        shards = Shards(dataset, name)
-    except (OSError, ValueError, SystemExit):
-        shards = None  # a student that travelled: its records stayed behind
+    shards = find_shards(dataset, name, checkpoint['task'])  # None: they stayed behind
     max_text, vocab = checkpoint['task']['max_text'], student.config.vocab_size
     try:
         small, small_space, figures = shrink(student, space, texts, check[:check_texts], max_text, keep_tokens,

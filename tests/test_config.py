@@ -181,3 +181,13 @@ def test_no_program_warns_of_anything(project, tmp_path):
         done = subprocess.run([sys.executable, program, 'config/toy.py', *args], cwd=root,
                               capture_output=True, text=True, env={**os.environ, 'PYTHONWARNINGS': 'error'})
         assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_ends_in_one_line_and_a_fault_in_its_traceback(tmp_path):
+    for raised, said in (('KeyboardInterrupt', 'stopped'), ('ZeroDivisionError', 'ZeroDivisionError')):
+        program = tmp_path / 'extract.py'
+        program.write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r}); from config import configure\n'
+                           f'a = 1\nconfig = configure(globals())\nraise {raised}\n')
+        done = subprocess.run([sys.executable, program], capture_output=True, text=True)
+        assert done.returncode and done.stderr.split()[-1] == said
+        assert ('Traceback' in done.stderr) == (raised != 'KeyboardInterrupt')
