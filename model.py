@@ -52,6 +52,13 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
+class RMSNorm(nn.RMSNorm):
+    """https://arxiv.org/abs/1910.07467, in the precision of its weight: that of autocast's products is less"""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -61,8 +68,8 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, n_heads * self.head_size, bias=config.qkv_bias)
         self.c_proj = nn.Linear(config.n_head * self.head_size, config.n_embd, bias=False)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_size, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_size, eps=config.norm_eps)
+            self.q_norm = RMSNorm(self.head_size, eps=config.norm_eps)
+            self.k_norm = RMSNorm(self.head_size, eps=config.norm_eps)
 
     def forward(self, x, cos, sin, attend=None, keep=None):
         B, T, C = x.shape
@@ -77,8 +84,10 @@ class Attention(nn.Module):
         if attend is not None:                              # decoding: a cache holds the keys and values
             y = attend(q if keep is None else q[:, :, keep], k, v, keep is not None)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0,
-                                               is_causal=True, enable_gqa=self.n_head != self.n_kv_head)
+            dropout, gqa = self.dropout if self.training else 0.0, self.n_head != self.n_kv_head
+            with torch.autocast('cpu', enabled=False):  # a CPU's gradient of bfloat16 attention is 9 times slower
+                y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), dropout_p=dropout, is_causal=True,
+                                                   enable_gqa=gqa)
         return self.c_proj(y.transpose(1, 2).flatten(2))    # (B, H, T, D) -> (B, T, H * D) -> (B, T, C)
 
 
@@ -100,7 +109,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        norm = partial(nn.RMSNorm, config.n_embd, eps=config.norm_eps)
+        norm = partial(RMSNorm, config.n_embd, eps=config.norm_eps)
         self.norm_1, self.attn, self.norm_2, self.mlp = norm(), Attention(config), norm(), MLP(config)
         self.post_1, self.post_2 = (norm(), norm()) if config.sandwich else (nn.Identity(), nn.Identity())
         self.drop = nn.Dropout(config.dropout)
@@ -126,7 +135,7 @@ class Student(nn.Module):
             self.wte_proj = nn.Linear(width, config.n_embd, bias=False)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm_f = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.norm_f = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.output_vocab, bias=False)
         D, self.rope_of_layer = self.h[0].attn.head_size, config.rope_of_layer or (0,) * config.n_layer
         freq = config.rope_base ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
@@ -157,8 +166,9 @@ class Student(nn.Module):
         angle = pos[:, None, :, None] * self.rope_freq[:, None, None, None]  # (n_rope, 1, 1, T, D/2)
         angle = torch.cat((angle, angle), dim=-1)           # (n_rope, 1, 1, T, D)
         cos, sin = angle.cos(), angle.sin()
-        x = self.wte(idx).to(self.lm_head.weight.dtype)     # (B, T, n_table); a frozen table is in fp16
-        x = self.drop(self.wte_proj(x))                     # (B, T, C)
+        dtype = self.lm_head.weight.dtype                   # a frozen table is in fp16, autocast's products bf16
+        x = self.wte_proj(self.wte(idx).to(dtype))          # (B, T, n_table) -> (B, T, C)
+        x = self.drop(x.to(dtype))
         for i, block in enumerate(self.h):
             rope = self.rope_of_layer[i]
             attend = None if cache is None else partial(cache.attend, i)
