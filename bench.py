@@ -104,8 +104,8 @@ def stepwise(student, space, texts, constrain=True):
     done."""
     device = student.lm_head.weight.device
     legal, cache, live = space.next_state.to(device) >= 0, Cache(student), list(range(len(texts)))
-    states, outs, at = [0] * len(texts), [[] for _ in texts], [0] * len(texts)
-    feed = [[*text, student.config.start_id] for text in texts]
+    states, outs, at = [0] * len(texts), [[] for _ in texts], [student.config.n_prompt] * len(texts)
+    feed = [[*text, *student.config.start] for text in texts]
     while live:
         pos, keep = cache.place(live, [at[i] for i in live], [len(feed[i]) for i in live], [1] * len(live))
         idx = torch.tensor([[token for i in live for token in feed[i]]], device=device)  # (1, N)
@@ -207,7 +207,7 @@ def bench_train(student, shards, rows, batch_size, steps=12):
     lookup = torch.arange(c.vocab_size, device=device)
     if student.wte.weight.dtype == torch.float32:  # else it is a teacher's, frozen
         ids = [shards.ids(i) for i in rows]
-        seen = np.unique(np.concatenate([*ids, shards.meta['output_ids'], [c.start_id]]))
+        seen = np.unique(np.concatenate([*ids, shards.meta['output_ids'], c.start]))
         lookup = SeenRows(student, seen).lookup
     else:
         student.wte.requires_grad_(False)
@@ -217,7 +217,7 @@ def bench_train(student, shards, rows, batch_size, steps=12):
 
     def step(model, part):
         """one optimizer step of either; the number of positions, padding included."""
-        idx, targets, teacher_logits = (x.to(device) for x in shards.batch(part, c.start_id))
+        idx, targets, teacher_logits = (x.to(device) for x in shards.batch(part, c.start))
         if model is student:
             logits, targets = student(lookup[idx], targets), targets[targets >= 0]
             loss, *_, n = distill_loss(logits, teacher_logits, targets, 0.5)

@@ -99,7 +99,7 @@ def figures(replies, seconds, per_request):
 def bench_serve(args, student, space, texts, teacher_answer, n_requests=1500, rounds=3):
     """prints a line for each number of clients and texts a request, medians of rounds in turn. args: of
     serve.py. texts: strings, the student's; teacher_answer: function of a text, or None."""
-    room = student.config.block_size - space.max_answer
+    room = student.config.block_size - space.max_answer - len(student.config.start) + 1
     ids = [space.tokenizer.encode(text, add_special_tokens=False).ids[:room] for text in texts]
 
     def alone():

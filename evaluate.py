@@ -97,7 +97,7 @@ def teacher_forced_sums(student, shards, rows, batch_size):
     device, sums = student.lm_head.weight.device, np.zeros(4)
     order = sorted(rows, key=lambda i: len(shards.ids(i)))      # texts of like length pad little
     for start in range(0, len(rows), batch_size):
-        batch = shards.batch(order[start:start + batch_size], student.config.start_id)
+        batch = shards.batch(order[start:start + batch_size], student.config.start)
         idx, targets, teacher_logits = (x.to(device) for x in batch)
         logits, targets = student(idx, targets).float(), targets[targets >= 0]  # (n, V), (n,)
         log_q, log_p = F.log_softmax(logits, -1), F.log_softmax(teacher_logits, -1)

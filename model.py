@@ -29,7 +29,9 @@ class StudentConfig:
     n_mlp: int = 4096                                       # hidden width of the gated MLP
     dropout: float = 0.0
     rope_base: float = 10000.0
-    start_id: int = 2                                       # the id between text and answer
+    start_id: int = 2                                       # the id between text and answer ...
+    after: tuple = ()                                       # ... or these, as in the teacher's prompt
+    n_prompt: int = 0  # P, tokens before the text whose keys and values are parameters; 0: none
     # what it takes to hold layers of a Gemma 3, Llama or Qwen 2; norm offsets and scales go into the weights
     head_size: int = 0                                      # 0: n_embd // n_head
     n_table: int = 0  # width of the input embedding; 0: n_embd, else it is projected to that
@@ -39,6 +41,11 @@ class StudentConfig:
     sandwich: bool = False                                  # RMSNorm also after attention and MLP
     norm_eps: float = 1e-6
     rope_of_layer: tuple = ()  # row of rope_freq that each layer uses; (): 0
+
+    @property
+    def start(self):
+        """ids between text and answer; the last of them is asked for the first token of the answer."""
+        return list(self.after) or [self.start_id]
 
 
 # -----------------------------------------------------------------------------
@@ -71,7 +78,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_size, eps=config.norm_eps)
             self.k_norm = RMSNorm(self.head_size, eps=config.norm_eps)
 
-    def forward(self, x, cos, sin, attend=None, keep=None):
+    def forward(self, x, cos, sin, prompt=None, attend=None, keep=None):
         B, T, C = x.shape
         sizes = [n * self.head_size for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
         q, k, v = self.c_attn(x).split(sizes, dim=2)        # (B, T, H * D), twice (B, T, n_kv_head * D)
@@ -84,10 +91,13 @@ class Attention(nn.Module):
         if attend is not None:                              # decoding: a cache holds the keys and values
             y = attend(q if keep is None else q[:, :, keep], k, v, keep is not None)
         else:
-            dropout, gqa = self.dropout if self.training else 0.0, self.n_head != self.n_kv_head
+            mask, dropout, gqa = None, self.dropout if self.training else 0.0, self.n_head != self.n_kv_head
+            if prompt is not None:                          # (2, n_kv_head, P, D): every token sees all of it
+                k, v = (torch.cat((old.expand(B, -1, -1, -1), new), 2) for old, new in zip(prompt, (k, v)))
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
             with torch.autocast('cpu', enabled=False):  # a CPU's gradient of bfloat16 attention is 9 times slower
-                y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), dropout_p=dropout, is_causal=True,
-                                                   enable_gqa=gqa)
+                y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask, dropout_p=dropout,
+                                                   is_causal=mask is None, enable_gqa=gqa)
         return self.c_proj(y.transpose(1, 2).flatten(2))    # (B, H, T, D) -> (B, T, H * D) -> (B, T, C)
 
 
@@ -114,8 +124,8 @@ class Block(nn.Module):
         self.post_1, self.post_2 = (norm(), norm()) if config.sandwich else (nn.Identity(), nn.Identity())
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin, attend=None, keep=None):
-        y = self.attn(self.norm_1(x), cos, sin, attend, keep)  # (B, T, C), or (1, M, C) where keep says so
+    def forward(self, x, cos, sin, prompt=None, attend=None, keep=None):
+        y = self.attn(self.norm_1(x), cos, sin, prompt, attend, keep)  # (B, T, C), or (1, M, C) where keep says so
         x = (x if keep is None else x[:, keep]) + self.drop(self.post_1(y))
         return x + self.drop(self.post_2(self.mlp(self.norm_2(x))))
 
@@ -135,6 +145,9 @@ class Student(nn.Module):
             self.wte_proj = nn.Linear(width, config.n_embd, bias=False)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        if config.n_prompt:
+            shape = config.n_layer, 2, config.n_kv_head, config.n_prompt, self.h[0].attn.head_size
+            self.prompt = nn.Parameter(torch.zeros(shape))  # keys, rotated already, and values
         self.norm_f = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.output_vocab, bias=False)
         D, self.rope_of_layer = self.h[0].attn.head_size, config.rope_of_layer or (0,) * config.n_layer
@@ -156,13 +169,13 @@ class Student(nn.Module):
 
         Without targets (B, T, V). With targets (B, T) only where targets >= 0, as (n, V) in row order: the
         head never sees a text position. With a cache (sample.Cache) idx (1, N) are the new tokens of several
-        rows one after another, pos (1, N) their positions, keep (M,) those whose output is asked for, and the
+        rows one after another, pos (1, N) their positions, those of the prompt before them, keep (M,) those whose output is asked for, and the
         result is (M, V).
         """
         T = idx.size(1)
         if cache is None:
             assert T <= self.config.block_size, f'{T} tokens do not fit block_size {self.config.block_size}'
-            pos = torch.arange(T, device=idx.device)[None]  # (1, T)
+            pos = self.config.n_prompt + torch.arange(T, device=idx.device)[None]  # (1, T)
         angle = pos[:, None, :, None] * self.rope_freq[:, None, None, None]  # (n_rope, 1, 1, T, D/2)
         angle = torch.cat((angle, angle), dim=-1)           # (n_rope, 1, 1, T, D)
         cos, sin = angle.cos(), angle.sin()
@@ -171,9 +184,10 @@ class Student(nn.Module):
         x = self.drop(x.to(dtype))
         for i, block in enumerate(self.h):
             rope = self.rope_of_layer[i]
+            prompt = self.prompt[i] if self.config.n_prompt else None
             attend = None if cache is None else partial(cache.attend, i)
             asked = keep if i == len(self.h) - 1 else None  # the last layer answers only for these
-            x = block(x, cos[rope], sin[rope], attend, asked)
+            x = block(x, cos[rope], sin[rope], prompt, attend, asked)
         x = self.norm_f(x if targets is None else x[targets >= 0])  # (B, T, C) or (n, C)
         return self.lm_head(x if cache is None else x[0])
 
@@ -188,18 +202,21 @@ class Student(nn.Module):
     def count_params(self):
         """number of parameters by part; `total` is their sum and that of the norms."""
         parts = {'total': '', 'embedding': 'wte', 'attention': '.attn.', 'mlp': '.mlp.', 'head': 'lm_head.'}
+        parts |= {'prompt': 'prompt'} if self.config.n_prompt else {}
         return {part: sum(p.numel() for name, p in self.named_parameters() if key in name)
                 for part, key in parts.items()}
 
     @classmethod
-    def from_teacher(cls, teacher, sizes, output_ids, layers='first'):
+    def from_teacher(cls, teacher, sizes, output_ids, layers='first', before=(), after=()):
         """a student that starts with parts of a transformers model, on the CPU. sizes: StudentConfig fields.
 
         layers 'none': its input embedding alone, projected to n_embd. 'first' n_layer of its layers or
         'even'ly spaced ones: these, with its embedding, final norm and head rows output_ids; the shape is
         then the teacher's, and a student of all layers computes its logits. (DistilBERT,
-        https://arxiv.org/abs/1910.01108, takes every other one.) ValueError where the teacher's block has
-        parts that the student's does not, or fewer layers.
+        https://arxiv.org/abs/1910.01108, takes every other one.) before, after: ids of the teacher's prompt around
+        the text, to be kept: what its layers saw there, and what is between text and answer. (Prefix tuning,
+        https://arxiv.org/abs/2101.00190, learns such keys and values from nothing.) ValueError where the
+        teacher's block has parts that the student's does not, or fewer layers, or sees too little.
         """
         table = teacher.get_input_embeddings().weight
         if layers == 'none':
@@ -214,8 +231,16 @@ class Student(nn.Module):
         numbers = [round(i * apart) for i in range(n)]
         ropes = sorted(set(kinds))  # each kind of attention has its own rotation
         rope_of_layer = tuple(ropes.index(kinds[i]) for i in numbers)
-        student = cls(StudentConfig(**{**sizes, **shape, 'rope_of_layer': rope_of_layer}))
+        text = teacher.config.get_text_config()
+        window, sees = getattr(text, 'sliding_window', None), len(before) + sizes['block_size']
+        if before and window and window < sees and any(kinds[i] == 'sliding_attention' for i in numbers):
+            raise ValueError(f'some of the teacher\'s layers see {window} tokens, prompt and text have {sees}: '
+                             'set keep_prompt = False')
+        kept = {'n_prompt': len(before), 'after': tuple(after), 'rope_of_layer': rope_of_layer}
+        student = cls(StudentConfig(**{**sizes, **shape, **kept}))
         copy_layers(student, teacher, output_ids, numbers)
+        if before:
+            copy_prompt(student, teacher, before, numbers)
         return student
 
 
@@ -312,3 +337,10 @@ def copy_layers(student, teacher, output_ids, numbers):
     for row, kind in enumerate(kinds[:len(student.rope_freq)]):
         name = f'{kind}_inv_freq' if hasattr(body.rotary_emb, f'{kind}_inv_freq') else 'inv_freq'
         student.rope_freq[row] = getattr(body.rotary_emb, name)
+
+
+@torch.no_grad()
+def copy_prompt(student, teacher, before, numbers):
+    """the keys and values of the ids before the text in the teacher's layers of these numbers."""
+    read = teacher.get_decoder()(torch.tensor([list(before)]), use_cache=True).past_key_values.layers
+    student.prompt.copy_(torch.stack([torch.cat((read[i].keys, read[i].values)) for i in numbers]))

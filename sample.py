@@ -124,8 +124,9 @@ class Cache:
 
     def __init__(self, student):
         c, p = student.config, student.lm_head.weight
-        sizes = c.n_layer, 2, 0, c.block_size, c.n_kv_head, student.h[0].attn.head_size
+        sizes = c.n_layer, 2, 0, c.n_prompt + c.block_size, c.n_kv_head, student.h[0].attn.head_size
         self.store = torch.zeros(sizes, dtype=p.dtype, device=p.device)  # (n_layer, 2, B, S, n_kv_head, D)
+        self.prompt = student.prompt.transpose(2, 3) if c.n_prompt else None  # (n_layer, 2, P, n_kv_head, D)
         self.gqa = c.n_head != c.n_kv_head
 
     def place(self, slots, starts, counts, asked):
@@ -135,6 +136,8 @@ class Cache:
         device, B = self.store.device, max(slots) + 1
         if B > self.store.size(2):
             more = self.store.new_zeros(*self.store.shape[:2], B - self.store.size(2), *self.store.shape[3:])
+            if self.prompt is not None:  # as if every row had read it
+                more[:, :, :, :self.prompt.size(2)] = self.prompt[:, :, None]
             self.store = torch.cat((self.store, more), 2)
         ends, slot = np.cumsum(counts), np.repeat(slots, counts)  # (R,), (N,)
         pos = np.arange(len(slot)) + np.repeat(np.array(starts) - ends + counts, counts)  # (N,)
@@ -179,7 +182,7 @@ class Row:
     feed: list       # ids to read next; the last of them are the draft's
     draft: list      # output indices that the schema forces there
     state: int       # after the draft: a decision, or done
-    n_read: int = 0  # tokens read before
+    n_read: int      # tokens read before
     outs: list = field(default_factory=list)
     decisions: list = field(default_factory=list)
 
@@ -222,7 +225,7 @@ def decode(student, space, texts, batch_size=64, constrain=True):
     A pass reads the new tokens of all rows as one long row; where an answer is complete, the next text takes
     its place.
     """
-    device, start_id = student.lm_head.weight.device, student.config.start_id
+    device, start, n_prompt = student.lm_head.weight.device, student.config.start, student.config.n_prompt
     legal, texts, cache = space.next_state.to(device) >= 0, iter(texts), Cache(student)
     rows, done = {}, {}  # rows by slot; done: answers by number, held up by an earlier one
     n_in, n_out, more = 0, 0, True
@@ -235,11 +238,12 @@ def decode(student, space, texts, batch_size=64, constrain=True):
                 break
             if ids is None:
                 break
-            room = student.config.block_size - space.max_answer
+            room = student.config.block_size - space.max_answer - len(start) + 1
             assert len(ids) <= room, f'{len(ids)} tokens of text leave no room for an answer: {room} would'
             draft, state = space.runs[0]
-            feed = [*ids, start_id, *(space.output_ids[o] for o in draft)]
-            rows[next(slot for slot in range(batch_size) if slot not in rows)] = Row(n_in, feed, draft, state)
+            feed = [*ids, *start, *(space.output_ids[o] for o in draft)]
+            free = next(slot for slot in range(batch_size) if slot not in rows)
+            rows[free] = Row(n_in, feed, draft, state, n_prompt)
             n_in += 1
         if not rows:
             continue
@@ -297,7 +301,7 @@ def values(student, space, ids, outs, decisions, temperature=None):
     missing = {state: [*outs[:first[name]], *before] for name, of_values in ways.items()
                for way in of_values for state, _, before in way if state not in known}
     if missing:
-        rows = [[*ids, student.config.start_id, *(space.output_ids[o] for o in answer)]
+        rows = [[*ids, *student.config.start, *(space.output_ids[o] for o in answer)]
                 for answer in missing.values()]
         idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         asked = torch.full_like(idx, -1)

@@ -140,7 +140,7 @@ def test_evaluate_matches_a_slow_twin(project):
         free, = generate(student, space, [shards.ids(i).tolist()], constrain=False)
         target = shards.answer(i).tolist()
         assert free == got
-        idx, targets, teacher_logits = shards.batch([i], student.config.start_id)
+        idx, targets, teacher_logits = shards.batch([i], student.config.start)
         q, p = student(idx)[0][targets[0] >= 0].log_softmax(-1), teacher_logits.log_softmax(-1)
         kl += (p.exp() * (p - q)).sum().item()
         hits += (q.argmax(-1) == targets[targets >= 0]).sum().item()

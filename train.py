@@ -50,6 +50,7 @@ overwrite = False      # start over where out/<run> holds another or a finished 
 teacher_layers = 'first'  # 'first', 'even', 'none'; of a teacher's start: its first n_layer layers, evenly
                        # spaced ones, or the table alone. With layers the student has the teacher's shape: of
                        # the sizes below only n_layer counts
+keep_prompt = False    # with layers: also what they saw of the teacher's prompt, keys and values as parameters
 freeze_table = True    # of a 'teacher' start: keep the table as it is. It knows words never seen in training
 # student
 n_layer = 16           # 1..
@@ -183,14 +184,16 @@ def check_data(shards, space, train_rows, val_rows, rng):
     return {'stored_tokens': 1 - wrong / steps, 'teacher_ce': ce / steps, 'overlap': overlap}
 
 
-def new_student(sizes, init_from, teacher_layers, freeze_table, meta):
+def new_student(sizes, init_from, teacher_layers, keep_prompt, freeze_table, meta):
     """a Student at the start of a run, on the CPU. sizes: its StudentConfig fields."""
     try:
         if init_from != 'teacher':
             return Student(StudentConfig(**sizes))
         parts = 'table' if teacher_layers == 'none' else 'table and layers'
         print(f'loading {meta["teacher"]} for its {parts}')
-        student = Student.from_teacher(load_model(meta['teacher']), sizes, meta['output_ids'], teacher_layers)
+        around = (meta['before'], meta['after']) if keep_prompt else ()
+        student = Student.from_teacher(load_model(meta['teacher']), sizes, meta['output_ids'], teacher_layers,
+                                       *around)
     except ValueError as error:
         stop(str(error))
     if freeze_table:
@@ -305,7 +308,7 @@ def make_optimizer(training, shards, train_rows, weight_decay, learning_rate, be
     if training.student.wte.weight.requires_grad:
         texts = [shards.ids(i) for i in train_rows]
         training.seen = SeenRows(training.student, np.unique(np.concatenate(
-            [*texts, shards.meta['output_ids'], [training.student.config.start_id]])))
+            [*texts, shards.meta['output_ids'], training.student.config.start])))
     groups = training.student.param_groups(weight_decay)
     learned = [p for group in groups for p in group['params']]
     due = [p for p in training.student.parameters() if p.requires_grad]
@@ -328,11 +331,13 @@ def lock_folder(out):
     return lock
 
 
-def hide_text(idx, targets, share, start_id):
-    """replaces this share of the text tokens, chosen at random, by the start token, in place: neither the
-    answer nor the token before it is touched. idx (B, T) ids, targets (B, T) output indices, -1 on text and
+def hide_text(idx, targets, share, start_id, n_start=1):
+    """replaces this share of the text tokens, chosen at random, by start_id, in place: neither the answer nor
+    the n_start tokens before it are touched. idx (B, T) ids, targets (B, T) output indices, -1 on text and
     padding."""
-    idx[(torch.rand(idx.shape, device=idx.device) < share) & (targets < 0)] = start_id
+    first = (targets >= 0).int().argmax(1, keepdim=True)        # (B, 1) where the answer is asked for
+    text = torch.arange(idx.size(1), device=idx.device) <= first - n_start
+    idx[(torch.rand(idx.shape, device=idx.device) < share) & text] = start_id
 
 
 def take_step(training, shards, rows, lr, grad_accum, grad_clip, token_dropout, autocast, **loss_options):
@@ -340,16 +345,16 @@ def take_step(training, shards, rows, lr, grad_accum, grad_clip, token_dropout, 
     not depend on how. FloatingPointError where the loss is no number. Returns sums over the step, (loss, kl,
     ce, answer tokens right, answer tokens), and the gradient's norm."""
     learned = [p for group in training.optimizer.param_groups for p in group['params']]
-    device, start_id = training.student.lm_head.weight.device, training.student.config.start_id
+    device, c = training.student.lm_head.weight.device, training.student.config
     n_tokens = sum(len(shards.answer(i)) for i in rows)         # one denominator, however the step is cut
     sums = torch.zeros(5, dtype=torch.float64)
     for part in np.array_split(rows, grad_accum * WORLD)[RANK::WORLD]:
         if not len(part):
             continue
-        batch = shards.batch(part, start_id)                    # (B, T), (B, T), (n, V)
+        batch = shards.batch(part, c.start)                    # (B, T), (B, T), (n, V)
         idx, targets, teacher_logits = (x.to(device) for x in batch)
         if token_dropout:
-            hide_text(idx, targets, token_dropout, start_id)
+            hide_text(idx, targets, token_dropout, c.start_id, len(c.start))
         with autocast:
             logits = training.student(training.seen.lookup[idx] if training.seen else idx, targets)  # (n, V)
         targets = targets[targets >= 0]                         # (n,)
@@ -431,6 +436,8 @@ def check_settings(config):
     if not config['name'] or not config['dataset']:
         stop('no task; run: python train.py config/demo.py')
     tracker, tau = config['tracker'], config['kd_temperature']
+    if config['keep_prompt'] and (config['init_from'] == 'scratch' or config['teacher_layers'] == 'none'):
+        stop('keep_prompt keeps what the teacher\'s layers saw: set init_from = teacher and teacher_layers = first')
     if tracker and not importlib.util.find_spec(tracker):
         stop(f'tracker = {tracker}: no such package here; run: pip install {tracker}')
     if tau < 1 and min(config['kl_start'], config['kl_end']) < 1:
@@ -445,11 +452,14 @@ if __name__ == '__main__':
     out = Path('out', run or name)
     shards, train_rows, val_rows = open_records(dataset, name, max_records, eval_records)
     meta, needs = shards.meta, shards.meta['max_text'] + shards.meta['max_answer']
+    needs += len(meta['after']) - 1 if keep_prompt else 0
+    if keep_prompt and not (meta['before'] and meta['after']):
+        stop('keep_prompt wants a prompt with something before and after its {text}; set keep_prompt = False')
     if len(train_rows) < batch_size or not len(val_rows):
         stop(f'{len(train_rows)} records to train on and {len(val_rows)} held out are too few for '
              f'batch_size = {batch_size}; extract more')
     if needs > block_size:
-        stop(f'a text may have {meta["max_text"]} tokens and an answer {meta["max_answer"]}; '
+        stop(f'a text may have {meta["max_text"]} tokens and what follows it {needs - meta["max_text"]}; '
              f'set block_size = {needs} or more')
 
     # a run goes on only as the run it was: same settings, same records
@@ -467,7 +477,7 @@ if __name__ == '__main__':
         sizes = dict(vocab_size=meta['vocab_size'], output_vocab=len(meta['output_ids']),
                      block_size=block_size, n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head or n_head,
                      n_embd=n_embd, n_mlp=n_mlp, dropout=dropout, start_id=meta['start_id'])
-        student = new_student(sizes, init_from, teacher_layers, freeze_table, meta).to(device)
+        student = new_student(sizes, init_from, teacher_layers, keep_prompt, freeze_table, meta).to(device)
         training, optimizer_state = new_training(out, facts, student, shards)
     if training.finished:
         print(f'{out} is trained already ({training.step} steps); train another beside it with --run=other, '

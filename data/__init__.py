@@ -249,17 +249,16 @@ class Shards:
         held = held_out(self.hashes)
         return np.flatnonzero(~held), np.flatnonzero(held)
 
-    def batch(self, rows, start_id):
-        """idx (B, T) ids: text, start, answer without its last token. targets (B, T) output indices, -1 on
-        the text and the padding. teacher_logits (n, V) as logits says, a row per target >= 0, in their order."""
+    def batch(self, rows, start):
+        """idx (B, T) ids: text, those of start, answer without its last token. targets (B, T) output indices,
+        from the last of start on, -1 on the text and the padding. teacher_logits (n, V) as logits says, a row per target >= 0, in their order."""
         texts, outs = [self.ids(i) for i in rows], [self.answer(i) for i in rows]
-        T = max(len(t) + len(o) for t, o in zip(texts, outs))
+        T = max(len(t) + len(o) for t, o in zip(texts, outs)) + len(start) - 1
         output_ids = np.array(self.meta['output_ids'])
-        idx, targets = np.full((len(rows), T), start_id), np.full((len(rows), T), -1)
+        idx, targets = np.full((len(rows), T), start[-1]), np.full((len(rows), T), -1)
         for b, (t, o) in enumerate(zip(texts, outs)):
-            idx[b, :len(t)] = t
-            idx[b, len(t) + 1:len(t) + len(o)] = output_ids[o[:-1]]
-            targets[b, len(t):len(t) + len(o)] = o
+            row = [*t, *start, *output_ids[o[:-1]]]
+            idx[b, :len(row)], targets[b, len(row) - len(o):len(row)] = row, o
         logits = np.concatenate([self.logits(i) for i in rows])
         return torch.from_numpy(idx), torch.from_numpy(targets), torch.from_numpy(logits)
 

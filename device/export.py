@@ -58,22 +58,28 @@ class OnDevice(nn.Module):
     def forward(self, ids, asked):
         B, T = ids.shape
         self.shape, self.asked = (B, T), asked
-        column = torch.arange(T).expand(B, T).reshape(1, -1)    # (1, B * T)
+        column = self.student.config.n_prompt + torch.arange(T).expand(B, T).reshape(1, -1)  # (1, B * T)
         return self.student(ids.reshape(1, -1), cache=self, pos=column, keep=asked)
 
     def attend(self, layer, q, k, v, kept):
         """q (1, H, B * T, D), or (1, H, M, D) where kept: of the asked positions; k and v (1, n_kv_head,
         B * T, D) -> like q. As in sample.Cache, but each token of a row is new."""
         (B, T), (H, _, D), gqa = self.shape, q.shape[1:], q.size(1) != k.size(1)
+        P, until = self.student.config.n_prompt, torch.arange(T)
         rows = lambda x: x[0].transpose(0, 1).reshape(B, T, -1, D).transpose(1, 2)  # (B, heads, T, D)
+        k, v = rows(k), rows(v)
+        if P:
+            old = self.student.prompt[layer]                    # (2, n_kv_head, P, D)
+            k, v = (torch.cat((o.expand(B, -1, -1, -1), new), 2) for o, new in zip(old, (k, v)))
+        sees = torch.arange(P + T) <= P + until[:, None]        # (T, P + T)
         if not kept:
-            y = F.scaled_dot_product_attention(rows(q), rows(k), rows(v), is_causal=True, enable_gqa=gqa)
+            how = {'attn_mask': sees} if P else {'is_causal': True}
+            y = F.scaled_dot_product_attention(rows(q), k, v, enable_gqa=gqa, **how)
             return y.transpose(1, 2).reshape(1, -1, H, D).transpose(1, 2)
         row = torch.arange(B)[:, None].expand(B, T).reshape(-1)[self.asked]  # (M,)
-        until = torch.arange(T).expand(B, T).reshape(-1)[self.asked]  # (M,)
-        mask = (torch.arange(T) <= until[:, None])[:, None, None]  # (M, 1, 1, T)
+        mask = sees[until.expand(B, T).reshape(-1)[self.asked]][:, None, None]  # (M, 1, 1, P + T)
         q = q[0].transpose(0, 1)[:, :, None]                    # (M, H, 1, D)
-        y = F.scaled_dot_product_attention(q, rows(k)[row], rows(v)[row], attn_mask=mask, enable_gqa=gqa)
+        y = F.scaled_dot_product_attention(q, k[row], v[row], attn_mask=mask, enable_gqa=gqa)
         return y[:, :, 0].transpose(0, 1)[None]                 # (1, H, M, D)
 
 
@@ -105,7 +111,7 @@ def write_onnx(student, path):
 # the schema, for a reader that has neither tokenizer tricks nor torch
 
 
-def make_task(name, checkpoint, space, start_id):
+def make_task(name, checkpoint, space, start):
     """what a runner must know, see device/run.py: the automaton with nothing left but its decisions.
 
     states: at each decision the rows of logits to choose among, what is to be read after each (ids), and the
@@ -131,7 +137,7 @@ def make_task(name, checkpoint, space, start_id):
                     for way in of_values] for field, of_values in space.ways.items()}
     names = {field: [value_name(value) for value in values] for field, values in space.fields.items()}
     return {'format': FORMAT, 'name': name, 'fields': space.fields, 'names': names,
-            'max_text': task['max_text'], 'start': [start_id, *ids(prefix)], 'states': table, 'ways': ways,
+            'max_text': task['max_text'], 'start': [*start, *ids(prefix)], 'states': table, 'ways': ways,
             'temperature': {field: checkpoint['per_field'][field]['temperature'] for field in space.fields},
             'min_confidence': (checkpoint.get('target') or {}).get('min_confidence')}
 
@@ -174,7 +180,7 @@ def shrink(student, space, texts, check, max_text, keep_tokens, int8, shards=Non
     figures = {'texts': len(check)}
     encode = lambda texts: encode_all(space.tokenizer, texts, max_text)
     counts = Counter(i for ids in encode(texts) for i in ids)
-    always = {*space.output_ids[:space.n_required], student.config.start_id}
+    always = {*space.output_ids[:space.n_required], *student.config.start}
     kept = choose_tokens(space.tokenizer, keep_tokens, counts, always)
     folded = fold_table(student)
     rounded = round_to_int8(folded) if int8 else folded
@@ -281,7 +287,7 @@ if __name__ == '__main__':
     write_onnx(small, tmp / 'student.onnx')
     small_space.tokenizer.save(str(tmp / 'tokenizer.json'), pretty=False)
     sizes = {file: (tmp / file).stat().st_size for file in ('student.onnx', 'tokenizer.json')}
-    task = make_task(run or name, checkpoint, small_space, small.config.start_id) | {'bytes': sizes}
+    task = make_task(run or name, checkpoint, small_space, small.config.start) | {'bytes': sizes}
     write_json(tmp / 'task.json', task)
     for file in RUNNERS:
         shutil.copy(HERE / file, tmp)

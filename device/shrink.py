@@ -108,7 +108,9 @@ def trim(student, space, kept, tokenizer):
     small.wte = take_rows(student.wte, kept)
     small.lm_head = take_rows(student.lm_head, range(space.n_required))
     small.config = StudentConfig(**asdict(student.config) | {
-        'vocab_size': len(kept), 'output_vocab': space.n_required, 'start_id': number[student.config.start_id]})
+        'vocab_size': len(kept), 'output_vocab': space.n_required,
+        'start_id': number.get(student.config.start_id, 0),
+        'after': tuple(number[i] for i in student.config.after)})
     end_id = None if space.end_id is None else number[space.end_id]
     trimmed = OutputSpace(tokenizer, space.fields, space.indent, space.fence, end_id)
     assert trimmed.output_ids == [number[i] for i in space.output_ids[:space.n_required]]

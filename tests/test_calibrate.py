@@ -121,7 +121,7 @@ def test_training_and_the_cascade_get_the_calibrated_teacher(project, teachers):
         best = torch.from_numpy(shards.logits(i)).masked_fill(illegal, -math.inf).argmax(-1)
         changed += torch.from_numpy(raw).masked_fill(illegal, -math.inf).argmax(-1).tolist() != outs
         assert best.tolist() == outs
-    _, _, logits = shards.batch([3, 5], meta['start_id'])
+    _, _, logits = shards.batch([3, 5], [meta['start_id']])
     np.testing.assert_array_equal(logits, np.concatenate([shards.logits(3), shards.logits(5)]))
     assert changed                                              # so that this test can fail
     checkpoint, _, of_student = load_checkpoint(project / 'out/toy', 'cpu')

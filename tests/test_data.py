@@ -63,7 +63,7 @@ def test_the_split_follows_the_text_not_its_place(tmp_path):
 
 def test_batches_align_inputs_targets_and_logits(tmp_path):
     records = list(random_records(5, 8))
-    idx, targets, teacher_logits = make_shards(tmp_path, records, 8).batch([3, 0], start_id=9)
+    idx, targets, teacher_logits = make_shards(tmp_path, records, 8).batch([3, 0], start=[9])
     row = 0
     for b, (_, ids, outs, logits, _) in enumerate([records[3], records[0]]):
         n, m = len(ids), len(outs)

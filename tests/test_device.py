@@ -75,7 +75,7 @@ def make_student(folder, tokenizer, fields, indent=None, fence=False, seed=0, **
     write_onnx(small, device / 'student.onnx')
     small_space.tokenizer.save(str(device / 'tokenizer.json'))
     sizes = {file: (device / file).stat().st_size for file in ('student.onnx', 'tokenizer.json')}
-    task = make_task('toy', checkpoint, small_space, small.config.start_id)
+    task = make_task('toy', checkpoint, small_space, small.config.start)
     write_json(device / 'task.json', task | {'bytes': sizes})
     for file in RUNNERS:
         shutil.copy(ROOT / 'device' / file, device)

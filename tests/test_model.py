@@ -1,8 +1,11 @@
 """The network, and a student that starts from its teacher."""
+from functools import partial
+
 import pytest
 import torch
 
 from conftest import load_teacher, tiny_student
+from device.export import OnDevice
 from model import Student, StudentConfig
 from sample import Cache
 
@@ -53,3 +56,32 @@ def test_a_student_of_all_layers_is_the_teacher(teachers, family):
                 student(idx[:, start:stop].reshape(1, -1), cache=cache, pos=pos,
                         keep=keep).view(3, stop - start, -1))
         torch.testing.assert_close(torch.cat(parts, 1), student(idx), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('family', ['gemma', 'llama', 'qwen'])
+def test_a_student_of_all_layers_that_keeps_the_prompt_is_the_teacher_after_it(teachers, family):
+    _, model = load_teacher(teachers[family])
+    before, after, output_ids = [1, 7, 40, 9, 33], (12, 30), list(range(5, 50))
+    idx = torch.cat((torch.randint(4, 300, (3, 8)), torch.tensor(after).expand(3, -1),
+                     torch.randint(4, 300, (3, 5))), 1)         # (B, T) text, what follows it, answer
+    sizes = dict(vocab_size=model.config.vocab_size, output_vocab=45, block_size=17, n_layer=3)
+    student = Student.from_teacher(model, sizes, output_ids, 'first', before, after)
+    whole = torch.cat((torch.tensor(before).expand(3, -1), idx), 1)
+    close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
+    theirs = model(whole).logits[:, len(before):, output_ids]
+    assert student.config.start == [*after]
+    close(student(idx), theirs)
+    student(idx).sum().backward()
+    assert (student.prompt.grad.flatten(1).abs().sum(1) > 0).all()  # every layer's can be learned
+    with torch.no_grad():
+        cache, parts = Cache(student), []
+        for start, stop in ((0, 9), (9, 10), (10, 15)):
+            pos, keep = cache.place([0, 1, 2], [5 + start] * 3, [stop - start] * 3, [stop - start] * 3)
+            logits = student(idx[:, start:stop].reshape(1, -1), cache=cache, pos=pos, keep=keep)
+            parts.append(logits.view(3, stop - start, -1))
+        close(torch.cat(parts, 1), theirs)
+        asked = torch.tensor([3, 29, 44])
+        close(OnDevice(student)(idx, asked), theirs.flatten(0, 1)[asked])
+    if family == 'gemma':
+        with pytest.raises(ValueError, match='see 24 tokens'):
+            Student.from_teacher(model, {**sizes, 'block_size': 64}, output_ids, 'first', before, after)

@@ -309,7 +309,7 @@ def test_train_lines_have_the_share_of_tokens_right(project, tmp_path):
     _, student, _ = load_checkpoint(root / 'out/toy', 'cpu', 'last')
     shards, right = data.Shards('toy', 'toy', root / 'data'), []
     for i in shards.split()[0]:
-        idx, targets, _ = shards.batch([i], student.config.start_id)
+        idx, targets, _ = shards.batch([i], student.config.start)
         right += (student(idx, targets).argmax(-1) == targets[targets >= 0]).tolist()
     assert float(line.split(' teacher_forced=')[1].split()[0]) == pytest.approx(np.mean(right), abs=1e-3)
 
