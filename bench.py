@@ -40,7 +40,7 @@ what = 'extract'     # 'extract', 'train', 'decode', 'serve', 'reference'; see a
 teacher = ''         # file; loaded as extract.py does
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'float16'; of the extracting teacher
-extract_batch = 64   # 1..; texts answered together
+extract_batch = 128  # 1..; texts answered together
 batch_size = 64      # 1..; records per training step
 config = configure(globals())
 

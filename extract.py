@@ -12,6 +12,7 @@ number of processes.
 import json
 import random
 import re
+import shutil
 import sys
 import time
 from collections import Counter
@@ -50,8 +51,10 @@ teacher = 'google/gemma-3-4b-it'  # file; or a Hugging Face id, or pip:<module>:
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
 dtype = 'auto'      # 'auto', 'float32', 'bfloat16', 'float16'; auto: bfloat16 where the hardware is faster
                      # with it (measured on a CPU; one without is hundreds of times slower)
+compile = 'auto'     # 'auto', 'True', 'False', 'true', 'false'; torch.compile; auto: on a CPU that has a compiler,
+                     # in runs of minutes, where the next groups are the faster for it
 constrain = True     # hold answers to the schema; False drops the records whose free answer breaks it
-extract_batch = 64   # 1..; texts answered together; more do not help a CPU, a GPU wants 256
+extract_batch = 128  # 1..; texts answered together; more do not help a CPU, a GPU wants 256
 # calibration: what the teacher likes to say whatever the text is taken off (calibrate.py), as base models want
 calibrate = 0        # 0..; texts asked first to learn that, 512 are enough; 0: off
 calibrate_fields = []  # names of the fields to do it for; []: all
@@ -269,10 +272,24 @@ def ask_group(engine, space, drafts, group, meta, whole):
     return records, reasons, n_read, n_needed
 
 
-def extract(engine, space, drafts, groups, writer, meta, full_lse, todo):
+def try_compiling(engine, costs, left):
+    """whether to compile is measured: the teacher's layers after the fourth group, where two minutes of work
+    are left, and not any more if the sixth to the ninth took no less. costs: seconds a text of each group so
+    far. left: texts still to do."""
+    if len(costs) == 4 and np.median(costs[1:]) * left > 120:
+        engine.compile()
+    elif len(costs) == 9 and engine.compiled:
+        before, after = np.median(costs[1:4]), np.median(costs[5:])
+        faster = after < before
+        tqdm.write(f'compiled: {1 / after:.1f} records/s, {1 / before:.1f} before{"" if faster else "; undone"}')
+        engine.compile(faster)
+
+
+def extract(engine, space, drafts, groups, writer, meta, full_lse, todo, may_compile):
     """answers every text of groups, or scores the answers given with it, and writes them. Keeps
     meta['dropped'], meta['missing'] and meta['timed'] up to date; returns counts for the extract line.
     OSError where the disk is full."""
+    costs, may_compile = [], may_compile and any(map(shutil.which, ('c++', 'g++', 'clang++')))
     totals, start, last, pending = Counter(), time.perf_counter(), time.perf_counter(), None
     n_seen = writer.n_records
     bar = tqdm(total=todo // WORLD, desc='extract', unit='rec', smoothing=0.05, disable=RANK > 0)
@@ -282,6 +299,9 @@ def extract(engine, space, drafts, groups, writer, meta, full_lse, todo):
             whole = n_seen < full_lse
             records, reasons, n_read, n_needed = ask_group(engine, space, drafts, group, meta, whole)
             totals['asking'] += time.perf_counter() - asked
+            costs.append((time.perf_counter() - asked) / len(group))
+            if may_compile:
+                try_compiling(engine, costs, todo // WORLD - totals['records'])
             for _, _, outs, *_ in records[:max(0, LEARN - n_seen)]:
                 if len(outs):
                     drafts.add(outs)
@@ -503,6 +523,8 @@ if __name__ == '__main__':
     writer = open_shard(folder, len(space.output_ids))
     if todo:
         engine = Teacher(model, meta['before'], space.output_ids) if model else None
+        if engine and compile in ('True', 'true'):
+            engine.compile()
         if habit and 'bias' not in meta:
             print(f'asking {len(sample)} texts for the teacher\'s habits')
             meta['bias'], report = tell_all(lambda: learn_bias(engine, space, sample, meta['after'], priors,
@@ -519,7 +541,8 @@ if __name__ == '__main__':
         try:
             meta = write_meta(folder, meta, model, tokenizer)
             try:
-                totals = extract(engine, space, drafts, filter(None, mine), writer, meta, full_lse, todo)
+                totals = extract(engine, space, drafts, filter(None, mine), writer, meta, full_lse, todo,
+                                 compile == 'auto' and engine and device == 'cpu')
             finally:
                 with suppress(OSError):  # on a full disk the counts are the smaller loss
                     write_json(folder / 'meta.json', meta)

@@ -147,6 +147,22 @@ def fingerprint(model):
 # the network
 
 
+def attend(q, k, v, mask, scale, softcap=None):
+    """q (B, n_kv, T, D), k and v (B, n_kv, S, D), mask to be added to the scores, or None -> values (B, n_kv,
+    T, D), and the logsumexp of the scores (B, n_kv, T). Scores are in float32, also between bfloat16: where
+    they reach hundreds, as Qwen's do, those of bfloat16 are whole units apart."""
+    if q.device.type == 'cpu' and softcap is None:              # what F.scaled_dot_product_attention calls
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(q, k, v, attn_mask=mask, scale=scale)
+    scores = q.float() @ k.float().mT * scale                   # (B, n_kv, T, S)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores + mask
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
 class Teacher:
     """A causal LM that has read the prompt up to the text once.
 
@@ -160,7 +176,7 @@ class Teacher:
         self.head = model.get_output_embeddings().weight        # (whole vocabulary, C)
         self.device = self.head.device
         self.softcap = getattr(model.config.get_text_config(), 'final_logit_softcapping', None)
-        self.max_batch = 1 << 30
+        self.max_batch, self.compiled = 1 << 30, False
         self.output_ids = torch.tensor(output_ids, device=self.device)
         self.kept_head = self.head[self.output_ids].float()     # (V, C)
         with torch.inference_mode():
@@ -183,9 +199,18 @@ class Teacher:
             sys.exit('this teacher computes its logits in a way extract.py does not know '
                      f'(they differ by {off:.2g})')
 
+    def compile(self, on=True, backend='inductor'):
+        """fuses what lies between the products of a layer, by torch.compile, or not any more. Attention stays
+        as it is. The first pass then takes half a minute."""
+        self.compiled = on
+        for layer in self.body.layers:
+            layer._compiled_call_impl = None
+            if on:
+                layer.compile(dynamic=True, backend=backend)
+
     def start(self, R, S):
         """makes room for the keys and values of R texts of S tokens with their answers."""
-        self.store = [[k.new_zeros(R, k.size(0), S, k.size(2)) for k in pair] for pair in self.prefix]
+        self.store = [[p.new_zeros(R, S, p.size(0), p.size(2)) for p in pair] for pair in self.prefix]
 
     def read(self, slots, new, at):
         """slots: numbers of R texts; new: R lists of ids to read; at: R positions of the first of them. What
@@ -194,15 +219,15 @@ class Teacher:
         n = [len(ids) for ids in new]
         text = np.repeat(np.arange(len(slots)), n)              # (N,) which of the R
         col = np.arange(len(text)) - np.repeat(np.cumsum(n) - n, n)  # (N,) which of its new tokens
-        padded = np.zeros((len(slots), max(n)), np.int64)
-        padded[text, col] = np.arange(len(text))                # (R, T) which of the N
         pos = np.repeat(at, n) + col                            # (N,) position, also where it is stored
-        arrays = np.concatenate(new), slots, text, col, padded, pos
+        R, T, S = len(slots), max(n), int(pos.max()) + 1
+        cell, padded = text * T + col, np.zeros((2, R * T), np.int64)
+        padded[:, cell] = np.arange(len(text)), pos             # (R * T,) which of the N, and its position
+        arrays = np.concatenate(new), slots, np.repeat(slots, n), cell, pos, *padded
         on_device = [torch.as_tensor(np.asarray(x), device=self.device) for x in arrays]
-        idx, slots, text, col, padded, pos = on_device
-        S = self.store[0][0].size(2)
-        future = torch.arange(S, device=self.device) > pos[:, None]  # (N, S)
-        self.batch = SimpleNamespace(slots=slots, text=text, col=col, padded=padded, pos=pos, future=future)
+        idx, slots, slot, cell, pos, which, until = on_device
+        self.batch = SimpleNamespace(slots=slots, slot=slot, cell=cell, pos=pos, which=which, until=until,
+                                     shape=(R, T), S=S, masks={})
         plain = self.model.config._attn_implementation
         AttentionInterface.register('shared_prefix', self.attention)
         self.model.set_attn_implementation('shared_prefix')
@@ -213,49 +238,53 @@ class Teacher:
         finally:
             self.model.set_attn_implementation(plain)
 
-    def pad(self, x):
-        """(n_kv, g, N, D) -> (R, n_kv, g * T, D): the tokens of each text side by side, its first one in the
-        gaps."""
-        x = x[:, :, self.batch.padded]                          # (n_kv, g, R, T, D)
-        return x.permute(2, 0, 1, 3, 4).reshape(len(self.batch.slots), x.size(0), -1, x.size(-1))
+    def masks(self, window, g, dtype):
+        """what is added to the scores of g heads at the prompt, (N * g, P) or None, and at a text's own
+        tokens, (R, 1, T * g, S); the same for all layers that see as far."""
+        b, P, hide, found = self.batch, self.n_before, -1e30, self.batch.masks
+        if window not in found:
+            place = torch.arange(P + b.S, device=self.device)
+            future = place[P:] > b.until[:, None] + P           # (R * T, P + S)
+            far = lambda pos: place <= pos[:, None] + P - window
+            own = future | far(b.until)[:, P:] if window else future
+            to_mask = lambda hidden: torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(
+                hidden, hide).repeat_interleave(g, 0)
+            found[window] = (to_mask(far(b.pos)[:, :P]) if window else None,
+                             to_mask(own).view(b.shape[0], 1, -1, b.S))
+        return found[window]
 
-    def unpad(self, x):
-        """(R, n_kv, g * T, .) -> (n_kv, g, N, .): all tokens in one row, without the gaps."""
-        R, T = self.batch.padded.shape
-        x = x.view(R, x.size(1), -1, T, x.size(-1))             # (R, n_kv, g, T, .)
-        return x[self.batch.text, :, :, self.batch.col].permute(1, 2, 0, 3)
-
+    @torch.compiler.disable
     def attention(self, module, query, key, value, attention_mask, scaling=None, sliding_window=None,
                   softcap=None, **_):
         """query (1, H, N, D), key and value (1, n_kv, N, D) of N new tokens of R texts -> (1, N, H, D), for
         transformers.
 
         A token sees the prompt and, of its own text, itself and what came before. The prompt part is one
-        large product for all texts (Hydragen, https://arxiv.org/abs/2402.05099); the own part pads the texts
-        to (R, T).
+        large product for all texts, the own part pads the texts to (R, T); both are put together by their
+        logsumexp (Hydragen, https://arxiv.org/abs/2402.05099).
         """
-        b, (H, N, D), n_kv, P = self.batch, query.shape[1:], key.size(1), self.n_before
-        prefix_k, prefix_v = self.prefix[module.layer_idx]      # (n_kv, P, D)
-        own = []
+        b, (H, N, D), n_kv = self.batch, query.shape[1:], key.size(1)
+        (R, T), g, own = b.shape, H // n_kv, []
         for store, new in zip(self.store[module.layer_idx], (key, value)):
-            store[b.slots[b.text], :, b.pos] = new[0].transpose(0, 1)  # (N, n_kv, D)
-            own.append(store if len(b.slots) == len(store) else store[b.slots])
-        own_k, own_v = own                                      # (R, n_kv, S, D)
-        # in float32: where scores reach hundreds, as Qwen's do, those of bfloat16 are whole units apart
-        q = query[0].view(n_kv, -1, N, D).float() * (D ** -0.5 if scaling is None else scaling)
-        to_prompt = (q.reshape(n_kv, -1, D) @ prefix_k.float().mT).view(n_kv, -1, N, P)
-        to_own = self.unpad(self.pad(q) @ own_k.float().mT)     # (n_kv, g, N, S)
-        scores = torch.cat((to_prompt, to_own), -1)             # (n_kv, g, N, P + S)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores[..., P:].masked_fill_(b.future, -float('inf'))
-        if sliding_window and P + own_k.size(2) > sliding_window:
-            place = torch.arange(P + own_k.size(2), device=self.device)
-            scores.masked_fill_(place <= b.pos[:, None] + P - sliding_window, -float('inf'))
-        scores = scores.softmax(-1).to(query.dtype)
-        from_prompt = (scores[..., :P].reshape(n_kv, -1, P) @ prefix_v).view(n_kv, -1, N, D)
-        from_own = self.unpad(self.pad(scores[..., P:]) @ own_v)  # (n_kv, g, N, D)
-        return (from_prompt + from_own).reshape(1, H, N, D).transpose(1, 2), None
+            store[b.slot, b.pos] = new[0].transpose(0, 1)       # (N, n_kv, D)
+            store = store[:, :b.S] if R == len(store) else store[b.slots, :b.S]
+            own.append(store.transpose(1, 2))                   # (R, n_kv, S, D)
+        window = sliding_window if sliding_window and self.n_before + b.S > sliding_window else 0
+        far, future = self.masks(window, g, query.dtype)
+        how = D ** -0.5 if scaling is None else scaling, softcap
+        q = query[0].transpose(0, 1).reshape(N, n_kv, g, D)
+        padded = q[b.which].view(R, T, n_kv, g, D).transpose(1, 2).reshape(R, n_kv, T * g, D)
+        y, lse = attend(padded, *own, future, *how)
+        y = y.reshape(R, n_kv, T, g, D).transpose(1, 2).reshape(R * T, H, D)[b.cell]  # (N, H, D)
+        if self.n_before:
+            lse = lse.view(R, n_kv, T, g).transpose(1, 2).reshape(R * T, H)[b.cell]  # (N, H)
+            q = q.transpose(0, 1).reshape(1, n_kv, N * g, D)
+            prefix = (part[None] for part in self.prefix[module.layer_idx])  # (1, n_kv, P, D)
+            y_prompt, lse_prompt = attend(q, *prefix, far, *how)
+            y_prompt = y_prompt.view(n_kv, N, g, D).transpose(0, 1).reshape(N, H, D)
+            share = torch.sigmoid(lse_prompt.view(n_kv, N, g).transpose(0, 1).reshape(N, H) - lse)
+            y = torch.lerp(y, y_prompt, share[..., None].to(y.dtype))
+        return y[None], None
 
     def logits(self, hidden, head):
         """(n, C) hidden states and (V, C) rows of the head -> (n, V) float32."""

@@ -8,7 +8,8 @@ import torch
 import teacher as teacher_module
 from conftest import FIELDS, PROMPT, load_teacher
 from space import OutputSpace
-from teacher import Drafts, Teacher, answer, answer_fitting, encode_prompt, fingerprint, load_model, locate
+from teacher import (Drafts, Teacher, answer, answer_fitting, attend, encode_prompt, fingerprint, load_model,
+                     locate)
 from test_smoke import step_by_step
 
 
@@ -125,3 +126,34 @@ def test_scores_of_hundreds_survive_bfloat16(teachers):
         ours = engine.logits(engine.read([0], [ids], [0]), engine.head)
         theirs = model(torch.tensor([before + ids]), logits_to_keep=20).logits[0].float()
     assert (ours - theirs).abs().mean() < 0.02 * theirs.std()
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_attention_is_that_of_its_plain_twin(masked):
+    """one call of torch's kernel beside scores that are written out, and two halves of the keys put together."""
+    q, k, v = torch.randn(2, 3, 8, 16), torch.randn(2, 3, 10, 16), torch.randn(2, 3, 10, 16)
+    mask = torch.zeros(2, 1, 8, 10).masked_fill_(torch.rand(2, 1, 8, 10) < 0.3, -1e30) if masked else None
+    scores = q @ k.mT * 0.3 + (mask if masked else 0)
+    y, lse = attend(q, k, v, mask, 0.3)
+    torch.testing.assert_close(y, scores.softmax(-1) @ v)
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    capped = 2 * torch.tanh(q @ k.mT * 0.3 / 2) + (mask if masked else 0)
+    y, lse = attend(q, k, v, mask, 0.3, softcap=2.0)
+    torch.testing.assert_close(y, capped.softmax(-1) @ v)
+    torch.testing.assert_close(lse, capped.logsumexp(-1))
+
+
+def test_compiled_layers_answer_the_same(teachers, words):
+    tokenizer, model = load_teacher(teachers['gemma'])
+    before, after, end_id = encode_prompt(tokenizer, PROMPT, chat=False)
+    space = OutputSpace(tokenizer.backend_tokenizer, FIELDS, None, False, end_id, auxiliary=range(4, 99))
+    engine, encode = Teacher(model, before, space.output_ids), tokenizer.backend_tokenizer.encode
+    texts = [encode(' '.join(random.Random(i).choices(words, k=3 + i % 4))).ids for i in range(12)]
+    plain, _ = answer(engine, space, Drafts(space), texts, after)
+    engine.compile(backend='aot_eager')  # the graph is the same; inductor's is timed by bench.py
+    fused, _ = answer(engine, space, Drafts(space), texts, after)
+    assert [a[0] for a in plain] == [a[0] for a in fused]
+    for a, b in zip(plain, fused):
+        np.testing.assert_allclose(a[1], b[1], atol=1e-4)
+    engine.compile(False)
+    assert all(layer._compiled_call_impl is None for layer in engine.body.layers)
