@@ -13,6 +13,7 @@ import math
 import runpy
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LogitsProcessor
 from transformers.utils import logging
 
-from config import command, configure, pick_device, stop
+from config import can_compile, command, configure, pick_device, stop
 from data import Shards, batches
 from evaluate import data_line
 from model import SeenRows, Student, StudentConfig
@@ -41,6 +42,7 @@ teacher = ''         # file; loaded as extract.py does
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'float16'; of the extracting teacher
 extract_batch = 128  # 1..; texts answered together
+compile = 'auto'     # 'auto', 'True', 'False', 'true', 'false'; as in train.py and extract.py, whatever the length
 batch_size = 64      # 1..; records per training step
 config = configure(globals())
 
@@ -138,7 +140,7 @@ def same_answer(ours, theirs, space, atol):
 
 
 @torch.inference_mode()
-def bench_extract(engine, space, shards, n_texts, n_generate=32):
+def bench_extract(engine, space, shards, n_texts, compiled, n_generate=32):
     """a line with the records/s of answer() beside generate's on the same texts, and the speed that matrix
     products alone would have if every token were read once. identical: in float32 token for token, else but
     for ties (same_answer)."""
@@ -160,7 +162,10 @@ def bench_extract(engine, space, shards, n_texts, n_generate=32):
                         drafts.add(a[0])
                 answers, n_read = answers + got, n_read + n_more
             return answers, n_read
+        if compiled:
+            engine.compile()
         seconds, (answers, n_read) = clock(answer_all, device)
+        engine.compile(False)
         if n == 0:
             continue
         rates['engine'].append(len(texts) / seconds)
@@ -183,7 +188,7 @@ def bench_extract(engine, space, shards, n_texts, n_generate=32):
     attention = 4 * shape.num_hidden_layers * shape.num_attention_heads * head_size * context
     bound = flops / ((2 * weights + attention) * needed)
     return data_line('bench', {
-        'what': 'extract', 'dtype': str(model.dtype).removeprefix('torch.'), 'rec_s': rec_s,
+        'what': 'extract', 'dtype': str(model.dtype).removeprefix('torch.'), 'compiled': compiled, 'rec_s': rec_s,
         'generate_rec_s': generate_rec_s, 'ratio': rec_s / generate_rec_s,
         'passes': totals['read'] / max(1, totals['needed']), 'identical': float(np.mean(identical)),
         'bound_rec_s': bound, 'of_bound': rec_s / bound, 'matmul_gflops': flops / 1e9,
@@ -194,7 +199,7 @@ def bench_extract(engine, space, shards, n_texts, n_generate=32):
 # training
 
 
-def bench_train(student, shards, rows, batch_size, steps=12):
+def bench_train(student, shards, rows, batch_size, dtype, compiled, steps=12):
     """a line with real tokens/s of a training step and its share of this machine's matrix product rate,
     beside a plain loop around a Hugging Face Gemma 3 of the same width, depth and batch with the usual head
     over the whole vocabulary."""
@@ -214,17 +219,26 @@ def bench_train(student, shards, rows, batch_size, steps=12):
     optimizers = {m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-4, fused=True)
                   for m in (student, plain)}
     output_ids = torch.tensor(shards.meta['output_ids'], device=device)
+    bf16 = dtype == torch.bfloat16
+    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    compiled = compiled and bf16
+    if compiled:
+        for block in student.h:
+            block.compile(dynamic=True)
 
     def step(model, part):
         """one optimizer step of either; the number of positions, padding included."""
         idx, targets, teacher_logits = (x.to(device) for x in shards.batch(part, c.start))
         if model is student:
-            logits, targets = student(lookup[idx], targets), targets[targets >= 0]
+            with autocast:
+                logits, targets = student(lookup[idx], targets), targets[targets >= 0]
             loss, *_, n = distill_loss(logits, teacher_logits, targets, 0.5)
             loss = loss / n
         else:
             labels = torch.where(targets >= 0, output_ids[targets.clamp(min=0)], -100)
-            loss = F.cross_entropy(plain(idx).logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+            with autocast:
+                logits = plain(idx).logits
+            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers[model].step()
@@ -243,7 +257,7 @@ def bench_train(student, shards, rows, batch_size, steps=12):
         seconds, n_positions = clock(lambda: step(student, rows[part]), device.type)
         plain_seconds = clock(lambda: step(plain, rows[part]), device.type)[0] if n % 3 == 0 else None
         for m, k in shapes:
-            x, w = torch.randn(n_positions, m, device=device), torch.randn(m, k, device=device)
+            x, w = (torch.randn(size, device=device).to(dtype) for size in ((n_positions, m), (m, k)))
             x @ w
             product_seconds, _ = clock(lambda: [x @ w for _ in range(5)], device.type)
             rates['products'].append(5 * 2 * n_positions * m * k / product_seconds)
@@ -256,8 +270,9 @@ def bench_train(student, shards, rows, batch_size, steps=12):
             rates['plain'].append(n_tokens / plain_seconds)
     ours, plain_tok_s, products, used = (float(np.median(values)) for values in rates.values())
     return data_line('bench', {
-        'what': 'train', 'tok_s': ours, 'mfu': used / products, 'plain_tok_s': plain_tok_s,
-        'ratio': ours / plain_tok_s, 'matmul_gflops': products / 1e9})
+        'what': 'train', 'dtype': str(dtype).removeprefix('torch.'), 'compiled': compiled, 'tok_s': ours,
+        'mfu': used / products, 'plain_tok_s': plain_tok_s, 'ratio': ours / plain_tok_s,
+        'matmul_gflops': products / 1e9})
 
 
 # -----------------------------------------------------------------------------
@@ -364,22 +379,23 @@ if __name__ == '__main__':
         shards = Shards(dataset, name)
     except (FileNotFoundError, ValueError) as error:
         stop(f'{error}; run: {command("extract.py")}')
-    meta = shards.meta
+    meta, dtype = shards.meta, pick_dtype(dtype, device)
     teacher = teacher or meta['teacher']
+    compiled = compile in ('True', 'true') or compile == 'auto' and device == 'cpu' and can_compile()
     if what == 'extract':
         style = meta['fields'], meta['indent'], meta['fence'], meta['end_id']
         space = OutputSpace(load_tokenizer(teacher).backend_tokenizer, *style, meta['output_ids'])
-        model = load_model(teacher, pick_dtype(dtype, device), device)
-        print(bench_extract(Teacher(model, meta['before'], space.output_ids), space, shards, extract_batch))
+        engine = Teacher(load_model(teacher, dtype, device), meta['before'], space.output_ids)
+        print(bench_extract(engine, space, shards, extract_batch, compiled))
     else:
         checkpoint, student, space = load_checkpoint(Path('out', run or name), device)
         train_rows, val_rows = shards.split()
         if what == 'train':
-            print(bench_train(student, shards, train_rows, batch_size))
+            print(bench_train(student, shards, train_rows, batch_size, dtype, compiled))
         elif what == 'serve':
             from bench_serve import bench_serve  # its server needs requirements-serve.txt
             texts = [space.tokenizer.decode(shards.ids(i).tolist()) for i in val_rows[:256]]
-            large, task = load_model(teacher, pick_dtype(dtype, device), device), checkpoint['task']
+            large, task = load_model(teacher, dtype, device), checkpoint['task']
             encode = lambda text: space.tokenizer.encode(text, add_special_tokens=False).ids
             answer = lambda text: space.to_json(generate_held(large, space, task, [encode(text)])[0])
             args = [f'--name={name}', f'--run={run}', f'--device={device}']

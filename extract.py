@@ -12,7 +12,6 @@ number of processes.
 import json
 import random
 import re
-import shutil
 import sys
 import time
 from collections import Counter
@@ -29,7 +28,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from calibrate import find_priors, learn_bias, print_bias
-from config import RANK, WORLD, configure, end_ranks, on_stop, pick_device, start_ranks, stop, tell_all
+from config import RANK, WORLD, can_compile, configure, end_ranks, on_stop, pick_device, start_ranks, stop, tell_all
 from data import (FORMAT, Hashes, Shards, Writer, first_answers, first_tokens, read_meta, read_texts,
                   shard_folders, stored_hashes, text_hash, write_json)
 from evaluate import data_line, read_truth, truth_lines
@@ -289,7 +288,7 @@ def extract(engine, space, drafts, groups, writer, meta, full_lse, todo, may_com
     """answers every text of groups, or scores the answers given with it, and writes them. Keeps
     meta['dropped'], meta['missing'] and meta['timed'] up to date; returns counts for the extract line.
     OSError where the disk is full."""
-    costs, may_compile = [], may_compile and any(map(shutil.which, ('c++', 'g++', 'clang++')))
+    costs, may_compile = [], may_compile and can_compile()
     totals, start, last, pending = Counter(), time.perf_counter(), time.perf_counter(), None
     n_seen = writer.n_records
     bar = tqdm(total=todo // WORLD, desc='extract', unit='rec', smoothing=0.05, disable=RANK > 0)

@@ -176,7 +176,7 @@ class Teacher:
         self.head = model.get_output_embeddings().weight        # (whole vocabulary, C)
         self.device = self.head.device
         self.softcap = getattr(model.config.get_text_config(), 'final_logit_softcapping', None)
-        self.max_batch, self.compiled = 1 << 30, False
+        self.max_batch, self.compiled, self.fused = 1 << 30, False, []
         self.output_ids = torch.tensor(output_ids, device=self.device)
         self.kept_head = self.head[self.output_ids].float()     # (V, C)
         with torch.inference_mode():
@@ -202,11 +202,13 @@ class Teacher:
     def compile(self, on=True, backend='inductor'):
         """fuses what lies between the products of a layer, by torch.compile, or not any more. Attention stays
         as it is. The first pass then takes half a minute."""
-        self.compiled = on
-        for layer in self.body.layers:
-            layer._compiled_call_impl = None
-            if on:
+        if on and not self.fused:
+            for layer in self.body.layers:
                 layer.compile(dynamic=True, backend=backend)
+                self.fused.append(layer._compiled_call_impl)
+        self.compiled = on
+        for layer, fused in zip(self.body.layers, self.fused):
+            layer._compiled_call_impl = fused if on else None
 
     def start(self, R, S):
         """makes room for the keys and values of R texts of S tokens with their answers."""

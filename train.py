@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from config import (RANK, WORLD, command, configure, end_ranks, on_stop, pick_device, start_ranks, stop,
+from config import (RANK, WORLD, can_compile, command, configure, end_ranks, on_stop, pick_device, start_ranks, stop,
                     tell_all)
 from data import Shards, batches
 from evaluate import data_line, draw, evaluate, linear_baseline, report_lines
@@ -404,7 +404,7 @@ def pays_to_compile(student, device, bf16, n_tokens):
     if not device.startswith('cpu'):
         return device.startswith('cuda')
     n_weights = sum(p.numel() for p in student.h.parameters())
-    return bf16 and 6 * n_weights * n_tokens > 4e13 and any(map(shutil.which, ('c++', 'g++', 'clang++')))
+    return bf16 and 6 * n_weights * n_tokens > 4e13 and can_compile()
 
 
 def catch_signals():

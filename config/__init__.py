@@ -15,6 +15,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import sys
 import tokenize
@@ -218,6 +219,11 @@ def command(script):
 
 # -----------------------------------------------------------------------------
 # the machine
+
+
+def can_compile():
+    """whether torch.compile finds the C++ compiler that it needs on a CPU."""
+    return any(map(shutil.which, ('c++', 'g++', 'clang++')))
 
 
 def pick_device(device):
