@@ -103,7 +103,9 @@ class Hashes:
     def add(self, hash_):
         self.recent.add(hash_)
         if len(self.recent) == 1 << 18:
-            self.sorted, self.recent = np.union1d(self.sorted, np.array(list(self.recent), np.uint64)), set()
+            both = np.concatenate((self.sorted, np.sort(np.array(list(self.recent), np.uint64))))
+            both.sort(kind='stable')  # merges two sorted runs, where another sort would begin anew
+            self.sorted, self.recent = both[np.append(True, both[1:] != both[:-1])], set()
 
 
 class Writer:

@@ -214,6 +214,9 @@ def test_files_that_do_not_belong_together_are_found_at_the_start(project, tmp_p
     assert 'do not belong together' in one_line(run(root, 'train.py'))
     for wrong in ('--init_from=nowhere', '--divergence=x', '--best_by=luck'):
         assert 'must be one of' in one_line(run(root, 'train.py', wrong))
+    assert 'set init_from = teacher' in one_line(run(root, 'train.py', '--keep_prompt=True'))
+    layers = '--init_from=teacher', '--n_layer=2', '--keep_prompt=True', '--block_size=70', '--overwrite=True'
+    assert 'see 24 tokens' in run(root, 'train.py', *layers).stderr  # this teacher's window
 
 
 def test_hidden_text_tokens_are_text_tokens_only():
@@ -227,7 +230,9 @@ def test_hidden_text_tokens_are_text_tokens_only():
             == 1).all() and not changed[:, 12:17].any()  # neither the answer nor the start token
     assert changed[:, :12].float().mean().item() == pytest.approx(0.25, abs=0.07)
     train.hide_text(hidden, targets, 1.0, start_id=1)
-    assert (hidden[:, :12] == 1).all() and torch.equal(hidden[:, 12:17], idx[:, 12:17])
+    assert (hidden[:, :12] == 1).all() and torch.equal(hidden[:, 12:], idx[:, 12:])
+    train.hide_text(idx, targets, 1.0, start_id=1, n_start=3)  # what is between text and answer stays too
+    assert (idx[:, :10] == 1).all() and not (idx[:, 10:12] == 1).any()
 
 
 def test_a_student_that_never_sees_the_text_learns_less_of_it(project, tmp_path):
