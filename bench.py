@@ -40,9 +40,9 @@ run = ''             # word; out/<run> is the student; '': out/<name>
 what = 'extract'     # 'extract', 'train', 'decode', 'serve', 'reference'; see above
 teacher = ''         # file; loaded as extract.py does
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
-dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'float16'; of the extracting teacher
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; as extract.py and train.py have it
 extract_batch = 128  # 1..; texts answered together
-compile = 'auto'     # 'auto', 'True', 'False', 'true', 'false'; as in train.py and extract.py, whatever the length
+compile = 'auto'     # 'auto', 'True', 'False', 'true', 'false'; auto: as they would in a long run
 batch_size = 64      # 1..; records per training step
 config = configure(globals())
 
@@ -188,7 +188,8 @@ def bench_extract(engine, space, shards, n_texts, compiled, n_generate=32):
     attention = 4 * shape.num_hidden_layers * shape.num_attention_heads * head_size * context
     bound = flops / ((2 * weights + attention) * needed)
     return data_line('bench', {
-        'what': 'extract', 'dtype': str(model.dtype).removeprefix('torch.'), 'compiled': compiled, 'rec_s': rec_s,
+        'what': 'extract', 'dtype': str(model.dtype).removeprefix('torch.'), 'compiled': compiled,
+        'rec_s': rec_s,
         'generate_rec_s': generate_rec_s, 'ratio': rec_s / generate_rec_s,
         'passes': totals['read'] / max(1, totals['needed']), 'identical': float(np.mean(identical)),
         'bound_rec_s': bound, 'of_bound': rec_s / bound, 'matmul_gflops': flops / 1e9,
@@ -221,7 +222,6 @@ def bench_train(student, shards, rows, batch_size, dtype, compiled, steps=12):
     output_ids = torch.tensor(shards.meta['output_ids'], device=device)
     bf16 = dtype == torch.bfloat16
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-    compiled = compiled and bf16
     if compiled:
         for block in student.h:
             block.compile(dynamic=True)
@@ -381,7 +381,10 @@ if __name__ == '__main__':
         stop(f'{error}; run: {command("extract.py")}')
     meta, dtype = shards.meta, pick_dtype(dtype, device)
     teacher = teacher or meta['teacher']
-    compiled = compile in ('True', 'true') or compile == 'auto' and device == 'cpu' and can_compile()
+    compiled = compile in ('True', 'true')
+    if compile == 'auto' and what in ('extract', 'train'):
+        gains = device == 'cpu' if what == 'extract' else device == 'cuda' or dtype == torch.bfloat16
+        compiled = gains and can_compile()
     if what == 'extract':
         style = meta['fields'], meta['indent'], meta['fence'], meta['end_id']
         space = OutputSpace(load_tokenizer(teacher).backend_tokenizer, *style, meta['output_ids'])

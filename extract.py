@@ -28,7 +28,8 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from calibrate import find_priors, learn_bias, print_bias
-from config import RANK, WORLD, can_compile, configure, end_ranks, on_stop, pick_device, start_ranks, stop, tell_all
+from config import (RANK, WORLD, can_compile, configure, end_ranks, on_stop, pick_device, start_ranks, stop,
+                    tell_all)
 from data import (FORMAT, Hashes, Shards, Writer, first_answers, first_tokens, read_meta, read_texts,
                   shard_folders, stored_hashes, text_hash, write_json)
 from evaluate import data_line, read_truth, truth_lines
@@ -50,8 +51,8 @@ teacher = 'google/gemma-3-4b-it'  # file; or a Hugging Face id, or pip:<module>:
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
 dtype = 'auto'      # 'auto', 'float32', 'bfloat16', 'float16'; auto: bfloat16 where the hardware is faster
                      # with it (measured on a CPU; one without is hundreds of times slower)
-compile = 'auto'     # 'auto', 'True', 'False', 'true', 'false'; torch.compile; auto: on a CPU that has a compiler,
-                     # in runs of minutes, where the next groups are the faster for it
+compile = 'auto'     # 'auto', 'True', 'False', 'true', 'false'; torch.compile; auto: on a CPU that has a
+                     # compiler, in runs of minutes, where the next groups are the faster for it
 constrain = True     # hold answers to the schema; False drops the records whose free answer breaks it
 extract_batch = 128  # 1..; texts answered together; more do not help a CPU, a GPU wants 256
 # calibration: what the teacher likes to say whatever the text is taken off (calibrate.py), as base models want
@@ -273,22 +274,21 @@ def ask_group(engine, space, drafts, group, meta, whole):
 
 def try_compiling(engine, costs, left):
     """whether to compile is measured: the teacher's layers after the fourth group, where two minutes of work
-    are left, and not any more if the sixth to the ninth took no less. costs: seconds a text of each group so
-    far. left: texts still to do."""
-    if len(costs) == 4 and np.median(costs[1:]) * left > 120:
+    are left, and not any more if the sixth to the ninth took no less. costs: seconds a token of each group so
+    far. left: tokens still to be read."""
+    if len(costs) == 4 and np.median(costs) * left > 120 and can_compile():
         engine.compile()
     elif len(costs) == 9 and engine.compiled:
-        before, after = np.median(costs[1:4]), np.median(costs[5:])
-        faster = after < before
-        tqdm.write(f'compiled: {1 / after:.1f} records/s, {1 / before:.1f} before{"" if faster else "; undone"}')
-        engine.compile(faster)
+        before, after = np.median(costs[:4]), np.median(costs[5:])
+        engine.compile(after < before)
+        tqdm.write(f'compiled: {before / after:.2f} times as fast{"" if engine.compiled else "; undone"}')
 
 
 def extract(engine, space, drafts, groups, writer, meta, full_lse, todo, may_compile):
     """answers every text of groups, or scores the answers given with it, and writes them. Keeps
     meta['dropped'], meta['missing'] and meta['timed'] up to date; returns counts for the extract line.
     OSError where the disk is full."""
-    costs, may_compile = [], may_compile and can_compile()
+    costs = []  # seconds a token
     totals, start, last, pending = Counter(), time.perf_counter(), time.perf_counter(), None
     n_seen = writer.n_records
     bar = tqdm(total=todo // WORLD, desc='extract', unit='rec', smoothing=0.05, disable=RANK > 0)
@@ -298,9 +298,9 @@ def extract(engine, space, drafts, groups, writer, meta, full_lse, todo, may_com
             whole = n_seen < full_lse
             records, reasons, n_read, n_needed = ask_group(engine, space, drafts, group, meta, whole)
             totals['asking'] += time.perf_counter() - asked
-            costs.append((time.perf_counter() - asked) / len(group))
-            if may_compile:
-                try_compiling(engine, costs, todo // WORLD - totals['records'])
+            if may_compile and n_read and not whole:  # the first groups also go through the whole head
+                costs.append((time.perf_counter() - asked) / n_read)
+                try_compiling(engine, costs, (todo // WORLD - totals['records']) * n_read / len(group))
             for _, _, outs, *_ in records[:max(0, LEARN - n_seen)]:
                 if len(outs):
                     drafts.add(outs)
@@ -490,7 +490,7 @@ if __name__ == '__main__':
         except ValueError as error:
             stop(f'prior: {error}')
     device = start_ranks(pick_device(device), 'gloo')
-    dtype = pick_dtype(dtype, device)
+    dtype = tell_all(lambda: pick_dtype(dtype, device))
     if full_lse < 0:
         full_lse = sys.maxsize if device.startswith('cuda') else 64
 

@@ -60,7 +60,7 @@ def rotate(x, cos, sin):
 
 
 class RMSNorm(nn.RMSNorm):
-    """https://arxiv.org/abs/1910.07467, in the precision of its weight: that of autocast's products is less"""
+    """https://arxiv.org/abs/1910.07467, in its weight's precision: autocast's products have less"""
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
@@ -95,7 +95,7 @@ class Attention(nn.Module):
             if prompt is not None:                          # (2, n_kv_head, P, D): every token sees all of it
                 k, v = (torch.cat((old.expand(B, -1, -1, -1), new), 2) for old, new in zip(prompt, (k, v)))
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
-            with torch.autocast('cpu', enabled=False):  # a CPU's gradient of bfloat16 attention is 9 times slower
+            with torch.autocast('cpu', enabled=False):      # in bfloat16 a CPU's gradient is 9 times slower
                 y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask, dropout_p=dropout,
                                                    is_causal=mask is None, enable_gqa=gqa)
         return self.c_proj(y.transpose(1, 2).flatten(2))    # (B, H, T, D) -> (B, T, H * D) -> (B, T, C)
@@ -125,7 +125,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, prompt=None, attend=None, keep=None):
-        y = self.attn(self.norm_1(x), cos, sin, prompt, attend, keep)  # (B, T, C), or (1, M, C) where keep says so
+        y = self.attn(self.norm_1(x), cos, sin, prompt, attend, keep)  # (B, T, C), or (1, M, C): keep
         x = (x if keep is None else x[:, keep]) + self.drop(self.post_1(y))
         return x + self.drop(self.post_2(self.mlp(self.norm_2(x))))
 
@@ -169,8 +169,8 @@ class Student(nn.Module):
 
         Without targets (B, T, V). With targets (B, T) only where targets >= 0, as (n, V) in row order: the
         head never sees a text position. With a cache (sample.Cache) idx (1, N) are the new tokens of several
-        rows one after another, pos (1, N) their positions, those of the prompt before them, keep (M,) those whose output is asked for, and the
-        result is (M, V).
+        rows one after another, pos (1, N) their positions, counted from the prompt's first token, keep (M,)
+        those whose output is asked for, and the result is (M, V).
         """
         T = idx.size(1)
         if cache is None:
@@ -179,7 +179,7 @@ class Student(nn.Module):
         angle = pos[:, None, :, None] * self.rope_freq[:, None, None, None]  # (n_rope, 1, 1, T, D/2)
         angle = torch.cat((angle, angle), dim=-1)           # (n_rope, 1, 1, T, D)
         cos, sin = angle.cos(), angle.sin()
-        dtype = self.lm_head.weight.dtype                   # a frozen table is in fp16, autocast's products bf16
+        dtype = self.lm_head.weight.dtype                   # a frozen table's is fp16
         x = self.wte_proj(self.wte(idx).to(dtype))          # (B, T, n_table) -> (B, T, C)
         x = self.drop(x.to(dtype))
         for i, block in enumerate(self.h):
@@ -216,9 +216,9 @@ class Student(nn.Module):
         layers 'none': its input embedding alone, projected to n_embd. 'first' n_layer of its layers or
         'even'ly spaced ones: these, with its embedding, final norm and head rows output_ids; the shape is
         then the teacher's, and a student of all layers computes its logits. (DistilBERT,
-        https://arxiv.org/abs/1910.01108, takes every other one.) before, after: ids of the teacher's prompt around
-        the text, to be kept: what its layers saw there, and what is between text and answer. (Prefix tuning,
-        https://arxiv.org/abs/2101.00190, learns such keys and values from nothing.) ValueError where the
+        https://arxiv.org/abs/1910.01108, takes every other one.) before, after: ids of the teacher's prompt
+        around the text, to be kept: what its layers saw there, and what is between text and answer. (Prefix
+        tuning, https://arxiv.org/abs/2101.00190, learns such keys and values from nothing.) ValueError where the
         teacher's block has parts that the student's does not, or fewer layers, or sees too little.
         """
         table = teacher.get_input_embeddings().weight
@@ -237,8 +237,8 @@ class Student(nn.Module):
         text = teacher.config.get_text_config()
         window, sees = getattr(text, 'sliding_window', None), len(before) + sizes['block_size']
         if before and window and window < sees and any(kinds[i] == 'sliding_attention' for i in numbers):
-            raise ValueError(f'some of the teacher\'s layers see {window} tokens, prompt and text have {sees}: '
-                             'set keep_prompt = False')
+            raise ValueError(f'some of the teacher\'s layers see {window} tokens, prompt and text have '
+                             f'{sees}: set keep_prompt = False')
         kept = {'n_prompt': len(before), 'after': tuple(after), 'rope_of_layer': rope_of_layer}
         student = cls(StudentConfig(**{**sizes, **shape, **kept}))
         copy_layers(student, teacher, output_ids, numbers)

@@ -130,6 +130,8 @@ def encode_prompt(tokenizer, prompt, chat):
     before, after = (encode(part, add_special_tokens=False).ids for part in (before, after))
     if not chat and tokenizer.bos_token_id in encode('', add_special_tokens=True).ids:
         before = [tokenizer.bos_token_id] + before
+    if not before:
+        sys.exit('the prompt begins with its {text}; this teacher needs a word before it')
     return before, after, end_id
 
 
@@ -223,13 +225,14 @@ class Teacher:
         col = np.arange(len(text)) - np.repeat(np.cumsum(n) - n, n)  # (N,) which of its new tokens
         pos = np.repeat(at, n) + col                            # (N,) position, also where it is stored
         R, T, S = len(slots), max(n), int(pos.max()) + 1
+        all_ = list(slots) == list(range(len(self.store[0][0])))
         cell, padded = text * T + col, np.zeros((2, R * T), np.int64)
         padded[:, cell] = np.arange(len(text)), pos             # (R * T,) which of the N, and its position
         arrays = np.concatenate(new), slots, np.repeat(slots, n), cell, pos, *padded
         on_device = [torch.as_tensor(np.asarray(x), device=self.device) for x in arrays]
         idx, slots, slot, cell, pos, which, until = on_device
         self.batch = SimpleNamespace(slots=slots, slot=slot, cell=cell, pos=pos, which=which, until=until,
-                                     shape=(R, T), S=S, masks={})
+                                     shape=(R, T), S=S, all=all_, masks={})
         plain = self.model.config._attn_implementation
         AttentionInterface.register('shared_prefix', self.attention)
         self.model.set_attn_implementation('shared_prefix')
@@ -243,17 +246,18 @@ class Teacher:
     def masks(self, window, g, dtype):
         """what is added to the scores of g heads at the prompt, (N * g, P) or None, and at a text's own
         tokens, (R, 1, T * g, S); the same for all layers that see as far."""
-        b, P, hide, found = self.batch, self.n_before, -1e30, self.batch.masks
-        if window not in found:
+        b, P, found = self.batch, self.n_before, self.batch.masks
+        if (window, g) not in found:
+            hide = max(-1e30, torch.finfo(dtype).min)           # not -inf: all of the prompt may be too far
             place = torch.arange(P + b.S, device=self.device)
-            future = place[P:] > b.until[:, None] + P           # (R * T, P + S)
+            future = place[P:] > b.until[:, None] + P           # (R * T, S)
             far = lambda pos: place <= pos[:, None] + P - window
             own = future | far(b.until)[:, P:] if window else future
             to_mask = lambda hidden: torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(
                 hidden, hide).repeat_interleave(g, 0)
-            found[window] = (to_mask(far(b.pos)[:, :P]) if window else None,
-                             to_mask(own).view(b.shape[0], 1, -1, b.S))
-        return found[window]
+            found[window, g] = (to_mask(far(b.pos)[:, :P]) if window else None,
+                                to_mask(own).view(b.shape[0], 1, -1, b.S))
+        return found[window, g]
 
     @torch.compiler.disable
     def attention(self, module, query, key, value, attention_mask, scaling=None, sliding_window=None,
@@ -269,23 +273,22 @@ class Teacher:
         (R, T), g, own = b.shape, H // n_kv, []
         for store, new in zip(self.store[module.layer_idx], (key, value)):
             store[b.slot, b.pos] = new[0].transpose(0, 1)       # (N, n_kv, D)
-            store = store[:, :b.S] if R == len(store) else store[b.slots, :b.S]
+            store = store[:, :b.S] if b.all else store[b.slots, :b.S]
             own.append(store.transpose(1, 2))                   # (R, n_kv, S, D)
         window = sliding_window if sliding_window and self.n_before + b.S > sliding_window else 0
-        far, future = self.masks(window, g, query.dtype)
+        at_prompt, at_own = self.masks(window, g, query.dtype)
         how = D ** -0.5 if scaling is None else scaling, softcap
         q = query[0].transpose(0, 1).reshape(N, n_kv, g, D)
         padded = q[b.which].view(R, T, n_kv, g, D).transpose(1, 2).reshape(R, n_kv, T * g, D)
-        y, lse = attend(padded, *own, future, *how)
+        y, lse = attend(padded, *own, at_own, *how)
         y = y.reshape(R, n_kv, T, g, D).transpose(1, 2).reshape(R * T, H, D)[b.cell]  # (N, H, D)
-        if self.n_before:
-            lse = lse.view(R, n_kv, T, g).transpose(1, 2).reshape(R * T, H)[b.cell]  # (N, H)
-            q = q.transpose(0, 1).reshape(1, n_kv, N * g, D)
-            prefix = (part[None] for part in self.prefix[module.layer_idx])  # (1, n_kv, P, D)
-            y_prompt, lse_prompt = attend(q, *prefix, far, *how)
-            y_prompt = y_prompt.view(n_kv, N, g, D).transpose(0, 1).reshape(N, H, D)
-            share = torch.sigmoid(lse_prompt.view(n_kv, N, g).transpose(0, 1).reshape(N, H) - lse)
-            y = torch.lerp(y, y_prompt, share[..., None].to(y.dtype))
+        lse = lse.view(R, n_kv, T, g).transpose(1, 2).reshape(R * T, H)[b.cell]  # (N, H)
+        q = q.transpose(0, 1).reshape(1, n_kv, N * g, D)
+        prefix = (part[None] for part in self.prefix[module.layer_idx])  # (1, n_kv, P, D)
+        y_prompt, lse_prompt = attend(q, *prefix, at_prompt, *how)
+        y_prompt = y_prompt.view(n_kv, N, g, D).transpose(0, 1).reshape(N, H, D)
+        share = torch.sigmoid(lse_prompt.view(n_kv, N, g).transpose(0, 1).reshape(N, H) - lse)
+        y = torch.lerp(y, y_prompt, share[..., None].to(y.dtype))
         return y[None], None
 
     def logits(self, hidden, head):

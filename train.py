@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from config import (RANK, WORLD, can_compile, command, configure, end_ranks, on_stop, pick_device, start_ranks, stop,
-                    tell_all)
+from config import (RANK, WORLD, can_compile, command, configure, end_ranks, on_stop, pick_device,
+                    start_ranks, stop, tell_all)
 from data import Shards, batches
 from evaluate import data_line, draw, evaluate, linear_baseline, report_lines
 from model import SeenRows, Student, StudentConfig
@@ -50,7 +50,7 @@ overwrite = False      # start over where out/<run> holds another or a finished 
 teacher_layers = 'first'  # 'first', 'even', 'none'; of a teacher's start: its first n_layer layers, evenly
                        # spaced ones, or the table alone. With layers the student has the teacher's shape: of
                        # the sizes below only n_layer counts
-keep_prompt = False    # with layers: also what they saw of the teacher's prompt, keys and values as parameters
+keep_prompt = False    # with layers: and what they saw of the prompt, keys and values as parameters
 freeze_table = True    # of a 'teacher' start: keep the table as it is. It knows words never seen in training
 # student
 n_layer = 16           # 1..
@@ -82,9 +82,9 @@ beta2 = 0.95           # 0..0.9999
 grad_clip = 1.0        # 0..; 0: off
 # run
 device = 'auto'        # auto: cuda, mps or cpu, whichever is there
-dtype = 'auto'         # 'auto', 'float32', 'bfloat16'; bfloat16 is autocast; auto: where products are faster in it
-compile = 'auto'       # 'auto', 'True', 'False', 'true', 'false'; torch.compile; auto: on a GPU, and on a CPU in
-                       # bfloat16 where there is a compiler and the run is long enough to pay for it
+dtype = 'auto'         # 'auto', 'float32', 'bfloat16'; bfloat16 is autocast; auto: where it is faster
+compile = 'auto'       # 'auto', 'True', 'False', 'true', 'false'; torch.compile; auto: on a GPU, and on a CPU
+                       # in bfloat16, where there is a compiler, in a run that is long enough to pay for it
 eval_records = 2000    # 0..; of the held-out tenth, at the end of each epoch; 0: all
 best_by = 'field'      # 'field', 'exact', 'kl', 'ce', 'teacher_forced', 'student_only', 'valid'; which epoch
                        # becomes best.pt
@@ -270,7 +270,8 @@ class Training:
 
 def differences(old, new):
     """what of the facts of two runs is not the same, in words."""
-    old, new = ({**facts['config'], **facts['task'], 'n_train': facts['n_train']} for facts in (old, new))
+    old, new = ({'keep_prompt': False, **facts['config'], **facts['task'], 'n_train': facts['n_train']}
+                for facts in (old, new))
     differ = [key for key in new if new[key] != old.get(key) and (key, new[key]) != ('init_from', 'resume')]
     return [f'{key} {old.get(key)!r:.40} there, {new[key]!r:.40} here' for key in differ]
 
@@ -307,8 +308,9 @@ def make_optimizer(training, shards, train_rows, weight_decay, learning_rate, be
     change."""
     if training.student.wte.weight.requires_grad:
         texts = [shards.ids(i) for i in train_rows]
+        c = training.student.config
         training.seen = SeenRows(training.student, np.unique(np.concatenate(
-            [*texts, shards.meta['output_ids'], training.student.config.start])))
+            [*texts, shards.meta['output_ids'], c.start, [c.start_id]])))
     groups = training.student.param_groups(weight_decay)
     learned = [p for group in groups for p in group['params']]
     due = [p for p in training.student.parameters() if p.requires_grad]
@@ -437,7 +439,8 @@ def check_settings(config):
         stop('no task; run: python train.py config/demo.py')
     tracker, tau = config['tracker'], config['kd_temperature']
     if config['keep_prompt'] and (config['init_from'] == 'scratch' or config['teacher_layers'] == 'none'):
-        stop('keep_prompt keeps what the teacher\'s layers saw: set init_from = teacher and teacher_layers = first')
+        stop('keep_prompt keeps what the teacher\'s layers saw; set init_from = teacher and '
+             'teacher_layers = first')
     if tracker and not importlib.util.find_spec(tracker):
         stop(f'tracker = {tracker}: no such package here; run: pip install {tracker}')
     if tau < 1 and min(config['kl_start'], config['kl_end']) < 1:
@@ -495,7 +498,7 @@ if __name__ == '__main__':
         teacher_rec_s = timed['records'] / timed['seconds'] if timed else math.nan
         training.work = {'extract_hours': len(shards) / teacher_rec_s / 3600, 'train_hours': 0.0,
                          'teacher_rec_s': teacher_rec_s}
-    bf16 = pick_dtype(dtype, device) == torch.bfloat16
+    bf16 = tell_all(lambda: pick_dtype(dtype, device)) == torch.bfloat16
     autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if bf16 else nullcontext()
     if tracker and RANK == 0:
         training.track = importlib.import_module(tracker)
@@ -509,7 +512,8 @@ if __name__ == '__main__':
     if training.compiled:
         for block in training.student.h:  # one after the other: they share what is compiled
             block.compile(dynamic=True)
-    print(f'training in {"bfloat16" if bf16 else "float32"} on {device}{", compiled" if training.compiled else ""}')
+    print(f'training in {"bfloat16" if bf16 else "float32"} on {device}'
+          + (', compiled' if training.compiled else ''))
     print(f'records train={len(train_rows)} held_out={len(val_rows)} epochs={max_epochs} steps={n_steps} '
           f'longest={lengths.max()} from_step={first}')
     caught, enough, stopping = catch_signals(), False, False

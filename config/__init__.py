@@ -15,7 +15,6 @@ import os
 import re
 import runpy
 import shlex
-import shutil
 import signal
 import sys
 import tokenize
@@ -222,8 +221,12 @@ def command(script):
 
 
 def can_compile():
-    """whether torch.compile finds the C++ compiler that it needs on a CPU."""
-    return any(map(shutil.which, ('c++', 'g++', 'clang++')))
+    """whether torch.compile works here: it wants a C++ compiler and Python's headers."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2))
+    except Exception:  # whatever it is that is missing
+        return False
+    return True
 
 
 def pick_device(device):

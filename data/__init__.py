@@ -253,7 +253,8 @@ class Shards:
 
     def batch(self, rows, start):
         """idx (B, T) ids: text, those of start, answer without its last token. targets (B, T) output indices,
-        from the last of start on, -1 on the text and the padding. teacher_logits (n, V) as logits says, a row per target >= 0, in their order."""
+        from the last of start on, -1 on the text and the padding. teacher_logits (n, V) as logits says, a row
+        per target >= 0, in their order."""
         texts, outs = [self.ids(i) for i in rows], [self.answer(i) for i in rows]
         T = max(len(t) + len(o) for t, o in zip(texts, outs)) + len(start) - 1
         output_ids = np.array(self.meta['output_ids'])

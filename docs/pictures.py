@@ -145,7 +145,7 @@ def print_shares(students, shards, space, rows):
     kinds = {'ties': margin <= near, 'clearer': (margin > near) & (margin < np.inf),
              'forced': margin == np.inf}
     count = {kind: int(some.sum()) for kind, some in kinds.items()}
-    idx, targets, teacher = shards.batch(rows, [shards.meta['start_id']])
+    idx, targets, teacher = shards.batch(rows, next(iter(students.values())).config.start)
     ce = F.cross_entropy(teacher, targets[targets >= 0]).item()  # of a student that equals its teacher
     print(data_line('tokens', {'records': len(rows), 'all': len(margin), **count, 'teacher_ce': ce}))
     for epoch, student in students.items():
@@ -177,7 +177,7 @@ def print_answer(student, shards, space, i, rows):
 def draw_record(plt, students, shards, space, i, positions):
     """the legal tokens at some positions of the answer: the teacher's probabilities beside the students',
     each given the teacher's tokens before."""
-    idx, targets, teacher = shards.batch([i], [shards.meta['start_id']])
+    idx, targets, teacher = shards.batch([i], next(iter(students.values())).config.start)
     outs = targets[targets >= 0]
     logits = {'teacher': teacher} | {f'epoch {n}': student(idx, targets) for n, student in students.items()}
     colors = 'black', *plt.cm.Blues(np.linspace(0.35, 0.9, len(students)))
@@ -245,7 +245,7 @@ def draw_automaton(plt, space):
 def draw_gradient(plt, students, shards, i, positions):
     """the gradient of tau^2 KL_tau at two positions of a record against tau: by autograd, and as the formula
     has it."""
-    idx, targets, teacher = shards.batch([i], [shards.meta['start_id']])
+    idx, targets, teacher = shards.batch([i], next(iter(students.values())).config.start)
     outs = targets[targets >= 0]
     fig, axes = plt.subplots(1, len(students), figsize=(9, 3.6), sharey=True)
     for ax, (epoch, student) in zip(axes, students.items()):

@@ -2,9 +2,10 @@
 
     python docs/reference.py                                    # data/teachers/gemma-3-4b-random, 7.8 GB
     python data/reddit/prepare.py
-    python extract.py config/reddit.py --teacher=data/teachers/gemma-3-4b-random --chat=False --max_records=256
-    python train.py config/reddit.py --max_epochs=10            # four steps an epoch
-    python docs/reference.py --records=500000   # hours that so many, and 15 epochs of them, take at these rates
+    python extract.py config/reddit.py --teacher=data/teachers/gemma-3-4b-random --chat=False \
+        --max_records=768 --compile=True
+    python train.py config/reddit.py --max_epochs=4 --eval_records=32
+    python docs/reference.py --records=500000   # the hours they and 15 epochs take at these rates
 
 Its answers mean nothing; what they cost is what those of the real one would, see docs/scale.md. The tokenizer
 is that of Gemma 3 270M, which is the same.
@@ -56,7 +57,9 @@ def hours(records, epochs, extraction, log):
     timed = read_meta(extraction)['timed']
     steps = [dict(part.split('=') for part in line.split()[1:]) for line in log.read_text().splitlines()
              if line.startswith('train ')]
-    rec_s, step_s = timed['records'] / timed['seconds'], float(np.median([float(s['ms']) for s in steps])) / 1e3
+    rec_s = timed['records'] / timed['seconds']
+    step_s = float(np.median([float(s['ms']) for s in steps])) / 1e3
+    # of ten records nine are trained on, in batches of 64
     extract, train = records / rec_s / 3600, epochs * 0.9 * records / 64 * step_s / 3600
     return data_line('reference', {'rec_s': rec_s, 'step_s': step_s, 'extract_hours': extract,
                                    'train_hours': train, 'hours': extract + train})

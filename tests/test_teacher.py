@@ -157,3 +157,12 @@ def test_compiled_layers_answer_the_same(teachers, words):
         np.testing.assert_allclose(a[1], b[1], atol=1e-4)
     engine.compile(False)
     assert all(layer._compiled_call_impl is None for layer in engine.body.layers)
+
+
+def test_a_teacher_in_float16_is_read_right(teachers):
+    tokenizer, model = load_teacher(teachers['gemma'])          # its window is shorter than the prompt
+    before, _, _ = encode_prompt(tokenizer, PROMPT, chat=False)
+    Teacher(model.half(), before, list(range(30, 50)))          # compares itself with the model's own pass
+    with pytest.raises(SystemExit, match='needs a word before it'):
+        tokenizer.bos_token = None
+        encode_prompt(tokenizer, '{text} is', chat=False)
