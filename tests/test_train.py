@@ -122,7 +122,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(space, tmp_path):
     for n_parts in (1, 3):
         model.zero_grad()
         for part in np.array_split(np.arange(8), n_parts):
-            idx, targets, teacher_logits = shards.batch(part, 1)
+            idx, targets, teacher_logits = shards.batch(part, [1])
             loss, *_ = train.distill_loss(model(idx, targets), teacher_logits, targets[targets >= 0], 0.5)
             (loss / n_tokens).backward()
         grads.append([p.grad.clone() for p in model.parameters()])
@@ -191,7 +191,8 @@ def test_two_processes_train_the_same_student(project, tmp_path):
 
 def test_the_best_epoch_is_kept_and_patience_ends_a_run(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
-    done = run(root, 'train.py', '--max_epochs=40', '--patience=2', '--best_by=kl', '--learning_rate=3e-2')
+    done = run(root, 'train.py', '--max_epochs=40', '--patience=2', '--best_by=kl', '--learning_rate=3e-2',
+               '--kd_temperature=1')
     assert done.returncode == 0 and 'that is enough' in done.stdout, done.stdout
     kl = [
         float(line.split(' kl=')[1].split()[0]) for line in done.stdout.splitlines()
@@ -204,7 +205,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_run(project, tmp_path):
     shown = run(root, 'evaluate.py').stdout, run(root, 'evaluate.py', '--which=last').stdout
     assert f'val step={best["step"]} ' in shown[0] and f'val step={last["step"]} ' in shown[1]
     assert 'trained already' in run(root, 'train.py', '--max_epochs=40', '--patience=2', '--best_by=kl',
-                                    '--learning_rate=3e-2').stdout
+                                    '--learning_rate=3e-2', '--kd_temperature=1').stdout
 
 
 def test_files_that_do_not_belong_together_are_found_at_the_start(project, tmp_path):
