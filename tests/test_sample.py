@@ -19,7 +19,7 @@ from conftest import FIELDS, ROOT, SCHEMAS, clone_task, one_line, run, tiny_stud
 from sample import Labeler, confidence_of, decode, generate, load_checkpoint, values
 from space import OutputSpace
 
-many = hypothesis.settings(max_examples=40, deadline=None, derandomize=True,
+many = hypothesis.settings(max_examples=25, deadline=None, derandomize=True,
                            suppress_health_check=list(hypothesis.HealthCheck))
 
 
