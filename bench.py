@@ -189,8 +189,7 @@ def bench_extract(engine, space, shards, n_texts, compiled, n_generate=32):
     bound = flops / ((2 * weights + attention) * needed)
     return data_line('bench', {
         'what': 'extract', 'dtype': str(model.dtype).removeprefix('torch.'), 'compiled': compiled,
-        'rec_s': rec_s,
-        'generate_rec_s': generate_rec_s, 'ratio': rec_s / generate_rec_s,
+        'rec_s': rec_s, 'generate_rec_s': generate_rec_s, 'ratio': rec_s / generate_rec_s,
         'passes': totals['read'] / max(1, totals['needed']), 'identical': float(np.mean(identical)),
         'bound_rec_s': bound, 'of_bound': rec_s / bound, 'matmul_gflops': flops / 1e9,
         'peak_gb': peak_gb(device)})

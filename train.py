@@ -353,7 +353,7 @@ def take_step(training, shards, rows, lr, grad_accum, grad_clip, token_dropout, 
     for part in np.array_split(rows, grad_accum * WORLD)[RANK::WORLD]:
         if not len(part):
             continue
-        batch = shards.batch(part, c.start)                    # (B, T), (B, T), (n, V)
+        batch = shards.batch(part, c.start)                     # (B, T), (B, T), (n, V)
         idx, targets, teacher_logits = (x.to(device) for x in batch)
         if token_dropout:
             hide_text(idx, targets, token_dropout, c.start_id, len(c.start))
