@@ -176,11 +176,15 @@ def test_the_loss_and_its_gradient_are_those_of_the_formulas(kl_weight, tau):
 
 
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_training_resumes_bit_for_bit(project, tmp_path, how):
+def test_a_stopped_training_resumes_bit_for_bit(project, teachers, tmp_path, how):
     root = clone_task(project, tmp_path, 'toy-00')
     log = root / 'out/toy/log.txt'
-    settings = ['--dropout=0.1', f'--grad_accum={1 if how == signal.SIGINT else 3}']
-    process = subprocess.Popen([sys.executable, 'train.py', 'config/toy.py', '--log_steps=1', *settings],
+    settings, start = ['--dropout=0.1'], []
+    if how == signal.SIGKILL:  # and with micro-batches, another model's layers, and the prompt
+        start = [f'--start_model={teachers["llama"]}', '--teacher_layers=even', '--keep_prompt=True']
+        settings += ['--grad_accum=3', '--block_size=70', '--learning_rate=1e-3', *start]
+        start = ['--init_from=teacher']
+    process = subprocess.Popen([sys.executable, 'train.py', 'config/toy.py', '--log_steps=1', *settings, *start],
                                cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     want, saved = 'train step=5', True
     while process.poll() is None and not (log.exists() and want in log.read_text() and saved):
@@ -196,6 +200,7 @@ def test_a_stopped_training_resumes_bit_for_bit(project, tmp_path, how):
     done = run(root, 'train.py', *settings, '--init_from=resume')
     assert done.returncode == 0 and f'from_step={step}' in done.stdout, done.stderr
     straight = clone_task(project, tmp_path / 'straight', 'toy-00')
-    assert run(straight, 'train.py', *settings).returncode == 0
+    assert run(straight, 'train.py', *settings, *start).returncode == 0
     a, b = weights(root), weights(straight)
-    assert all(torch.equal(a[k], b[k]) for k in b)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in b)
+    assert ('prompt' in a) == bool(start)

@@ -36,8 +36,8 @@ from data import Shards, batches
 from evaluate import data_line, draw, evaluate, linear_baseline, report_lines
 from model import SeenRows, Student, StudentConfig
 from sample import CHECKPOINT, load_checkpoint
-from space import OutputSpace
-from teacher import load_model, pick_dtype
+from space import OutputSpace, tokenizer_hash
+from teacher import load_model, load_tokenizer, pick_dtype
 
 # task
 name = ''              # word; data/<dataset>/<name>-* is read ...
@@ -52,6 +52,8 @@ teacher_layers = 'first'  # 'first', 'even', 'none'; of a teacher's start: its f
                        # the sizes below only n_layer counts
 keep_prompt = False    # with layers: and what they saw of the prompt, keys and values as parameters
 freeze_table = True    # of a 'teacher' start: keep the table as it is. It knows words never seen in training
+start_model = ''       # file; of a 'teacher' start: table and layers of this model instead, one that has the
+                       # teacher's tokenizer, such as a smaller one of its family
 # student
 n_layer = 16           # 1..
 n_head = 16            # 1..
@@ -184,15 +186,19 @@ def check_data(shards, space, train_rows, val_rows, rng):
     return {'stored_tokens': 1 - wrong / steps, 'teacher_ce': ce / steps, 'overlap': overlap}
 
 
-def new_student(sizes, init_from, teacher_layers, keep_prompt, freeze_table, meta):
+def new_student(sizes, init_from, start_model, teacher_layers, keep_prompt, freeze_table, meta):
     """a Student at the start of a run, on the CPU. sizes: its StudentConfig fields."""
     try:
         if init_from != 'teacher':
             return Student(StudentConfig(**sizes))
+        if start_model and tokenizer_hash(
+                load_tokenizer(start_model).backend_tokenizer) != meta['tokenizer_hash']:
+            stop(f'start_model = {start_model} has another tokenizer than {meta["teacher"]}, the teacher')
+        start_model = start_model or meta['teacher']
         parts = 'table' if teacher_layers == 'none' else 'table and layers'
-        print(f'loading {meta["teacher"]} for its {parts}')
+        print(f'loading {start_model} for its {parts}')
         around = (meta['before'], meta['after']) if keep_prompt else ()
-        student = Student.from_teacher(load_model(meta['teacher']), sizes, meta['output_ids'], teacher_layers,
+        student = Student.from_teacher(load_model(start_model), sizes, meta['output_ids'], teacher_layers,
                                        *around)
     except ValueError as error:
         stop(str(error))
@@ -207,6 +213,9 @@ def new_student(sizes, init_from, teacher_layers, keep_prompt, freeze_table, met
 # settings that may change when a run goes on: where and how fast it runs, not what comes out
 FREE = ('device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum', 'overwrite', 'save_steps',
         'tracker')
+
+# settings that older checkpoints do not have yet, as they were then
+SINCE = {'keep_prompt': False, 'start_model': ''}
 
 # what of meta.json a checkpoint keeps: all that it takes to answer, and to ask the teacher
 TASK = ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'tokenizer_hash',
@@ -270,7 +279,7 @@ class Training:
 
 def differences(old, new):
     """what of the facts of two runs is not the same, in words."""
-    old, new = ({'keep_prompt': False, **facts['config'], **facts['task'], 'n_train': facts['n_train']}
+    old, new = ({**SINCE, **facts['config'], **facts['task'], 'n_train': facts['n_train']}
                 for facts in (old, new))
     differ = [key for key in new if new[key] != old.get(key) and (key, new[key]) != ('init_from', 'resume')]
     return [f'{key} {old.get(key)!r:.40} there, {new[key]!r:.40} here' for key in differ]
@@ -441,6 +450,8 @@ def check_settings(config):
     if config['keep_prompt'] and (config['init_from'] == 'scratch' or config['teacher_layers'] == 'none'):
         stop('keep_prompt keeps what the teacher\'s layers saw; set init_from = teacher and '
              'teacher_layers = first')
+    if config['start_model'] and config['init_from'] == 'scratch':
+        stop('start_model is the model to start from; set init_from = teacher')
     if tracker and not importlib.util.find_spec(tracker):
         stop(f'tracker = {tracker}: no such package here; run: pip install {tracker}')
     if tau < 1 and min(config['kl_start'], config['kl_end']) < 1:
@@ -480,7 +491,8 @@ if __name__ == '__main__':
         sizes = dict(vocab_size=meta['vocab_size'], output_vocab=len(meta['output_ids']),
                      block_size=block_size, n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head or n_head,
                      n_embd=n_embd, n_mlp=n_mlp, dropout=dropout, start_id=meta['start_id'])
-        student = new_student(sizes, init_from, teacher_layers, keep_prompt, freeze_table, meta).to(device)
+        student = new_student(sizes, init_from, start_model, teacher_layers, keep_prompt, freeze_table,
+                              meta).to(device)
         training, optimizer_state = new_training(out, facts, student, shards)
     if training.finished:
         print(f'{out} is trained already ({training.step} steps); train another beside it with --run=other, '

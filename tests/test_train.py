@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,7 +209,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_run(project, tmp_path):
                                     '--learning_rate=3e-2', '--kd_temperature=1').stdout
 
 
-def test_files_that_do_not_belong_together_are_found_at_the_start(project, tmp_path):
+def test_files_that_do_not_belong_together_are_found_at_the_start(project, teachers, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     path = root / 'data/toy/toy-00/logits.bin'
     np.fromfile(path, '<f2').reshape(-1, 64)[::-1].tofile(path)
@@ -218,6 +219,13 @@ def test_files_that_do_not_belong_together_are_found_at_the_start(project, tmp_p
     assert 'set init_from = teacher' in one_line(run(root, 'train.py', '--keep_prompt=True'))
     layers = '--init_from=teacher', '--n_layer=2', '--keep_prompt=True', '--block_size=70', '--overwrite=True'
     assert 'see 24 tokens' in run(root, 'train.py', *layers).stderr  # this teacher's window
+    assert 'set init_from = teacher' in one_line(run(root, 'train.py', '--start_model=some.gguf'))
+    other = tmp_path / 'other'
+    shutil.copytree(teachers['llama'], other)
+    tokenizer = (other / 'tokenizer.json').read_text()
+    (other / 'tokenizer.json').write_text(tokenizer.replace('<turn>', '<part>'))
+    assert 'has another tokenizer' in run(root, 'train.py', '--init_from=teacher', f'--start_model={other}',
+                                          '--overwrite=True').stderr
 
 
 def test_hidden_text_tokens_are_text_tokens_only():
