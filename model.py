@@ -213,12 +213,11 @@ class Student(nn.Module):
     def from_teacher(cls, teacher, sizes, output_ids, layers='first', before=(), after=()):
         """a student that starts with parts of a transformers model, on the CPU. sizes: StudentConfig fields.
 
-        layers 'none': its input embedding alone, projected to n_embd. 'first' n_layer of its layers or
-        'even'ly spaced ones: these, with its embedding, final norm and head rows output_ids; the shape is
-        then the teacher's, and a student of all layers computes its logits. (DistilBERT,
-        https://arxiv.org/abs/1910.01108, takes every other one.) before, after: ids of the teacher's prompt
-        around the text, to be kept: what its layers saw there, and what is between text and answer. (Prefix
-        tuning, https://arxiv.org/abs/2101.00190, learns such keys and values from nothing.) ValueError where the
+        layers 'none': its input embedding alone, projected to n_embd. 'first' n_layer of its layers: these,
+        with its embedding, final norm and head rows output_ids; the shape is then the teacher's, and a
+        student of all layers computes its logits. before, after: ids of the teacher's prompt around the text,
+        to be kept: what its layers saw there, and what is between text and answer. (Prefix tuning,
+        https://arxiv.org/abs/2101.00190, learns such keys and values from nothing.) ValueError where the
         teacher's block has parts that the student's does not, or fewer layers, or sees too little.
         """
         table = teacher.get_input_embeddings().weight
@@ -230,20 +229,18 @@ class Student(nn.Module):
         n, n_all = sizes['n_layer'], len(kinds)
         if n > n_all:
             raise ValueError(f'n_layer = {n}, but the teacher has {n_all}')
-        apart = 1 if layers == 'first' else (n_all - 1) / max(1, n - 1)
-        numbers = [round(i * apart) for i in range(n)]
         ropes = sorted(set(kinds))  # each kind of attention has its own rotation
-        rope_of_layer = tuple(ropes.index(kinds[i]) for i in numbers)
+        rope_of_layer = tuple(ropes.index(kind) for kind in kinds[:n])
         text = teacher.config.get_text_config()
         window, sees = getattr(text, 'sliding_window', None), len(before) + sizes['block_size']
-        if before and window and window < sees and any(kinds[i] == 'sliding_attention' for i in numbers):
+        if before and window and window < sees and 'sliding_attention' in kinds[:n]:
             raise ValueError(f'some of the teacher\'s layers see {window} tokens, prompt and text have '
                              f'{sees}: set keep_prompt = False')
         kept = {'n_prompt': len(before), 'after': tuple(after), 'rope_of_layer': rope_of_layer}
         student = cls(StudentConfig(**{**sizes, **shape, **kept}))
-        copy_layers(student, teacher, output_ids, numbers)
+        copy_layers(student, teacher, output_ids)
         if before:
-            copy_prompt(student, teacher, before, numbers)
+            copy_prompt(student, teacher, before)
         return student
 
 
@@ -300,10 +297,9 @@ def copy_table(student, teacher):
 
 
 @torch.no_grad()
-def copy_layers(student, teacher, output_ids, numbers):
-    """fills the student's blocks with the teacher's layers of these numbers, its head with the rows
-    output_ids of the teacher's, and its table. ValueError where the teacher's block has parts the student's
-    does not."""
+def copy_layers(student, teacher, output_ids):
+    """fills the student's blocks with the teacher's first layers, its head with the rows output_ids of the
+    teacher's, and its table. ValueError where the teacher's block has parts the student's does not."""
     config, body = teacher.config.get_text_config(), teacher.get_decoder()
     known = config.model_type in ('gemma3_text', 'llama', 'qwen2')
     if not known or getattr(config, 'attention_bias', False):
@@ -316,8 +312,8 @@ def copy_layers(student, teacher, output_ids, numbers):
     scale = 1.0                                             # of queries, where it is not 1 / sqrt(head_size)
     if hasattr(config, 'query_pre_attn_scalar'):
         scale = (config.query_pre_attn_scalar / student.h[0].attn.head_size) ** -0.5
-    for block, i in zip(student.h, numbers):
-        layer, attn = body.layers[i], body.layers[i].self_attn
+    for block, layer in zip(student.h, body.layers):
+        attn = layer.self_attn
         qkv = attn.q_proj, attn.k_proj, attn.v_proj
         block.attn.c_attn.weight.copy_(torch.cat([part.weight for part in qkv]))
         if student.config.qkv_bias:
@@ -343,7 +339,7 @@ def copy_layers(student, teacher, output_ids, numbers):
 
 
 @torch.no_grad()
-def copy_prompt(student, teacher, before, numbers):
-    """the keys and values of the ids before the text in the teacher's layers of these numbers."""
+def copy_prompt(student, teacher, before):
+    """the keys and values of the ids before the text in the teacher's first layers."""
     read = teacher.get_decoder()(torch.tensor([list(before)]), use_cache=True).past_key_values.layers
-    student.prompt.copy_(torch.stack([torch.cat((read[i].keys, read[i].values)) for i in numbers]))
+    student.prompt.copy_(torch.stack([torch.cat((layer.keys, layer.values)) for layer in read[:len(student.h)]]))

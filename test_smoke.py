@@ -181,7 +181,7 @@ def test_a_stopped_training_resumes_bit_for_bit(project, teachers, tmp_path, how
     log = root / 'out/toy/log.txt'
     settings, start = ['--dropout=0.1'], []
     if how == signal.SIGKILL:  # and with micro-batches, another model's layers, and the prompt
-        start = [f'--start_model={teachers["llama"]}', '--teacher_layers=even', '--keep_prompt=True']
+        start = [f'--start_model={teachers["llama"]}', '--keep_prompt=True']
         settings += ['--grad_accum=3', '--block_size=70', '--learning_rate=1e-3', *start]
         start = ['--init_from=teacher']
     process = subprocess.Popen([sys.executable, 'train.py', 'config/toy.py', '--log_steps=1', *settings, *start],

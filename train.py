@@ -47,9 +47,8 @@ max_records = 0        # 0..; train on those of the first so many records that a
 init_from = 'scratch'  # 'scratch', 'teacher', 'resume'; how a new run starts; teacher: with its embedding
                        # table and some of its layers. One cut off goes on anyway; resume insists on it
 overwrite = False      # start over where out/<run> holds another or a finished run
-teacher_layers = 'first'  # 'first', 'even', 'none'; of a teacher's start: its first n_layer layers, evenly
-                       # spaced ones, or the table alone. With layers the student has the teacher's shape: of
-                       # the sizes below only n_layer counts
+teacher_layers = 'first'  # 'first', 'none'; of a teacher's start: its first n_layer layers, or the table alone.
+                       # With layers the student has the teacher's shape: of the sizes below only n_layer counts
 keep_prompt = False    # with layers: and what they saw of the prompt, keys and values as parameters
 freeze_table = True    # of a 'teacher' start: keep the table as it is. It knows words never seen in training
 start_model = ''       # file; of a 'teacher' start: table and layers of this model instead, one that has the

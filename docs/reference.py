@@ -6,26 +6,34 @@
         --max_records=768 --compile=True
     python train.py config/reddit.py --max_epochs=4 --eval_records=32
     python docs/reference.py --records=500000   # the hours they and 15 epochs take at these rates
+    python docs/reference.py --decode=True      # and the speed of the student, alone, beside the teacher's
 
 Its answers mean nothing; what they cost is what those of the real one would, see docs/scale.md. The tokenizer
 is that of Gemma 3 270M, which is the same.
 """
+import runpy
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.initialization import no_init_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
+from bench import clock, generate_held, stepwise
 from config import configure, stop
 from data import read_meta
 from evaluate import data_line
-from teacher import load_tokenizer
+from model import Student, StudentConfig
+from sample import generate
+from space import OutputSpace
+from teacher import encode_prompt, load_model, load_tokenizer, peak_gb, pick_dtype
 
 records = 0            # 0..; how many to reckon with; 0: make the teacher
 epochs = 15            # 1..
+decode = False         # measure how fast both answer one text at a time; takes 13 GB of memory
 config = configure(globals())
 
 FOLDER = Path('data/teachers/gemma-3-4b-random')
@@ -65,8 +73,35 @@ def hours(records, epochs, extraction, log):
                                    'train_hours': train, 'hours': extract + train})
 
 
+def speeds(folder, task, texts):
+    """a line with answer tokens/s, one text at a time: the student of config/reddit.py, as it decodes and one
+    token at a time, beside `generate` of the teacher, held to the schema. Medians over the texts."""
+    tokenizer, teacher = load_tokenizer(str(folder)), load_model(str(folder), pick_dtype('auto', 'cpu'))
+    before, after, _ = encode_prompt(tokenizer, task['prompt'], chat=False)
+    style = tokenizer.backend_tokenizer, task['fields'], task['indent'], task['fence'], None
+    n_others = task['output_vocab'] - len(OutputSpace(*style).output_ids)
+    others = [i for i in range(10, 10000) if i not in OutputSpace(*style).output_ids]
+    space, rates = OutputSpace(*style, others[:n_others]), {'student': [], 'stepwise': [], 'teacher': []}
+    student = Student(StudentConfig(output_vocab=task['output_vocab'], block_size=task['block_size'])).eval()
+    prompt = {'before': before, 'after': after}
+    for text in tqdm([texts[0], *texts], desc='decode', unit='text'):  # the first warms up
+        ids = tokenizer(text, add_special_tokens=False)['input_ids']
+        for who, way in (('student', lambda: generate(student, space, [ids])),
+                         ('stepwise', lambda: stepwise(student, space, [ids])),
+                         ('teacher', lambda: generate_held(teacher, space, prompt, [ids]))):
+            seconds, (outs,) = clock(way, 'cpu')
+            rates[who].append(len(outs) / seconds)
+    student_s, stepwise_s, teacher_s = (float(np.median(values[1:])) for values in rates.values())
+    return data_line('reference', {
+        'teacher_tok_s': teacher_s, 'student_tok_s': student_s, 'student_stepwise_tok_s': stepwise_s,
+        'ratio': student_s / teacher_s, 'stepwise_ratio': stepwise_s / teacher_s, 'peak_gb': peak_gb('cpu')})
+
+
 if __name__ == '__main__':
-    if not records:
+    if decode:
+        texts = 'You are the best, thank you!', 'Nobody asked for this.', 'It rained all day.'
+        print(speeds(FOLDER, runpy.run_path('config/reddit.py'), texts))
+    elif not records:
         write_teacher(FOLDER)
     else:
         try:
