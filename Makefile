@@ -17,7 +17,7 @@ web: .venv/installed
 	python device/web.py config/demo.py
 
 test: .venv/installed
-	pytest -q -n 2
+	pytest -q -n 2 --dist worksteal
 
 .venv/installed: requirements.txt requirements-serve.txt requirements-device.txt
 	$(PYTHON) -m venv .venv

@@ -22,13 +22,13 @@ from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LogitsProcessor
 from transformers.utils import logging
 
-from config import can_compile, command, configure, pick_device, stop
+from config import can_compile, command, configure, pick_device, pick_dtype, stop
 from data import Shards, batches
 from evaluate import data_line
 from model import SeenRows, Student, StudentConfig
 from sample import Cache, generate, load_checkpoint
 from space import OutputSpace
-from teacher import (Drafts, Teacher, answer_fitting, load_model, load_tokenizer, peak_gb, pick_dtype,
+from teacher import (Drafts, Teacher, answer_fitting, load_model, load_tokenizer, peak_gb,
                      rounding)
 from train import distill_loss
 
@@ -340,7 +340,7 @@ if __name__ == '__main__':
         shards = Shards(dataset, name)
     except (FileNotFoundError, ValueError) as error:
         stop(f'{error}; run: {command("extract.py")}')
-    meta, dtype = shards.meta, pick_dtype(dtype, device)
+    meta, chosen, dtype = shards.meta, dtype, pick_dtype(dtype, device)
     teacher = teacher or meta['teacher']
     compiled = compile in ('True', 'true')
     if compile == 'auto' and what in ('extract', 'train'):
@@ -352,7 +352,8 @@ if __name__ == '__main__':
         engine = Teacher(load_model(teacher, dtype, device), meta['before'], space.output_ids)
         print(bench_extract(engine, space, shards, extract_batch, compiled))
     else:
-        checkpoint, student, space = load_checkpoint(Path('out', run or name), device)
+        of_student = 'float32' if what == 'train' else chosen
+        checkpoint, student, space = load_checkpoint(Path('out', run or name), device, dtype=of_student)
         train_rows, val_rows = shards.split()
         if what == 'train':
             print(bench_train(student, shards, train_rows, batch_size, dtype, compiled))

@@ -42,6 +42,7 @@ calls_per_day = 100_000  # 1..
 # instead
 compare = ''         # folders of runs, parted by commas: a table of them, and out/compare.png
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of a student's layers, as sample.py has it
 # of the config file, to say so where the student was trained with others
 fields = {}
 prompt = ''
@@ -432,13 +433,13 @@ def draw(out, shards, rows):
     return out / 'report.png'
 
 
-def compare_runs(folders, device, rounds=5):
+def compare_runs(folders, device, dtype, rounds=5):
     """prints a table of students (one 'student' line each) and writes out/compare.png: agreement against
     speed. The figures are those of each one's training; the speed is measured now, in alternating rounds, on
     the same number of its own held-out texts."""
     runs, times = [], []
     for folder in folders:
-        checkpoint, student, space = load_checkpoint(folder, device)
+        checkpoint, student, space = load_checkpoint(folder, device, dtype=dtype)
         task = checkpoint['config']
         shards = find_shards(task['dataset'], task['name'], checkpoint['task'])
         if not shards:
@@ -570,9 +571,9 @@ if __name__ == '__main__':
         stop('no task; run: python evaluate.py config/demo.py')
     device = pick_device(device)
     if compare:
-        sys.exit(compare_runs([Path(folder) for folder in compare.split(',')], device))
+        sys.exit(compare_runs([Path(folder) for folder in compare.split(',')], device, dtype))
     out = Path('out', run or name)
-    checkpoint, student, space = load_checkpoint(out, device, which)
+    checkpoint, student, space = load_checkpoint(out, device, which, dtype)
     note_changes(checkpoint['task'], fields, prompt)
     shards = find_shards(dataset, name, checkpoint['task'])
     if not shards:

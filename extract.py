@@ -28,15 +28,15 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from calibrate import find_priors, learn_bias, print_bias
-from config import (RANK, WORLD, can_compile, configure, end_ranks, on_stop, pick_device, start_ranks, stop,
-                    tell_all)
+from config import (RANK, WORLD, can_compile, configure, end_ranks, on_stop, pick_device, pick_dtype,
+                    start_ranks, stop, tell_all)
 from data import (FORMAT, Hashes, Shards, Writer, first_answers, first_tokens, read_meta, read_texts,
                   shard_folders, stored_hashes, text_hash, write_json)
 from evaluate import data_line, read_truth, truth_lines
 from labels import from_label
 from space import OutputSpace, special_ids, tokenizer_hash
 from teacher import (Drafts, Teacher, answer_fitting, encode_prompt, fingerprint, load_model, load_tokenizer,
-                     peak_gb, pick_dtype, verify_records)
+                     peak_gb, verify_records)
 
 # task
 name = ''            # word; names the shard data/<dataset>/<name>-00 and, in train.py, out/<name>

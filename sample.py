@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from config import command, configure, pick_device, stop
+from config import command, configure, pick_device, pick_dtype, stop
 from data import clean
 from model import Student, StudentConfig
 from space import OutputSpace, accepted, tokenizer_hash, value_name
@@ -50,6 +50,8 @@ min_confidence = 0.0  # 0..1 or 'target'; a record with a field below gets "_def
 ask_teacher = False  # ... or, with this, the teacher's answer and "_teacher": true
 teacher = ''         # file; the one to ask, as in extract.py; '': the one the student learned from
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of a student's layers; auto: bfloat16 where that is faster
+                     # and the student has many weights
 # of the config file, to say so where the student was trained with others
 fields = {}
 prompt = ''
@@ -75,9 +77,26 @@ def checkpoint_path(folder, which='best'):
     return Path(folder, 'ckpt.pt') if which == 'last' or not path.is_file() else path
 
 
-def load_checkpoint(folder, device, which='best'):
+def is_large(student):
+    """whether products are most of what its decoding takes; else lower precision would gain nothing."""
+    return sum(p.numel() for p in student.h.parameters()) > 1e7
+
+
+def lower_precision(student, dtype):
+    """lets the products of a student's layers be made in this type, in place: as a setting, see pick_dtype.
+    Norms, attention, the sum of the layers and the head stay in float32."""
+    device = student.lm_head.weight.device.type
+    if dtype == 'auto' and not is_large(student) or pick_dtype(dtype, device) != torch.bfloat16:
+        return
+    for module in student.h.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(torch.bfloat16)
+    student.forward = torch.autocast(device, torch.bfloat16)(student.forward)
+
+
+def load_checkpoint(folder, device, which='best', dtype='float32'):
     """folder of a training run -> checkpoint dict, Student, OutputSpace. SystemExit with one line where it
-    will not do. which: the 'best' epoch's, or the 'last' one's."""
+    will not do. which: the 'best' epoch's, or the 'last' one's. dtype: see lower_precision."""
     path = checkpoint_path(folder, which)
     if not path.is_file():
         stop(f'{path} does not exist; run: {command("train.py")}')
@@ -102,7 +121,8 @@ def load_checkpoint(folder, device, which='best'):
     if tokenizer_hash(tokenizer) != task['tokenizer_hash'] or space.output_ids != task['output_ids']:
         stop(f'{folder}/tokenizer.json is not the tokenizer {path} was trained with; '
              'copy the right one beside it')
-    return checkpoint, student.to(device).eval(), space
+    lower_precision(student.to(device).eval(), dtype)
+    return checkpoint, student, space
 
 
 def note_changes(task, fields, prompt):
@@ -164,13 +184,14 @@ class Cache:
         of the kept ones, those asked for -> like q."""
         H, n, D = q.shape[1:]
         for store, new in zip(self.store[layer], (k, v)):
-            store[self.slot, self.pos] = new[0].transpose(0, 1)  # (N, n_kv_head, D)
+            store[self.slot, self.pos] = new[0].transpose(0, 1).to(store.dtype)  # (N, n_kv_head, D)
         cell, T, mask = self.kept if kept else self.all
         k, v = self.store[layer, :, :self.B, :self.S].transpose(2, 3)  # (B, n_kv_head, S, D) each
         padded = q.new_zeros(self.B * T, H, D)
         padded[cell] = q[0].transpose(0, 1)
         padded = padded.view(self.B, T, H, D).transpose(1, 2)   # (B, H, T, D)
-        y = F.scaled_dot_product_attention(padded, k, v, attn_mask=mask, enable_gqa=self.gqa)
+        with torch.autocast(q.device.type, enabled=False):      # scores of bfloat16 are too coarse
+            y = F.scaled_dot_product_attention(padded, k, v, attn_mask=mask, enable_gqa=self.gqa)
         y = y.transpose(1, 2).reshape(-1, H, D)[cell]           # (B, H, T, D) -> (N or M, H, D)
         return y.transpose(0, 1)[None]
 
@@ -397,9 +418,9 @@ class Labeler:
     """
 
     def __init__(self, folder, device='auto', which='best', batch_size=64, constrain=True, too_long='cut',
-                 confidence=True, min_confidence=0.0, ask_teacher=False, teacher=''):
+                 confidence=True, min_confidence=0.0, ask_teacher=False, teacher='', dtype='auto'):
         device = pick_device(device)
-        self.checkpoint, self.student, self.space = load_checkpoint(folder, device, which)
+        self.checkpoint, self.student, self.space = load_checkpoint(folder, device, which, dtype)
         self.task, self.batch_size, self.constrain = self.checkpoint['task'], batch_size, constrain
         self.too_long, self.confidence = too_long, confidence
         self.min_confidence = find_threshold(self.checkpoint, min_confidence)
@@ -532,7 +553,7 @@ if __name__ == '__main__':
     if not (text is not None or input or piped or terminal):
         stop(f'nothing to label; give a text: {command("sample.py")} --text="...", --input=FILE, or a pipe')
     labeler = Labeler(Path('out', run or name), device, which, sample_batch, constrain, too_long, confidence,
-                      min_confidence, ask_teacher, teacher)
+                      min_confidence, ask_teacher, teacher, dtype)
     note_changes(labeler.task, fields, prompt)
     try:
         if text is not None:

@@ -56,6 +56,7 @@ max_waiting = 4096   # 1..; texts under way at a time; more are told to come aga
 sample_batch = 128   # 1..; texts decoded together; of 16 to 512 the fastest on 2 CPU cores
 too_long = 'cut'     # 'cut' or 'refuse'; what becomes of texts longer than the student reads
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of a student's layers, as sample.py has it
 # what the questions of decision clients mean
 true_value = {}      # {'toxicity': 'toxic'}: the value that a yes stands for, of a field with two
 ordered = []         # names of fields whose values are a scale, lowest first; integers always are
@@ -357,7 +358,7 @@ if __name__ == '__main__':
     if upstream and not (upstream_model and (min_confidence or audit)):
         stop('upstream needs upstream_model, and min_confidence or audit: else it is never asked')
     labeler = Labeler(Path('out', run or name), device, which, sample_batch, True, too_long,
-                      min_confidence=min_confidence)
+                      min_confidence=min_confidence, dtype=dtype)
     note_changes(labeler.task, fields, prompt)
     own = labeler.space.fields
     for field, yes in true_value.items():

@@ -21,7 +21,6 @@ import importlib
 import importlib.util
 import resource
 import sys
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,32 +85,6 @@ def load_model(teacher, dtype=torch.float32, device='cpu'):
     if 'gguf_file' in locate(teacher) and hasattr(transformers, 'GgufConfig'):  # older ones always unpack
         options['quantization_config'] = transformers.GgufConfig(dequantize=True)
     return from_pretrained(AutoModelForCausalLM, teacher, **options).to(device).eval()
-
-
-def products_per_s(dtype, size=1024):
-    """matrix products of this size that the CPU makes in a second; the best of five."""
-    a, times = torch.ones(size, size, dtype=dtype), []
-    for _ in range(6):  # the first warms up
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    return 1 / min(times[1:])
-
-
-def pick_dtype(dtype, device):
-    """'auto' -> bfloat16 where the hardware multiplies it faster, else float32; as a torch.dtype.
-
-    A GPU that has it is faster. A CPU that says so may be three times faster or half as fast, so it is
-    measured; one that does not is hundreds of times slower, and is not asked.
-    """
-    if dtype == 'auto':
-        cpu, faster = torch.cpu.get_capabilities(), False
-        if device.startswith('cuda'):
-            faster = torch.cuda.is_bf16_supported()
-        elif device == 'cpu' and (cpu.get('amx_bf16') or cpu.get('avx512_bf16')):
-            faster = products_per_s(torch.bfloat16) > 1.3 * products_per_s(torch.float32)
-        dtype = 'bfloat16' if faster else 'float32'
-    return getattr(torch, dtype)
 
 
 def encode_prompt(tokenizer, prompt, chat):

@@ -31,13 +31,13 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from config import (RANK, WORLD, can_compile, command, configure, end_ranks, on_stop, pick_device,
-                    start_ranks, stop, tell_all)
+                    pick_dtype, start_ranks, stop, tell_all)
 from data import Shards, batches
 from evaluate import data_line, draw, evaluate, linear_baseline, report_lines
 from model import SeenRows, Student, StudentConfig
-from sample import CHECKPOINT, load_checkpoint
+from sample import CHECKPOINT, is_large, load_checkpoint
 from space import OutputSpace, tokenizer_hash
-from teacher import load_model, load_tokenizer, pick_dtype
+from teacher import load_model, load_tokenizer
 
 # task
 name = ''              # word; data/<dataset>/<name>-* is read ...
@@ -239,6 +239,7 @@ class Training:
     seen: SeenRows = None  # None: the table is frozen
     track: object = None   # the tracker's module
     compiled: bool = False
+    precision: object = field(default_factory=nullcontext)  # of evaluations
     begun: float = field(default_factory=time.time)
 
     @contextmanager
@@ -392,7 +393,7 @@ def take_step(training, shards, rows, lr, grad_accum, grad_clip, token_dropout, 
 
 def end_epoch(training, epoch, shards, val_rows, batch_size, best_by, patience, last):
     """evaluates, logs and saves, in the first process. Whether it is enough: no better epoch for so long."""
-    with training.whole_table():
+    with training.whole_table(), training.precision:
         figures, per_field, *_ = evaluate(training.student, training.space, shards, val_rows, batch_size)
     training.figures, training.per_field = figures, per_field
     for line in report_lines(training.step, figures, per_field, training.linear):
@@ -511,6 +512,7 @@ if __name__ == '__main__':
                          'teacher_rec_s': teacher_rec_s}
     bf16 = tell_all(lambda: pick_dtype(dtype, device)) == torch.bfloat16
     autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if bf16 else nullcontext()
+    training.precision = autocast if is_large(training.student) else nullcontext()  # as sample.py has it
     if tracker and RANK == 0:
         training.track = importlib.import_module(tracker)
         training.track.init(project='distillation', name=out.name, config=facts['config'])

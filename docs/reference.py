@@ -23,13 +23,13 @@ from transformers.initialization import no_init_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
 from bench import clock, generate_held, stepwise
-from config import configure, stop
+from config import configure, pick_dtype, stop
 from data import read_meta
 from evaluate import data_line
 from model import Student, StudentConfig
-from sample import generate
+from sample import generate, lower_precision
 from space import OutputSpace
-from teacher import encode_prompt, load_model, load_tokenizer, peak_gb, pick_dtype
+from teacher import encode_prompt, load_model, load_tokenizer, peak_gb
 
 records = 0            # 0..; how many to reckon with; 0: make the teacher
 epochs = 15            # 1..
@@ -83,6 +83,7 @@ def speeds(folder, task, texts):
     others = [i for i in range(10, 10000) if i not in OutputSpace(*style).output_ids]
     space, rates = OutputSpace(*style, others[:n_others]), {'student': [], 'stepwise': [], 'teacher': []}
     student = Student(StudentConfig(output_vocab=task['output_vocab'], block_size=task['block_size'])).eval()
+    lower_precision(student, 'auto')
     prompt = {'before': before, 'after': after}
     for text in tqdm([texts[0], *texts], desc='decode', unit='text'):  # the first warms up
         ids = tokenizer(text, add_special_tokens=False)['input_ids']

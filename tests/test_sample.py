@@ -16,7 +16,7 @@ import torch
 import data
 from bench import stepwise
 from conftest import FIELDS, ROOT, SCHEMAS, clone_task, one_line, run, tiny_student
-from sample import Labeler, confidence_of, decode, generate, load_checkpoint, values
+from sample import Labeler, confidence_of, decode, generate, load_checkpoint, lower_precision, values
 from space import OutputSpace
 
 many = hypothesis.settings(max_examples=25, deadline=None, derandomize=True,
@@ -57,6 +57,31 @@ def test_any_schema_and_student_gives_valid_answers_equal_to_one_token_at_a_time
                 ]
                 assert space.from_json(
                     space.to_json(outs)) == outs if space.end_id is None else space.walk(outs) == space.done
+
+
+@pytest.mark.parametrize('n_prompt', [0, 3])
+def test_in_bfloat16_the_answers_are_those_of_float32_but_for_rounding(space, n_prompt):
+    model, rng = tiny_student(space, n_table=24, qk_norm=True, n_prompt=n_prompt), random.Random(0)
+    for name, p in model.named_parameters():
+        p.data = torch.randn_like(p) if name == 'prompt' else 4 * p.data if p.dim() == 2 else p.data
+    texts = [[rng.randrange(4, 500) for _ in range(rng.randint(1, 20))] for _ in range(40)]
+
+    def answers():
+        found = list(decode(model, space, texts, 16))
+        all_values = [values(model, space, ids, *answer) for ids, answer in zip(texts, found)]
+        return found, [p for of_text in all_values for row in of_text.values() for p in row]
+    lower_precision(model, 'auto')  # too small to gain by it
+    (before, p_before), reads = answers(), model.h[0].attn.c_attn
+    assert reads.weight.dtype == torch.float32 == before[0][1][0][1].dtype
+    lower_precision(model, 'bfloat16')
+    after, p_after = answers()
+    assert reads.weight.dtype == torch.bfloat16 and after[0][1][0][1].dtype == torch.float32
+    first = [torch.stack([decisions[0][1].nan_to_num(neginf=0) for _, decisions in found])
+             for found in (before, after)]                      # (texts, V) of the first decision
+    assert 0 < (first[0] - first[1]).norm() < 0.03 * first[0].norm()
+    assert np.mean([a[0] == b[0] for a, b in zip(before, after)]) >= 0.9
+    assert np.abs(np.subtract(p_before, p_after)).mean() < 0.02
+    assert np.mean([a[0] == b for a, b in zip(after, stepwise(model, space, texts))]) >= 0.95
 
 
 def test_a_record_costs_a_pass_per_decision_and_no_row_waits(space):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-import teacher as teacher_module
+import config as settings
 from conftest import FIELDS, PROMPT, load_teacher
 from space import OutputSpace
 from teacher import (Drafts, Teacher, answer, answer_fitting, attend, encode_prompt, fingerprint, load_model,
@@ -100,15 +100,15 @@ def test_a_fingerprint_is_the_same_in_float32_and_bfloat16_and_of_one_teacher_on
 
 def test_bfloat16_is_chosen_only_where_it_is_measured_to_be_faster(monkeypatch):
     rates = {torch.float32: 10.0, torch.bfloat16: 20.0}
-    monkeypatch.setattr(teacher_module, 'products_per_s', rates.__getitem__)
+    monkeypatch.setattr(settings, 'products_per_s', rates.__getitem__)
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': True})
-    assert teacher_module.pick_dtype('auto', 'cpu') == torch.bfloat16
+    assert settings.pick_dtype('auto', 'cpu') == torch.bfloat16
     rates[torch.bfloat16] = 5.0  # some have it and are slower
-    assert teacher_module.pick_dtype('auto', 'cpu') == torch.float32 and teacher_module.pick_dtype('bfloat16',
-                                                                                     'cpu') == torch.bfloat16
+    assert settings.pick_dtype('auto', 'cpu') == torch.float32
+    assert settings.pick_dtype('bfloat16', 'cpu') == torch.bfloat16
     rates.clear()  # where there is none, it is not even tried
     monkeypatch.setattr(torch.cpu, 'get_capabilities', dict)
-    assert teacher_module.pick_dtype('auto', 'cpu') == torch.float32
+    assert settings.pick_dtype('auto', 'cpu') == torch.float32
 
 
 def test_scores_of_hundreds_survive_bfloat16(teachers):
