@@ -1,5 +1,6 @@
 """What all tests share: a real tokenizer trained on a page of text, tiny teachers that read it, and a project
 in which the four commands have run. No network."""
+import fcntl
 import json
 import multiprocessing
 import os
@@ -47,7 +48,19 @@ def words():
 
 @pytest.fixture(scope='session')
 def teachers(tmp_path_factory, words):
-    """{family: directory of a teacher}"""
+    """{family: directory of a teacher}; made once for all of pytest's processes"""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if 'PYTEST_XDIST_WORKER' in os.environ else root
+    with open(root / 'lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / 'teachers').exists():
+            train_teachers(root / 'making', words)
+            (root / 'making').rename(root / 'teachers')
+    return {folder.name: folder for folder in (root / 'teachers').iterdir()}
+
+
+def train_teachers(root, words):
+    """writes a small one of each family to root."""
     rng = random.Random(0)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -69,12 +82,11 @@ def teachers(tmp_path_factory, words):
     gemma = transformers.Gemma3TextConfig(
         **sizes, head_dim=8, sliding_window=24, query_pre_attn_scalar=8,
         layer_types=['sliding_attention', 'sliding_attention', 'full_attention'])
-    folders, json_style = {}, SimpleNamespace(fields=FIELDS, indent=None, fence=False, end_id=None)
+    json_style = SimpleNamespace(fields=FIELDS, indent=None, fence=False, end_id=None)
     for family, cls, cfg in (('gemma', transformers.Gemma3ForCausalLM, gemma),
                              ('llama', transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes)),
                              ('qwen', transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**sizes))):
         torch.manual_seed(1)
-        folders[family] = tmp_path_factory.mktemp(family)
         model = cls(cfg)
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
         for step in range(200):  # mostly in the form asked for, with labels that depend on the text
@@ -88,9 +100,8 @@ def teachers(tmp_path_factory, words):
             model(idx, labels=idx.masked_fill(idx == 0, -100)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        model.eval().save_pretrained(folders[family])
-        wrapped.save_pretrained(folders[family])
-    return folders
+        model.eval().save_pretrained(root / family)
+        wrapped.save_pretrained(root / family)
 
 
 @pytest.fixture(scope='session')
