@@ -59,6 +59,22 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
+def attend(q, k, v, mask, scale, softcap=None):
+    """q (B, n_kv, T, D), k and v (B, n_kv, S, D), mask to be added to the scores, or None -> values (B, n_kv,
+    T, D), and the logsumexp of the scores (B, n_kv, T). Scores are in float32, also between bfloat16: where
+    they reach hundreds, as Qwen's do, those of bfloat16 are whole units apart."""
+    if q.device.type == 'cpu' and softcap is None:              # what F.scaled_dot_product_attention calls
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(q, k, v, attn_mask=mask, scale=scale)
+    scores = q.float() @ k.float().mT * scale                   # (B, n_kv, T, S)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores + mask
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
 class RMSNorm(nn.RMSNorm):
     """https://arxiv.org/abs/1910.07467, in its weight's precision: autocast's products have less"""
 

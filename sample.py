@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 
 from config import command, configure, pick_device, pick_dtype, stop
 from data import clean
-from model import Student, StudentConfig
+from model import Student, StudentConfig, attend
 from space import OutputSpace, accepted, tokenizer_hash, value_name
 
 name = ''            # word; out/<name> is the student ...
@@ -140,14 +140,15 @@ def note_changes(task, fields, prompt):
 
 class Cache:
     """keys and values of rows, and the attention of new tokens to them. A row is a slot that can be used
-    again."""
+    again. Those of a prompt that the student keeps are the same for all rows."""
 
     def __init__(self, student):
         c, p = student.config, student.lm_head.weight
-        sizes = c.n_layer, 2, 0, c.n_prompt + c.block_size, c.n_kv_head, student.h[0].attn.head_size
+        sizes = c.n_layer, 2, 0, c.block_size, c.n_kv_head, student.h[0].attn.head_size
         self.store = torch.zeros(sizes, dtype=p.dtype, device=p.device)  # (n_layer, 2, B, S, n_kv_head, D)
-        self.prompt = student.prompt.transpose(2, 3) if c.n_prompt else None  # (n_layer, 2, P, n_kv_head, D)
-        self.gqa = c.n_head != c.n_kv_head
+        self.n_prompt, self.gqa = c.n_prompt, c.n_head != c.n_kv_head
+        self.prompt = student.prompt if c.n_prompt else None    # (n_layer, 2, n_kv_head, P, D)
+        self.fold = c.n_head // c.n_kv_head if c.n_prompt else 1
 
     def place(self, slots, starts, counts, asked):
         """where the coming N tokens go: for each of R rows its slot, the position of its first new token,
@@ -156,44 +157,53 @@ class Cache:
         device, B = self.store.device, max(slots) + 1
         if B > self.store.size(2):
             more = self.store.new_zeros(*self.store.shape[:2], B - self.store.size(2), *self.store.shape[3:])
-            if self.prompt is not None:  # as if every row had read it
-                more[:, :, :, :self.prompt.size(2)] = self.prompt[:, :, None]
             self.store = torch.cat((self.store, more), 2)
         ends, slot = np.cumsum(counts), np.repeat(slots, counts)  # (R,), (N,)
         pos = np.arange(len(slot)) + np.repeat(np.array(starts) - ends + counts, counts)  # (N,)
         keep = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, asked)])  # (M,)
-        self.B, self.S = B, int(pos.max()) + 1
-        self.all, self.kept = self.grid(slot, pos, counts), self.grid(slot[keep], pos[keep], asked)
-        self.slot, self.pos, keep = (torch.from_numpy(x).to(device) for x in (slot, pos, keep))
-        return self.pos[None], keep
+        at = pos - self.n_prompt                                # (N,) where in its row
+        self.B, self.S = B, int(at.max()) + 1
+        self.all, self.kept = self.grid(slot, at, counts), self.grid(slot[keep], at[keep], asked)
+        self.slot, self.at, pos, keep = (torch.from_numpy(x).to(device) for x in (slot, at, pos, keep))
+        return pos[None], keep
 
-    def grid(self, slot, pos, counts):
-        """for attention N tokens are padded to (B, T): the cell of each (N,), T, and the mask (B, 1, T,
-        S)."""
+    def grid(self, slot, at, counts):
+        """for attention N tokens are padded to (B, T): the cell of each (N,), T, and what is added to the
+        scores (B, 1, T, S), or of all H / n_kv_head heads that share a key (B, 1, H / n_kv_head * T, S)."""
         T, device = max(counts), self.store.device
         col = np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts, counts)  # (N,) which of its row's
         cell = slot * T + col
         padded = np.zeros(self.B * T, np.int64)
-        padded[cell] = pos
+        padded[cell] = at
         until = torch.from_numpy(padded).to(device).view(self.B, 1, T, 1)
-        mask = torch.arange(self.S, device=device) <= until     # its row, up to itself
+        hidden = torch.arange(self.S, device=device) > until    # (B, 1, T, S): it sees its row up to itself
+        mask = torch.zeros(hidden.shape, dtype=self.store.dtype, device=device)
+        mask = mask.masked_fill_(hidden, -math.inf).repeat(1, 1, self.fold, 1)
         return torch.from_numpy(cell).to(device), T, mask
 
     def attend(self, layer, q, k, v, kept):
         """k and v (1, n_kv_head, N, D) of the placed tokens; q (1, H, N, D) of all of them, or (1, H, M, D)
         of the kept ones, those asked for -> like q."""
-        H, n, D = q.shape[1:]
+        (H, n, D), n_kv_head = q.shape[1:], k.size(1)
         for store, new in zip(self.store[layer], (k, v)):
-            store[self.slot, self.pos] = new[0].transpose(0, 1).to(store.dtype)  # (N, n_kv_head, D)
+            store[self.slot, self.at] = new[0].transpose(0, 1).to(store.dtype)  # (N, n_kv_head, D)
         cell, T, mask = self.kept if kept else self.all
         k, v = self.store[layer, :, :self.B, :self.S].transpose(2, 3)  # (B, n_kv_head, S, D) each
         padded = q.new_zeros(self.B * T, H, D)
         padded[cell] = q[0].transpose(0, 1)
         padded = padded.view(self.B, T, H, D).transpose(1, 2)   # (B, H, T, D)
+        to_rows = lambda y: y.transpose(1, 2).reshape(-1, *y.shape[1:2], *y.shape[3:])[cell]  # (n, H, ...)
         with torch.autocast(q.device.type, enabled=False):      # scores of bfloat16 are too coarse
-            y = F.scaled_dot_product_attention(padded, k, v, attn_mask=mask, enable_gqa=self.gqa)
-        y = y.transpose(1, 2).reshape(-1, H, D)[cell]           # (B, H, T, D) -> (N or M, H, D)
-        return y.transpose(0, 1)[None]
+            if self.prompt is None:
+                y = to_rows(F.scaled_dot_product_attention(padded, k, v, attn_mask=mask, enable_gqa=self.gqa))
+                return y.transpose(0, 1)[None]
+            # the prompt is one product for all rows; the parts are put together as in teacher.py
+            y, lse = attend(padded.reshape(self.B, n_kv_head, -1, D), k, v, mask, D ** -0.5)
+            y, lse = to_rows(y.reshape(self.B, H, T, D)), to_rows(lse.reshape(self.B, H, T))
+            prompt = self.prompt[layer, :, None]                # (2, 1, n_kv_head, P, D)
+            y_prompt, lse_prompt = attend(q.reshape(1, n_kv_head, -1, D), *prompt, None, D ** -0.5)
+            share = torch.sigmoid(lse_prompt.reshape(H, n) - lse.T)[..., None]
+            return torch.lerp(y.transpose(0, 1), y_prompt.reshape(H, n, D), share)[None]
 
 
 @dataclass

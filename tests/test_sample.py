@@ -38,7 +38,8 @@ def test_any_schema_and_student_gives_valid_answers_equal_to_one_token_at_a_time
         hypothesis.reject()
     texts = data.draw(st.lists(st.lists(st.integers(4, 499), max_size=20), min_size=1, max_size=7))
     model = tiny_student(space, data.draw(st.integers(0, 9)), block_size=21 + space.max_answer,
-                         n_kv_head=data.draw(st.sampled_from([1, 4])), n_prompt=data.draw(st.sampled_from([0, 3])),
+                         n_kv_head=data.draw(st.sampled_from([1, 2, 4])),
+                         n_prompt=data.draw(st.sampled_from([0, 3])),
                          after=data.draw(st.sampled_from([(), (7, 9)])))
     for name, p in model.named_parameters():
         p.data = torch.randn_like(p) if name == 'prompt' else 4 * p.data  # decisions that are not near ties
