@@ -63,12 +63,10 @@ block_size = 75        # 2..; text + answer tokens; the start-up check says what
 dropout = 0.0          # 0..1
 token_dropout = 0.0    # 0..1; share of text tokens hidden at each step, against learning few texts by heart
 # loss and curriculum
-divergence = 'forward'  # 'forward', 'reverse', 'jsd'; KL from the teacher's distribution, to it, or a mixture
-jsd_beta = 0.5         # 0..1; weight of the teacher in the mixture of jsd
-kl_start = 1.0         # 0..1; weight of the divergence at the first step ...
+kl_start = 1.0         # 0..1; weight of the KL at the first step ...
 kl_end = 1.0           # 0..1; ... and at the last, on a cosine; the rest of 1 is the cross-entropy's
-kd_temperature = 0.1   # 0.001..; tau: both's logits are divided by it in the divergence. Above 1 it softens,
-                       # below 1 it sharpens, and near ties weigh more: that agreed most (docs/results.md)
+kd_temperature = 0.1   # 0.001..; tau: both's logits are divided by it in the KL. Above 1 it softens, below 1
+                       # it sharpens, and near ties weigh more: that agreed most (docs/results.md)
 kd_anneal = True       # from kd_temperature to 1 over the run, in a line
 # optimizer
 max_epochs = 15        # 1..
@@ -100,31 +98,23 @@ config = configure(globals())
 # loss and schedule
 
 
-def distill_loss(logits, teacher_logits, targets, kl_weight, temperature=1.0, divergence='forward',
-                 jsd_beta=0.5):
+def distill_loss(logits, teacher_logits, targets, kl_weight, temperature=1.0):
     """logits (..., V) of the student; teacher_logits the same shape; targets (...) output indices, -1 =
     ignore.
 
     Returns (loss, kl, ce, n): sums over the n positions with a target, in nats; divide by the step's token
-    count. loss = kl_weight * tau^2 * kl + (1 - kl_weight) * ce. kl is the divergence of p (teacher) and q
-    (student) at temperature tau over the output vocabulary, 0 when they are equal; ce is the cross-entropy
-    with the teacher's token. tau^2 (Hinton et al. 2015, https://arxiv.org/abs/1503.02531) makes the kl's
-    gradient tau (q - p): at a near tie much the same for every tau, at a clear decision less, the lower tau
-    is. float32.
+    count. loss = kl_weight * tau^2 * kl + (1 - kl_weight) * ce. kl is KL(p || q) of the distributions p
+    (teacher) and q (student) at temperature tau over the output vocabulary, 0 when they are equal; ce is the
+    cross-entropy with the teacher's token. tau^2 (Hinton et al. 2015, https://arxiv.org/abs/1503.02531) makes
+    the kl's gradient tau (q - p): at a near tie much the same for every tau, at a clear decision less, the
+    lower tau is. float32.
     """
     keep = targets >= 0
     logits, targets = logits[keep].float(), targets[keep]       # (n, V), (n,)
     teacher_logits = teacher_logits[keep].float()               # (n, V)
     log_p = F.log_softmax(teacher_logits / temperature, dim=-1)  # (n, V)
     log_q = F.log_softmax(logits / temperature, dim=-1)
-    kl_div = lambda log_a, log_b: F.kl_div(log_b, log_a, reduction='sum', log_target=True)  # KL(a || b)
-    if divergence == 'forward':                                 # covers all that the teacher might say
-        kl = kl_div(log_p, log_q)
-    elif divergence == 'reverse':  # seeks its modes; MiniLLM, https://arxiv.org/abs/2306.08543
-        kl = kl_div(log_q, log_p)
-    else:  # generalised Jensen-Shannon; GKD, https://arxiv.org/abs/2306.13649
-        log_m = torch.logaddexp(log_p + math.log(jsd_beta), log_q + math.log(1 - jsd_beta))
-        kl = jsd_beta * kl_div(log_p, log_m) + (1 - jsd_beta) * kl_div(log_q, log_m)
+    kl = F.kl_div(log_q, log_p, reduction='sum', log_target=True)  # covers all that the teacher might say
     ce = F.cross_entropy(logits, targets, reduction='sum')
     return kl_weight * temperature ** 2 * kl + (1 - kl_weight) * ce, kl.detach(), ce.detach(), len(targets)
 
@@ -541,10 +531,9 @@ if __name__ == '__main__':
         lr, kl_weight, tau = schedule(training.step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end,
                                       kd_temperature, kd_anneal)
         torch.manual_seed((seed + training.step) * WORLD + RANK)  # dropout too is a function of the step
-        loss_options = dict(kl_weight=kl_weight, temperature=tau, divergence=divergence, jsd_beta=jsd_beta)
         try:
             step_sums, gnorm = take_step(training, shards, train_rows[order[k]], lr, grad_accum, grad_clip,
-                                         token_dropout, autocast, **loss_options)
+                                         token_dropout, autocast, kl_weight=kl_weight, temperature=tau)
         except FloatingPointError as error:
             bar.close()
             stop(str(error))
