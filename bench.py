@@ -26,7 +26,7 @@ from config import can_compile, command, configure, pick_device, pick_dtype, sto
 from data import Shards, batches
 from evaluate import data_line
 from model import SeenRows, Student, StudentConfig
-from sample import Cache, generate, load_checkpoint
+from sample import Cache, generate, load_checkpoint, lower_precision
 from space import OutputSpace
 from teacher import (Drafts, Teacher, answer_fitting, load_model, load_tokenizer, peak_gb,
                      rounding)
@@ -38,7 +38,7 @@ run = ''             # word; out/<run> is the student; '': out/<name>
 what = 'extract'     # 'extract', 'train', 'decode', 'serve'; see above
 teacher = ''         # file; loaded as extract.py does
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
-dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; as extract.py and train.py have it
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; as the other programs have it
 extract_batch = 128  # 1..; texts answered together
 compile = 'auto'     # 'auto', 'True', 'False', 'true', 'false'; auto: as they would in a long run
 batch_size = 64      # 1..; records per training step
@@ -295,7 +295,7 @@ def bench_style(style, student, space, texts, device, batch_size):
         'passes': len(calls) / len(parts), 'identical': float(np.mean(same))})
 
 
-def bench_decode(student, space, task, texts, teacher, device, n_generate=32):
+def bench_decode(student, space, task, texts, teacher, device, dtype, n_generate=32):
     """prints bench lines: the student's decoding beside one token at a time, alone and in batches of 64, in
     the task's style and fenced (there with a student of the same shape and random weights); its latency; and
     records/s beside the teacher's, through generate and through our own engine."""
@@ -303,6 +303,7 @@ def bench_decode(student, space, task, texts, teacher, device, n_generate=32):
     shape = asdict(student.config) | {'output_vocab': len(fenced.output_ids),
                                       'block_size': task['max_text'] + fenced.max_answer}
     random_student = Student(StudentConfig(**shape)).to(device).eval()
+    lower_precision(random_student, dtype)
     for style, its_student, its_space in (('own', student, space), ('fenced', random_student, fenced)):
         for batch in (1, 64):
             print(bench_style(style, its_student, its_space, texts, device, batch))
@@ -311,7 +312,7 @@ def bench_decode(student, space, task, texts, teacher, device, n_generate=32):
                               'p99_ms': float(np.quantile(times, 0.99))}))
     student_gb = peak_gb(device)
 
-    large = load_model(teacher, torch.float32 if device == 'cpu' else torch.bfloat16, device)
+    large = load_model(teacher, pick_dtype(dtype, device), device)
     engine, drafts = Teacher(large, task['before'], space.output_ids), Drafts(space)
     ask = lambda some: answer_fitting(engine, space, drafts, some, task['after'])[0]
     for outs, *_ in ask(texts[-64:]):
@@ -363,8 +364,8 @@ if __name__ == '__main__':
             large, task = load_model(teacher, dtype, device), checkpoint['task']
             encode = lambda text: space.tokenizer.encode(text, add_special_tokens=False).ids
             answer = lambda text: space.to_json(generate_held(large, space, task, [encode(text)])[0])
-            args = [f'--name={name}', f'--run={run}', f'--device={device}']
+            args = [f'--name={name}', f'--run={run}', f'--device={device}', f'--dtype={chosen}']
             bench_serve(args, student, space, texts, answer)
         else:
             texts = [shards.ids(i).tolist() for i in val_rows[:256]]
-            bench_decode(student, space, checkpoint['task'], texts, teacher, device)
+            bench_decode(student, space, checkpoint['task'], texts, teacher, device, chosen)

@@ -42,7 +42,7 @@ calls_per_day = 100_000  # 1..
 # instead
 compare = ''         # folders of runs, parted by commas: a table of them, and out/compare.png
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
-dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of a student's layers, as sample.py has it
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of a large student's layers, as in sample.py
 # of the config file, to say so where the student was trained with others
 fields = {}
 prompt = ''
@@ -388,14 +388,14 @@ def draw_confusion(ax, field, values, ours, theirs):
     ax.set_yticks(range(len(names)), names, fontsize=7)
 
 
-def draw(out, shards, rows):
+def draw(out, shards, rows, dtype='float32'):
     """writes out/report.png: the training, agreement per field beside its baselines, a reliability diagram
     and the confusion of every field, on these held-out records. Returns its path, or None without matplotlib
     or a log."""
     plt = start_drawing()
     if not plt or not (out / 'log.txt').is_file():
         return None
-    checkpoint, student, space = load_checkpoint(out, 'cpu')
+    checkpoint, student, space = load_checkpoint(out, 'cpu', dtype=dtype)
     _, per_field, answers, decisions = evaluate(student, space, shards, rows)
     ours, theirs = field_texts(space, answers), field_texts(space, [shards.answer(i).tolist() for i in rows])
     n = max(3, len(per_field))
@@ -600,5 +600,5 @@ if __name__ == '__main__':
         set_target(out, which, sure, right, target_agreement)
     print_examples(space, shards, rows, answers, examples)
     print_in_words(figures, checkpoint['linear'], money)
-    if picture := draw(out, shards, rows[:500]):
+    if picture := draw(out, shards, rows[:500], dtype):
         print(f'{picture} shows the training, the fields, the confidence and the confusions')

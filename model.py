@@ -244,13 +244,13 @@ class Student(nn.Module):
         shape, kinds = teacher_shape(teacher.config)
         n, n_all = sizes['n_layer'], len(kinds)
         if n > n_all:
-            raise ValueError(f'n_layer = {n}, but the teacher has {n_all}')
+            raise ValueError(f'n_layer = {n}, but the model it starts from has {n_all}')
         ropes = sorted(set(kinds))  # each kind of attention has its own rotation
         rope_of_layer = tuple(ropes.index(kind) for kind in kinds[:n])
         text = teacher.config.get_text_config()
         window, sees = getattr(text, 'sliding_window', None), len(before) + sizes['block_size']
         if before and window and window < sees and 'sliding_attention' in kinds[:n]:
-            raise ValueError(f'some of the teacher\'s layers see {window} tokens, prompt and text have '
+            raise ValueError(f'some of these layers see {window} tokens, prompt and text have '
                              f'{sees}: set keep_prompt = False')
         kept = {'n_prompt': len(before), 'after': tuple(after), 'rope_of_layer': rope_of_layer}
         student = cls(StudentConfig(**{**sizes, **shape, **kept}))
@@ -308,8 +308,8 @@ def teacher_shape(config):
 def copy_table(student, teacher):
     """the teacher's input embedding, with the scale it is multiplied by."""
     embed = teacher.get_input_embeddings()
-    n_rows = len(student.wte.weight)  # the teacher's may be padded
-    student.wte.weight.copy_(embed.weight[:n_rows] * getattr(embed, 'embed_scale', 1.0))
+    rows = embed.weight[:len(student.wte.weight)]  # it may be padded, or lack a token that no text has
+    student.wte.weight[:len(rows)].copy_(rows * getattr(embed, 'embed_scale', 1.0))
 
 
 @torch.no_grad()

@@ -50,8 +50,8 @@ min_confidence = 0.0  # 0..1 or 'target'; a record with a field below gets "_def
 ask_teacher = False  # ... or, with this, the teacher's answer and "_teacher": true
 teacher = ''         # file; the one to ask, as in extract.py; '': the one the student learned from
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
-dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of a student's layers; auto: bfloat16 where that is faster
-                     # and the student has many weights
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of the layers of a student with many weights; auto:
+                     # bfloat16 where that is faster
 # of the config file, to say so where the student was trained with others
 fields = {}
 prompt = ''
@@ -83,10 +83,10 @@ def is_large(student):
 
 
 def lower_precision(student, dtype):
-    """lets the products of a student's layers be made in this type, in place: as a setting, see pick_dtype.
-    Norms, attention, the sum of the layers and the head stay in float32."""
+    """lets the products of a large student's layers be made in this type, in place: as a setting, see
+    pick_dtype. Norms, a cache's attention, the sum of the layers and the head stay in float32."""
     device = student.lm_head.weight.device.type
-    if dtype == 'auto' and not is_large(student) or pick_dtype(dtype, device) != torch.bfloat16:
+    if not is_large(student) or pick_dtype(dtype, device) != torch.bfloat16:
         return
     for module in student.h.modules():
         if isinstance(module, torch.nn.Linear):
@@ -109,7 +109,7 @@ def load_checkpoint(folder, device, which='best', dtype='float32'):
             stop(f'{path} has format {checkpoint["format"]}, this version reads {CHECKPOINT}; train again')
         with NoInit():
             student = Student(StudentConfig(**checkpoint['student']))
-        student.load_state_dict(checkpoint['model'], assign=True)  # a frozen table stays in half precision
+        student.load_state_dict(checkpoint.pop('model'), assign=True)  # a frozen table stays in half precision
     except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, TypeError) as error:
         stop(f'{path} is not a whole checkpoint ({type(error).__name__}); train again')
     task = checkpoint['task']

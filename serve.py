@@ -56,7 +56,7 @@ max_waiting = 4096   # 1..; texts under way at a time; more are told to come aga
 sample_batch = 128   # 1..; texts decoded together; of 16 to 512 the fastest on 2 CPU cores
 too_long = 'cut'     # 'cut' or 'refuse'; what becomes of texts longer than the student reads
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
-dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of a student's layers, as sample.py has it
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of a large student's layers, as in sample.py
 # what the questions of decision clients mean
 true_value = {}      # {'toxicity': 'toxic'}: the value that a yes stands for, of a field with two
 ordered = []         # names of fields whose values are a scale, lowest first; integers always are

@@ -203,8 +203,8 @@ def new_student(sizes, init_from, start_model, teacher_layers, keep_prompt, free
 FREE = ('device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum', 'overwrite', 'save_steps',
         'tracker')
 
-# settings that older checkpoints do not have yet, as they were then
-SINCE = {'keep_prompt': False, 'start_model': ''}
+# settings that older checkpoints do not have, as they were then, or only older ones, as it is now
+SINCE = {'keep_prompt': False, 'start_model': '', 'divergence': 'forward'}
 
 # what of meta.json a checkpoint keeps: all that it takes to answer, and to ask the teacher
 TASK = ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'tokenizer_hash',
@@ -568,7 +568,7 @@ if __name__ == '__main__':
     if training.step < n_steps and not enough:
         print(f'stopped after step {training.step} of {n_steps}; the same command goes on')
         sys.exit()
-    draw(out, shards, val_rows[:500])
+    draw(out, shards, val_rows[:500], dtype)
     if training.best['step'] == n_steps:
         print(f'the last epoch was the best: more (max_epochs = {2 * max_epochs}) may be better still')
     print(f'trained; best {best_by} at step {training.best["step"]}. Look: {command("evaluate.py")}. '

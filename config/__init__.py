@@ -260,7 +260,7 @@ def pick_dtype(dtype, device):
     if dtype == 'auto':
         cpu, faster = torch.cpu.get_capabilities(), False
         if device.startswith('cuda'):
-            faster = torch.cuda.is_bf16_supported()
+            faster = torch.cuda.is_bf16_supported(including_emulation=False)
         elif device == 'cpu' and (cpu.get('amx_bf16') or cpu.get('avx512_bf16')):
             faster = products_per_s(torch.bfloat16) > 1.3 * products_per_s(torch.float32)
         dtype = 'bfloat16' if faster else 'float32'
