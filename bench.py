@@ -28,8 +28,7 @@ from evaluate import data_line
 from model import SeenRows, Student, StudentConfig
 from sample import Cache, generate, load_checkpoint, lower_precision
 from space import OutputSpace
-from teacher import (Drafts, Teacher, answer_fitting, load_model, load_tokenizer, peak_gb,
-                     rounding)
+from teacher import Drafts, Teacher, answer_fitting, load_model, load_tokenizer, peak_gb, rounding
 from train import distill_loss
 
 name = ''            # word; data/<dataset>/<name>-* has the texts
