@@ -114,7 +114,10 @@ class Attention(nn.Module):
             with torch.autocast('cpu', enabled=False):      # in bfloat16 a CPU's gradient is 9 times slower
                 y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask, dropout_p=dropout,
                                                    is_causal=mask is None, enable_gqa=gqa)
-        return self.c_proj(y.transpose(1, 2).flatten(2))    # (B, H, T, D) -> (B, T, H * D) -> (B, T, C)
+        y = y.transpose(1, 2).flatten(2)                    # (B, H, T, D) -> (B, T, H * D)
+        if keep is not None:                                # (M, H * D); attend has cut it already
+            y = y.flatten(0, 1)[keep] if attend is None else y[0]
+        return self.c_proj(y)                               # (B, T, C), or (M, C)
 
 
 class MLP(nn.Module):
@@ -141,8 +144,8 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, prompt=None, attend=None, keep=None):
-        y = self.attn(self.norm_1(x), cos, sin, prompt, attend, keep)  # (B, T, C), or (1, M, C): keep
-        x = (x if keep is None else x[:, keep]) + self.drop(self.post_1(y))
+        y = self.attn(self.norm_1(x), cos, sin, prompt, attend, keep)  # (B, T, C), or (M, C): keep
+        x = (x if keep is None else x.flatten(0, 1)[keep]) + self.drop(self.post_1(y))
         return x + self.drop(self.post_2(self.mlp(self.norm_2(x))))
 
 
@@ -184,9 +187,9 @@ class Student(nn.Module):
         """idx (B, T) ids, rows padded on the right -> logits over the output vocabulary.
 
         Without targets (B, T, V). With targets (B, T) only where targets >= 0, as (n, V) in row order: the
-        head never sees a text position. With a cache (sample.Cache) idx (1, N) are the new tokens of several
-        rows one after another, pos (1, N) their positions, counted from the prompt's first token, keep (M,)
-        those whose output is asked for, and the result is (M, V).
+        head never sees a text position. With keep (M,) only of these of the B * T tokens, as (M, V). With a
+        cache (sample.Cache) idx (1, N) are the new tokens of several rows one after another, and pos (1, N)
+        their positions, counted from the prompt's first token.
         """
         T = idx.size(1)
         if cache is None:
@@ -204,11 +207,9 @@ class Student(nn.Module):
             attend = None if cache is None else partial(cache.attend, i)
             asked = keep if i == len(self.h) - 1 else None  # the last layer answers only for these
             x = block(x, cos[rope], sin[rope], prompt, attend, asked)
-        x = self.norm_f(x if targets is None else x[targets >= 0])  # (B, T, C) or (n, C)
-        if torch.is_autocast_enabled(x.device.type):            # bfloat16 logits near 10 are 0.06 apart
-            with torch.autocast(x.device.type, enabled=False):
-                return self.lm_head(x if cache is None else x[0])
-        return self.lm_head(x if cache is None else x[0])
+        x = self.norm_f(x if targets is None else x[targets >= 0])  # (B, T, C), (n, C) or (M, C)
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 logits near 10 are 0.06 apart
+            return self.lm_head(x)
 
     def param_groups(self, weight_decay):
         """AdamW groups: matrices decay; the embedding and the norms do not (a row unseen in a batch must not

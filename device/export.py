@@ -18,8 +18,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
 from config import configure, stop
@@ -47,56 +45,21 @@ FORMAT = 1  # of the folder: the version in task.json that the runners look for
 # the graph
 
 
-class OnDevice(nn.Module):
-    """ids (B, T) and which of the B * T positions are asked (M,) -> logits (M, V): the student's own forward
-    pass, with attention in place of the decoder's cache that remembers nothing."""
-
-    def __init__(self, student):
-        super().__init__()
-        self.student = student
-
-    def forward(self, ids, asked):
-        B, T = ids.shape
-        self.shape, self.asked = (B, T), asked
-        column = self.student.config.n_prompt + torch.arange(T).expand(B, T).reshape(1, -1)  # (1, B * T)
-        return self.student(ids.reshape(1, -1), cache=self, pos=column, keep=asked)
-
-    def attend(self, layer, q, k, v, kept):
-        """q (1, H, B * T, D), or (1, H, M, D) where kept: of the asked positions; k and v (1, n_kv_head,
-        B * T, D) -> like q. As in sample.Cache, but each token of a row is new."""
-        (B, T), (H, _, D), gqa = self.shape, q.shape[1:], q.size(1) != k.size(1)
-        P, until = self.student.config.n_prompt, torch.arange(T)
-        rows = lambda x: x[0].transpose(0, 1).reshape(B, T, -1, D).transpose(1, 2)  # (B, heads, T, D)
-        k, v = rows(k), rows(v)
-        if P:
-            old = self.student.prompt[layer]                    # (2, n_kv_head, P, D)
-            k, v = (torch.cat((o.expand(B, -1, -1, -1), new), 2) for o, new in zip(old, (k, v)))
-        sees = torch.arange(P + T) <= P + until[:, None]        # (T, P + T)
-        if not kept:
-            how = {'attn_mask': sees} if P else {'is_causal': True}
-            y = F.scaled_dot_product_attention(rows(q), k, v, enable_gqa=gqa, **how)
-            return y.transpose(1, 2).reshape(1, -1, H, D).transpose(1, 2)
-        row = torch.arange(B)[:, None].expand(B, T).reshape(-1)[self.asked]  # (M,)
-        mask = sees[until.expand(B, T).reshape(-1)[self.asked]][:, None, None]  # (M, 1, 1, P + T)
-        q = q[0].transpose(0, 1)[:, :, None]                    # (M, H, 1, D)
-        y = F.scaled_dot_product_attention(q, k[row], v[row], attn_mask=mask, enable_gqa=gqa)
-        return y[:, :, 0].transpose(0, 1)[None]                 # (1, H, M, D)
-
-
 def write_onnx(student, path):
-    """the student as an ONNX graph of standard operators, which compute the same in every runtime. 8-bit weights
-    are stored as they are, Cast and Mul make numbers of them when the graph is loaded or a row is looked up;
-    activations are never rounded, since runtimes differ in how. Operator set 23 has attention and RMSNorm as
-    one operator each, an eighth faster than set 20's."""
+    """the student's forward pass as an ONNX graph of standard operators, which compute the same in every runtime:
+    ids (B, T) and which of the B * T positions are asked (M,) -> logits (M, V). 8-bit weights are stored as they
+    are, Cast and Mul make numbers of them when the graph is loaded or a row is looked up; activations are never
+    rounded, since runtimes differ in how. Operator set 23 has attention and RMSNorm as one operator each, an
+    eighth faster than set 20's."""
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
     dim = torch.export.Dim
     T = dim('T', min=2, max=student.config.block_size)
-    shapes = {0: dim('B', max=65536), 1: T}, {0: dim('M', max=65536)}
-    example = torch.zeros(3, 7, dtype=torch.long), torch.tensor([6, 13, 16, 20])
+    shapes = {'idx': {0: dim('B', max=65536), 1: T}, 'keep': {0: dim('M', max=65536)}}
+    example = {'idx': torch.zeros(3, 7, dtype=torch.long), 'keep': torch.tensor([6, 13, 16, 20])}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         program = torch.onnx.export(
-            OnDevice(student), example, dynamic_shapes=shapes, opset_version=23, optimize=False, verbose=False,
+            student, kwargs=example, dynamic_shapes=shapes, opset_version=23, optimize=False, verbose=False,
             input_names=['ids', 'asked'], output_names=['logits'], dynamo=True, external_data=False)
         program.optimize()  # folds what is constant and small; the 8-bit matrices stay
     model = program.model_proto

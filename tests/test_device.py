@@ -25,7 +25,7 @@ import onnxruntime
 
 from conftest import FIELDS, PROMPT, ROOT, SCHEMAS, one_line, run, tiny_student
 from data import write_json
-from device.export import RUNNERS, OnDevice, make_task, write_onnx
+from device.export import RUNNERS, make_task, write_onnx
 from device.run import Student as Runner
 from device.shrink import Int8, choose_tokens, fold_table, pieces_of, round_to_int8, trim, trim_tokenizer
 from device.web import PARTS, Handler, fetch_parts
@@ -168,9 +168,11 @@ def test_a_folded_table_gives_the_same_logits(space):
 
 @pytest.mark.parametrize('int8, shape', [
     (False, dict()), (True, dict(n_kv_head=4, n_table=48)), (False, dict(qkv_bias=True, activation='silu')),
-    (True, dict(qk_norm=True, sandwich=True, head_size=6, rope_of_layer=(0, 0)))])
+    (True, dict(qk_norm=True, sandwich=True, head_size=6, rope_of_layer=(0, 0))), (False, dict(n_prompt=5))])
 def test_the_graph_computes_what_the_student_does(space, tmp_path, int8, shape):
     student = fold_table(tiny_student(space, **shape))
+    if 'n_prompt' in shape:
+        torch.nn.init.normal_(student.prompt)
     student = round_to_int8(student) if int8 else student
     write_onnx(student, tmp_path / 'student.onnx')
     session, rng = onnxruntime.InferenceSession(tmp_path / 'student.onnx'), np.random.default_rng(0)
@@ -178,7 +180,7 @@ def test_the_graph_computes_what_the_student_does(space, tmp_path, int8, shape):
         ids, asked = rng.integers(0, 600, (B, T)), rng.integers(0, B * T, M)
         with torch.no_grad():
             plain = student(torch.tensor(ids)).flatten(0, 1)[asked]
-            packed = OnDevice(student)(torch.tensor(ids), torch.tensor(asked))
+            packed = student(torch.tensor(ids), keep=torch.tensor(asked))
         logits, = session.run(None, {'ids': ids, 'asked': asked})
         assert (packed - plain).abs().max() < 1e-5 and np.abs(logits - plain.numpy()).max() < 1e-5
     graph = onnx.load(tmp_path / 'student.onnx').graph

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from conftest import load_teacher, tiny_student
-from device.export import OnDevice
 from model import Student, StudentConfig
 from sample import Cache
 
@@ -81,7 +80,7 @@ def test_a_student_of_all_layers_that_keeps_the_prompt_is_the_teacher_after_it(t
             parts.append(logits.view(3, stop - start, -1))
         close(torch.cat(parts, 1), theirs)
         asked = torch.tensor([3, 29, 44])
-        close(OnDevice(student)(idx, asked), theirs.flatten(0, 1)[asked])
+        close(student(idx, keep=asked), theirs.flatten(0, 1)[asked])
     if family == 'gemma':
         with pytest.raises(ValueError, match='see 24 tokens'):
             Student.from_teacher(model, {**sizes, 'block_size': 64}, output_ids, 'first', before, after)
