@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from evaluate import data_line
-from sample import decode, generate
+from config import data_line
+from decode import decode, generate
 
 
 async def client(host, port, path, bodies, replies):

@@ -26,7 +26,8 @@ from space import OutputSpace
 torch.set_num_threads(1)  # tiny models gain nothing from more
 os.environ['OMP_NUM_THREADS'] = '1'
 ROOT = Path(__file__).resolve().parent
-MODULES = 'space.py', 'model.py', 'teacher.py', 'calibrate.py', 'labels.py'
+MODULES = ('space.py', 'model.py', 'teacher.py', 'calibrate.py', 'labels.py', 'texts.py', 'taste.py', 'decode.py',
+           'agreement.py', 'report.py', 'resume.py')
 PROGRAMS = 'extract.py', 'train.py', 'sample.py', 'evaluate.py', 'bench.py'
 FIELDS = {'tone': ['neutral', 'friendly'], 'spam': [True, False]}
 SCHEMAS = [  # every kind of value; prefixes of each other; tokens that merge with the quotes around them

@@ -10,8 +10,6 @@ data/__init__.py). Stop it whenever you like: the same command goes on where it 
 number of processes.
 """
 import json
-import random
-import re
 import sys
 import time
 from collections import Counter
@@ -21,22 +19,23 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers.utils import logging
 
+from agreement import read_truth, truth_lines
 from calibrate import find_priors, learn_bias, print_bias
-from config import (RANK, WORLD, can_compile, configure, end_ranks, on_stop, pick_device, pick_dtype,
+from config import (RANK, WORLD, can_compile, configure, data_line, end_ranks, on_stop, pick_device, pick_dtype,
                     start_ranks, stop, tell_all)
-from data import (FORMAT, Hashes, Shards, Writer, first_answers, first_tokens, read_meta, read_texts,
-                  shard_folders, stored_hashes, text_hash, write_json)
-from evaluate import data_line, read_truth, truth_lines
+from data import (FORMAT, Hashes, Shards, Writer, first_answers, read_meta, read_texts, shard_folders,
+                  stored_hashes, write_json)
 from labels import from_label
 from space import OutputSpace, special_ids, tokenizer_hash
+from taste import print_answers, print_coverage, print_ties
 from teacher import (Drafts, Teacher, answer_fitting, encode_prompt, fingerprint, load_model, load_tokenizer,
                      peak_gb, verify_records)
+from texts import fetch_ahead, read_groups
 
 # task
 name = ''            # word; names the shard data/<dataset>/<name>-00 and, in train.py, out/<name>
@@ -81,70 +80,7 @@ verify = 0           # 0..; re-score so many stored records, slowly and plainly;
 config = configure(globals())
 
 # -----------------------------------------------------------------------------
-# texts
-
-URL = re.compile(r'https?:|www\.|\b[\w-]+\.(com|org|net|io|edu|gov)\b', re.I)
-TAG = re.compile(r'</?[a-zA-Z!][^>]*>|<\||&\w+;|\[[^\]]*\]\([^)]*\)|```|\*\*')  # HTML, chat markup, markdown
-
-
-def why_refused(text, ids, too_long, min_text, special):
-    """why a text is not worth labelling, in a word; '' where it is."""
-    if too_long:
-        return 'long'
-    if URL.search(text):
-        return 'url'
-    if TAG.search(text):
-        return 'tag'
-    if special.intersection(ids):
-        return 'special'
-    if len(ids) < min_text:
-        return 'short'
-    return ''
-
-
-def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut=False, counts=None):
-    """yields the texts worth labelling in groups of `size`, each a list of (hash, ids, answer), in the file's
-    order.
-
-    texts: from data.read_texts. cut: of a text longer than max_text tokens keep the first so many, else
-    refuse it. Streams: all it remembers is 8 bytes a text. counts, a Counter, is told what became of each
-    line.
-    """
-    special, seen, group = special_ids(tokenizer), Hashes(), []
-    counts, texts = Counter() if counts is None else counts, iter(texts)
-    most = 100 * max_text  # characters: no need to tokenize a book
-    while block := list(islice(texts, 1024)):
-        encodings = tokenizer.encode_batch([text[:most] for text, *_ in block], add_special_tokens=False)
-        for (text, answer, reason), encoding in zip(block, encodings):
-            ids = encoding.ids
-            long = len(ids) > max_text or len(text) > most
-            if cut and long:  # the text as the student will read it
-                ids, text = first_tokens(text, encoding, max_text)
-            hash_ = text_hash(text)
-            reason = reason or why_refused(text, ids, long and not cut, min_text, special)
-            reason = reason or ('duplicate' if hash_ in seen else 'kept')
-            counts[reason] += 1
-            if reason != 'kept':
-                continue
-            seen.add(hash_)
-            group.append((hash_, np.array(ids, np.uint32), answer))
-            last = counts['kept'] == limit
-            if len(group) == size or last:
-                yield group
-                group = []
-            if last:
-                return
-    if group:
-        yield group
-
-
-def fetch_ahead(iterator):
-    """the same items; while one is used a thread makes the next."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, iterator, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, iterator, None)
-            yield item
+# the task: what is asked, of which texts, and what of it is done
 
 
 def choose_vocab(tokenizer, space, extra, prompt_ids, frequency, size):
@@ -156,10 +92,6 @@ def choose_vocab(tokenizer, space, extra, prompt_ids, frequency, size):
     frequent = [i for i in np.argsort(-frequency, kind='stable').tolist() if frequency[i]]
     chosen = dict.fromkeys([*first, *prompt_ids, *frequent])
     return [i for i in chosen if i not in space.output_index and i not in special][:size - space.n_required]
-
-
-# -----------------------------------------------------------------------------
-# the task: what is asked, of which texts, and what of it is done
 
 
 def existing_task(folder, task):
@@ -340,83 +272,20 @@ def print_totals(totals):
           f'teacher={totals["asking"] / totals["seconds"]:.2f}', *dropped)
 
 
-# -----------------------------------------------------------------------------
-# the report
-
-
-def print_coverage(shards, space, min_coverage):
-    """prints how much of the teacher's probability lies on the output vocabulary, per field, and what is
-    missing."""
-    mass = {}
-    for i in range(len(shards))[:2000]:
-        outs, (top, lse) = shards.answer(i).tolist(), shards.answer(i, 'stats').T
-        if not np.isnan(lse).any():
-            raw = shards.answer(i, 'logits').astype(np.float32)  # (n, V) below top (n,)
-            kept = np.exp(raw + (top - lse)[:, None]).sum(1)    # (n,) probability
-            for state, p in zip(space.states(outs), kept):
-                mass.setdefault(space.field[state] or 'json', []).append(p)
-    if not mass:
-        return
-    steps = sum(map(len, mass.values()))
-    mean, means = sum(map(sum, mass.values())) / steps, {field: sum(m) / len(m) for field, m in mass.items()}
-    worst = min(means, key=lambda field: (means[field], field))
-    dropped, missing = Counter(), Counter()
-    for meta in shards.metas:
-        dropped.update(meta.get('dropped', {}))
-        missing.update(meta.get('missing', {}))
-    print(f'coverage mass={mean:.4f} worst_field={worst} worst_mass={means[worst]:.4f} steps={steps} '
-          f'dropped_invalid={dropped["invalid"]} dropped_vocab={dropped["vocab"]}')
-    if means[worst] < min_coverage and missing:
-        print(f'the teacher would rather say something else at {1 - means[worst]:.1%} of {worst}; '
-              'most wanted of the tokens that are not kept, of all fields:')
-        likely = {space.tokenizer.decode([int(i)], skip_special_tokens=False): p / missing.total()
-                  for i, p in missing.most_common(12)}
-        print(' ', ', '.join(f'{token!r} {share:.0%}' for token, share in likely.items()))
-        print(f'  to keep them: extra_vocab = {list(likely)} and another name; '
-              'where they are only other spacing or quotes, show that form in the prompt')
-
-
-ROUNDING = {'float32': 0.01, 'float16': 0.05, 'bfloat16': 0.25}  # of a logit: between two ways to compute it
-
-
-def print_ties(shards, space):
-    """prints the share of records whose answer hangs on less than the rounding of the teacher's logits, which
-    no student can learn; and of those it would also write if it were not held to the schema, as a student will
-    that runs free."""
-    below, hang, free, rather = ROUNDING[shards.meta['dtype']], [], [], Counter()
-    for i in np.linspace(0, len(shards) - 1, min(len(shards), 5000)).astype(int):
-        outs, logits = shards.answer(i).tolist(), torch.from_numpy(shards.logits(i))  # (n,), (n, V)
-        states, best = space.states(outs), logits.argmax(-1).tolist()
-        choices = [n for n, state in enumerate(states) if len(space.moves[state]) > 1]
-        legal = space.next_state[[states[n] for n in choices]] >= 0
-        two = logits[choices].masked_fill(~legal, -np.inf).topk(2).values  # (decisions, 2)
-        hang.append((two[:, 0] - two[:, 1]).min().item() < below)
-        other = next((n for n, state in enumerate(states) if best[n] not in space.moves[state]), None)
-        free.append(other is None)
-        if other is not None:
-            rather[outs[other], best[other]] += 1
-    print(f'near_ties records={len(hang)} share={np.mean(hang):.4f} below={below} free={np.mean(free):.4f}')
-    if np.mean(free) < 0.9:
-        due, said = (space.tokenizer.decode([space.output_ids[o]]) for o in rather.most_common(1)[0][0])
-        print(f'left to itself the teacher would break the schema in {1 - np.mean(free):.0%} of the answers, '
-              f'mostly with {said!r} where {due!r} is due; a student that runs free learns that too: show the '
-              'form of the answer in the prompt')
-
-
-def print_answers(shards, space, examples):
-    """prints how often each value was the answer, and some texts with theirs."""
-    shown = lambda value: json.dumps(value, ensure_ascii=False)
-    some = np.linspace(0, len(shards) - 1, min(len(shards), 10000)).astype(int)
-    answers = [space.to_json(shards.answer(i).tolist()) for i in some]
-    for field in space.fields:
-        tally = Counter(shown(answer[field]) for answer in answers).most_common(12)
-        print(f'{field}:', ', '.join(f'{value} {n / len(answers):.2f}' for value, n in tally))
-        if tally[0][1] > 0.9 * len(answers) and len(space.fields[field]) > 1:
-            print(f'  {field} is nearly always {tally[0][0]}, so there is nothing in it to learn: try other '
-                  'examples in the prompt, another order of them, or other values')
-    for i in random.Random(0).sample(range(len(shards)), min(examples, len(shards))):
-        print(space.tokenizer.decode(shards.ids(i).tolist()))
-        print(f'  teacher {shown(space.to_json(shards.answer(i).tolist()))}')
+def print_report(dataset, name, space, source, min_coverage, examples):
+    """what became of the run: is this teacher worth copying?"""
+    try:
+        shards = Shards(dataset, name)
+    except FileNotFoundError:
+        stop('no answer obeys the schema; look at the dropped counts, at the values of fields, and try '
+             'constrain = True or another prompt')
+    print_coverage(shards, space, min_coverage)
+    if not shards.meta['score']:
+        print_ties(shards, space)
+    truth = read_truth(source, shards, range(len(shards)))
+    for line in truth_lines(space, truth, {'teacher': [shards.answer(i).tolist() for i in truth]}):
+        print(data_line(*line))
+    print_answers(shards, space, examples)
 
 
 # -----------------------------------------------------------------------------
@@ -435,6 +304,16 @@ def check_source(given, dataset, prompt):
     if prompt.count('{text}') != 1:
         stop(f'the prompt must hold {{text}} once, where the text goes, not {prompt.count("{text}")} times')
     return source
+
+
+def check_priors(fields, prior, calibrate_fields, constrain):
+    """the priors to calibrate to; ends in one line where there are none."""
+    if not constrain:
+        stop('calibrate needs constrain = True: a free answer is not chosen among the values')
+    try:
+        return find_priors(fields, prior, calibrate_fields)
+    except ValueError as error:
+        stop(f'prior: {error}')
 
 
 def open_shard(folder, V):
@@ -480,15 +359,10 @@ if __name__ == '__main__':
     if labels:
         prompt, chat = '{text}', False  # nobody is asked
     source = check_source(score or labels, dataset, prompt)
-    habit = None  # what calibration is asked for; where the answers are given there is nothing to calibrate
+    habit, priors = None, None  # what calibration is asked for; given answers have nothing to calibrate
     if calibrate and not (score or labels):
         habit = {'texts': calibrate, 'fields': calibrate_fields, 'prior': prior}
-        if not constrain:
-            stop('calibrate needs constrain = True: a free answer is not chosen among the values')
-        try:
-            priors = find_priors(fields, prior, calibrate_fields)
-        except ValueError as error:
-            stop(f'prior: {error}')
+        priors = check_priors(fields, prior, calibrate_fields, constrain)
     device = start_ranks(pick_device(device), 'gloo')
     dtype = tell_all(lambda: pick_dtype(dtype, device))
     if full_lse < 0:
@@ -552,15 +426,4 @@ if __name__ == '__main__':
     writer.close()
     end_ranks()
     if RANK == 0:
-        try:
-            shards = Shards(dataset, name)
-        except FileNotFoundError:
-            stop('no answer obeys the schema; look at the dropped counts, and '
-                 + ('at the values of fields' if labels else 'try constrain = True or another prompt'))
-        print_coverage(shards, space, min_coverage)
-        if not meta['score']:
-            print_ties(shards, space)
-        truth = read_truth(source, shards, range(len(shards)))
-        for line in truth_lines(space, truth, {'teacher': [shards.answer(i).tolist() for i in truth]}):
-            print(data_line(*line))
-        print_answers(shards, space, examples)
+        print_report(dataset, name, space, source, min_coverage, examples)

@@ -4,7 +4,7 @@
     logits = student(torch.tensor([[5, 77, 2]]))  # (B, T) ids -> (B, T, V) logits over the output vocabulary
 
 A decoder-only transformer (RMSNorm, RoPE, GeGLU) that reads ids of the teacher's whole vocabulary and
-predicts output indices (space.py says what those are). Every size is a setting; sample.py decodes with it,
+predicts output indices (space.py says what those are). Every size is a setting; decode.py decodes with it,
 train.py trains it. B rows, T tokens, C = n_embd channels, H heads of D = head_size, V = output_vocab.
 """
 import math
@@ -188,7 +188,7 @@ class Student(nn.Module):
 
         Without targets (B, T, V). With targets (B, T) only where targets >= 0, as (n, V) in row order: the
         head never sees a text position. With keep (M,) only of these of the B * T tokens, as (M, V). With a
-        cache (sample.Cache) idx (1, N) are the new tokens of several rows one after another, and pos (1, N)
+        cache (decode.Cache) idx (1, N) are the new tokens of several rows one after another, and pos (1, N)
         their positions, counted from the prompt's first token.
         """
         T = idx.size(1)

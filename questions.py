@@ -177,7 +177,7 @@ def pieces_of(answer, decisions, view, space, temperature):
     [(text, log p, {text: log p})]; 0 and {} where the schema left no choice. Tokens that are half a character
     are joined.
 
-    answer: dict; decisions: how the student came to it (sample.decode), [] where it did not; view: of the
+    answer: dict; decisions: how the student came to it (decode.decode), [] where it did not; view: of the
     answer, see above; space: the student's.
     """
     def spell(ids):

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import httpx
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from decode import confidence_of, decode, values
 from questions import Refusal
-from sample import confidence_of, decode, values
 
 AUDITS = 8  # at a time; what would be more is not audited
 log = logging.getLogger('serve')

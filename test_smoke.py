@@ -17,9 +17,10 @@ import pytest
 import torch
 
 import data
+from agreement import evaluate
 from conftest import FIELDS, SCHEMAS, clone_task, load_teacher, run, tiny_student, weights
-from evaluate import evaluate
-from sample import generate, load_checkpoint
+from decode import generate
+from sample import load_checkpoint
 from space import OutputSpace
 from teacher import Drafts, Teacher, answer, encode_prompt
 from train import distill_loss

@@ -8,18 +8,13 @@
 Reads data/<dataset>/<name>-*; writes out/<name>/: ckpt.pt (the last epoch), best.pt (the best one),
 tokenizer.json, log.txt and, where matplotlib is installed, report.png.
 """
-import fcntl
 import importlib
 import importlib.util
 import math
-import os
-import shutil
-import signal
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -27,16 +22,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from config import (RANK, WORLD, can_compile, command, configure, end_ranks, on_stop, pick_device,
+from agreement import evaluate, linear_baseline, report_lines
+from config import (RANK, WORLD, can_compile, command, configure, data_line, end_ranks, pick_device,
                     pick_dtype, start_ranks, stop, tell_all)
 from data import Shards, batches
-from evaluate import data_line, draw, evaluate, linear_baseline, report_lines
 from model import SeenRows, Student, StudentConfig
-from sample import CHECKPOINT, is_large, load_checkpoint
-from space import OutputSpace, tokenizer_hash
+from report import draw
+from resume import FREE, TASK, catch_signals, lock_folder, new_training, resume_training
+from sample import is_large
+from space import tokenizer_hash
 from teacher import load_model, load_tokenizer
 
 # task
@@ -154,6 +150,21 @@ def open_records(dataset, name, max_records, eval_records):
     return shards, train_rows, val_rows
 
 
+def check_records(config, meta, n_train, n_val):
+    """ends in one line where these records are not for this training."""
+    keep_prompt, batch_size, block_size = (config[key] for key in ('keep_prompt', 'batch_size', 'block_size'))
+    if keep_prompt and not (meta['before'] and meta['after']):
+        stop('keep_prompt wants a prompt with something before and after its {text}; set keep_prompt = False')
+    if n_train < batch_size or not n_val:
+        stop(f'{n_train} records to train on and {n_val} held out are too few for '
+             f'batch_size = {batch_size}; extract more')
+    follows = meta['max_answer'] + (len(meta['after']) - 1 if keep_prompt else 0)
+    needs = meta['max_text'] + follows
+    if needs > block_size:
+        stop(f'a text may have {meta["max_text"]} tokens and what follows it {follows}; '
+             f'set block_size = {needs} or more')
+
+
 def check_data(shards, space, train_rows, val_rows, rng):
     """what must hold before it makes sense to train, on a sample of the data: the figures of the check line.
     SystemExit else. teacher_ce: the cross-entropy that a student equal to its teacher would have."""
@@ -196,110 +207,30 @@ def new_student(sizes, init_from, start_model, teacher_layers, keep_prompt, free
     return student
 
 
-# -----------------------------------------------------------------------------
-# a training: beginning it, going on, one step, the end of an epoch
-
-# settings that may change when a run goes on: where and how fast it runs, not what comes out
-FREE = ('device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum', 'overwrite', 'save_steps',
-        'tracker')
-
-# settings that older checkpoints do not have, as they were then, or only older ones, as it is now
-SINCE = {'keep_prompt': False, 'start_model': '', 'divergence': 'forward'}
-
-# what of meta.json a checkpoint keeps: all that it takes to answer, and to ask the teacher
-TASK = ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'tokenizer_hash',
-        'max_text', 'before', 'after', 'fingerprint', 'bias')
-
-
-@dataclass
-class Training:
-    """a training under way: what its checkpoints hold, and what it takes to make the next step."""
-    out: Path
-    facts: dict            # config, task and n_train: it goes on only as the training it was
-    student: Student
-    space: OutputSpace
-    step: int = 0
-    finished: bool = False
-    figures: dict = None   # of the last evaluation; per_field: of each field
-    per_field: dict = None
-    best: dict = None      # {'value', 'kl', 'epoch', 'step'} of the best epoch so far
-    linear: dict = None    # the linear baseline, {} where it cannot be had
-    work: dict = None      # hours and speeds that evaluate.py's cost line is made of
-    optimizer: object = None
-    seen: SeenRows = None  # None: the table is frozen
-    track: object = None   # the tracker's module
-    compiled: bool = False
-    precision: object = field(default_factory=nullcontext)  # of evaluations
-    begun: float = field(default_factory=time.time)
-
-    @contextmanager
-    def whole_table(self):
-        """the student with its whole table, and not compiled: what is compiled is a step of training."""
-        with torch.compiler.set_stance('force_eager') if self.compiled else nullcontext():
-            with self.seen.whole() if self.seen else nullcontext():
-                yield
-
-    def log(self, tag, figures):
-        """a data line, to the terminal, log.txt and the tracker."""
-        line = data_line(tag, figures)
-        tqdm.write(line)
-        with open(self.out / 'log.txt', 'a') as file:
-            file.write(line + '\n')
-        if self.track and tag != 'field':
-            self.track.log({f'{tag}/{key}': v for key, v in figures.items() if isinstance(v, (int, float))})
-
-    def save(self, file, finished=False):
-        """weights, plain facts and, where it is not over, what it takes to go on; whole or not at all."""
-        hours = self.work['train_hours'] + (time.time() - self.begun) / 3600
-        state = {'format': CHECKPOINT, 'student': asdict(self.student.config), 'finished': finished,
-                 'step': self.step, 'figures': self.figures, 'per_field': self.per_field, 'best': self.best,
-                 'linear': self.linear, 'work': self.work | {'train_hours': hours}, **self.facts}
-        if file == 'ckpt.pt' and not finished:
-            state['optimizer'] = self.optimizer.state_dict()
-        with self.whole_table():
-            state['model'] = self.student.state_dict()
-        try:
-            torch.save(state, self.out / 'ckpt.tmp')
-            os.replace(self.out / 'ckpt.tmp', self.out / file)
-        except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
-            (self.out / 'ckpt.tmp').unlink(missing_ok=True)
-            why = str(error).splitlines()[0]
-            sys.exit(f'cannot write {self.out}/{file}: {why}; the checkpoint before it is whole')
-
-
-def differences(old, new):
-    """what of the facts of two runs is not the same, in words."""
-    old, new = ({**SINCE, **facts['config'], **facts['task'], 'n_train': facts['n_train']}
-                for facts in (old, new))
-    differ = [key for key in new if new[key] != old.get(key) and (key, new[key]) != ('init_from', 'resume')]
-    return [f'{key} {old.get(key)!r:.40} there, {new[key]!r:.40} here' for key in differ]
-
-
-def resume_training(out, facts, freeze_table, device):
-    """the Training in a folder, where it stopped, and the state of its optimizer."""
-    checkpoint, student, space = load_checkpoint(out, device, 'last')
-    if differ := differences(checkpoint, facts):
-        stop(f'{out} holds another run ({"; ".join(differ)}); keep both with --run=other, or replace it with '
-             '--overwrite=True')
-    if checkpoint['config']['init_from'] == 'teacher' and freeze_table:
-        student.wte.requires_grad_(False)
-    keys = 'step', 'finished', 'figures', 'per_field', 'best', 'linear', 'work'
-    kept = {key: checkpoint[key] for key in keys}
-    training = Training(out, {**facts, 'config': checkpoint['config']}, student, space, **kept)
-    return training, checkpoint.get('optimizer')
-
-
-def new_training(out, facts, student, shards):
-    """a Training at its first step; in the first process also its folder, emptied of an earlier training."""
-    task = facts['task']
-    tokenizer = Tokenizer.from_file(str(shards.folder / 'tokenizer.json'))
-    space = OutputSpace.of(tokenizer, task)
-    if RANK == 0:
-        shutil.copy(shards.folder / 'tokenizer.json', out / 'tokenizer.json')
-        for file in ('ckpt.pt', 'best.pt'):
-            (out / file).unlink(missing_ok=True)
-        (out / 'log.txt').write_text('')
-    return Training(out, facts, student, space), None
+def open_training(out, config, shards, n_train, device):
+    """the Training in the folder `out`, begun or gone on with, and the state of its optimizer. It goes on only
+    as the run it was: same settings, same records. Ends the program where there is nothing left to do."""
+    meta = shards.meta
+    fixed = {key: value for key, value in config.items() if key not in FREE}
+    facts = {'config': fixed, 'task': {key: meta.get(key) for key in TASK}, 'n_train': n_train}
+    resume = (out / 'ckpt.pt').exists() and not config['overwrite']
+    if config['init_from'] == 'resume' and not resume:
+        stop(f'{out}/ckpt.pt does not exist; there is nothing to resume')
+    if resume:
+        training, optimizer_state = resume_training(out, facts, config['freeze_table'], device)
+    else:
+        keys = 'block_size', 'n_layer', 'n_head', 'n_embd', 'n_mlp', 'dropout'
+        sizes = dict(vocab_size=meta['vocab_size'], output_vocab=len(meta['output_ids']),
+                     start_id=meta['start_id'], n_kv_head=config['n_kv_head'] or config['n_head'],
+                     **{key: config[key] for key in keys})
+        keys = 'init_from', 'start_model', 'teacher_layers', 'keep_prompt', 'freeze_table'
+        student = new_student(sizes, *(config[key] for key in keys), meta).to(device)
+        training, optimizer_state = new_training(out, facts, student, shards)
+    if training.finished:
+        print(f'{out} is trained already ({training.step} steps); train another beside it with --run=other, '
+              'or again with --overwrite=True')
+        sys.exit()
+    return training, optimizer_state
 
 
 def make_optimizer(training, shards, train_rows, weight_decay, learning_rate, betas, state):
@@ -319,17 +250,41 @@ def make_optimizer(training, shards, train_rows, weight_decay, learning_rate, be
         training.optimizer.load_state_dict(state)
 
 
-def lock_folder(out):
-    """makes the folder of a training and keeps others out of it for as long as the returned file is open."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / 'lock', 'w')
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stop(f'another training is writing to {out}; wait for it, or train beside it with --run=other')
-    except OSError as error:
-        stop(f'cannot write to {out}: {error.strerror}')
-    return lock
+def work_before(shards):
+    """what the student has cost before it is trained, for evaluate.py."""
+    timed = sum((Counter(meta.get('timed', {})) for meta in shards.metas), Counter())
+    teacher_rec_s = timed['records'] / timed['seconds'] if timed else math.nan
+    return {'extract_hours': len(shards) / teacher_rec_s / 3600, 'train_hours': 0.0,
+            'teacher_rec_s': teacher_rec_s}
+
+
+def pays_to_compile(student, device, bf16, n_tokens):
+    """whether torch.compile makes training on so many tokens shorter. On a CPU it takes half a minute, and
+    makes steps in bfloat16 a third faster, those in float32 4 %."""
+    if not device.startswith('cpu'):
+        return device.startswith('cuda')
+    n_weights = sum(p.numel() for p in student.h.parameters())
+    return bf16 and 6 * n_weights * n_tokens > 4e13 and can_compile()
+
+
+def choose_precision(training, dtype, compile, device, n_tokens):
+    """the autocast of the coming steps, on so many tokens in all; compiles the student's layers where that
+    pays."""
+    bf16 = tell_all(lambda: pick_dtype(dtype, device)) == torch.bfloat16
+    autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if bf16 else nullcontext()
+    training.precision = autocast if is_large(training.student) else nullcontext()  # as sample.py has it
+    training.compiled = compile in ('True', 'true') or compile == 'auto' and pays_to_compile(
+        training.student, device, bf16, n_tokens)
+    if training.compiled:
+        for block in training.student.h:  # one after the other: they share what is compiled
+            block.compile(dynamic=True)
+    print(f'training in {"bfloat16" if bf16 else "float32"} on {device}'
+          + (', compiled' if training.compiled else ''))
+    return autocast
+
+
+# -----------------------------------------------------------------------------
+# one step, the end of an epoch
 
 
 def hide_text(idx, targets, share, start_id, n_start=1):
@@ -399,27 +354,6 @@ def end_epoch(training, epoch, shards, val_rows, batch_size, best_by, patience, 
     return enough
 
 
-def pays_to_compile(student, device, bf16, n_tokens):
-    """whether torch.compile makes training on so many tokens shorter. On a CPU it takes half a minute, and
-    makes steps in bfloat16 a third faster, those in float32 4 %."""
-    if not device.startswith('cpu'):
-        return device.startswith('cuda')
-    n_weights = sum(p.numel() for p in student.h.parameters())
-    return bf16 and 6 * n_weights * n_tokens > 4e13 and can_compile()
-
-
-def catch_signals():
-    """a list that is no longer empty once the user wants to stop: the step is finished, the run saved. A
-    second signal is not caught."""
-    caught = []
-
-    def catch(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    on_stop(catch)
-    return caught
-
-
 def any_process(flag, device):
     """whether the flag is set in any of the processes."""
     flags = torch.tensor([float(bool(flag))], device=device)
@@ -455,39 +389,10 @@ if __name__ == '__main__':
     check_settings(config)
     out = Path('out', run or name)
     shards, train_rows, val_rows = open_records(dataset, name, max_records, eval_records)
-    meta, needs = shards.meta, shards.meta['max_text'] + shards.meta['max_answer']
-    needs += len(meta['after']) - 1 if keep_prompt else 0
-    if keep_prompt and not (meta['before'] and meta['after']):
-        stop('keep_prompt wants a prompt with something before and after its {text}; set keep_prompt = False')
-    if len(train_rows) < batch_size or not len(val_rows):
-        stop(f'{len(train_rows)} records to train on and {len(val_rows)} held out are too few for '
-             f'batch_size = {batch_size}; extract more')
-    if needs > block_size:
-        stop(f'a text may have {meta["max_text"]} tokens and what follows it {needs - meta["max_text"]}; '
-             f'set block_size = {needs} or more')
-
-    # a run goes on only as the run it was: same settings, same records
-    task = {key: meta.get(key) for key in TASK}
-    fixed = {key: value for key, value in config.items() if key not in FREE}
-    facts = {'config': fixed, 'task': task, 'n_train': len(train_rows)}
+    check_records(config, shards.meta, len(train_rows), len(val_rows))
     torch.manual_seed(seed)
     lock = lock_folder(out) if RANK == 0 else None
-    resume = (out / 'ckpt.pt').exists() and not overwrite
-    if init_from == 'resume' and not resume:
-        stop(f'{out}/ckpt.pt does not exist; there is nothing to resume')
-    if resume:
-        training, optimizer_state = resume_training(out, facts, freeze_table, device)
-    else:
-        sizes = dict(vocab_size=meta['vocab_size'], output_vocab=len(meta['output_ids']),
-                     block_size=block_size, n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head or n_head,
-                     n_embd=n_embd, n_mlp=n_mlp, dropout=dropout, start_id=meta['start_id'])
-        student = new_student(sizes, init_from, start_model, teacher_layers, keep_prompt, freeze_table,
-                              meta).to(device)
-        training, optimizer_state = new_training(out, facts, student, shards)
-    if training.finished:
-        print(f'{out} is trained already ({training.step} steps); train another beside it with --run=other, '
-              'or again with --overwrite=True')
-        sys.exit()
+    training, optimizer_state = open_training(out, config, shards, len(train_rows), device)
     counts = training.student.count_params()
     print('model', *(f'{"params" if k == "total" else k}={n / 1e6:.1f}M' for k, n in counts.items()))
     checked = check_data(shards, training.space, train_rows, val_rows, np.random.default_rng(seed))
@@ -495,28 +400,16 @@ if __name__ == '__main__':
     make_optimizer(training, shards, train_rows, weight_decay, learning_rate, (beta1, beta2), optimizer_state)
     if training.linear is None and RANK == 0:
         training.linear = linear_baseline(shards, training.space, train_rows, val_rows)
-    if training.work is None:  # what the student costs, for evaluate.py
-        timed = sum((Counter(m.get('timed', {})) for m in shards.metas), Counter())
-        teacher_rec_s = timed['records'] / timed['seconds'] if timed else math.nan
-        training.work = {'extract_hours': len(shards) / teacher_rec_s / 3600, 'train_hours': 0.0,
-                         'teacher_rec_s': teacher_rec_s}
-    bf16 = tell_all(lambda: pick_dtype(dtype, device)) == torch.bfloat16
-    autocast = torch.autocast(device.split(':')[0], torch.bfloat16) if bf16 else nullcontext()
-    training.precision = autocast if is_large(training.student) else nullcontext()  # as sample.py has it
+    if training.work is None:
+        training.work = work_before(shards)
     if tracker and RANK == 0:
         training.track = importlib.import_module(tracker)
-        training.track.init(project='distillation', name=out.name, config=facts['config'])
+        training.track.init(project='distillation', name=out.name, config=training.facts['config'])
 
     lengths = np.array([len(shards.ids(i)) + len(shards.answer(i)) for i in train_rows])
     per_epoch = math.ceil(len(train_rows) / batch_size)
     n_steps, first = max_epochs * per_epoch, training.step
-    training.compiled = compile in ('True', 'true') or compile == 'auto' and pays_to_compile(
-        training.student, device, bf16, max_epochs * int(lengths.sum()))
-    if training.compiled:
-        for block in training.student.h:  # one after the other: they share what is compiled
-            block.compile(dynamic=True)
-    print(f'training in {"bfloat16" if bf16 else "float32"} on {device}'
-          + (', compiled' if training.compiled else ''))
+    autocast = choose_precision(training, dtype, compile, device, max_epochs * int(lengths.sum()))
     print(f'records train={len(train_rows)} held_out={len(val_rows)} epochs={max_epochs} steps={n_steps} '
           f'longest={lengths.max()} from_step={first}')
     caught, enough, stopping = catch_signals(), False, False

@@ -40,6 +40,12 @@ def stop(line):
 # settings
 
 
+def data_line(tag, figures):
+    """<tag> key=value ...; floats to four figures."""
+    pairs = (f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in figures.items())
+    return ' '.join([tag, *pairs])
+
+
 def settings_block(script):
     """names of a program's settings and the source lines that define them, read without importing it."""
     source = Path(script).read_text(encoding='utf-8')

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
-from config import configure, stop
+from config import configure, data_line, stop
 from device.export import read_corpus, shrink, write_onnx
 from device.run import Student
 from device.web import Handler
-from evaluate import data_line, find_shards
+from evaluate import find_shards
 from sample import Labeler, load_checkpoint
 
 name = ''            # word; out/<name> is the student ...

@@ -20,11 +20,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
-from config import configure, stop
+from agreement import field_texts, same_values, teacher_forced_sums
+from config import configure, data_line, stop
 from data import held_out, read_texts, text_hash, write_json
+from decode import generate
 from device.shrink import choose_tokens, fold_table, round_to_int8, trim, trim_tokenizer
-from evaluate import data_line, field_texts, find_shards, same_values, teacher_forced_sums
-from sample import generate, load_checkpoint
+from evaluate import find_shards
+from sample import load_checkpoint
 from space import value_name
 
 name = ''            # word; out/<name> is the student ...

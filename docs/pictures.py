@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
-from config import configure, stop
+from agreement import evaluate, field_texts, same_values
+from config import configure, data_line, stop
 from data import Shards
-from evaluate import data_line, evaluate, field_texts, same_values, start_drawing
-from sample import confidence_of, decode, load_checkpoint
+from decode import confidence_of, decode
+from report import start_drawing
+from sample import load_checkpoint
 from space import OutputSpace
 from train import distill_loss
 

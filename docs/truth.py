@@ -17,9 +17,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
-from config import configure, stop
+from agreement import word_counts
+from config import configure, data_line, stop
 from data import Shards, held_out, read_texts, text_hash
-from evaluate import data_line, word_counts
 from sample import Labeler
 from space import OutputSpace
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import data
+from agreement import BROKEN, agreement, calibration_error, field_texts, fit_temperature, read_truth, truth_lines
 from conftest import FIELDS, clone_task, one_line, run
-from evaluate import (BROKEN, agreement, at_least, calibration_error, cascade, cost, field_texts, find_target,
-                      fit_temperature, read_truth, truth_lines)
-from sample import generate, load_checkpoint
+from decode import generate
+from evaluate import at_least, cascade, cost, find_target
+from sample import load_checkpoint
 from space import OutputSpace
 
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import data
-import extract
 from conftest import CHILDREN, FIELDS, clone_task, load_teacher, one_line, run, run_script
 from space import OutputSpace
+from texts import fetch_ahead, read_groups
 
 
 def test_texts_are_filtered_and_counted_whatever_they_hold(tokenizer, tmp_path):
@@ -35,7 +35,7 @@ def test_texts_are_filtered_and_counted_whatever_they_hold(tokenizer, tmp_path):
     (tmp_path / 'input.jsonl').write_bytes(b'\n'.join(lines))
     counts = Counter()
     read = lambda size, **limits: list(
-        extract.read_groups(data.read_texts(tmp_path / 'input.jsonl'), tokenizer, size, 3, 60, **limits))
+        read_groups(data.read_texts(tmp_path / 'input.jsonl'), tokenizer, size, 3, 60, **limits))
     groups = read(3, counts=counts)
     assert counts == dict(kept=4, duplicate=1, short=1, url=1, tag=2, long=1, empty=3, bad_json=4,
                           bad_utf8=2) and [len(g) for g in groups] == [3, 1]
@@ -44,8 +44,8 @@ def test_texts_are_filtered_and_counted_whatever_they_hold(tokenizer, tmp_path):
                                         for t in good] and groups[0][0][0] == data.text_hash(good[0])
     assert [len(g) for g in read(9, limit=2)] == [2] and [len(g) for g in read(2, limit=4)] == [2, 2]
     extract_special = [('<turn>' 'cat sat', None, '')]
-    assert list(extract.read_groups(extract_special, tokenizer, 4, 1, 60)) == []
-    assert list(extract.fetch_ahead(iter(range(5)))) == list(range(5))
+    assert list(read_groups(extract_special, tokenizer, 4, 1, 60)) == []
+    assert list(fetch_ahead(iter(range(5)))) == list(range(5))
 
 
 def test_long_texts_are_cut_as_the_student_will_cut_them(tokenizer):
@@ -55,13 +55,13 @@ def test_long_texts_are_cut_as_the_student_will_cut_them(tokenizer):
     ]
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
     for max_text in range(1, 12):
-        (group, ) = extract.read_groups([(text, None, '') for text in long], tokenizer, 9, 1, max_text,
+        (group, ) = read_groups([(text, None, '') for text in long], tokenizer, 9, 1, max_text,
                                         cut=True, counts=(counts := Counter()))
         assert [ids.tolist() for _, ids, _ in group] == list(
             map(list, dict.fromkeys(tuple(encode(text)[:max_text]) for text in long))) and not counts['long']
     assert counts['kept'] + counts['duplicate'] == len(long)
     text = 'the cat sat'
-    ((hash_, ids, _), ), = extract.read_groups([(f'{text} on www.cat.org', None, '')], tokenizer, 9, 1,
+    ((hash_, ids, _), ), = read_groups([(f'{text} on www.cat.org', None, '')], tokenizer, 9, 1,
                                                len(encode(text)), cut=True)
     assert hash_ == data.text_hash(text) and ids.tolist() == encode(text)  # what is cut off does not count
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from conftest import load_teacher, tiny_student
+from decode import Cache
 from model import Student, StudentConfig
-from sample import Cache
 
 
 def test_the_reference_student_has_537_million_parameters():

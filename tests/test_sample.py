@@ -17,7 +17,8 @@ import data
 import sample
 from bench import stepwise
 from conftest import FIELDS, ROOT, SCHEMAS, clone_task, one_line, run, tiny_student
-from sample import Labeler, confidence_of, decode, generate, load_checkpoint, lower_precision, values
+from decode import confidence_of, decode, generate, values
+from sample import Labeler, load_checkpoint, lower_precision
 from space import OutputSpace
 
 many = hypothesis.settings(max_examples=25, deadline=None, derandomize=True,
@@ -226,7 +227,7 @@ def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
     done = run(root, 'sample.py', '--text=hello my friend')
     assert list(json.loads(done.stdout)) == list(FIELDS) and done.stdout.count('\n') == 1
     few = tmp_path / 'elsewhere'
-    for path in ('sample.py', 'model.py', 'space.py', 'config/__init__.py', 'data/__init__.py',
+    for path in ('sample.py', 'decode.py', 'model.py', 'space.py', 'config/__init__.py', 'data/__init__.py',
                  'out/toy/best.pt', 'out/toy/tokenizer.json'):
         (few / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / path, few / path)

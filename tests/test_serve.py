@@ -10,7 +10,6 @@ import socket
 import subprocess
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +34,7 @@ from data import read_texts
 from questions import (Refusal, choice_confidence, fields_of_format, find_field, score_confidence,
                        text_of_messages, text_of_state)
 from serve import make_app
-from service import AUDITS, Decoder, Service, Upstream, wilson
+from service import AUDITS, Service, Upstream, wilson
 
 FIELDS = {'tone': ['neutral', 'friendly', 'friend'], 'spam': [True, False], 'stars': [2, 1, 3],
           'mood': ['low', 'mid', 'high'], 'kind': ['respectful', 'toxic']}

@@ -21,6 +21,7 @@ import data
 import train
 from conftest import FIELDS, clone_task, make_shards, one_line, random_records, run, tiny_student, weights
 from model import SeenRows
+from resume import Training
 from sample import load_checkpoint
 
 
@@ -374,8 +375,8 @@ def test_of_equally_good_epochs_the_one_of_lower_kl_is_kept(tmp_path, monkeypatc
     def fake(student, space, shards, rows, batch_size):
         field, kl = next(results)
         return {'field': field, 'kl': kl}, {}, [], []
-    training = train.Training(tmp_path, {}, None, None, linear={})
+    training = Training(tmp_path, {}, None, None, linear={})
     monkeypatch.setattr(train, 'evaluate', fake)
-    monkeypatch.setattr(train.Training, 'save', lambda *args, **options: None)
+    monkeypatch.setattr(Training, 'save', lambda *args, **options: None)
     enough = [train.end_epoch(training, epoch, None, [], 1, 'field', 2, False) for epoch in (1, 2, 3, 4)]
     assert training.best['epoch'] == 2 and enough == [False, False, False, True]
