@@ -128,8 +128,8 @@ def decode(student, space, texts, batch_size=64, constrain=True):
     constrain: *guaranteed*: the student is asked only where the schema leaves a choice, and held to what is
     legal there. Else *lossless*: forced tokens are a draft which the student reads and must itself have
     chosen, so that the answer is its free greedy one, in float32 token for token; it ends with the first
-    token outside the schema, if there is one. (Speculative decoding, https://arxiv.org/abs/2211.17192, with the schema as
-    the draft.)
+    token outside the schema, if there is one. (Speculative decoding, https://arxiv.org/abs/2211.17192, with
+    the schema as the draft.)
 
     A pass reads the new tokens of all rows as one long row; where an answer is complete, the next text takes
     its place.

@@ -6,7 +6,8 @@ worth it.
     python evaluate.py --compare=out/demo,out/other  # students side by side: a table, and out/compare.png
 
 Reads out/<name>/ and the held-out tenth of data/<dataset>/<name>-*; writes out/<name>/report.png where
-matplotlib is installed. What the words mean: README.md and docs/results.md; how they are computed: agreement.py.
+matplotlib is installed. What the words mean: README.md and docs/results.md; how they are computed:
+agreement.py.
 """
 import math
 import os

@@ -26,8 +26,8 @@ from transformers.utils import logging
 
 from agreement import read_truth, truth_lines
 from calibrate import find_priors, learn_bias, print_bias
-from config import (RANK, WORLD, can_compile, configure, data_line, end_ranks, on_stop, pick_device, pick_dtype,
-                    start_ranks, stop, tell_all)
+from config import (RANK, WORLD, can_compile, configure, data_line, end_ranks, on_stop, pick_device,
+                    pick_dtype, start_ranks, stop, tell_all)
 from data import (FORMAT, Hashes, Shards, Writer, first_answers, read_meta, read_texts, shard_folders,
                   stored_hashes, write_json)
 from labels import from_label
@@ -54,7 +54,7 @@ compile = 'auto'     # 'auto', 'True', 'False', 'true', 'false'; torch.compile; 
                      # compiler, in runs of minutes, where the next groups are the faster for it
 constrain = True     # hold answers to the schema; False drops the records whose free answer breaks it
 extract_batch = 128  # 1..; texts answered together; more do not help a CPU, a GPU wants 256
-# calibration: what the teacher likes to say whatever the text is taken off (calibrate.py), as base models want
+# calibration: what the teacher likes to say whatever the text is taken off (calibrate.py): base models want it
 calibrate = 0        # 0..; texts asked first to learn that, 512 are enough; 0: off
 calibrate_fields = []  # names of the fields to do it for; []: all
 prior = {}           # {'toxicity': {'toxic': 0.1}}: values' true shares, where they are not all alike; of a

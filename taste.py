@@ -1,5 +1,5 @@
-"""Is this teacher worth copying? What extract.py prints at the end of a run: how much of what the teacher wants
-to say is kept, what hangs on a near tie, how often each value is the answer. No settings."""
+"""Is this teacher worth copying? What extract.py prints at the end of a run: how much of what the teacher
+wants to say is kept, what hangs on a near tie, how often each value is the answer. No settings."""
 import json
 import random
 from collections import Counter
@@ -44,8 +44,8 @@ def print_coverage(shards, space, min_coverage):
 
 def print_ties(shards, space):
     """prints the share of records whose answer hangs on less than the rounding of the teacher's logits, which
-    no student can learn; and of those it would also write if it were not held to the schema, as a student will
-    that runs free."""
+    no student can learn; and of those it would also write if it were not held to the schema, as a student
+    will that runs free."""
     below, hang, free, rather = ROUNDING[shards.meta['dtype']], [], [], Counter()
     for i in np.linspace(0, len(shards) - 1, min(len(shards), 5000)).astype(int):
         outs, logits = shards.answer(i).tolist(), torch.from_numpy(shards.logits(i))  # (n,), (n, V)

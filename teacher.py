@@ -45,23 +45,23 @@ def locate(teacher):
         module = teacher[4:]
         spec = importlib.util.find_spec(module)
         if spec is None:
-            sys.exit(f'teacher {teacher}: no such package here; run: pip install {module.replace("_", "-")}')
+            sys.exit(f'{teacher}: no such package here; run: pip install {module.replace("_", "-")}')
         source = ast.parse(Path(spec.origin).read_text(encoding='utf-8'))  # not run: imports may be missing
         if any(isinstance(node, ast.FunctionDef) and node.name == 'assemble' for node in source.body):
             teacher = str(importlib.import_module(module).assemble())
         else:
             files = sorted(Path(spec.origin).parent.rglob('*.gguf'))
             if len(files) != 1:
-                sys.exit(f'teacher {teacher}: {len(files)} .gguf files in the package, one is needed; '
+                sys.exit(f'{teacher}: {len(files)} .gguf files in the package, one is needed; '
                          'give its path')
             teacher = str(files[0])
     if teacher.endswith('.gguf'):
         if not Path(teacher).is_file():
             fetch = f'; run: python data/teachers/prepare.py {Path(teacher).stem}'
-            sys.exit(f'teacher {teacher} does not exist{fetch if teacher.startswith("data/teachers/") else ""}')
+            sys.exit(f'{teacher} does not exist{fetch if teacher.startswith("data/teachers/") else ""}')
         missing = [m for m in ('gguf', 'accelerate') if importlib.util.find_spec(m) is None]
         if missing:
-            sys.exit(f'a .gguf teacher needs more packages; run: pip install {" ".join(missing)}')
+            sys.exit(f'a .gguf needs more packages; run: pip install {" ".join(missing)}')
         return {'pretrained_model_name_or_path': str(Path(teacher).parent), 'gguf_file': Path(teacher).name}
     return {'pretrained_model_name_or_path': teacher}
 
@@ -71,7 +71,7 @@ def from_pretrained(auto_class, teacher, **options):
     try:
         return auto_class.from_pretrained(**locate(teacher), **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        sys.exit(f'teacher {teacher} cannot be loaded: {str(error).strip().splitlines()[0]}')
+        sys.exit(f'{teacher} cannot be loaded: {str(error).strip().splitlines()[0]}')
 
 
 def load_tokenizer(teacher):

@@ -208,8 +208,8 @@ def new_student(sizes, init_from, start_model, teacher_layers, keep_prompt, free
 
 
 def open_training(out, config, shards, n_train, device):
-    """the Training in the folder `out`, begun or gone on with, and the state of its optimizer. It goes on only
-    as the run it was: same settings, same records. Ends the program where there is nothing left to do."""
+    """the Training in the folder `out`, begun or gone on with, and the state of its optimizer. It goes on
+    only as the run it was: same settings, same records. Ends the program where nothing is left to do."""
     meta = shards.meta
     fixed = {key: value for key, value in config.items() if key not in FREE}
     facts = {'config': fixed, 'task': {key: meta.get(key) for key in TASK}, 'n_train': n_train}

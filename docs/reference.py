@@ -13,6 +13,7 @@ is that of Gemma 3 270M, which is the same.
 """
 import runpy
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from transformers.initialization import no_init_weights
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
 from bench import clock, generate_held, stepwise
 from config import configure, data_line, pick_dtype, stop
-from data import read_meta
+from data import read_meta, read_texts
 from decode import generate
 from model import Student, StudentConfig
 from sample import lower_precision
@@ -73,9 +74,10 @@ def hours(records, epochs, extraction, log):
                                    'train_hours': train, 'hours': extract + train})
 
 
-def speeds(folder, task, texts):
+def speeds(folder, task, texts, comments):
     """a line with answer tokens/s, one text at a time: the student of config/reddit.py, as it decodes and one
-    token at a time, beside `generate` of the teacher, held to the schema. Medians over the texts."""
+    token at a time, beside `generate` of the teacher, held to the schema. Medians over the texts. student_rec_s: texts/s
+    of 128 of the comments at a time."""
     tokenizer, teacher = load_tokenizer(str(folder)), load_model(str(folder), pick_dtype('auto', 'cpu'))
     before, after, _ = encode_prompt(tokenizer, task['prompt'], chat=False)
     style = tokenizer.backend_tokenizer, task['fields'], task['indent'], task['fence'], None
@@ -93,15 +95,23 @@ def speeds(folder, task, texts):
             seconds, (outs,) = clock(way, 'cpu')
             rates[who].append(len(outs) / seconds)
     student_s, stepwise_s, teacher_s = (float(np.median(values[1:])) for values in rates.values())
+    encoded = (tokenizer(text, add_special_tokens=False)['input_ids'] for text in comments)
+    many = list(islice((ids for ids in encoded if 3 <= len(ids) <= task['block_size'] - space.max_answer), 128))
+    seconds, _ = clock(lambda: generate(student, space, many, batch_size=128), 'cpu')
     return data_line('reference', {
         'teacher_tok_s': teacher_s, 'student_tok_s': student_s, 'student_stepwise_tok_s': stepwise_s,
-        'ratio': student_s / teacher_s, 'stepwise_ratio': stepwise_s / teacher_s, 'peak_gb': peak_gb('cpu')})
+        'ratio': student_s / teacher_s, 'stepwise_ratio': stepwise_s / teacher_s,
+        'student_rec_s': len(many) / seconds, 'peak_gb': peak_gb('cpu')})
 
 
 if __name__ == '__main__':
     if decode:
         texts = 'You are the best, thank you!', 'Nobody asked for this.', 'It rained all day.'
-        print(speeds(FOLDER, runpy.run_path('config/reddit.py'), texts))
+        comments = (text for text, *_ in read_texts('data/reddit/input.jsonl'))
+        try:
+            print(speeds(FOLDER, runpy.run_path('config/reddit.py'), texts, comments))
+        except FileNotFoundError as error:
+            stop(f'{error.filename} does not exist; run: python data/reddit/prepare.py')
     elif not records:
         write_teacher(FOLDER)
     else:

@@ -380,3 +380,13 @@ def test_of_equally_good_epochs_the_one_of_lower_kl_is_kept(tmp_path, monkeypatc
     monkeypatch.setattr(Training, 'save', lambda *args, **options: None)
     enough = [train.end_epoch(training, epoch, None, [], 1, 'field', 2, False) for epoch in (1, 2, 3, 4)]
     assert training.best['epoch'] == 2 and enough == [False, False, False, True]
+
+
+def test_a_large_student_is_evaluated_in_the_type_it_is_decoded_in(space, tmp_path, monkeypatch):
+    training = Training(tmp_path, {}, tiny_student(space), space)
+    plain = train.choose_precision(training, 'float32', 'False', 'cpu', 1000)
+    assert plain is not training.precision and not training.compiled
+    autocast = train.choose_precision(training, 'bfloat16', 'False', 'cpu', 1000)
+    assert autocast.fast_dtype == torch.bfloat16 and training.precision is not autocast  # too small to gain by it
+    monkeypatch.setattr(train, 'is_large', lambda student: True)
+    assert train.choose_precision(training, 'bfloat16', 'False', 'cpu', 1000) is training.precision
