@@ -3,8 +3,8 @@ settings, no printing.
 
     figures, per_field, answers, decisions = evaluate(student, space, shards, rows)
 
-train.py calls it after every epoch, evaluate.py on the finished student, extract.py for the truth of the
-teacher's answers. What the words mean: README.md and docs/results.md.
+train.py calls evaluate after every epoch, evaluate.py on the finished student; extract.py prints how often the
+teacher's answers are true. What the words mean: README.md and docs/results.md.
 """
 import importlib.util
 import json
@@ -141,8 +141,7 @@ def read_truth(path, shards, rows):
 
 def truth_lines(space, truth, answers):
     """yields per field how often the answers are right, in all (the name) and on average over the true values
-    (balanced). truth: of read_truth. answers: {'teacher': list of output indices of each of these texts, ...}.
-    """
+    (balanced). truth: of read_truth. answers: {'teacher': output indices of each of these texts, ...}."""
     said = {who: field_texts(space, outs) for who, outs in answers.items()}
     for field in space.fields:
         known = [(n, json.dumps(of_text[field]))

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import attend
+from model import attend_with_lse
 from space import accepted
 
 
 class Cache:
     """keys and values of rows, and the attention of new tokens to them. A row is a slot that can be used
-    again. Those of a prompt that the student keeps are the same for all rows."""
+    again. Those of a prompt that the student keeps are the same for all rows. place() says where the tokens
+    of the next pass go; in it the student calls attend() once a layer."""
 
     def __init__(self, student):
         c, p = student.config, student.lm_head.weight
@@ -76,10 +77,10 @@ class Cache:
                 y = to_rows(F.scaled_dot_product_attention(padded, k, v, attn_mask=mask, enable_gqa=self.gqa))
                 return y.transpose(0, 1)[None]
             # the prompt is one product for all rows; the parts are put together as in teacher.py
-            y, lse = attend(padded.reshape(self.B, n_kv_head, -1, D), k, v, mask, D ** -0.5)
+            y, lse = attend_with_lse(padded.reshape(self.B, n_kv_head, -1, D), k, v, mask, D ** -0.5)
             y, lse = to_rows(y.reshape(self.B, H, T, D)), to_rows(lse.reshape(self.B, H, T))
             prompt = self.prompt[layer, :, None]                # (2, 1, n_kv_head, P, D)
-            y_prompt, lse_prompt = attend(q.reshape(1, n_kv_head, -1, D), *prompt, None, D ** -0.5)
+            y_prompt, lse_prompt = attend_with_lse(q.reshape(1, n_kv_head, -1, D), *prompt, None, D ** -0.5)
             share = torch.sigmoid(lse_prompt.reshape(H, n) - lse.T)[..., None]
             return torch.lerp(y.transpose(0, 1), y_prompt.reshape(H, n, D), share)[None]
 
@@ -216,12 +217,10 @@ def values(student, space, ids, outs, decisions, temperature=None):
     if missing:
         rows = [[*ids, *student.config.start, *(space.output_ids[o] for o in answer)]
                 for answer in missing.values()]
-        idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        asked = torch.full_like(idx, -1)
-        for n, row in enumerate(rows):
-            idx[n, :len(row)], asked[n, len(row) - 1] = torch.tensor(row), 0
-        device = student.lm_head.weight.device
-        logits = student(idx.to(device), asked.to(device)).float().cpu()  # (rows, V)
+        T, device = max(map(len, rows)), student.lm_head.weight.device
+        idx = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)  # (rows, T)
+        last = torch.tensor([n * T + len(row) - 1 for n, row in enumerate(rows)], device=device)
+        logits = student(idx, keep=last).float().cpu()          # (rows, V)
         legal = space.next_state[list(missing)] >= 0
         known |= dict(zip(missing, logits.masked_fill(~legal, -math.inf)))
     result = {name: [1.0] for name in space.fields}             # a constant is certain

@@ -121,6 +121,20 @@ def cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
             'days': calls / calls_per_day}
 
 
+def find_shards(dataset, name, task):
+    """the Shards a student was trained on, or None where they are not here."""
+    try:
+        shards = Shards(dataset, name)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        stop(str(error))
+    if any(shards.meta[key] != task[key] for key in ('tokenizer_hash', 'output_ids')):
+        stop(f'{shards.folder} and this student have different tokenizers or output vocabularies; '
+             'train again')
+    return shards
+
+
 # -----------------------------------------------------------------------------
 # students side by side
 
@@ -149,7 +163,7 @@ def compare_runs(folders, device, dtype, rounds=5):
     plt, points = start_drawing(), []
     for (folder, checkpoint, student, *_), (throughput, latency) in zip(runs, times):
         params, figures = student.count_params(), checkpoint['figures']
-        path = folder / 'best.pt' if (folder / 'best.pt').exists() else folder / 'ckpt.pt'
+        path = checkpoint_path(folder)
         points.append((folder.name, 1 / throughput, figures['field']))
         print(data_line('student', {
             'run': folder.name, 'params_m': params['total'] / 1e6,
@@ -169,21 +183,7 @@ def compare_runs(folders, device, dtype, rounds=5):
 
 
 # -----------------------------------------------------------------------------
-# main
-
-
-def find_shards(dataset, name, task):
-    """the Shards a student was trained on, or None where they are not here."""
-    try:
-        shards = Shards(dataset, name)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        stop(str(error))
-    if any(shards.meta[key] != task[key] for key in ('tokenizer_hash', 'output_ids')):
-        stop(f'{shards.folder} and this student have different tokenizers or output vocabularies; '
-             'train again')
-    return shards
+# what is printed
 
 
 def print_examples(space, shards, rows, answers, n):
@@ -258,6 +258,10 @@ def set_target(folder, which, sure, right, target):
               'target or a better student')
 
 
+# -----------------------------------------------------------------------------
+# main
+
+
 if __name__ == '__main__':
     if not name and not compare:
         stop('no task; run: python evaluate.py config/demo.py')
@@ -292,5 +296,5 @@ if __name__ == '__main__':
         set_target(out, which, sure, right, target_agreement)
     print_examples(space, shards, rows, answers, examples)
     print_in_words(figures, checkpoint['linear'], money)
-    if picture := draw(out, shards, rows[:500], dtype):
+    if picture := draw(out, shards, rows[:500], dtype, which):
         print(f'{picture} shows the training, the fields, the confidence and the confusions')

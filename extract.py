@@ -24,15 +24,14 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers.utils import logging
 
-from agreement import read_truth, truth_lines
 from calibrate import find_priors, learn_bias, print_bias
-from config import (RANK, WORLD, can_compile, configure, data_line, end_ranks, on_stop, pick_device,
-                    pick_dtype, start_ranks, stop, tell_all)
+from config import (RANK, WORLD, can_compile, configure, end_ranks, on_stop, pick_device, pick_dtype,
+                    start_ranks, stop, tell_all)
 from data import (FORMAT, Hashes, Shards, Writer, first_answers, read_meta, read_texts, shard_folders,
                   stored_hashes, write_json)
 from labels import from_label
 from space import OutputSpace, special_ids, tokenizer_hash
-from taste import print_answers, print_coverage, print_ties
+from taste import print_taste
 from teacher import (Drafts, Teacher, answer_fitting, encode_prompt, fingerprint, load_model, load_tokenizer,
                      peak_gb, verify_records)
 from texts import fetch_ahead, read_groups
@@ -54,7 +53,7 @@ compile = 'auto'     # 'auto', 'True', 'False', 'true', 'false'; torch.compile; 
                      # compiler, in runs of minutes, where the next groups are the faster for it
 constrain = True     # hold answers to the schema; False drops the records whose free answer breaks it
 extract_batch = 128  # 1..; texts answered together; more do not help a CPU, a GPU wants 256
-# calibration: what the teacher likes to say whatever the text is taken off (calibrate.py): base models want it
+# calibration (calibrate.py): what the teacher likes to say whatever the text is taken off; for base models
 calibrate = 0        # 0..; texts asked first to learn that, 512 are enough; 0: off
 calibrate_fields = []  # names of the fields to do it for; []: all
 prior = {}           # {'toxicity': {'toxic': 0.1}}: values' true shares, where they are not all alike; of a
@@ -272,22 +271,6 @@ def print_totals(totals):
           f'teacher={totals["asking"] / totals["seconds"]:.2f}', *dropped)
 
 
-def print_report(dataset, name, space, source, min_coverage, examples):
-    """what became of the run: is this teacher worth copying?"""
-    try:
-        shards = Shards(dataset, name)
-    except FileNotFoundError:
-        stop('no answer obeys the schema; look at the dropped counts, at the values of fields, and try '
-             'constrain = True or another prompt')
-    print_coverage(shards, space, min_coverage)
-    if not shards.meta['score']:
-        print_ties(shards, space)
-    truth = read_truth(source, shards, range(len(shards)))
-    for line in truth_lines(space, truth, {'teacher': [shards.answer(i).tolist() for i in truth]}):
-        print(data_line(*line))
-    print_answers(shards, space, examples)
-
-
 # -----------------------------------------------------------------------------
 # main
 
@@ -426,4 +409,4 @@ if __name__ == '__main__':
     writer.close()
     end_ranks()
     if RANK == 0:
-        print_report(dataset, name, space, source, min_coverage, examples)
+        print_taste(dataset, name, space, source, min_coverage, examples, bool(labels))

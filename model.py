@@ -59,9 +59,9 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
-def attend(q, k, v, mask, scale, softcap=None):
+def attend_with_lse(q, k, v, mask, scale, softcap=None):
     """q (B, n_kv, T, D), k and v (B, n_kv, S, D), mask to be added to the scores, or None -> values (B, n_kv,
-    T, D), and the logsumexp of the scores (B, n_kv, T). Scores are in float32, also between bfloat16: where
+    T, D), and the logsumexp of the scores (B, n_kv, T), with which decode.py and teacher.py put two parts together. Scores are in float32, also between bfloat16: where
     they reach hundreds, as Qwen's do, those of bfloat16 are whole units apart."""
     if q.device.type == 'cpu' and softcap is None:              # what F.scaled_dot_product_attention calls
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -187,9 +187,9 @@ class Student(nn.Module):
         """idx (B, T) ids, rows padded on the right -> logits over the output vocabulary.
 
         Without targets (B, T, V). With targets (B, T) only where targets >= 0, as (n, V) in row order: the
-        head never sees a text position. With keep (M,) only of these of the B * T tokens, as (M, V). With a
-        cache (decode.Cache) idx (1, N) are the new tokens of several rows one after another, and pos (1, N)
-        their positions, counted from the prompt's first token.
+        head never sees a text position. With keep (M,) in their place only of these of the B * T tokens, as
+        (M, V). With a cache (decode.Cache) idx (1, N) are the new tokens of several rows one after another,
+        and pos (1, N) their positions, counted from the prompt's first token.
         """
         T = idx.size(1)
         if cache is None:
@@ -359,4 +359,5 @@ def copy_layers(student, teacher, output_ids):
 def copy_prompt(student, teacher, before):
     """the keys and values of the ids before the text in the teacher's first layers."""
     read = teacher.get_decoder()(torch.tensor([list(before)]), use_cache=True).past_key_values.layers
-    student.prompt.copy_(torch.stack([torch.cat((layer.keys, layer.values)) for layer in read[:len(student.h)]]))
+    layers = [torch.cat((layer.keys, layer.values)) for layer in read[:len(student.h)]]
+    student.prompt.copy_(torch.stack(layers))

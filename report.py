@@ -61,14 +61,14 @@ def draw_confusion(ax, field, values, ours, theirs):
     ax.set_yticks(range(len(names)), names, fontsize=7)
 
 
-def draw(out, shards, rows, dtype='float32'):
+def draw(out, shards, rows, dtype='float32', which='best'):
     """writes out/report.png: the training, agreement per field beside its baselines, a reliability diagram
     and the confusion of every field, on these held-out records. Returns its path, or None without matplotlib
     or a log."""
     plt = start_drawing()
     if not plt or not (out / 'log.txt').is_file():
         return None
-    checkpoint, student, space = load_checkpoint(out, 'cpu', dtype=dtype)
+    checkpoint, student, space = load_checkpoint(out, 'cpu', which, dtype)
     _, per_field, answers, decisions = evaluate(student, space, shards, rows)
     ours, theirs = field_texts(space, answers), field_texts(space, [shards.answer(i).tolist() for i in rows])
     n = max(3, len(per_field))

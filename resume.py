@@ -1,8 +1,8 @@
 """The folder of a training, out/<run>/: what is kept in it, and how it goes on after it was cut off.
 
 ckpt.pt has all that it takes to go on, bit for bit, and best.pt the epoch that agreed most; both are whole at
-any moment. The order of the records and what is dropped at random are functions of (seed, step), see train.py,
-so nothing of them need be kept.
+any moment. The order of the records and what is dropped at random are functions of (seed, step), see
+train.py, so nothing of them need be kept.
 """
 import fcntl
 import os
@@ -109,7 +109,7 @@ def new_training(out, facts, student, shards):
         for file in ('ckpt.pt', 'best.pt'):
             (out / file).unlink(missing_ok=True)
         (out / 'log.txt').write_text('')
-    return Training(out, facts, student, space), None
+    return Training(out, facts, student, space)
 
 
 def resume_training(out, facts, freeze_table, device):

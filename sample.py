@@ -57,7 +57,7 @@ config = configure(globals())
 # -----------------------------------------------------------------------------
 # checkpoint
 
-CHECKPOINT = 4  # version of the files that train.py writes
+CHECKPOINT = 4  # version of the files that resume.py writes
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
@@ -106,7 +106,7 @@ def load_checkpoint(folder, device, which='best', dtype='float32'):
             stop(f'{path} has format {checkpoint["format"]}, this version reads {CHECKPOINT}; train again')
         with NoInit():
             student = Student(StudentConfig(**checkpoint['student']))
-        student.load_state_dict(checkpoint.pop('model'), assign=True)  # a frozen table stays in half precision
+        student.load_state_dict(checkpoint.pop('model'), assign=True)  # a frozen table stays fp16
     except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, TypeError) as error:
         stop(f'{path} is not a whole checkpoint ({type(error).__name__}); train again')
     task = checkpoint['task']

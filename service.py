@@ -59,7 +59,7 @@ class Answer:
     chances: dict               # {field: probabilities of its values}, where asked for
     ids: list
     outs: list                  # output indices
-    decisions: list             # of sample.decode
+    decisions: list             # of decode.decode
     by: str = 'student'
     n_cut: int = 0              # tokens of the text that the student did not read
 

@@ -7,7 +7,12 @@ from collections import Counter
 import numpy as np
 import torch
 
-ROUNDING = {'float32': 0.01, 'float16': 0.05, 'bfloat16': 0.25}  # of a logit: between two ways to compute it
+from agreement import read_truth, truth_lines
+from config import data_line, stop
+from data import Shards
+
+# two logits nearer than this may change places when they are computed in another way
+TIE = {'float32': 0.01, 'float16': 0.05, 'bfloat16': 0.25}
 
 
 def print_coverage(shards, space, min_coverage):
@@ -46,7 +51,7 @@ def print_ties(shards, space):
     """prints the share of records whose answer hangs on less than the rounding of the teacher's logits, which
     no student can learn; and of those it would also write if it were not held to the schema, as a student
     will that runs free."""
-    below, hang, free, rather = ROUNDING[shards.meta['dtype']], [], [], Counter()
+    below, hang, free, rather = TIE[shards.meta['dtype']], [], [], Counter()
     for i in np.linspace(0, len(shards) - 1, min(len(shards), 5000)).astype(int):
         outs, logits = shards.answer(i).tolist(), torch.from_numpy(shards.logits(i))  # (n,), (n, V)
         states, best = space.states(outs), logits.argmax(-1).tolist()
@@ -80,3 +85,20 @@ def print_answers(shards, space, examples):
     for i in random.Random(0).sample(range(len(shards)), min(examples, len(shards))):
         print(space.tokenizer.decode(shards.ids(i).tolist()))
         print(f'  teacher {shown(space.to_json(shards.answer(i).tolist()))}')
+
+
+def print_taste(dataset, name, space, source, min_coverage, examples, given):
+    """all of it, of the records of a task; ends in one line where there are none. source: the file of texts;
+    given: the answers came with them."""
+    try:
+        shards = Shards(dataset, name)
+    except FileNotFoundError:
+        stop('no answer obeys the schema; look at the dropped counts, and '
+             + ('at the values of fields' if given else 'try constrain = True or another prompt'))
+    print_coverage(shards, space, min_coverage)
+    if not shards.meta['score']:
+        print_ties(shards, space)
+    truth = read_truth(source, shards, range(len(shards)))
+    for line in truth_lines(space, truth, {'teacher': [shards.answer(i).tolist() for i in truth]}):
+        print(data_line(*line))
+    print_answers(shards, space, examples)

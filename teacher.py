@@ -31,7 +31,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from model import attend
+from model import attend_with_lse
 from space import accepted
 
 # -----------------------------------------------------------------------------
@@ -238,12 +238,12 @@ class Teacher:
         how = D ** -0.5 if scaling is None else scaling, softcap
         q = query[0].transpose(0, 1).reshape(N, n_kv, g, D)
         padded = q[b.which].view(R, T, n_kv, g, D).transpose(1, 2).reshape(R, n_kv, T * g, D)
-        y, lse = attend(padded, *own, at_own, *how)
+        y, lse = attend_with_lse(padded, *own, at_own, *how)
         y = y.reshape(R, n_kv, T, g, D).transpose(1, 2).reshape(R * T, H, D)[b.cell]  # (N, H, D)
         lse = lse.view(R, n_kv, T, g).transpose(1, 2).reshape(R * T, H)[b.cell]  # (N, H)
         q = q.transpose(0, 1).reshape(1, n_kv, N * g, D)
         prefix = (part[None] for part in self.prefix[module.layer_idx])  # (1, n_kv, P, D)
-        y_prompt, lse_prompt = attend(q, *prefix, at_prompt, *how)
+        y_prompt, lse_prompt = attend_with_lse(q, *prefix, at_prompt, *how)
         y_prompt = y_prompt.view(n_kv, N, g, D).transpose(0, 1).reshape(N, H, D)
         share = torch.sigmoid(lse_prompt.view(n_kv, N, g).transpose(0, 1).reshape(N, H) - lse)
         y = torch.lerp(y, y_prompt, share[..., None].to(y.dtype))

@@ -207,6 +207,10 @@ def new_student(sizes, init_from, start_model, teacher_layers, keep_prompt, free
     return student
 
 
+# -----------------------------------------------------------------------------
+# a training: begun or gone on with, its optimizer and its precision
+
+
 def open_training(out, config, shards, n_train, device):
     """the Training in the folder `out`, begun or gone on with, and the state of its optimizer. It goes on
     only as the run it was: same settings, same records. Ends the program where nothing is left to do."""
@@ -225,7 +229,7 @@ def open_training(out, config, shards, n_train, device):
                      **{key: config[key] for key in keys})
         keys = 'init_from', 'start_model', 'teacher_layers', 'keep_prompt', 'freeze_table'
         student = new_student(sizes, *(config[key] for key in keys), meta).to(device)
-        training, optimizer_state = new_training(out, facts, student, shards)
+        training, optimizer_state = new_training(out, facts, student, shards), None
     if training.finished:
         print(f'{out} is trained already ({training.step} steps); train another beside it with --run=other, '
               'or again with --overwrite=True')

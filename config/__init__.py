@@ -4,7 +4,7 @@
 
 A program's settings are its top-level `name = value` lines above `config = configure(globals())`.
 A config file is plain Python; its names that start with _ are private to it.
-Below that: the machine a program runs on, alone or as one of several that torchrun has started.
+First how all programs end and speak, last the machine a program runs on, alone or as one of several that torchrun has started.
 """
 import ast
 import datetime
@@ -36,14 +36,14 @@ def stop(line):
     sys.exit(line if RANK == 0 else 1)
 
 
-# -----------------------------------------------------------------------------
-# settings
-
-
 def data_line(tag, figures):
     """<tag> key=value ...; floats to four figures."""
     pairs = (f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in figures.items())
     return ' '.join([tag, *pairs])
+
+
+# -----------------------------------------------------------------------------
+# settings
 
 
 def settings_block(script):
@@ -216,7 +216,10 @@ def configure(g):
 def command(script):
     """the command that runs another program on what this one was run on: its config files, and of the
     settings typed those that say which task and run are meant. Typed where this one was, it works."""
-    known = [f'--{key}' for key in ('name', 'dataset', 'run') if key in settings_block(ROOT / script)[0]]
+    names = 'name', 'run'
+    if (ROOT / script).is_file():                               # a student that travels leaves the others behind
+        names = settings_block(ROOT / script)[0]
+    known = [f'--{key}' for key in ('name', 'dataset', 'run') if key in names]
     same = [arg for arg in sys.argv[1:] if arg.endswith('.py') or arg.partition('=')[0] in known]
     here = Path(sys.argv[0]).parent
     here = here.parent if here.name == 'device' else here

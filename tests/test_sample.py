@@ -235,6 +235,9 @@ def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
         [sys.executable, 'sample.py', '--name=toy', '--device=cpu', '--text=hello my friend'], cwd=few,
         capture_output=True)
     assert alone.stdout.decode() == done.stdout, alone.stderr.decode()
+    lost = subprocess.run([sys.executable, 'sample.py', '--name=other', '--text=hi'], cwd=few,
+                          capture_output=True, text=True)
+    assert lost.returncode == 1 and 'does not exist' in lost.stderr and 'Traceback' not in lost.stderr
     assert 'does not exist; run: python train.py' in one_line(
         run(root, 'sample.py', '--name=other', '--text=hi'))
 

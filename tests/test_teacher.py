@@ -8,7 +8,7 @@ import torch
 import config as settings
 from conftest import FIELDS, PROMPT, load_teacher
 from space import OutputSpace
-from teacher import (Drafts, Teacher, answer, answer_fitting, attend, encode_prompt, fingerprint, load_model,
+from teacher import (Drafts, Teacher, answer, answer_fitting, attend_with_lse, encode_prompt, fingerprint, load_model,
                      locate)
 from test_smoke import step_by_step
 
@@ -134,11 +134,11 @@ def test_attention_is_that_of_its_plain_twin(masked):
     q, k, v = torch.randn(2, 3, 8, 16), torch.randn(2, 3, 10, 16), torch.randn(2, 3, 10, 16)
     mask = torch.zeros(2, 1, 8, 10).masked_fill_(torch.rand(2, 1, 8, 10) < 0.3, -1e30) if masked else None
     scores = q @ k.mT * 0.3 + (mask if masked else 0)
-    y, lse = attend(q, k, v, mask, 0.3)
+    y, lse = attend_with_lse(q, k, v, mask, 0.3)
     torch.testing.assert_close(y, scores.softmax(-1) @ v)
     torch.testing.assert_close(lse, scores.logsumexp(-1))
     capped = 2 * torch.tanh(q @ k.mT * 0.3 / 2) + (mask if masked else 0)
-    y, lse = attend(q, k, v, mask, 0.3, softcap=2.0)
+    y, lse = attend_with_lse(q, k, v, mask, 0.3, softcap=2.0)
     torch.testing.assert_close(y, capped.softmax(-1) @ v)
     torch.testing.assert_close(lse, capped.logsumexp(-1))
 
