@@ -61,8 +61,9 @@ def rotate(x, cos, sin):
 
 def attend_with_lse(q, k, v, mask, scale, softcap=None):
     """q (B, n_kv, T, D), k and v (B, n_kv, S, D), mask to be added to the scores, or None -> values (B, n_kv,
-    T, D), and the logsumexp of the scores (B, n_kv, T), with which decode.py and teacher.py put two parts together. Scores are in float32, also between bfloat16: where
-    they reach hundreds, as Qwen's do, those of bfloat16 are whole units apart."""
+    T, D), and the logsumexp of the scores (B, n_kv, T), with which decode.py and teacher.py put two parts
+    together. Scores are in float32, also between bfloat16: where they reach hundreds, as Qwen's do, those of
+    bfloat16 are whole units apart."""
     if q.device.type == 'cpu' and softcap is None:              # what F.scaled_dot_product_attention calls
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return flash(q, k, v, attn_mask=mask, scale=scale)
