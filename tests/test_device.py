@@ -167,8 +167,8 @@ def test_a_folded_table_gives_the_same_logits(space):
 
 
 @pytest.mark.parametrize('int8, shape', [
-    (False, dict()), (True, dict(n_kv_head=4, n_table=48)), (False, dict(qkv_bias=True, activation='silu')),
-    (True, dict(qk_norm=True, sandwich=True, head_size=6, rope_of_layer=(0, 0))), (False, dict(n_prompt=5))])
+    (False, dict()), (True, dict(n_kv_head=4, n_table=48, n_prompt=5)), (False, dict(qkv_bias=True, activation='silu')),
+    (True, dict(qk_norm=True, sandwich=True, head_size=6, rope_of_layer=(0, 0)))])
 def test_the_graph_computes_what_the_student_does(space, tmp_path, int8, shape):
     student = fold_table(tiny_student(space, **shape))
     if 'n_prompt' in shape:

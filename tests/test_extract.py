@@ -267,7 +267,8 @@ def test_a_terminal_that_goes_away_ends_a_run_as_kill_does(project, tmp_path, pr
     root = clone_task(project, tmp_path, *([] if program == 'extract.py' else ['toy-00']))
     there = root / ('data/toy/toy-00/index.bin' if program == 'extract.py' else 'out/toy/log.txt')
     args = ['--extract_batch=1'] if program == 'extract.py' else ['--log_steps=1', '--max_epochs=50']
-    process = subprocess.Popen([sys.executable, program, 'config/toy.py', *args], cwd=root,
+    heed = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+    process = subprocess.Popen([sys.executable, program, 'config/toy.py', *args], cwd=root, preexec_fn=heed,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while process.poll() is None and not (there.exists() and there.stat().st_size > 100):
         time.sleep(0.005)
