@@ -208,7 +208,7 @@ def one_line(done):
 
 @pytest.fixture(scope='session')
 def project(tmp_path_factory, teachers, words):
-    """a copy of the scripts with a small task, extracted and trained: what the four commands leave behind."""
+    """a copy of the scripts with a small task, with what extract.py and train.py leave behind."""
     root = tmp_path_factory.mktemp('project')
     modules = [path.name for path in ROOT.glob('*.py') if not path.name.startswith(('test_', 'conftest'))]
     for path in ('config/__init__.py', 'data/__init__.py', *modules):

@@ -4,7 +4,8 @@
 
 A program's settings are its top-level `name = value` lines above `config = configure(globals())`.
 A config file is plain Python; its names that start with _ are private to it.
-First how all programs end and speak, last the machine a program runs on, alone or as one of several that torchrun has started.
+First how all programs end and speak, last the machine a program runs on, alone or as one of several that
+torchrun has started.
 """
 import ast
 import datetime
