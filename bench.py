@@ -22,11 +22,11 @@ from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LogitsProcessor
 from transformers.utils import logging
 
+from checkpoint import load_checkpoint, lower_precision
 from config import can_compile, command, configure, data_line, pick_device, pick_dtype, stop
 from data import Shards, batches
 from decode import Cache, generate
 from model import SeenRows, Student, StudentConfig
-from sample import load_checkpoint, lower_precision
 from space import OutputSpace
 from teacher import Drafts, Teacher, answer_fitting, load_model, load_tokenizer, peak_gb, rounding
 from train import distill_loss

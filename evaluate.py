@@ -10,7 +10,6 @@ matplotlib is installed. What the words mean: README.md and docs/results.md; how
 agreement.py.
 """
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,11 +19,11 @@ import torch
 
 from agreement import (calibration_error, evaluate, field_texts, read_truth, report_lines, same_values,
                        truth_lines)
+from checkpoint import checkpoint_path, load_checkpoint, note_changes, save_checkpoint
 from config import configure, data_line, pick_device, stop
 from data import Shards
 from decode import confidence_of, decode, generate
 from report import draw, start_drawing
-from sample import checkpoint_path, load_checkpoint, note_changes
 
 name = ''            # word; data/<dataset>/<name>-* has the held-out records
 dataset = ''         # word
@@ -100,11 +99,7 @@ def store_target(folder, which, target):
     """writes it into the checkpoint, which is whole before and after."""
     path = checkpoint_path(folder, which)
     checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    try:
-        torch.save(checkpoint | {'target': target}, path.with_suffix('.tmp'))
-        os.replace(path.with_suffix('.tmp'), path)
-    except (OSError, RuntimeError) as error:
-        stop(f'cannot write to {folder}: {str(error).splitlines()[0]}; the student is as it was')
+    save_checkpoint(path, checkpoint | {'target': target})
 
 
 def cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):

@@ -7,8 +7,8 @@ import json
 import numpy as np
 
 from agreement import bins_of, evaluate, field_texts, same_values
+from checkpoint import load_checkpoint
 from decode import confidence_of
-from sample import load_checkpoint
 
 
 def start_drawing():

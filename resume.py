@@ -5,10 +5,8 @@ any moment. The order of the records and what is dropped at random are functions
 train.py, so nothing of them need be kept.
 """
 import fcntl
-import os
 import shutil
 import signal
-import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -18,9 +16,9 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from config import RANK, data_line, on_stop, stop
 from model import SeenRows, Student
-from sample import CHECKPOINT, load_checkpoint
 from space import OutputSpace
 
 # settings that may change when a run goes on: where and how fast it runs, not what comes out
@@ -75,20 +73,20 @@ class Training:
     def save(self, file, finished=False):
         """weights, plain facts and, where it is not over, what it takes to go on; whole or not at all."""
         hours = self.work['train_hours'] + (time.time() - self.begun) / 3600
-        state = {'format': CHECKPOINT, 'student': asdict(self.student.config), 'finished': finished,
+        state = {'format': FORMAT, 'student': asdict(self.student.config), 'finished': finished,
                  'step': self.step, 'figures': self.figures, 'per_field': self.per_field, 'best': self.best,
                  'linear': self.linear, 'work': self.work | {'train_hours': hours}, **self.facts}
         if file == 'ckpt.pt' and not finished:
             state['optimizer'] = self.optimizer.state_dict()
         with self.whole_table():
             state['model'] = self.student.state_dict()
-        try:
-            torch.save(state, self.out / 'ckpt.tmp')
-            os.replace(self.out / 'ckpt.tmp', self.out / file)
-        except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
-            (self.out / 'ckpt.tmp').unlink(missing_ok=True)
-            why = str(error).splitlines()[0]
-            sys.exit(f'cannot write {self.out}/{file}: {why}; the checkpoint before it is whole')
+        save_checkpoint(self.out / file, state)
+
+
+def facts_of(config, meta, n_train):
+    """what makes a training the one it is: it goes on only with the same."""
+    fixed = {key: value for key, value in config.items() if key not in FREE}
+    return {'config': fixed, 'task': {key: meta.get(key) for key in TASK}, 'n_train': n_train}
 
 
 def differences(old, new):

@@ -12,23 +12,20 @@ stdout, the rest to stderr. How good the answers are is what evaluate.py says.
 """
 import json
 import os
-import pickle
 import queue
 import stat
 import sys
 import threading
-import zipfile
 from collections import deque
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
-from config import command, configure, pick_device, pick_dtype, stop
+from checkpoint import load_checkpoint, note_changes
+from config import command, configure, pick_device, stop
 from data import clean
 from decode import confidence_of, decode, values
-from model import Student, StudentConfig
-from space import OutputSpace, tokenizer_hash, value_name
+from space import value_name
 
 name = ''            # word; out/<name> is the student ...
 run = ''             # word; ... or out/<run>
@@ -53,83 +50,6 @@ dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of the layers of a student
 fields = {}
 prompt = ''
 config = configure(globals())
-
-# -----------------------------------------------------------------------------
-# checkpoint
-
-CHECKPOINT = 4  # version of the files that resume.py writes
-
-
-class NoInit(torch.overrides.TorchFunctionMode):
-    """leaves out torch.nn.init, for weights that a file is about to give: memory that nobody writes to costs
-    nothing. (The meta device would do it too, but loads torch._dynamo: most of a second.)"""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, '__module__', '') != 'torch.nn.init':
-            return func(*args, **(kwargs or {}))
-
-
-def checkpoint_path(folder, which='best'):
-    path = Path(folder, 'best.pt')
-    return Path(folder, 'ckpt.pt') if which == 'last' or not path.is_file() else path
-
-
-def is_large(student):
-    """whether products are most of what its decoding takes; else lower precision would gain nothing."""
-    return sum(p.numel() for p in student.h.parameters()) > 1e7
-
-
-def lower_precision(student, dtype):
-    """lets the products of a large student's layers be made in this type, in place: as a setting, see
-    pick_dtype. Norms, a cache's attention, the sum of the layers and the head stay in float32."""
-    device = student.lm_head.weight.device.type
-    if not is_large(student) or pick_dtype(dtype, device) != torch.bfloat16:
-        return
-    for module in student.h.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.to(torch.bfloat16)
-    student.forward = torch.autocast(device, torch.bfloat16)(student.forward)
-
-
-def load_checkpoint(folder, device, which='best', dtype='float32'):
-    """folder of a training run -> checkpoint dict, Student, OutputSpace. SystemExit with one line where it
-    will not do. which: the 'best' epoch's, or the 'last' one's. dtype: see lower_precision."""
-    path = checkpoint_path(folder, which)
-    if not path.is_file():
-        stop(f'{path} does not exist; run: {command("train.py")}')
-    try:
-        with zipfile.ZipFile(path) as file:  # torch keeps a checksum of each tensor, and does not look at it
-            if damaged := file.testzip():
-                stop(f'{path} is damaged at {damaged}; copy it again, or train again')
-        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
-        if checkpoint['format'] != CHECKPOINT:
-            stop(f'{path} has format {checkpoint["format"]}, this version reads {CHECKPOINT}; train again')
-        with NoInit():
-            student = Student(StudentConfig(**checkpoint['student']))
-        student.load_state_dict(checkpoint.pop('model'), assign=True)  # a frozen table stays fp16
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, TypeError) as error:
-        stop(f'{path} is not a whole checkpoint ({type(error).__name__}); train again')
-    task = checkpoint['task']
-    try:
-        tokenizer = Tokenizer.from_file(str(Path(folder, 'tokenizer.json')))
-        space = OutputSpace.of(tokenizer, task)
-    except Exception as error:  # tokenizers raises nothing narrower
-        stop(f'{folder}/tokenizer.json cannot be used: {error}; copy it from where the student was trained')
-    if tokenizer_hash(tokenizer) != task['tokenizer_hash'] or space.output_ids != task['output_ids']:
-        stop(f'{folder}/tokenizer.json is not the tokenizer {path} was trained with; '
-             'copy the right one beside it')
-    lower_precision(student.to(device).eval(), dtype)
-    return checkpoint, student, space
-
-
-def note_changes(task, fields, prompt):
-    """says so where the config file's fields or prompt are no longer those the student was trained with."""
-    now = {'fields': fields, 'prompt': prompt}
-    changed = [key for key, value in now.items() if value and json.dumps(value) != json.dumps(task[key])]
-    if changed:
-        said = ' and '.join(changed)
-        say(f'note: {said} changed since the training; the student answers as it was trained')
-
 
 # -----------------------------------------------------------------------------
 # text in, JSON out

@@ -27,8 +27,9 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
+from checkpoint import note_changes
 from config import configure, stop
-from sample import Labeler, note_changes
+from sample import Labeler
 
 try:
     import httpx

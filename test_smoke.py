@@ -18,9 +18,9 @@ import torch
 
 import data
 from agreement import evaluate
+from checkpoint import load_checkpoint
 from conftest import FIELDS, SCHEMAS, clone_task, load_teacher, run, tiny_student, weights
 from decode import generate
-from sample import load_checkpoint
 from space import OutputSpace
 from teacher import Drafts, Teacher, answer, encode_prompt
 from train import distill_loss

@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from agreement import evaluate, linear_baseline, report_lines
+from checkpoint import is_large
 from config import (RANK, WORLD, can_compile, command, configure, data_line, end_ranks, pick_device,
                     pick_dtype, start_ranks, stop, tell_all)
 from data import Shards, batches
 from model import SeenRows, Student, StudentConfig
 from report import draw
-from resume import FREE, TASK, catch_signals, lock_folder, new_training, resume_training
-from sample import is_large
+from resume import catch_signals, facts_of, lock_folder, new_training, resume_training
 from space import tokenizer_hash
 from teacher import load_model, load_tokenizer
 
@@ -215,8 +215,7 @@ def open_training(out, config, shards, n_train, device):
     """the Training in the folder `out`, begun or gone on with, and the state of its optimizer. It goes on
     only as the run it was: same settings, same records. Ends the program where nothing is left to do."""
     meta = shards.meta
-    fixed = {key: value for key, value in config.items() if key not in FREE}
-    facts = {'config': fixed, 'task': {key: meta.get(key) for key in TASK}, 'n_train': n_train}
+    facts = facts_of(config, meta, n_train)
     resume = (out / 'ckpt.pt').exists() and not config['overwrite']
     if config['init_from'] == 'resume' and not resume:
         stop(f'{out}/ckpt.pt does not exist; there is nothing to resume')

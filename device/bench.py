@@ -26,7 +26,8 @@ from device.export import read_corpus, shrink, write_onnx
 from device.run import Student
 from device.web import Handler
 from evaluate import find_shards
-from sample import Labeler, load_checkpoint
+from checkpoint import load_checkpoint
+from sample import Labeler
 
 name = ''            # word; out/<name> is the student ...
 run = ''             # word; ... or out/<run>

@@ -26,7 +26,7 @@ from data import held_out, read_texts, text_hash, write_json
 from decode import generate
 from device.shrink import choose_tokens, fold_table, round_to_int8, trim, trim_tokenizer
 from evaluate import find_shards
-from sample import load_checkpoint
+from checkpoint import load_checkpoint
 from space import value_name
 
 name = ''            # word; out/<name> is the student ...

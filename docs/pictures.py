@@ -21,11 +21,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
 from agreement import evaluate, field_texts, same_values
+from checkpoint import load_checkpoint
 from config import configure, data_line, stop
 from data import Shards
 from decode import confidence_of, decode
 from report import start_drawing
-from sample import load_checkpoint
 from space import OutputSpace
 from train import distill_loss
 

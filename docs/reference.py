@@ -24,11 +24,11 @@ from transformers.initialization import no_init_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
 from bench import clock, generate_held, stepwise
+from checkpoint import lower_precision
 from config import configure, data_line, pick_dtype, stop
 from data import read_meta, read_texts
 from decode import generate
 from model import Student, StudentConfig
-from sample import lower_precision
 from space import OutputSpace
 from teacher import encode_prompt, load_model, load_tokenizer, peak_gb
 

@@ -8,8 +8,9 @@ import torch
 
 import data
 from calibrate import find_priors, learn_bias, longest
+from checkpoint import load_checkpoint
 from conftest import FIELDS, SCHEMAS, clone_task, load_teacher, one_line, run
-from sample import load_asker, load_checkpoint
+from sample import load_asker
 from space import OutputSpace
 from teacher import Drafts, Teacher, answer, encode_prompt
 from test_smoke import step_by_step

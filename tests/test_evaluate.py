@@ -10,10 +10,10 @@ import torch
 
 import data
 from agreement import BROKEN, agreement, calibration_error, field_texts, fit_temperature, read_truth, truth_lines
+from checkpoint import load_checkpoint
 from conftest import FIELDS, clone_task, one_line, run
 from decode import generate
 from evaluate import at_least, cascade, cost, find_target
-from sample import load_checkpoint
 from space import OutputSpace
 
 

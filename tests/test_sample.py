@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import data
-import sample
 from bench import stepwise
+from checkpoint import load_checkpoint, lower_precision
 from conftest import FIELDS, ROOT, SCHEMAS, clone_task, one_line, run, tiny_student
 from decode import confidence_of, decode, generate, values
-from sample import Labeler, load_checkpoint, lower_precision
+from sample import Labeler
 from space import OutputSpace
 
 many = hypothesis.settings(max_examples=25, deadline=None, derandomize=True,
@@ -76,7 +77,7 @@ def test_in_bfloat16_the_answers_are_those_of_float32_but_for_rounding(space, n_
     lower_precision(model, 'bfloat16')  # too small to gain by it
     (before, p_before), reads = answers(), model.h[0].attn.c_attn
     assert reads.weight.dtype == torch.float32 == before[0][1][0][1].dtype
-    monkeypatch.setattr(sample, 'is_large', lambda student: True)
+    monkeypatch.setattr(checkpoint, 'is_large', lambda student: True)
     lower_precision(model, 'bfloat16')
     after, p_after = answers()
     assert reads.weight.dtype == torch.bfloat16 and after[0][1][0][1].dtype == torch.float32
@@ -227,7 +228,7 @@ def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
     done = run(root, 'sample.py', '--text=hello my friend')
     assert list(json.loads(done.stdout)) == list(FIELDS) and done.stdout.count('\n') == 1
     few = tmp_path / 'elsewhere'
-    for path in ('sample.py', 'decode.py', 'model.py', 'space.py', 'config/__init__.py', 'data/__init__.py',
+    for path in ('sample.py', 'checkpoint.py', 'decode.py', 'model.py', 'space.py', 'config/__init__.py', 'data/__init__.py',
                  'out/toy/best.pt', 'out/toy/tokenizer.json'):
         (few / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / path, few / path)

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 
 import data
 import train
+from checkpoint import load_checkpoint
 from conftest import FIELDS, clone_task, make_shards, one_line, random_records, run, tiny_student, weights
 from model import SeenRows
 from resume import Training
-from sample import load_checkpoint
 
 
 def test_loss_of_a_hand_computed_case():
