@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import data
 import train
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from conftest import FIELDS, clone_task, make_shards, one_line, random_records, run, tiny_student, weights
 from model import SeenRows
 from resume import Training
@@ -390,3 +390,13 @@ def test_a_large_student_is_evaluated_in_the_type_it_is_decoded_in(space, tmp_pa
     assert autocast.fast_dtype == torch.bfloat16 and training.precision is not autocast  # too small to gain by it
     monkeypatch.setattr(train, 'is_large', lambda student: True)
     assert train.choose_precision(training, 'bfloat16', 'False', 'cpu', 1000) is training.precision
+
+
+def test_on_a_full_disk_the_checkpoint_before_is_whole(tmp_path):
+    for file in ('best.pt', 'ckpt.pt'):
+        path, tmp = tmp_path / file, tmp_path / file.replace('.pt', '.tmp')
+        save_checkpoint(path, {'step': 1})
+        tmp.symlink_to('/dev/full')
+        with pytest.raises(SystemExit, match=f'{file}: .*; the checkpoint before it is whole'):
+            save_checkpoint(path, {'step': 2, 'model': torch.zeros(10000)})
+        assert torch.load(path, weights_only=True) == {'step': 1} and not os.path.lexists(tmp)
