@@ -2,9 +2,9 @@
 
     checkpoint, student, space = load_checkpoint('out/demo', 'cpu')
 
-checkpoint is a dict: format, student (its StudentConfig), config (the settings it was trained with), task (what of
-meta.json it takes to answer, and to ask the teacher), figures, per_field, best, linear, work; in a ckpt.pt that is
-not finished also optimizer. resume.py puts it together.
+checkpoint is a dict: format, student (its StudentConfig), config (the settings it was trained with), task
+(what of meta.json it takes to answer, and to ask the teacher), figures, per_field, best, linear, work; in a
+ckpt.pt that is not finished also optimizer. resume.py puts it together.
 """
 import json
 import os
@@ -83,6 +83,13 @@ def load_checkpoint(folder, device, which='best', dtype='float32'):
              'copy the right one beside it')
     lower_precision(student.to(device).eval(), dtype)
     return checkpoint, student, space
+
+
+def hours_of(folder, checkpoint):
+    """hours of the whole training, beyond the epoch that a best.pt is of."""
+    if (last := Path(folder, 'ckpt.pt')).is_file():
+        checkpoint = torch.load(last, map_location='cpu', weights_only=True, mmap=True)
+    return checkpoint['work']['train_hours']
 
 
 def note_changes(task, fields, prompt):

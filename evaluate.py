@@ -19,7 +19,7 @@ import torch
 
 from agreement import (calibration_error, evaluate, field_texts, read_truth, report_lines, same_values,
                        truth_lines)
-from checkpoint import checkpoint_path, load_checkpoint, note_changes, save_checkpoint
+from checkpoint import checkpoint_path, hours_of, load_checkpoint, note_changes, save_checkpoint
 from config import configure, data_line, pick_device, stop
 from data import Shards
 from decode import confidence_of, decode, generate
@@ -273,9 +273,7 @@ if __name__ == '__main__':
             print(data_line(*line))
         sys.exit()
     rows = shards.split()[1]
-    if (out / 'ckpt.pt').exists():  # it knows how long the whole training took
-        last = torch.load(out / 'ckpt.pt', map_location='cpu', weights_only=True, mmap=True)
-        checkpoint['work'] = last['work']
+    checkpoint['work']['train_hours'] = hours_of(out, checkpoint)
     figures, per_field, answers, _ = evaluate(student, space, shards, rows, sample_batch)
     for line in report_lines(checkpoint['step'], figures, per_field, checkpoint['linear']):
         print(data_line(*line))

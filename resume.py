@@ -26,7 +26,7 @@ FREE = ('device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum',
         'tracker')
 
 # settings that older checkpoints do not have, as they were then, or only older ones, as it is now
-SINCE = {'keep_prompt': False, 'start_model': '', 'divergence': 'forward'}
+SINCE = {'keep_prompt': False, 'start_model': '', 'divergence': 'forward', 'more': ''}
 
 # what of meta.json a checkpoint keeps: all that it takes to answer, and to ask the teacher
 TASK = ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'tokenizer_hash',

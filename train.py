@@ -28,7 +28,7 @@ from agreement import evaluate, linear_baseline, report_lines
 from checkpoint import is_large
 from config import (RANK, WORLD, can_compile, command, configure, data_line, end_ranks, pick_device,
                     pick_dtype, start_ranks, stop, tell_all)
-from data import Shards, batches
+from data import Shards, batches, shard_folders
 from model import SeenRows, Student, StudentConfig
 from report import draw
 from resume import catch_signals, facts_of, lock_folder, new_training, resume_training
@@ -40,6 +40,7 @@ name = ''              # word; data/<dataset>/<name>-* is read ...
 dataset = ''           # word
 run = ''               # word; ... and out/<run> written; '': out/<name>. One extraction, many students
 max_records = 0        # 0..; train on those of the first so many records that are not held out; 0: all
+more = ''              # word; train also on data/<dataset>/<more>-*: what students answered (ensemble.py)
 init_from = 'scratch'  # 'scratch', 'teacher', 'resume'; how a new run starts; teacher: with its embedding
                        # table and some of its layers. One cut off goes on anyway; resume insists on it
 overwrite = False      # start over where out/<run> holds another or a finished run
@@ -136,15 +137,18 @@ def schedule(step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end, kd_
 # records, and the student to train on them
 
 
-def open_records(dataset, name, max_records, eval_records):
+def open_records(dataset, name, more, max_records, eval_records):
     """the Shards of a task, numbers of the records to train on and of those to evaluate on."""
+    if more and not shard_folders(dataset, more):
+        stop(f'data/{dataset} has no answers of students in {more!r}; run: {command("ensemble.py")} '
+             '--students=...')
     try:
-        shards = Shards(dataset, name)
+        shards = Shards(dataset, name, more=more)
     except (FileNotFoundError, ValueError) as error:
         stop(f'{error}; run: {command("extract.py")}')
     train_rows, val_rows = shards.split()
     if max_records:
-        train_rows = train_rows[train_rows < max_records]
+        train_rows = train_rows[(train_rows < max_records) | (train_rows >= shards.n_teacher)]
     if eval_records:  # the same for every seed
         val_rows = val_rows[np.random.default_rng(0).permutation(len(val_rows))[:eval_records]]
     return shards, train_rows, val_rows
@@ -257,7 +261,8 @@ def work_before(shards):
     """what the student has cost before it is trained, for evaluate.py."""
     timed = sum((Counter(meta.get('timed', {})) for meta in shards.metas), Counter())
     teacher_rec_s = timed['records'] / timed['seconds'] if timed else math.nan
-    return {'extract_hours': len(shards) / teacher_rec_s / 3600, 'train_hours': 0.0,
+    hours = sum(sum(meta.get('students', {}).values()) for meta in shards.metas)  # of those it learns from
+    return {'extract_hours': shards.n_teacher / teacher_rec_s / 3600 + hours, 'train_hours': 0.0,
             'teacher_rec_s': teacher_rec_s}
 
 
@@ -391,7 +396,7 @@ if __name__ == '__main__':
     device = start_ranks(pick_device(device), 'nccl' if pick_device(device) == 'cuda' else 'gloo')
     check_settings(config)
     out = Path('out', run or name)
-    shards, train_rows, val_rows = open_records(dataset, name, max_records, eval_records)
+    shards, train_rows, val_rows = open_records(dataset, name, more, max_records, eval_records)
     check_records(config, shards.meta, len(train_rows), len(val_rows))
     torch.manual_seed(seed)
     lock = lock_folder(out) if RANK == 0 else None

@@ -28,7 +28,8 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 # one config file serves them all
-SCRIPTS = 'extract.py', 'train.py', 'sample.py', 'evaluate.py', 'bench.py', 'serve.py', 'device/export.py'
+SCRIPTS = ('extract.py', 'train.py', 'ensemble.py', 'sample.py', 'evaluate.py', 'bench.py', 'serve.py',
+           'device/export.py')
 WORLD, RANK = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))  # torchrun sets them
 
 

@@ -184,16 +184,18 @@ def first_answers(folder, meta, n):
 
 
 class Shards:
-    """all records extracted for one task, memory-mapped. FileNotFoundError where there are none, ValueError
-    where the shards disagree or have another format.
+    """all records extracted for one task, memory-mapped, and after them those of `more`, which students
+    answered (ensemble.py). FileNotFoundError where there are none, ValueError where the shards disagree or
+    have another format.
 
-    metas: dict of each meta.json; meta: the first. hashes (N,). Record i is `ids(i)` and `answer(i)`.
+    metas: dict of each meta.json; meta: the first. hashes (N,). Record i is `ids(i)` and `answer(i)`;
+    n_teacher: number of those that the teacher answered.
     """
 
-    def __init__(self, dataset, name, root='data'):
-        folders = shard_folders(dataset, name, root)
+    def __init__(self, dataset, name, root='data', more=''):
+        folders = shard_folders(dataset, name, root) + (shard_folders(dataset, more, root) if more else [])
         self.metas = [read_meta(folder) for folder in folders]
-        self.shards, spans, hashes = [], [], []
+        self.shards, spans, hashes, self.n_teacher = [], [], [], 0
         for folder, meta in zip(folders, self.metas):
             same = all(meta.get(key) == self.metas[0].get(key) for key in ('output_ids', 'bias'))
             if meta['format'] != FORMAT or not same:
@@ -208,12 +210,13 @@ class Shards:
                 continue
             spans.append(np.column_stack((np.full(len(index), len(self.shards)), starts, ends))[answered])
             hashes.append(index[answered, 2])
+            self.n_teacher += 0 if 'students' in meta else int(answered.sum())
             n_input, n_output = map(int, ends[-1])
             shapes = {'input': (n_input,), 'output': (n_output,), 'logits': (n_output, V),
                       'stats': (n_output, 2)}
             self.shards.append({key: np.memmap(folder / f'{key}.bin', DTYPES[key], 'r', shape=shape)
                                 for key, shape in shapes.items()})
-        if not spans:
+        if not self.n_teacher:
             raise FileNotFoundError(f'data/{dataset} has no records extracted for {name!r}')
         self.folder, self.meta, self.hashes = folders[0], self.metas[0], np.concatenate(hashes)
         self.spans = np.concatenate(spans)  # (N, 5) shard, input start, output start, input end, output end
@@ -256,14 +259,19 @@ class Shards:
         from the last of start on, -1 on the text and the padding. teacher_logits (n, V) as logits says, a row
         per target >= 0, in their order."""
         texts, outs = [self.ids(i) for i in rows], [self.answer(i) for i in rows]
-        T = max(len(t) + len(o) for t, o in zip(texts, outs)) + len(start) - 1
-        output_ids = np.array(self.meta['output_ids'])
-        idx, targets = np.full((len(rows), T), start[-1]), np.full((len(rows), T), -1)
-        for b, (t, o) in enumerate(zip(texts, outs)):
-            row = [*t, *start, *output_ids[o[:-1]]]
-            idx[b, :len(row)], targets[b, len(row) - len(o):len(row)] = row, o
         logits = np.concatenate([self.logits(i) for i in rows])
-        return torch.from_numpy(idx), torch.from_numpy(targets), torch.from_numpy(logits)
+        return *pad_batch(texts, outs, self.meta['output_ids'], start), torch.from_numpy(logits)
+
+
+def pad_batch(texts, outs, output_ids, start):
+    """idx and targets of Shards.batch. texts: lists of ids; outs: lists of output indices."""
+    T = max(len(t) + len(o) for t, o in zip(texts, outs)) + len(start) - 1
+    output_ids = np.array(output_ids)
+    idx, targets = np.full((len(texts), T), start[-1]), np.full((len(texts), T), -1)
+    for b, (t, o) in enumerate(zip(texts, outs)):
+        row = [*t, *start, *output_ids[o[:-1]]]
+        idx[b, :len(row)], targets[b, len(row) - len(o):len(row)] = row, o
+    return torch.from_numpy(idx), torch.from_numpy(targets)
 
 
 def batches(lengths, batch_size, seed, epoch, window=16):

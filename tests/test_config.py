@@ -11,7 +11,7 @@ import pytest
 import config as configure_module
 from conftest import FIELDS, PROGRAMS, ROOT, clone_task, one_line, run
 
-ALL = (*PROGRAMS, 'device/export.py', 'device/web.py', 'device/bench.py')
+ALL = (*PROGRAMS, 'ensemble.py', 'device/export.py', 'device/web.py', 'device/bench.py')
 
 
 @pytest.fixture

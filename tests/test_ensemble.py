@@ -1,0 +1,134 @@
+"""Several students as one: decoded like one, its answers those of the slow obvious way; and what the program
+writes, down to what a student that learns from it is trained on."""
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from checkpoint import load_checkpoint
+from conftest import clone_task, one_line, run, tiny_student, write_texts
+from decode import decode, generate, values
+from ensemble import Ensemble, answer
+
+
+def make_students(space, n, **sizes):
+    students = [tiny_student(space, seed, **sizes) for seed in range(n)]
+    for student in students:
+        for name, p in student.named_parameters():
+            p.data = torch.randn_like(p) if name == 'prompt' else 4 * p.data  # no near ties
+    return students
+
+
+@torch.no_grad()
+def one_at_a_time(students, space, text):
+    """output indices: the slow way, without a cache, a draft or a batch"""
+    outs = []
+    while space.walk(outs) != space.done:
+        row = torch.tensor([text + [1] + [space.output_ids[o] for o in outs]])
+        mean = sum(student(row)[0, -1].log_softmax(-1) for student in students) / len(students)
+        illegal = space.next_state[space.walk(outs)] < 0
+        outs.append(mean.masked_fill(illegal, -torch.inf).argmax().item())
+    return outs
+
+
+@pytest.mark.parametrize('n_prompt', [0, 3])
+def test_an_ensemble_is_the_mean_of_its_students_however_it_is_decoded(space, n_prompt):
+    students, rng = make_students(space, 3, n_prompt=n_prompt), random.Random(0)
+    model, texts = Ensemble(students), [[rng.randrange(4, 500) for _ in range(rng.randint(1, 20))]
+                                        for _ in range(30)]
+    answers = list(decode(model, space, texts, 8))
+    assert [outs for outs, _ in answers] == [one_at_a_time(students, space, text) for text in texts]
+    assert any(outs != alone for (outs, _), alone in zip(answers, generate(students[0], space, texts)))
+    bias = torch.randn(space.next_state.shape)
+    for text, (outs, decisions), (again, logits) in zip(texts, answers, answer(model, space, texts, bias, 8)):
+        row = torch.tensor([text + [1] + [space.output_ids[o] for o in outs[:-1]]])
+        with torch.no_grad():
+            mean = sum(student(row)[0, len(text):].log_softmax(-1) for student in students) / 3
+        assert again == outs
+        torch.testing.assert_close(logits, mean + bias[space.states(outs)], rtol=0, atol=1e-4)
+        asked = [n for n, state in enumerate(space.states(outs)) if len(space.moves[state]) > 1]
+        for n, (_, held, _) in zip(asked, decisions, strict=True):
+            torch.testing.assert_close(held[held > -torch.inf], mean[n][held > -torch.inf], rtol=0, atol=1e-4)
+        assert all(sum(of_field) == pytest.approx(1)
+                   for of_field in values(model, space, text, outs, decisions).values())
+    assert generate(Ensemble(students[:1]), space, texts) == generate(students[0], space, texts)
+
+
+@pytest.fixture(scope='module')
+def pool(project, tmp_path_factory, words):
+    """the project with a second student, and texts that the teacher was not asked about."""
+    root = clone_task(project, tmp_path_factory.mktemp('pool'), 'out', 'toy-00')
+    assert run(root, 'train.py', '--run=two', '--seed=2', '--max_epochs=2').returncode == 0
+    texts, rng = [text for text, *_ in data.read_texts(root / 'data/toy/input.jsonl')], random.Random(9)
+    texts += [' '.join(rng.choices(words, k=rng.randint(10, 14))) for _ in range(90)]
+    write_texts(root / 'data/toy', texts)
+    return root
+
+
+STUDENTS = '--students=out/toy,out/two'
+
+
+def test_what_students_say_is_trained_on_and_never_measured_on(pool, tmp_path):
+    root = clone_task(pool, tmp_path, 'out', 'toy-00')
+    done = run(root, 'ensemble.py', STUDENTS)
+    assert done.returncode == 0 and '--more=toy_more --run=toy_all' in done.stdout, done.stderr
+    before, both = (data.Shards('toy', 'toy', root / 'data', more) for more in ('', 'toy_more'))
+    assert len(before) == before.n_teacher == both.n_teacher and 60 < len(both) - len(before) <= 90
+    assert np.array_equal(before.split()[1], both.split()[1])  # held out is what was held out
+    assert len(np.unique(both.hashes)) == len(both)
+    model = Ensemble([load_checkpoint(root / f'out/{name}', 'cpu')[1] for name in ('toy', 'two')])
+    for i in range(len(before), len(both)):
+        idx, targets, logits = both.batch([i], model.config.start)
+        with torch.no_grad():
+            due = model(idx, targets)
+        torch.testing.assert_close(logits.log_softmax(-1), due.log_softmax(-1), rtol=2e-3, atol=0.02)  # fp16
+
+    done = run(root, 'train.py', '--more=toy_more', '--run=all', '--max_epochs=1', '--max_records=100')
+    assert done.returncode == 0, done.stderr
+    first = (before.split()[0] < 100).sum()
+    assert f'records train={first + len(both) - len(before)} held_out={len(before.split()[1])} ' in done.stdout
+    work = {name: load_checkpoint(root / f'out/{name}', 'cpu', 'last')[0]['work']
+            for name in ('toy', 'two', 'all')}
+    spent = sum(work[name]['train_hours'] for name in ('toy', 'two'))
+    assert work['all']['extract_hours'] == pytest.approx(work['toy']['extract_hours'] + spent)
+    assert work['all']['teacher_rec_s'] == work['toy']['teacher_rec_s']
+    assert run(root, 'evaluate.py', '--run=all').returncode == 0
+    other = one_line(run(root, 'train.py', '--run=all', '--max_epochs=1', '--max_records=100'))
+    assert "more 'toy_more' there, '' here" in other
+
+
+def test_students_that_were_cut_off_go_on_and_answer_each_text_once(pool, tmp_path):
+    root = clone_task(pool, tmp_path, 'out', 'toy-00')
+    ask = lambda *args, **limit: run(root, 'ensemble.py', STUDENTS, '--sample_batch=4', *args, **limit)
+    assert ask('--more=whole').returncode == 0
+    assert ask('--more=part', '--max_more=21').returncode == 0
+    part = data.Shards('toy', 'toy', root / 'data', 'part')
+    assert len(part) - part.n_teacher == 21
+    assert 'answers are safe' in one_line(ask('--more=part', file_limit=40000))
+    assert ask('--more=part').returncode == 0
+    for file in ('input.bin', 'output.bin', 'index.bin'):
+        parts = [(root / f'data/toy/{name}-00' / file).read_bytes() for name in ('part', 'whole')]
+        assert parts[0] == parts[1]
+
+
+def test_students_that_do_not_belong_together_are_refused_in_one_line(pool, tmp_path):
+    root = clone_task(pool, tmp_path, 'out', 'toy-00')
+    ask = lambda *args: one_line(run(root, 'ensemble.py', *args))
+    assert 'no task or no students; run: python ensemble.py' in ask()
+    assert 'out/three/ckpt.pt does not exist' in ask('--students=out/toy,out/three')
+    assert 'is what the teacher answered; choose another word' in ask(STUDENTS, '--more=toy')
+    assert run(root, 'ensemble.py', STUDENTS, '--max_more=5').returncode == 0
+    assert 'has the answers of others' in ask('--students=out/toy', '--max_more=9')
+    assert 'toy_more-00 has the answers of students' in one_line(
+        run(root, 'extract.py', '--name=toy_more'))
+    assert run(root, 'train.py', '--run=small', '--n_layer=1', '--max_epochs=1').returncode == 0
+    assert 'out/small has another shape than out/toy' in ask('--students=out/toy,out/small')
+    assert "data/toy has no answers of students in 'nothing'; run: python ensemble.py" in one_line(
+        run(root, 'train.py', '--more=nothing', '--run=x'))
+    state = torch.load(root / 'out/two/best.pt', weights_only=True)
+    torch.save(state | {'task': state['task'] | {'prompt': 'another {text}'}}, root / 'out/two/best.pt')
+    assert 'out/two learned another task than that of data/toy/toy-00' in ask(STUDENTS)
+    (root / 'data/toy/input.jsonl').unlink()
+    assert 'data/toy/input.jsonl does not exist' in ask('--students=out/toy')
