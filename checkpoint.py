@@ -2,9 +2,10 @@
 
     checkpoint, student, space = load_checkpoint('out/demo', 'cpu')
 
-checkpoint is a dict: format, student (its StudentConfig), config (the settings it was trained with), task
-(what of meta.json it takes to answer, and to ask the teacher), figures, per_field, best, linear, work; in a
-ckpt.pt that is not finished also optimizer. resume.py puts it together.
+checkpoint is a dict: student (its StudentConfig), config (the settings it was trained with), task (see TASK),
+n_train, step, finished, best (the best epoch so far), figures and per_field (of the last evaluation), linear
+(of word counts), work (hours and speeds), target (where evaluate.py set one), format. The file also has model,
+the weights, and a ckpt.pt that is not finished optimizer. resume.py puts it together.
 """
 import json
 import os
@@ -20,7 +21,14 @@ from config import command, pick_dtype, stop
 from model import Student, StudentConfig
 from space import OutputSpace, tokenizer_hash
 
-FORMAT = 4  # version of the file
+CHECKPOINT = 4  # version of the file
+
+# what of meta.json it keeps: all that it takes to answer, and to ask the teacher
+TASK = ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'tokenizer_hash',
+        'max_text', 'before', 'after', 'fingerprint', 'bias')
+
+# what torch.load and a look at what it loaded raise where a file is not what it should be
+BROKEN = RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, TypeError
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
@@ -54,10 +62,8 @@ def lower_precision(student, dtype):
     student.forward = torch.autocast(device, torch.bfloat16)(student.forward)
 
 
-def load_checkpoint(folder, device, which='best', dtype='float32'):
-    """folder of a training run -> checkpoint dict, Student, OutputSpace. SystemExit with one line where it
-    will not do. which: the 'best' epoch's, or the 'last' one's. dtype: see lower_precision."""
-    path = checkpoint_path(folder, which)
+def read_checkpoint(path, device):
+    """the dict of a file, with its weights; SystemExit with one line where it is not whole."""
     if not path.is_file():
         stop(f'{path} does not exist; run: {command("train.py")}')
     try:
@@ -65,14 +71,25 @@ def load_checkpoint(folder, device, which='best', dtype='float32'):
             if damaged := file.testzip():
                 stop(f'{path} is damaged at {damaged}; copy it again, or train again')
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
-        if checkpoint['format'] != FORMAT:
-            stop(f'{path} has format {checkpoint["format"]}, this version reads {FORMAT}; train again')
+        if checkpoint['format'] != CHECKPOINT:
+            stop(f'{path} has format {checkpoint["format"]}, this version reads {CHECKPOINT}; train again')
+    except BROKEN as error:
+        stop(f'{path} is not a whole checkpoint ({type(error).__name__}); train again')
+    return checkpoint
+
+
+def load_checkpoint(folder, device, which='best', dtype='float32'):
+    """folder of a training run -> checkpoint dict, Student, OutputSpace. SystemExit with one line where it
+    will not do. which: the 'best' epoch's, or the 'last' one's. dtype: see lower_precision."""
+    path = checkpoint_path(folder, which)
+    checkpoint = read_checkpoint(path, device)
+    try:
         with NoInit():
             student = Student(StudentConfig(**checkpoint['student']))
         student.load_state_dict(checkpoint.pop('model'), assign=True)  # a frozen table stays fp16
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, TypeError) as error:
+        task = checkpoint['task']
+    except BROKEN as error:
         stop(f'{path} is not a whole checkpoint ({type(error).__name__}); train again')
-    task = checkpoint['task']
     try:
         tokenizer = Tokenizer.from_file(str(Path(folder, 'tokenizer.json')))
         space = OutputSpace.of(tokenizer, task)
@@ -85,11 +102,11 @@ def load_checkpoint(folder, device, which='best', dtype='float32'):
     return checkpoint, student, space
 
 
-def hours_of(folder, checkpoint):
-    """hours of the whole training, beyond the epoch that a best.pt is of."""
+def work_of(folder, checkpoint):
+    """what the whole training cost, beyond the epoch that a best.pt is of; see evaluate.cost."""
     if (last := Path(folder, 'ckpt.pt')).is_file():
-        checkpoint = torch.load(last, map_location='cpu', weights_only=True, mmap=True)
-    return checkpoint['work']['train_hours']
+        checkpoint = read_checkpoint(last, 'cpu')
+    return checkpoint['work']
 
 
 def note_changes(task, fields, prompt):

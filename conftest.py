@@ -199,7 +199,7 @@ def one_line(done):
     bars."""
     lines = []
     for line in done.stderr.replace('\r', '\n').splitlines():
-        bar = line.startswith(('filter:', 'extract:', 'train:', 'verify:', 'bench:')) or 'it/s' in line
+        bar = line.startswith(('filter:', 'extract:', 'train:', 'answer:', 'verify:', 'bench:')) or 'it/s' in line
         if line.strip() and not bar and ' (command line; was' not in line and ' (config/' not in line:
             lines.append(line)
     assert done.returncode == 1 and len(lines) == 1, (done.returncode, done.stderr)

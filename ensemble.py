@@ -1,29 +1,30 @@
 """Students of one teacher answer together the texts that it was not asked about, for one more to learn from.
 
-    python train.py config/demo.py --run=demo_1 --seed=1        # and demo_2, demo_3
+    for s in 1 2 3; do python train.py config/demo.py --run=demo_$s --seed=$s; done
     python ensemble.py config/demo.py --students=out/demo_1,out/demo_2,out/demo_3
     python train.py config/demo.py --more=demo_more --run=demo_all --batch_size=64 --max_epochs=4
 
-What one student gets wrong by the chance of its start others get right: their mean agrees more with the
-teacher than any of them, and a student that learns from it nearly as much, and is no larger (Bucila et al.
-2006, "Model compression", https://doi.org/10.1145/1150402.1150464). Writes data/<dataset>/<more>-00/ in the
-format of extract.py. Held-out texts are left out: a student is only ever measured on what the teacher said.
+What one student gets wrong by the chance of its start others get right, so that their mean agrees more with
+the teacher than any of them; one that learns from it keeps most of that, as small and as fast as before
+(Bucila et al. 2006, "Model compression", https://doi.org/10.1145/1150402.1150464; figures: docs/results.md).
+
+Answers the texts of data/<dataset>/input.jsonl that extract.py would label and that have no answer yet, but
+for those held out: a student is only ever measured on what the teacher said. Writes data/<dataset>/<more>-00,
+in the format of extract.py.
 """
-import sys
+import hashlib
+import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from checkpoint import hours_of, load_checkpoint
+from checkpoint import TASK, load_checkpoint, work_of
 from config import command, configure, on_stop, pick_device, stop
-from data import (Shards, Writer, held_out, pad_batch, read_meta, read_texts, shard_folders, stored_hashes,
-                  write_json)
+from data import Hashes, Shards, Writer, held_out, pad_batch, read_meta, read_texts, stored_hashes, write_json
 from decode import generate
 from texts import read_groups
 
@@ -31,15 +32,25 @@ name = ''            # word; data/<dataset>/<name>-* is what the students learne
 dataset = ''         # word
 more = ''            # word; ... and data/<dataset>/<more>-00 gets what they say; '': <name>_more
 students = ''        # folders of runs, parted by commas
-max_more = 0         # 0..; stop after so many texts; 0: all that are worth labelling
+max_more = 0         # 0..; stop after so many texts; 0: all
 too_long = 'refuse'  # 'refuse' or 'cut'; what becomes of longer texts, as in extract.py
-sample_batch = 128   # 1..; texts decoded together; of 16 to 512 the fastest on 2 CPU cores
+sample_batch = 128   # 1..; texts decoded together
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of large students' layers, as in sample.py
 config = configure(globals())
 
 # -----------------------------------------------------------------------------
 # several students as one
+
+
+class PartOfCache:
+    """a decode.Cache as one of several students sees it: its layers come after those of the ones before."""
+
+    def __init__(self, cache, first):
+        self.cache, self.first = cache, first
+
+    def attend(self, layer, *new):
+        return self.cache.attend(self.first + layer, *new)
 
 
 class Ensemble(nn.Module):
@@ -56,81 +67,87 @@ class Ensemble(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, pos=None, keep=None):
         """as Student.forward"""
-        total = 0
+        log_p = 0
         for n, student in enumerate(self.students):
-            part, first = None, n * student.config.n_layer      # its layers in the cache of all
-            if cache is not None:
-                attend = lambda layer, *new, first: cache.attend(first + layer, *new)
-                part = SimpleNamespace(attend=partial(attend, first=first))
-            total = total + student(idx, targets, part, pos, keep).float().log_softmax(-1)
-        return total / len(self.students)
+            part = PartOfCache(cache, n * student.config.n_layer) if cache else None
+            log_p = log_p + student(idx, targets, part, pos, keep).float().log_softmax(-1)
+        return log_p / len(self.students)
 
 
 @torch.no_grad()
-def answer(model, space, texts, bias, batch_size):
-    """[(output indices (n,), logits (n, V))] of texts, lists of ids: what the model answers, held to the
-    schema, and its logits at every token of that. bias (states, V): what calibration takes off the logits of
-    a shard when they are read, or None."""
-    outs = generate(model, space, texts, True, batch_size)
+def answer(model, space, texts):
+    """(output indices (n,), logits (n, V)) for each of texts, lists of ids: what the model answers, held to
+    the schema, and its logits at every token of that, with the bias of a calibrated teacher put on: it is
+    taken off again when a shard is read."""
+    outs, device = generate(model, space, texts, batch_size=len(texts)), model.lm_head.weight.device
     idx, targets = pad_batch(texts, outs, space.output_ids, model.config.start)
-    device = model.lm_head.weight.device
     logits = model(idx.to(device), targets.to(device)).cpu()    # (answer tokens of all texts, V)
-    if bias is not None:
-        logits = logits + bias[[state for one in outs for state in space.states(one)]]
-    return list(zip(outs, logits.split([len(one) for one in outs])))
+    logits += space.bias[[state for one in outs for state in space.states(one)]]
+    return [(one, part.numpy()) for one, part in zip(outs, logits.split([len(one) for one in outs]))]
 
 
 # -----------------------------------------------------------------------------
 # what is read and written
 
 
-def open_students(folders, shards, device, dtype):
-    """the Ensemble of these runs, its OutputSpace, and {folder: hours of its training}; ends in one line
-    where they are not of the task of these Shards, or not of one shape."""
-    members, hours, keys = [], {}, ('prompt', 'fields', 'output_ids', 'bias')
+def open_students(folders, meta, device, dtype):
+    """the Ensemble of these runs, its OutputSpace, and who they are: [{run, weights, hours}]. Ends in one
+    line where they are not of the task that meta.json tells of, or not of one shape."""
+    members, who = [], []
     for folder in folders:
         checkpoint, student, space = load_checkpoint(folder, device, dtype=dtype)
-        if any(shards.meta.get(key) != checkpoint['task'].get(key) for key in keys):
-            stop(f'{folder} learned another task than that of {shards.folder}')
-        if members and student.config != members[0].config:
-            stop(f'{folder} has another shape than {folders[0]}; only students of one shape answer together')
+        if differ := [key for key in TASK if checkpoint['task'].get(key) != meta.get(key)]:
+            stop(f'{folder} learned from another {", ".join(differ)}; train it on these records')
+        c, first = student.config, (members or [student])[0].config
+        if differ := [key for key, value in vars(c).items() if value != getattr(first, key)]:
+            stop(f'{folder} has another {", ".join(differ)} than {folders[0]}; students answer together '
+                 'where they are of one shape')
         members.append(student)
-        hours[folder] = hours_of(folder, checkpoint)
-    return Ensemble(members), space, hours
+        work, head = work_of(folder, checkpoint), student.lm_head.weight.detach().cpu().numpy()
+        weights = hashlib.blake2b(head.tobytes(), digest_size=8).hexdigest()  # no two trainings' are the same
+        if weights in [one['weights'] for one in who]:
+            stop(f'{folder} is the same student as one before it')
+        hours = work['train_hours'] + work.get('students_hours', 0.0)
+        who.append({'run': folder.name, 'weights': weights, 'hours': hours})
+    return Ensemble(members), space, who
 
 
-def open_shard(folder, shards, hours):
-    """the Writer of a folder, new or gone on with; ends in one line where it cannot be written, or has the
-    answers of others. hours: of the students' trainings, which tell them apart."""
+def open_shard(folder, shards, who):
+    """the Writer of a folder, new or gone on with, and its meta. Ends in one line where it cannot be written,
+    or has other answers. who: the students, see open_students."""
+    own = 'timed', 'dropped', 'missing', 'counts'               # figures of the teacher's extraction
+    meta = {key: value for key, value in shards.meta.items() if key not in own} | {'students': who}
     try:
-        writer = Writer(folder, len(shards.meta['output_ids']))
-        if not (folder / 'meta.json').exists():
-            own = 'timed', 'dropped', 'missing', 'counts'       # figures of the teacher's extraction
-            meta = {key: value for key, value in shards.meta.items() if key not in own}
-            (folder / 'tokenizer.json').write_bytes((shards.folder / 'tokenizer.json').read_bytes())
-            write_json(folder / 'meta.json', meta | {'students': hours})
-        elif read_meta(folder).get('students') != hours:
-            stop(f'{folder} has the answers of others; choose another --more=, or remove the folder')
-        return writer
+        if (folder / 'meta.json').exists():
+            old = read_meta(folder)
+            if [one['weights'] for one in old.get('students', [])] != [one['weights'] for one in who]:
+                stop(f'{folder} has the answers of others; choose another --more=')
+            meta = old
+        writer = Writer(folder, len(meta['output_ids']))
+        (folder / 'tokenizer.json').write_bytes((shards.folder / 'tokenizer.json').read_bytes())
+        write_json(folder / 'meta.json', meta)
     except BlockingIOError:
         stop(f'another run is writing to {folder}; wait for it or choose another --more=')
+    except ValueError as error:
+        stop(str(error))
     except OSError as error:
         stop(f'cannot write to {folder}: {error.strerror}')
+    return writer, meta
 
 
 def texts_left(groups, known, limit):
-    """yields of groups the (hash, ids) that are neither held out nor in any of the Hashes `known`; so many in
-    all, or without limit where that is 0."""
+    """yields lists of (hash, ids): of the groups of read_groups those texts that are not held out, and not in
+    any of the Hashes `known`. limit: so many in all; None: all of them."""
     n = 0
     for group in groups:
         left = [(hash_, ids.tolist()) for hash_, ids, _ in group
                 if not held_out(hash_) and not any(hash_ in hashes for hashes in known)]
-        left = left[:limit - n] if limit else left
+        left = left if limit is None else left[:limit - n]
         n += len(left)
+        if not left and n == limit:
+            return
         if left:
             yield left
-        if limit and n == limit:
-            return
 
 
 # -----------------------------------------------------------------------------
@@ -138,37 +155,46 @@ def texts_left(groups, known, limit):
 
 if __name__ == '__main__':
     on_stop(lambda *_: stop('\nstopped; the answers written so far are safe, the same command goes on'))
-    if not name or not students:
+    if not name or not dataset or not students:
         stop('no task or no students; run: python ensemble.py config/demo.py '
              '--students=out/demo_1,out/demo_2')
     device, more, source = pick_device(device), more or f'{name}_more', Path('data', dataset, 'input.jsonl')
-    if more == name:
-        stop(f'more = {more} is what the teacher answered; choose another word')
     if not source.is_file():
-        stop(f'{source} does not exist')
+        stop(f'{source} does not exist; bring it back: its texts are what students answer')
     try:
         shards = Shards(dataset, name)
     except (FileNotFoundError, ValueError) as error:
         stop(f'{error}; run: {command("extract.py")}')
-    model, space, hours = open_students(students.split(','), shards, device, dtype)
+    runs = [Path(folder.strip()) for folder in students.split(',')]
+    model, space, who = open_students(runs, shards.meta, device, dtype)
     folder = Path('data', dataset, f'{more}-00')
-    writer = open_shard(folder, shards, hours)
-    filters = shards.meta['min_text'], shards.meta['max_text'], 0, too_long == 'cut'
-    groups = read_groups(read_texts(source), space.tokenizer, 4 * sample_batch, *filters)
-    known = [stored_hashes(shard_folders(dataset, part), shards.meta) for part in (name, more)]
-    if not max_more or writer.n_records < max_more:
-        bias = shards.space.bias if shards.space else None
-        bar = tqdm(desc='answer', unit='rec', smoothing=0.05)
-        for group in texts_left(groups, known, max_more and max_more - writer.n_records):
-            answers = answer(model, space, [ids for _, ids in group], bias, sample_batch)
-            try:
-                writer.append([(hash_, ids, outs, logits.numpy(), np.full(len(outs), np.nan))
-                               for (hash_, ids), (outs, logits) in zip(group, answers)])
-            except OSError as error:
-                sys.exit(f'cannot write to {folder}: {error.strerror}; its {writer.n_records} answers are '
-                         'safe, the same command goes on')
-            bar.update(len(group))
-        bar.close()
+    writer, meta = open_shard(folder, shards, who)
+    known = Hashes(shards.hashes), stored_hashes([folder], meta)
+    limit = max(0, max_more - writer.n_records) if max_more else None
+    filters = meta['min_text'], meta['max_text'], 0, too_long == 'cut'
+    groups = read_groups(read_texts(source), space.tokenizer, sample_batch, *filters)
+    timed = meta.setdefault('timed', {'records': 0, 'seconds': 0.0})
+    start, failure = time.perf_counter(), ''
+    with tqdm(desc='answer', unit='rec', smoothing=0.05) as bar:
+        try:
+            for group in texts_left(groups, known, limit):
+                answers = answer(model, space, [ids for _, ids in group])
+                writer.append([(*text, outs, logits, np.full(len(outs), np.nan))
+                               for text, (outs, logits) in zip(group, answers)])
+                bar.update(len(group))
+                timed['records'] += len(group)
+                timed['seconds'] += time.perf_counter() - start
+                start = time.perf_counter()
+                write_json(folder / 'meta.json', meta)
+        except OSError as error:
+            failure = f'cannot write to {folder}: {error.strerror}; its {writer.n_records} answers are safe'
     writer.close()
-    print(f'{folder} has {writer.n_records} answers of {len(hours)} students; next: {command("train.py")} '
-          f'--more={more} --run={name}_all --batch_size=64 --max_epochs=4')
+    if failure:
+        stop(f'{failure}, the same command goes on')
+    if not writer.n_records:
+        stop(f'no text of {source} is left to answer: the others have an answer, are held out or not worth '
+             'labelling; add texts')
+    n_train = len(shards.split()[0])
+    print(f'{folder} has {writer.n_records} answers of {len(who)} students; next: {command("train.py")} '
+          f'--more={more} --run={name}_all, with a smaller max_epochs: an epoch is now '
+          f'{(n_train + writer.n_records) / n_train:.1f} times as long')

@@ -15,11 +15,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from agreement import (calibration_error, evaluate, field_texts, read_truth, report_lines, same_values,
                        truth_lines)
-from checkpoint import checkpoint_path, hours_of, load_checkpoint, note_changes, save_checkpoint
+from checkpoint import checkpoint_path, load_checkpoint, note_changes, read_checkpoint, save_checkpoint, work_of
 from config import configure, data_line, pick_device, stop
 from data import Shards
 from decode import confidence_of, decode, generate
@@ -98,17 +97,17 @@ def find_target(sure, right, target):
 def store_target(folder, which, target):
     """writes it into the checkpoint, which is whole before and after."""
     path = checkpoint_path(folder, which)
-    checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    save_checkpoint(path, checkpoint | {'target': target})
+    save_checkpoint(path, read_checkpoint(path, 'cpu') | {'target': target})
 
 
 def cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
-    """when a student has paid for itself. work: {extract_hours, train_hours, teacher_rec_s}. Prices are per
-    million calls; break_even is in calls, inf where a call of the student saves nothing, nan where the
-    teacher was not timed."""
+    """when a student has paid for itself. work: {extract_hours, train_hours, teacher_rec_s}, and
+    students_hours where it learned from others (ensemble.py). Prices are per million calls; break_even is in
+    calls, inf where a call of the student saves nothing, nan where the teacher was not timed."""
     million = lambda rec_s: 1e6 / rec_s / 3600 * hour_price
     teacher_million, student_million = teacher_price or million(work['teacher_rec_s']), million(student_rec_s)
-    spent = (work['extract_hours'] + work['train_hours']) * hour_price
+    hours = work['extract_hours'] + work.get('students_hours', 0.0) + work['train_hours']
+    spent = hours * hour_price
     saved = teacher_million - student_million
     calls = spent / saved * 1e6 if saved > 0 else math.inf
     return {**work, 'student_rec_s': student_rec_s, 'teacher_million': teacher_million,
@@ -273,7 +272,7 @@ if __name__ == '__main__':
             print(data_line(*line))
         sys.exit()
     rows = shards.split()[1]
-    checkpoint['work']['train_hours'] = hours_of(out, checkpoint)
+    checkpoint['work'] = work_of(out, checkpoint)
     figures, per_field, answers, _ = evaluate(student, space, shards, rows, sample_batch)
     for line in report_lines(checkpoint['step'], figures, per_field, checkpoint['linear']):
         print(data_line(*line))

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from checkpoint import CHECKPOINT, TASK, load_checkpoint, save_checkpoint
 from config import RANK, data_line, on_stop, stop
 from model import SeenRows, Student
 from space import OutputSpace
@@ -26,11 +26,7 @@ FREE = ('device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum',
         'tracker')
 
 # settings that older checkpoints do not have, as they were then, or only older ones, as it is now
-SINCE = {'keep_prompt': False, 'start_model': '', 'divergence': 'forward', 'more': ''}
-
-# what of meta.json a checkpoint keeps: all that it takes to answer, and to ask the teacher
-TASK = ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'tokenizer_hash',
-        'max_text', 'before', 'after', 'fingerprint', 'bias')
+SINCE = {'keep_prompt': False, 'start_model': '', 'divergence': 'forward', 'more': '', 'students': []}
 
 
 @dataclass
@@ -73,7 +69,7 @@ class Training:
     def save(self, file, finished=False):
         """weights, plain facts and, where it is not over, what it takes to go on; whole or not at all."""
         hours = self.work['train_hours'] + (time.time() - self.begun) / 3600
-        state = {'format': FORMAT, 'student': asdict(self.student.config), 'finished': finished,
+        state = {'format': CHECKPOINT, 'student': asdict(self.student.config), 'finished': finished,
                  'step': self.step, 'figures': self.figures, 'per_field': self.per_field, 'best': self.best,
                  'linear': self.linear, 'work': self.work | {'train_hours': hours}, **self.facts}
         if file == 'ckpt.pt' and not finished:
@@ -83,10 +79,11 @@ class Training:
         save_checkpoint(self.out / file, state)
 
 
-def facts_of(config, meta, n_train):
+def facts_of(config, shards, n_train):
     """what makes a training the one it is: it goes on only with the same."""
     fixed = {key: value for key, value in config.items() if key not in FREE}
-    return {'config': fixed, 'task': {key: meta.get(key) for key in TASK}, 'n_train': n_train}
+    task = {key: shards.meta.get(key) for key in TASK} | {'students': shards.students}
+    return {'config': fixed, 'task': task, 'n_train': n_train}
 
 
 def differences(old, new):

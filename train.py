@@ -5,8 +5,9 @@
     python train.py config/demo.py  # again, after Ctrl-C: goes on as if nothing had happened
     torchrun --nproc_per_node=2 train.py config/demo.py         # the same steps, each shared by two processes
 
-Reads data/<dataset>/<name>-*; writes out/<name>/: ckpt.pt (the last epoch), best.pt (the best one),
-tokenizer.json, log.txt and, where matplotlib is installed, report.png.
+Reads data/<dataset>/<name>-*, and with `more` what students said (ensemble.py). Writes out/<name>/: ckpt.pt
+(the last epoch), best.pt (the best one), tokenizer.json, log.txt and, where matplotlib is installed,
+report.png.
 """
 import importlib
 import importlib.util
@@ -28,7 +29,7 @@ from agreement import evaluate, linear_baseline, report_lines
 from checkpoint import is_large
 from config import (RANK, WORLD, can_compile, command, configure, data_line, end_ranks, pick_device,
                     pick_dtype, start_ranks, stop, tell_all)
-from data import Shards, batches, shard_folders
+from data import Shards, batches
 from model import SeenRows, Student, StudentConfig
 from report import draw
 from resume import catch_signals, facts_of, lock_folder, new_training, resume_training
@@ -139,13 +140,15 @@ def schedule(step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end, kd_
 
 def open_records(dataset, name, more, max_records, eval_records):
     """the Shards of a task, numbers of the records to train on and of those to evaluate on."""
-    if more and not shard_folders(dataset, more):
-        stop(f'data/{dataset} has no answers of students in {more!r}; run: {command("ensemble.py")} '
-             '--students=...')
     try:
         shards = Shards(dataset, name, more=more)
-    except (FileNotFoundError, ValueError) as error:
+    except FileNotFoundError as error:
         stop(f'{error}; run: {command("extract.py")}')
+    except ValueError as error:
+        stop(f'{error}; choose another name' + ' or more' * bool(more))
+    if more and len(shards) == shards.n_teacher:
+        stop(f'data/{dataset} has no answers of students in {more!r}; run: {command("ensemble.py")} '
+             f'--more={more} --students=...')
     train_rows, val_rows = shards.split()
     if max_records:
         train_rows = train_rows[(train_rows < max_records) | (train_rows >= shards.n_teacher)]
@@ -173,7 +176,7 @@ def check_data(shards, space, train_rows, val_rows, rng):
     """what must hold before it makes sense to train, on a sample of the data: the figures of the check line.
     SystemExit else. teacher_ce: the cross-entropy that a student equal to its teacher would have."""
     wrong = steps = ce = 0
-    for i in rng.permutation(train_rows)[:1000]:
+    for i in rng.permutation(train_rows[train_rows < shards.n_teacher])[:1000]:
         outs = shards.answer(i).tolist()
         logits, targets = torch.from_numpy(shards.logits(i)), torch.tensor(outs)  # (n, V), (n,)
         best = logits.masked_fill(space.next_state[space.states(outs)] < 0, -math.inf).amax(-1)
@@ -219,7 +222,7 @@ def open_training(out, config, shards, n_train, device):
     """the Training in the folder `out`, begun or gone on with, and the state of its optimizer. It goes on
     only as the run it was: same settings, same records. Ends the program where nothing is left to do."""
     meta = shards.meta
-    facts = facts_of(config, meta, n_train)
+    facts = facts_of(config, shards, n_train)
     resume = (out / 'ckpt.pt').exists() and not config['overwrite']
     if config['init_from'] == 'resume' and not resume:
         stop(f'{out}/ckpt.pt does not exist; there is nothing to resume')
@@ -259,11 +262,16 @@ def make_optimizer(training, shards, train_rows, weight_decay, learning_rate, be
 
 def work_before(shards):
     """what the student has cost before it is trained, for evaluate.py."""
-    timed = sum((Counter(meta.get('timed', {})) for meta in shards.metas), Counter())
+    timed, students = Counter(), Counter()
+    for meta in shards.metas:
+        (students if 'students' in meta else timed).update(meta.get('timed', {}))
     teacher_rec_s = timed['records'] / timed['seconds'] if timed else math.nan
-    hours = sum(sum(meta.get('students', {}).values()) for meta in shards.metas)  # of those it learns from
-    return {'extract_hours': shards.n_teacher / teacher_rec_s / 3600 + hours, 'train_hours': 0.0,
+    work = {'extract_hours': shards.n_teacher / teacher_rec_s / 3600, 'train_hours': 0.0,
             'teacher_rec_s': teacher_rec_s}
+    if shards.students:
+        hours = sum(one['hours'] for some in shards.students for one in some)
+        work['students_hours'] = students['seconds'] / 3600 + hours
+    return work
 
 
 def pays_to_compile(student, device, bf16, n_tokens):

@@ -2,12 +2,13 @@
 
     data/<dataset>/<name>-00/    one shard, little-endian, append-only
       input.bin    uint32    ids of each text, concatenated
-      output.bin   uint16    the teacher's answers as output-vocabulary indices, concatenated
+      output.bin   uint16    the teacher's (or students') answers as output-vocabulary indices, concatenated
       logits.bin   float16   (steps, V) raw logit minus the row's maximum over V: fp16 is exact enough near 0
       stats.bin    float32   (steps, 2) that maximum, and logsumexp over all tokens (nan where not asked for)
       index.bin    uint64    (records, 3) end offset in input.bin, end offset in output.bin, hash of the text
       meta.json              teacher, tokenizer hash, prompt, fields, output ids: what the output space needs;
-                             bias: what calibration takes off the logits, which are stored without it
+                             bias: what calibration takes off the logits, which are stored without it;
+                             students: whose answers these are where no teacher was asked (ensemble.py)
       tokenizer.json         the teacher's tokenizer
 
 A record exists when its row of index.bin does, and that row is written last: a run killed anywhere loses at
@@ -188,29 +189,36 @@ class Shards:
     answered (ensemble.py). FileNotFoundError where there are none, ValueError where the shards disagree or
     have another format.
 
-    metas: dict of each meta.json; meta: the first. hashes (N,). Record i is `ids(i)` and `answer(i)`;
-    n_teacher: number of those that the teacher answered.
+    metas: dict of each meta.json; meta: the first. hashes (N,). Record i is `ids(i)` and `answer(i)`. The
+    first n_teacher of them are the teacher's, the others those of `students`.
     """
 
     def __init__(self, dataset, name, root='data', more=''):
-        folders = shard_folders(dataset, name, root) + (shard_folders(dataset, more, root) if more else [])
+        theirs = shard_folders(dataset, more, root) if more else []
+        folders = shard_folders(dataset, name, root) + theirs
         self.metas = [read_meta(folder) for folder in folders]
+        self.students = [meta['students'] for meta in self.metas if 'students' in meta]
         self.shards, spans, hashes, self.n_teacher = [], [], [], 0
         for folder, meta in zip(folders, self.metas):
-            same = all(meta.get(key) == self.metas[0].get(key) for key in ('output_ids', 'bias'))
+            keys = 'output_ids', 'bias', 'fingerprint'
+            same = all(meta.get(key) == self.metas[0].get(key) for key in keys)
             if meta['format'] != FORMAT or not same:
-                raise ValueError(f'{folder} has another format, output vocabulary or calibration than '
-                                 f'{folders[0]}; extract it again')
+                raise ValueError(f'{folder} has another format, teacher, output vocabulary or calibration '
+                                 f'than {folders[0]}; make it again')
+            if ('students' in meta) != (folder in theirs):
+                raise ValueError(f'{folder} has {"no" if folder in theirs else "the"} answers of students')
             V = len(meta['output_ids'])
             index = read_index(folder, V)
             ends = index[:, :2].astype(np.int64)
             starts = np.concatenate((np.zeros((1, 2), np.int64), ends))[:-1]
             answered = ends[:, 1] > starts[:, 1]  # a text whose answer was dropped has none
+            if folder in theirs:  # the teacher may have been asked since
+                answered &= ~np.isin(index[:, 2], np.concatenate([np.empty(0, np.uint64), *hashes]))
             if not answered.any():
                 continue
             spans.append(np.column_stack((np.full(len(index), len(self.shards)), starts, ends))[answered])
             hashes.append(index[answered, 2])
-            self.n_teacher += 0 if 'students' in meta else int(answered.sum())
+            self.n_teacher += 0 if folder in theirs else int(answered.sum())
             n_input, n_output = map(int, ends[-1])
             shapes = {'input': (n_input,), 'output': (n_output,), 'logits': (n_output, V),
                       'stats': (n_output, 2)}

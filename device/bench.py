@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
+from checkpoint import load_checkpoint
 from config import configure, data_line, stop
 from device.export import read_corpus, shrink, write_onnx
 from device.run import Student
 from device.web import Handler
 from evaluate import find_shards
-from checkpoint import load_checkpoint
 from sample import Labeler
 
 name = ''            # word; out/<name> is the student ...

@@ -21,12 +21,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
 from agreement import field_texts, same_values, teacher_forced_sums
+from checkpoint import load_checkpoint
 from config import configure, data_line, stop
 from data import held_out, read_texts, text_hash, write_json
 from decode import generate
 from device.shrink import choose_tokens, fold_table, round_to_int8, trim, trim_tokenizer
 from evaluate import find_shards
-from checkpoint import load_checkpoint
 from space import value_name
 
 name = ''            # word; out/<name> is the student ...

@@ -23,13 +23,13 @@ for package in ('onnx', 'onnxscript', 'onnxruntime'):
 import onnx
 import onnxruntime
 
+from checkpoint import CHECKPOINT
 from conftest import FIELDS, PROMPT, ROOT, SCHEMAS, one_line, run, tiny_student
 from data import write_json
 from device.export import RUNNERS, make_task, write_onnx
 from device.run import Student as Runner
 from device.shrink import Int8, choose_tokens, fold_table, pieces_of, round_to_int8, trim, trim_tokenizer
 from device.web import PARTS, Handler, fetch_parts
-from checkpoint import FORMAT
 from sample import Labeler
 from space import OutputSpace, tokenizer_hash
 
@@ -64,7 +64,7 @@ def make_student(folder, tokenizer, fields, indent=None, fence=False, seed=0, **
     task = {'fields': fields, 'indent': indent, 'fence': fence, 'end_id': 2, 'output_ids': space.output_ids,
             'tokenizer_hash': tokenizer_hash(tokenizer), 'prompt': PROMPT, 'max_text': 18, 'teacher': 'a/teacher',
             'fingerprint': ''}
-    checkpoint = {'format': FORMAT, 'student': vars(student.config), 'model': student.state_dict(),
+    checkpoint = {'format': CHECKPOINT, 'student': vars(student.config), 'model': student.state_dict(),
                   'task': task, 'per_field': {f: {'temperature': 0.7 + n / 3} for n, f in enumerate(fields)}}
     folder.mkdir()
     tokenizer.save(str(folder / 'tokenizer.json'))

@@ -1,16 +1,18 @@
 """Several students as one: decoded like one, its answers those of the slow obvious way; and what the program
 writes, down to what a student that learns from it is trained on."""
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import data
 from checkpoint import load_checkpoint
 from conftest import clone_task, one_line, run, tiny_student, write_texts
 from decode import decode, generate, values
-from ensemble import Ensemble, answer
+from ensemble import Ensemble, answer, open_students
 
 
 def make_students(space, n, **sizes):
@@ -26,28 +28,30 @@ def one_at_a_time(students, space, text):
     """output indices: the slow way, without a cache, a draft or a batch"""
     outs = []
     while space.walk(outs) != space.done:
-        row = torch.tensor([text + [1] + [space.output_ids[o] for o in outs]])
+        row = torch.tensor([text + students[0].config.start + [space.output_ids[o] for o in outs]])
         mean = sum(student(row)[0, -1].log_softmax(-1) for student in students) / len(students)
         illegal = space.next_state[space.walk(outs)] < 0
         outs.append(mean.masked_fill(illegal, -torch.inf).argmax().item())
     return outs
 
 
-@pytest.mark.parametrize('n_prompt', [0, 3])
-def test_an_ensemble_is_the_mean_of_its_students_however_it_is_decoded(space, n_prompt):
-    students, rng = make_students(space, 3, n_prompt=n_prompt), random.Random(0)
+@pytest.mark.parametrize('kept', [{}, {'n_prompt': 3, 'after': (7, 9)}])
+def test_an_ensemble_is_the_mean_of_its_students_however_it_is_decoded(space, kept, monkeypatch):
+    students, rng = make_students(space, 3, **kept), random.Random(0)
+    start = students[0].config.start
     model, texts = Ensemble(students), [[rng.randrange(4, 500) for _ in range(rng.randint(1, 20))]
                                         for _ in range(30)]
     answers = list(decode(model, space, texts, 8))
     assert [outs for outs, _ in answers] == [one_at_a_time(students, space, text) for text in texts]
     assert any(outs != alone for (outs, _), alone in zip(answers, generate(students[0], space, texts)))
-    bias = torch.randn(space.next_state.shape)
-    for text, (outs, decisions), (again, logits) in zip(texts, answers, answer(model, space, texts, bias, 8)):
-        row = torch.tensor([text + [1] + [space.output_ids[o] for o in outs[:-1]]])
+    monkeypatch.setattr(space, 'bias', torch.randn(space.next_state.shape))
+    for text, (outs, decisions), (again, logits) in zip(texts, answers, answer(model, space, texts)):
+        row = torch.tensor([text + start + [space.output_ids[o] for o in outs[:-1]]])
         with torch.no_grad():
-            mean = sum(student(row)[0, len(text):].log_softmax(-1) for student in students) / 3
+            mean = sum(student(row).log_softmax(-1) for student in students)[0, -len(outs):] / 3
         assert again == outs
-        torch.testing.assert_close(logits, mean + bias[space.states(outs)], rtol=0, atol=1e-4)
+        due = mean + space.bias[space.states(outs)]
+        torch.testing.assert_close(torch.from_numpy(logits), due, rtol=0, atol=1e-4)
         asked = [n for n, state in enumerate(space.states(outs)) if len(space.moves[state]) > 1]
         for n, (_, held, _) in zip(asked, decisions, strict=True):
             torch.testing.assert_close(held[held > -torch.inf], mean[n][held > -torch.inf], rtol=0, atol=1e-4)
@@ -88,20 +92,60 @@ def test_what_students_say_is_trained_on_and_never_measured_on(pool, tmp_path):
     done = run(root, 'train.py', '--more=toy_more', '--run=all', '--max_epochs=1', '--max_records=100')
     assert done.returncode == 0, done.stderr
     first = (before.split()[0] < 100).sum()
-    assert f'records train={first + len(both) - len(before)} held_out={len(before.split()[1])} ' in done.stdout
+    due = f'records train={first + len(both) - len(before)} held_out={len(before.split()[1])} '
+    assert due in done.stdout
     work = {name: load_checkpoint(root / f'out/{name}', 'cpu', 'last')[0]['work']
             for name in ('toy', 'two', 'all')}
-    spent = sum(work[name]['train_hours'] for name in ('toy', 'two'))
-    assert work['all']['extract_hours'] == pytest.approx(work['toy']['extract_hours'] + spent)
-    assert work['all']['teacher_rec_s'] == work['toy']['teacher_rec_s']
-    assert run(root, 'evaluate.py', '--run=all').returncode == 0
-    other = one_line(run(root, 'train.py', '--run=all', '--max_epochs=1', '--max_records=100'))
-    assert "more 'toy_more' there, '' here" in other
+    timed = data.read_meta(root / 'data/toy/toy_more-00')['timed']
+    assert timed['records'] == len(both) - len(before)
+    assert work['all']['students_hours'] == pytest.approx(
+        work['toy']['train_hours'] + work['two']['train_hours'] + timed['seconds'] / 3600)
+    assert 'students_hours' not in work['toy']
+    assert all(work['all'][key] == work['toy'][key] for key in ('extract_hours', 'teacher_rec_s'))
+    done = run(root, 'evaluate.py', '--run=all')
+    money = dict(pair.split('=') for pair in done.stdout.split('\ncost ')[1].splitlines()[0].split())
+    assert float(money['spent']) == pytest.approx(sum(
+        float(money[key]) for key in ('extract_hours', 'students_hours', 'train_hours')), rel=1e-3)
+    same = '--run=all', '--max_epochs=1', '--max_records=100'
+    assert "more 'toy_more' there, '' here" in one_line(run(root, 'train.py', *same))
+    shutil.rmtree(root / 'data/toy/toy_more-00')  # the same texts, answered by others
+    assert run(root, 'ensemble.py', '--students=out/two').returncode == 0
+    assert 'out/all holds another run (students' in one_line(run(root, 'train.py', *same, '--more=toy_more'))
+
+
+def test_a_text_that_the_teacher_is_asked_about_later_is_its_own(pool, tmp_path):
+    root = clone_task(pool, tmp_path, 'out', 'toy-00')
+    assert run(root, 'ensemble.py', STUDENTS, '--max_more=40').returncode == 0
+    both = data.Shards('toy', 'toy', root / 'data', 'toy_more')
+    assert len(both) == both.n_teacher + 40
+    assert run(root, 'extract.py').returncode == 0
+    after = data.Shards('toy', 'toy', root / 'data', 'toy_more')
+    assert len(after) == after.n_teacher > len(both) and len(np.unique(after.hashes)) == len(after)
+    nobody = one_line(run(root, 'ensemble.py', STUDENTS, '--more=late'))
+    assert 'no text of data/toy/input.jsonl is left to answer' in nobody
+    assert "no answers of students in 'late'; run: python ensemble.py config/toy.py --more=late" in one_line(
+        run(root, 'train.py', '--more=late', '--run=x'))
+
+
+def test_large_students_answer_in_bfloat16(pool, monkeypatch):
+    monkeypatch.setattr(checkpoint, 'is_large', lambda student: True)
+    shards = data.Shards('toy', 'toy', pool / 'data')
+    texts, found = [shards.ids(i).tolist() for i in range(60)], []
+    for dtype in ('float32', 'bfloat16'):
+        model, space, who = open_students([pool / 'out/toy', pool / 'out/two'], shards.meta, 'cpu', dtype)
+        assert model.h[-1].attn.c_attn.weight.dtype == getattr(torch, dtype)
+        assert [one['run'] for one in who] == ['toy', 'two']
+        found.append(answer(model, space, texts))
+    same = [n for n, (exact, rounded) in enumerate(zip(*found)) if exact[0] == rounded[0]]
+    assert len(same) >= 54
+    for n in same:
+        np.testing.assert_allclose(found[0][n][1], found[1][n][1], rtol=0.05, atol=0.2)
+    assert not np.array_equal(found[0][0][1], found[1][0][1])
 
 
 def test_students_that_were_cut_off_go_on_and_answer_each_text_once(pool, tmp_path):
     root = clone_task(pool, tmp_path, 'out', 'toy-00')
-    ask = lambda *args, **limit: run(root, 'ensemble.py', STUDENTS, '--sample_batch=4', *args, **limit)
+    ask = lambda *args, **limit: run(root, 'ensemble.py', STUDENTS + '/', '--sample_batch=4', *args, **limit)
     assert ask('--more=whole').returncode == 0
     assert ask('--more=part', '--max_more=21').returncode == 0
     part = data.Shards('toy', 'toy', root / 'data', 'part')
@@ -118,17 +162,22 @@ def test_students_that_do_not_belong_together_are_refused_in_one_line(pool, tmp_
     ask = lambda *args: one_line(run(root, 'ensemble.py', *args))
     assert 'no task or no students; run: python ensemble.py' in ask()
     assert 'out/three/ckpt.pt does not exist' in ask('--students=out/toy,out/three')
-    assert 'is what the teacher answered; choose another word' in ask(STUDENTS, '--more=toy')
+    files = {path: path.read_bytes() for path in (root / 'data/toy/toy-00').iterdir()}
+    assert 'toy-00 has the answers of others; choose another --more=' in ask(STUDENTS, '--more=toy')
+    assert all(path.read_bytes() == content for path, content in files.items())
+    assert 'out/toy is the same student as one before it' in ask('--students=out/toy,out/two,out/toy')
+    assert 'toy-00 has no answers of students; choose another name or more' in one_line(
+        run(root, 'train.py', '--more=toy', '--run=x'))
     assert run(root, 'ensemble.py', STUDENTS, '--max_more=5').returncode == 0
     assert 'has the answers of others' in ask('--students=out/toy', '--max_more=9')
     assert 'toy_more-00 has the answers of students' in one_line(
         run(root, 'extract.py', '--name=toy_more'))
     assert run(root, 'train.py', '--run=small', '--n_layer=1', '--max_epochs=1').returncode == 0
-    assert 'out/small has another shape than out/toy' in ask('--students=out/toy,out/small')
+    assert 'out/small has another n_layer than out/toy' in ask('--students=out/toy,out/small')
     assert "data/toy has no answers of students in 'nothing'; run: python ensemble.py" in one_line(
         run(root, 'train.py', '--more=nothing', '--run=x'))
     state = torch.load(root / 'out/two/best.pt', weights_only=True)
     torch.save(state | {'task': state['task'] | {'prompt': 'another {text}'}}, root / 'out/two/best.pt')
-    assert 'out/two learned another task than that of data/toy/toy-00' in ask(STUDENTS)
+    assert 'out/two learned from another prompt; train it on these records' in ask(STUDENTS)
     (root / 'data/toy/input.jsonl').unlink()
-    assert 'data/toy/input.jsonl does not exist' in ask('--students=out/toy')
+    assert 'data/toy/input.jsonl does not exist; bring it back' in ask('--students=out/toy')

@@ -228,8 +228,8 @@ def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
     done = run(root, 'sample.py', '--text=hello my friend')
     assert list(json.loads(done.stdout)) == list(FIELDS) and done.stdout.count('\n') == 1
     few = tmp_path / 'elsewhere'
-    for path in ('sample.py', 'checkpoint.py', 'decode.py', 'model.py', 'space.py', 'config/__init__.py', 'data/__init__.py',
-                 'out/toy/best.pt', 'out/toy/tokenizer.json'):
+    for path in ('sample.py', 'checkpoint.py', 'decode.py', 'model.py', 'space.py', 'config/__init__.py',
+                 'data/__init__.py', 'out/toy/best.pt', 'out/toy/tokenizer.json'):
         (few / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / path, few / path)
     alone = subprocess.run(

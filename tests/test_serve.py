@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import FORMAT
+from checkpoint import CHECKPOINT
 from conftest import CHILDREN, ROOT, one_line, run, run_script, tiny_student
 from sample import Labeler
 from space import OutputSpace, tokenizer_hash, value_name
@@ -65,7 +65,7 @@ def root(tmp_path_factory, teachers, tokenizer):
                 'tokenizer_hash': tokenizer_hash(tokenizer), 'prompt': PROMPT, 'max_text': 18,
                 'teacher': 'a/teacher', 'fingerprint': ''}
         per_field = {field: {'temperature': 0.5 + n / 3} for n, field in enumerate(FIELDS)}
-        torch.save({'format': FORMAT, 'student': vars(student.config), 'model': student.state_dict(),
+        torch.save({'format': CHECKPOINT, 'student': vars(student.config), 'model': student.state_dict(),
                     'task': task, 'per_field': per_field}, folder / 'best.pt')
     return root
 
