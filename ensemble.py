@@ -123,6 +123,8 @@ def open_shard(folder, shards, who):
             if [one['weights'] for one in old.get('students', [])] != [one['weights'] for one in who]:
                 stop(f'{folder} has the answers of others; choose another --more=')
             meta = old
+        elif (index := folder / 'index.bin').exists() and index.stat().st_size:
+            stop(f'{folder} has records and no meta.json; choose another --more=')
         writer = Writer(folder, len(meta['output_ids']))
         (folder / 'tokenizer.json').write_bytes((shards.folder / 'tokenizer.json').read_bytes())
         write_json(folder / 'meta.json', meta)
@@ -174,7 +176,7 @@ if __name__ == '__main__':
     filters = meta['min_text'], meta['max_text'], 0, too_long == 'cut'
     groups = read_groups(read_texts(source), space.tokenizer, sample_batch, *filters)
     timed = meta.setdefault('timed', {'records': 0, 'seconds': 0.0})
-    start, failure = time.perf_counter(), ''
+    start = time.perf_counter()
     with tqdm(desc='answer', unit='rec', smoothing=0.05) as bar:
         try:
             for group in texts_left(groups, known, limit):
@@ -187,10 +189,9 @@ if __name__ == '__main__':
                 start = time.perf_counter()
                 write_json(folder / 'meta.json', meta)
         except OSError as error:
-            failure = f'cannot write to {folder}: {error.strerror}; its {writer.n_records} answers are safe'
+            stop(f'cannot write to {folder}: {error.strerror}; its {writer.n_records} answers are safe, '
+                 'the same command goes on')
     writer.close()
-    if failure:
-        stop(f'{failure}, the same command goes on')
     if not writer.n_records:
         stop(f'no text of {source} is left to answer: the others have an answer, are held out or not worth '
              'labelling; add texts')

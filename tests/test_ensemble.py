@@ -170,6 +170,9 @@ def test_students_that_do_not_belong_together_are_refused_in_one_line(pool, tmp_
         run(root, 'train.py', '--more=toy', '--run=x'))
     assert run(root, 'ensemble.py', STUDENTS, '--max_more=5').returncode == 0
     assert 'has the answers of others' in ask('--students=out/toy', '--max_more=9')
+    (root / 'data/toy/toy_more-00/meta.json').rename(tmp_path / 'meta.json')
+    assert 'toy_more-00 has records and no meta.json' in ask(STUDENTS)
+    (tmp_path / 'meta.json').rename(root / 'data/toy/toy_more-00/meta.json')
     assert 'toy_more-00 has the answers of students' in one_line(
         run(root, 'extract.py', '--name=toy_more'))
     assert run(root, 'train.py', '--run=small', '--n_layer=1', '--max_epochs=1').returncode == 0
