@@ -1,12 +1,14 @@
-"""Students of one teacher answer together the texts that it was not asked about, for one more to learn from.
+r"""Students of one teacher answer together the texts that it was not asked about, for one more to learn from.
 
     for s in 1 2 3; do python train.py config/demo.py --run=demo_$s --seed=$s; done
     python ensemble.py config/demo.py --students=out/demo_1,out/demo_2,out/demo_3
-    python train.py config/demo.py --more=demo_more --run=demo_all --batch_size=64 --max_epochs=4
+    python train.py config/demo.py --more=demo_more --run=demo_all --batch_size=64 --max_epochs=4 \
+        --token_dropout=0
 
-What one student gets wrong by the chance of its start others get right, so that their mean agrees more with
-the teacher than any of them; one that learns from it keeps most of that, as small and as fast as before
-(Bucila et al. 2006, "Model compression", https://doi.org/10.1145/1150402.1150464; figures: docs/results.md).
+Where records are few, what one student gets wrong by the chance of its start others get right: their mean
+agrees more with the teacher than any of them, and so does one that learns from it, as small and as fast as
+before (Bucila et al. 2006, "Model compression", https://doi.org/10.1145/1150402.1150464; figures:
+docs/results.md).
 
 Answers the texts of data/<dataset>/input.jsonl that extract.py would label and that have no answer yet, but
 for those held out: a student is only ever measured on what the teacher said. Writes data/<dataset>/<more>-00,
