@@ -2,10 +2,11 @@
 
     checkpoint, student, space = load_checkpoint('out/demo', 'cpu')
 
-checkpoint is a dict: student (its StudentConfig), config (the settings it was trained with), task (see TASK),
-n_train, step, finished, best (the best epoch so far), figures and per_field (of the last evaluation), linear
-(of word counts), work (hours and speeds), target (where evaluate.py set one), format. The file also has model,
-the weights, and a ckpt.pt that is not finished optimizer. resume.py puts it together.
+checkpoint is a dict: student (its StudentConfig), config (the settings it was trained with), task (TASK, and
+the students it learned from), n_train, step, finished, best (the best epoch so far), figures and per_field (of
+the last evaluation), linear (of word counts), work (hours and speeds), target (where evaluate.py set one),
+format. The file also has model, the weights, and a ckpt.pt that is not finished optimizer. resume.py puts it
+together.
 """
 import json
 import os
@@ -28,7 +29,7 @@ TASK = ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids'
         'max_text', 'before', 'after', 'fingerprint', 'bias')
 
 # what torch.load and a look at what it loaded raise where a file is not what it should be
-BROKEN = RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, TypeError
+NOT_WHOLE = RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, TypeError
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
@@ -73,7 +74,7 @@ def read_checkpoint(path, device):
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
         if checkpoint['format'] != CHECKPOINT:
             stop(f'{path} has format {checkpoint["format"]}, this version reads {CHECKPOINT}; train again')
-    except BROKEN as error:
+    except NOT_WHOLE as error:
         stop(f'{path} is not a whole checkpoint ({type(error).__name__}); train again')
     return checkpoint
 
@@ -88,7 +89,7 @@ def load_checkpoint(folder, device, which='best', dtype='float32'):
             student = Student(StudentConfig(**checkpoint['student']))
         student.load_state_dict(checkpoint.pop('model'), assign=True)  # a frozen table stays fp16
         task = checkpoint['task']
-    except BROKEN as error:
+    except NOT_WHOLE as error:
         stop(f'{path} is not a whole checkpoint ({type(error).__name__}); train again')
     try:
         tokenizer = Tokenizer.from_file(str(Path(folder, 'tokenizer.json')))

@@ -167,8 +167,10 @@ if __name__ == '__main__':
         stop(f'{source} does not exist; bring it back: its texts are what students answer')
     try:
         shards = Shards(dataset, name)
-    except (FileNotFoundError, ValueError) as error:
+    except FileNotFoundError as error:
         stop(f'{error}; run: {command("extract.py")}')
+    except ValueError as error:
+        stop(str(error))
     runs = [Path(folder.strip()) for folder in students.split(',')]
     model, space, who = open_students(runs, shards.meta, device, dtype)
     folder = Path('data', dataset, f'{more}-00')

@@ -145,7 +145,7 @@ def open_records(dataset, name, more, max_records, eval_records):
     except FileNotFoundError as error:
         stop(f'{error}; run: {command("extract.py")}')
     except ValueError as error:
-        stop(f'{error}; choose another name' + ' or more' * bool(more))
+        stop(str(error))
     if more and len(shards) == shards.n_teacher:
         stop(f'data/{dataset} has no answers of students in {more!r}; run: {command("ensemble.py")} '
              f'--more={more} --students=...')

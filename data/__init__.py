@@ -199,14 +199,16 @@ class Shards:
         self.metas = [read_meta(folder) for folder in folders]
         self.students = [meta['students'] for meta in self.metas if 'students' in meta]
         self.shards, spans, hashes, self.n_teacher = [], [], [], 0
+        keys = 'output_ids', 'bias', 'fingerprint'
         for folder, meta in zip(folders, self.metas):
-            keys = 'output_ids', 'bias', 'fingerprint'
             same = all(meta.get(key) == self.metas[0].get(key) for key in keys)
             if meta['format'] != FORMAT or not same:
                 raise ValueError(f'{folder} has another format, teacher, output vocabulary or calibration '
-                                 f'than {folders[0]}; make it again')
-            if ('students' in meta) != (folder in theirs):
-                raise ValueError(f'{folder} has {"no" if folder in theirs else "the"} answers of students')
+                                 f'than {folders[0]}; make it again, or choose another name')
+            if folder in theirs and 'students' not in meta:
+                raise ValueError(f'{folder} has no answers of students; choose another --more=')
+            if folder not in theirs and 'students' in meta:
+                raise ValueError(f'{folder} has the answers of students; it is for --more=')
             V = len(meta['output_ids'])
             index = read_index(folder, V)
             ends = index[:, :2].astype(np.int64)

@@ -76,8 +76,8 @@ def hours(records, epochs, extraction, log):
 
 def speeds(folder, task, texts, comments):
     """a line with answer tokens/s, one text at a time: the student of config/reddit.py, as it decodes and one
-    token at a time, beside `generate` of the teacher, held to the schema. Medians over the texts. student_rec_s: texts/s
-    of 128 of the comments at a time."""
+    token at a time, beside `generate` of the teacher, held to the schema. Medians over the texts.
+    student_rec_s: texts/s of 128 of the comments at a time."""
     tokenizer, teacher = load_tokenizer(str(folder)), load_model(str(folder), pick_dtype('auto', 'cpu'))
     before, after, _ = encode_prompt(tokenizer, task['prompt'], chat=False)
     style = tokenizer.backend_tokenizer, task['fields'], task['indent'], task['fence'], None
@@ -96,7 +96,8 @@ def speeds(folder, task, texts, comments):
             rates[who].append(len(outs) / seconds)
     student_s, stepwise_s, teacher_s = (float(np.median(values[1:])) for values in rates.values())
     encoded = (tokenizer(text, add_special_tokens=False)['input_ids'] for text in comments)
-    many = list(islice((ids for ids in encoded if 3 <= len(ids) <= task['block_size'] - space.max_answer), 128))
+    room = task['block_size'] - space.max_answer
+    many = list(islice((ids for ids in encoded if 3 <= len(ids) <= room), 128))
     seconds, _ = clock(lambda: generate(student, space, many, batch_size=128), 'cpu')
     return data_line('reference', {
         'teacher_tok_s': teacher_s, 'student_tok_s': student_s, 'student_stepwise_tok_s': stepwise_s,

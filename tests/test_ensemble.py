@@ -166,7 +166,7 @@ def test_students_that_do_not_belong_together_are_refused_in_one_line(pool, tmp_
     assert 'toy-00 has the answers of others; choose another --more=' in ask(STUDENTS, '--more=toy')
     assert all(path.read_bytes() == content for path, content in files.items())
     assert 'out/toy is the same student as one before it' in ask('--students=out/toy,out/two,out/toy')
-    assert 'toy-00 has no answers of students; choose another name or more' in one_line(
+    assert 'toy-00 has no answers of students; choose another --more=' in one_line(
         run(root, 'train.py', '--more=toy', '--run=x'))
     assert run(root, 'ensemble.py', STUDENTS, '--max_more=5').returncode == 0
     assert 'has the answers of others' in ask('--students=out/toy', '--max_more=9')
@@ -175,6 +175,8 @@ def test_students_that_do_not_belong_together_are_refused_in_one_line(pool, tmp_
     (tmp_path / 'meta.json').rename(root / 'data/toy/toy_more-00/meta.json')
     assert 'toy_more-00 has the answers of students' in one_line(
         run(root, 'extract.py', '--name=toy_more'))
+    assert 'toy_more-00 has the answers of students; it is for --more=' in one_line(
+        run(root, 'train.py', '--name=toy_more', '--run=x'))
     assert run(root, 'train.py', '--run=small', '--n_layer=1', '--max_epochs=1').returncode == 0
     assert 'out/small has another n_layer than out/toy' in ask('--students=out/toy,out/small')
     assert "data/toy has no answers of students in 'nothing'; run: python ensemble.py" in one_line(
