@@ -10,7 +10,7 @@ demo: .venv/installed
 	python data/teachers/prepare.py qwen2.5-coder-0.5b
 	python extract.py config/demo.py
 	python train.py config/demo.py
-	python evaluate.py config/demo.py
+	python tools/evaluate.py config/demo.py
 
 web: .venv/installed
 	python device/export.py config/demo.py

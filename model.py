@@ -1,4 +1,4 @@
-"""The student's network, and how a student starts from its teacher. No settings, no printing, no files.
+"""The student's network. No settings, no printing, no files.
 
     student = Student(StudentConfig(vocab_size=262144, output_vocab=525))
     logits = student(torch.tensor([[5, 77, 2]]))  # (B, T) ids -> (B, T, V) logits over the output vocabulary
@@ -8,7 +8,6 @@ predicts output indices (space.py says what those are). Every size is a setting;
 train.py trains it. B rows, T tokens, C = n_embd channels, H heads of D = head_size, V = output_vocab.
 """
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -226,139 +225,3 @@ class Student(nn.Module):
         parts |= {'prompt': 'prompt'} if self.config.n_prompt else {}
         return {part: sum(p.numel() for name, p in self.named_parameters() if key in name)
                 for part, key in parts.items()}
-
-    @classmethod
-    def from_teacher(cls, teacher, sizes, output_ids, layers='first', before=(), after=()):
-        """a student that starts with parts of a transformers model, on the CPU. sizes: StudentConfig fields.
-
-        layers 'none': its input embedding alone, projected to n_embd. 'first' n_layer of its layers: these,
-        with its embedding, final norm and head rows output_ids; the shape is then the teacher's, and a
-        student of all layers computes its logits. before, after: ids of the teacher's prompt around the text,
-        to be kept: what its layers saw there, and what is between text and answer. (Prefix tuning,
-        https://arxiv.org/abs/2101.00190, learns such keys and values from nothing.) ValueError where the
-        teacher's block has parts that the student's does not, or fewer layers, or sees too little.
-        """
-        table = teacher.get_input_embeddings().weight
-        if layers == 'none':
-            student = cls(StudentConfig(**{**sizes, 'n_table': table.size(1)}))
-            copy_table(student, teacher)
-            return student
-        shape, kinds = teacher_shape(teacher.config)
-        n, n_all = sizes['n_layer'], len(kinds)
-        if n > n_all:
-            raise ValueError(f'n_layer = {n}, but the model it starts from has {n_all}')
-        ropes = sorted(set(kinds))  # each kind of attention has its own rotation
-        rope_of_layer = tuple(ropes.index(kind) for kind in kinds[:n])
-        text = teacher.config.get_text_config()
-        window, sees = getattr(text, 'sliding_window', None), len(before) + sizes['block_size']
-        if before and window and window < sees and 'sliding_attention' in kinds[:n]:
-            raise ValueError(f'some of these layers see {window} tokens, prompt and text have '
-                             f'{sees}: set keep_prompt = False')
-        kept = {'n_prompt': len(before), 'after': tuple(after), 'rope_of_layer': rope_of_layer}
-        student = cls(StudentConfig(**{**sizes, **shape, **kept}))
-        copy_layers(student, teacher, output_ids)
-        if before:
-            copy_prompt(student, teacher, before)
-        return student
-
-
-class SeenRows:
-    """The input table, cut down to the tokens that occur in training while it is trained.
-
-    AdamW leaves a row alone that never has a gradient (the table has no weight decay), so the others need not
-    be given to it: the result is the same and a step no longer costs 262,144 rows.
-    """
-
-    def __init__(self, student, ids):
-        self.student, self.table = student, student.wte
-        weight = self.table.weight                              # (all ids, C)
-        self.ids = torch.tensor(ids, device=weight.device)      # (seen,)
-        self.lookup = torch.zeros(len(weight), dtype=torch.long, device=weight.device)
-        self.lookup[self.ids] = torch.arange(len(ids), device=weight.device)
-        self.part = nn.Embedding(len(ids), weight.size(1), device=weight.device)
-        self.part.weight.data.copy_(weight[self.ids])
-        student.wte = self.part
-
-    @contextmanager
-    def whole(self):
-        """the student with its whole table, what was learned in it: to evaluate, to save."""
-        self.table.weight.data[self.ids] = self.part.weight.data
-        self.student.wte = self.table
-        yield
-        self.student.wte = self.part
-
-
-# -----------------------------------------------------------------------------
-# a student from its teacher
-
-
-def teacher_shape(config):
-    """StudentConfig fields that make a student's block the same function as that of a transformers config,
-    and the kind of attention of each of its layers."""
-    config = config.get_text_config()
-    n_layer, gemma = config.num_hidden_layers, 'gemma' in config.model_type
-    kinds = getattr(config, 'layer_types', None) or ['full_attention'] * n_layer
-    head_size = getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
-    shape = dict(n_embd=config.hidden_size, n_head=config.num_attention_heads,
-                 n_kv_head=config.num_key_value_heads, n_mlp=config.intermediate_size, head_size=head_size,
-                 norm_eps=float(config.rms_norm_eps), activation='gelu' if gemma else 'silu',
-                 qk_norm=gemma, sandwich=gemma, qkv_bias=config.model_type == 'qwen2')
-    return shape, kinds
-
-
-@torch.no_grad()
-def copy_table(student, teacher):
-    """the teacher's input embedding, with the scale it is multiplied by."""
-    embed = teacher.get_input_embeddings()
-    rows = embed.weight[:len(student.wte.weight)]  # it may be padded, or lack a token that no text has
-    student.wte.weight[:len(rows)].copy_(rows * getattr(embed, 'embed_scale', 1.0))
-
-
-@torch.no_grad()
-def copy_layers(student, teacher, output_ids):
-    """fills the student's blocks with the teacher's first layers, its head with the rows output_ids of the
-    teacher's, and its table. ValueError where the teacher's block has parts the student's does not."""
-    config, body = teacher.config.get_text_config(), teacher.get_decoder()
-    known = config.model_type in ('gemma3_text', 'llama', 'qwen2')
-    if not known or getattr(config, 'attention_bias', False):
-        raise ValueError(f'layers of a {config.model_type} teacher cannot be taken over, only its table: '
-                         'set teacher_layers = none')
-    copy_table(student, teacher)
-    student.lm_head.weight.copy_(teacher.get_output_embeddings().weight[output_ids])
-    one = 1.0 if 'gemma' in config.model_type else 0.0  # Gemma stores norm weights less 1
-    student.norm_f.weight.copy_(body.norm.weight + one)
-    scale = 1.0                                             # of queries, where it is not 1 / sqrt(head_size)
-    if hasattr(config, 'query_pre_attn_scalar'):
-        scale = (config.query_pre_attn_scalar / student.h[0].attn.head_size) ** -0.5
-    for block, layer in zip(student.h, body.layers):
-        attn = layer.self_attn
-        qkv = attn.q_proj, attn.k_proj, attn.v_proj
-        block.attn.c_attn.weight.copy_(torch.cat([part.weight for part in qkv]))
-        if student.config.qkv_bias:
-            block.attn.c_attn.bias.copy_(torch.cat([part.bias for part in qkv]))
-        block.attn.c_proj.weight.copy_(attn.o_proj.weight)
-        block.mlp.c_gate.weight.copy_(layer.mlp.gate_proj.weight)
-        block.mlp.c_up.weight.copy_(layer.mlp.up_proj.weight)
-        block.mlp.c_proj.weight.copy_(layer.mlp.down_proj.weight)
-        block.norm_1.weight.copy_(layer.input_layernorm.weight + one)
-        if student.config.sandwich:
-            block.post_1.weight.copy_(layer.post_attention_layernorm.weight + one)
-            block.norm_2.weight.copy_(layer.pre_feedforward_layernorm.weight + one)
-            block.post_2.weight.copy_(layer.post_feedforward_layernorm.weight + one)
-        else:
-            block.norm_2.weight.copy_(layer.post_attention_layernorm.weight + one)
-        if student.config.qk_norm:
-            block.attn.q_norm.weight.copy_((attn.q_norm.weight + one) * scale)
-            block.attn.k_norm.weight.copy_(attn.k_norm.weight + one)
-    kinds = sorted(set(teacher_shape(teacher.config)[1]))
-    for row, kind in enumerate(kinds[:len(student.rope_freq)]):
-        name = f'{kind}_inv_freq' if hasattr(body.rotary_emb, f'{kind}_inv_freq') else 'inv_freq'
-        student.rope_freq[row] = getattr(body.rotary_emb, name)
-
-
-@torch.no_grad()
-def copy_prompt(student, teacher, before):
-    """the keys and values of the ids before the text in the teacher's first layers."""
-    read = teacher.get_decoder()(torch.tensor([list(before)]), use_cache=True).past_key_values.layers
-    layers = [torch.cat((layer.keys, layer.values)) for layer in read[:len(student.h)]]
-    student.prompt.copy_(torch.stack(layers))

@@ -17,12 +17,14 @@ import pytest
 import torch
 
 import data
-from agreement import evaluate
-from checkpoint import load_checkpoint
-from conftest import FIELDS, SCHEMAS, clone_task, load_teacher, run, tiny_student, weights
-from decode import generate
-from space import OutputSpace
-from teacher import Drafts, Teacher, answer, encode_prompt
+from distil.agreement import evaluate
+from distil.checkpoint import load_checkpoint
+from distil.decode import generate
+from distil.engine import Drafts, Teacher, answer
+from distil.space import OutputSpace
+from distil.teacher import encode_prompt
+from tests.conftest import (project, space, teachers, tokenizer, words)  # noqa: F401  fixtures
+from tests.conftest import FIELDS, SCHEMAS, clone_task, load_teacher, run, tiny_student, weights
 from train import distill_loss
 
 
@@ -37,10 +39,10 @@ def step_by_step(model, space, ids, constrain):
             out = calibrated.masked_fill(space.next_state[state] < 0, -math.inf).argmax().item()
         else:
             out = space.output_index.get(row.argmax().item(), -1)
-        if out not in space.moves[state]:
+        if out not in space.transitions[state]:
             return 'vocab' if out < 0 else 'invalid'
         outs.append(out), logits.append(kept), lses.append(row.logsumexp(-1))
-        state = space.moves[state][out]
+        state = space.transitions[state][out]
     return outs, torch.stack(logits), torch.stack(lses)
 
 
@@ -73,7 +75,7 @@ def test_stored_records_are_what_the_teacher_says(project, teachers):
     tokenizer, model = load_teacher(teachers['gemma'])
     shards = data.Shards('toy', 'toy', project / 'data')
     meta = shards.meta
-    space = OutputSpace.of(tokenizer.backend_tokenizer, meta)   # with the bias of the calibration
+    space = OutputSpace.from_task(tokenizer.backend_tokenizer, meta)   # with the bias of the calibration
     texts = {
         data.text_hash(t): t
         for t in (data.clean(json.loads(line)['text']) for line in open(project / 'data/toy/input.jsonl'))
@@ -127,7 +129,7 @@ def test_cached_batched_decoding_equals_one_by_one_without_cache(space):
                 if constrain:
                     logits = logits.masked_fill(space.next_state[state] < 0, -math.inf)
                 outs.append(logits.argmax().item())
-                state = space.moves[state].get(outs[-1], -1)
+                state = space.transitions[state].get(outs[-1], -1)
             assert fast == outs
 
 
@@ -147,7 +149,7 @@ def test_evaluate_matches_a_slow_twin(project):
         hits += (q.argmax(-1) == targets[targets >= 0]).sum().item()
         steps += len(target)
         same += sum(a == b for a, b in zip(free, target))
-        exact, valid = exact + (free == target), valid + (space.walk(free) == space.done)
+        exact, valid = exact + (free == target), valid + (space.state_after(free) == space.done)
         ours, theirs = space.to_json(free), space.to_json(target)
         fields += np.mean(
             [ours is not None and json.dumps(ours[f]) == json.dumps(v) for f, v in theirs.items()])
@@ -195,7 +197,7 @@ def test_a_stopped_training_resumes_bit_for_bit(project, teachers, tmp_path, how
     process.send_signal(how)
     stdout = process.communicate()[0].decode()
     if how != signal.SIGKILL:
-        assert process.returncode == 0 and 'the same command goes on' in stdout
+        assert process.returncode == 0 and 'the same command continues' in stdout
     step = torch.load(root / 'out/toy/ckpt.pt', weights_only=True)['step']
     assert 0 < step < 115
     done = run(root, 'train.py', *settings, '--init_from=resume')

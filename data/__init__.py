@@ -26,17 +26,11 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from space import OutputSpace
+from distil.space import OutputSpace, clean
 
 FORMAT = 1
 DTYPES = {'input': np.dtype('<u4'), 'output': np.dtype('<u2'), 'logits': np.dtype('<f2'),
           'stats': np.dtype('<f4'), 'index': np.dtype('<u8')}
-
-
-def clean(text):
-    """the one form of a text that is hashed, labelled, trained on and sampled from: runs of whitespace as one
-    space."""
-    return ' '.join(text.split())
 
 
 def first_tokens(text, encoding, n):
@@ -250,13 +244,13 @@ class Shards:
         """the OutputSpace with the bias of a calibrated teacher; None where nothing is to be taken off."""
         if not self.meta.get('bias'):
             return None
-        return OutputSpace.of(Tokenizer.from_file(str(self.folder / 'tokenizer.json')), self.meta)
+        return OutputSpace.from_task(Tokenizer.from_file(str(self.folder / 'tokenizer.json')), self.meta)
 
     def logits(self, i):
         """(n, V) float32: the teacher's logits up to a constant of each row, calibrated where it was."""
         logits = self.answer(i, 'logits').astype(np.float32)
         if self.space:
-            logits -= self.space.bias[self.space.states(self.answer(i).tolist())].numpy()
+            logits -= self.space.bias[self.space.states_before(self.answer(i).tolist())].numpy()
         return logits
 
     def split(self):

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
-from checkpoint import load_checkpoint
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure, data_line, stop
 from device.export import read_corpus, shrink, write_onnx
 from device.run import Student
 from device.web import Handler
-from evaluate import find_shards
+from distil.checkpoint import load_checkpoint
+from distil.records import load_records
 from sample import Labeler
 
 name = ''            # word; out/<name> is the student ...
@@ -115,7 +115,7 @@ if __name__ == '__main__':
     max_text = checkpoint['task']['max_text']
     seen, check = read_corpus(Path('data', dataset, 'input.jsonl'), 200_000)
     if what == 'tokens':
-        shards = find_shards(dataset, name, checkpoint['task'])
+        shards = load_records(dataset, name, checkpoint['task'])
         for n in SIZES:
             if 0 < n >= student.config.vocab_size:
                 continue

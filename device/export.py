@@ -19,15 +19,15 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
-from agreement import field_texts, same_values, teacher_forced_sums
-from checkpoint import load_checkpoint
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure, data_line, stop
 from data import held_out, read_texts, text_hash, write_json
-from decode import generate
 from device.shrink import choose_tokens, fold_table, round_to_int8, trim, trim_tokenizer
-from evaluate import find_shards
-from space import value_name
+from distil.agreement import field_texts, same_values, teacher_forced_sums
+from distil.checkpoint import load_checkpoint
+from distil.decode import generate
+from distil.records import load_records
+from distil.space import value_name
 
 name = ''            # word; out/<name> is the student ...
 run = ''             # word; ... or out/<run>
@@ -84,22 +84,22 @@ def make_task(name, checkpoint, space, start):
     that lead to it, [state, which of its choices].
     """
     task, numbers = checkpoint['task'], {}
-    prefix, first = space.runs[0]
+    prefix, first = space.forced_runs[0]
     todo, states = [first], []
     while todo:
         state = todo.pop(0)
         if state in numbers:
             continue
         numbers[state] = len(numbers)
-        states.append((state, list(space.moves[state].items())))
-        todo += [space.runs[after][1] for _, after in states[-1][1] if space.runs[after][1] != space.done]
+        states.append((state, list(space.transitions[state].items())))
+        todo += [space.forced_runs[after][1] for _, after in states[-1][1] if space.forced_runs[after][1] != space.done]
     numbers[space.done] = -1
     ids = lambda outs: [space.output_ids[o] for o in outs]
     table = [{'field': space.field[state], 'rows': [out for out, _ in moves],
-              'read': [ids([out, *space.runs[after][0]]) for out, after in moves],
-              'next': [numbers[space.runs[after][1]] for _, after in moves]} for state, moves in states]
+              'read': [ids([out, *space.forced_runs[after][0]]) for out, after in moves],
+              'next': [numbers[space.forced_runs[after][1]] for _, after in moves]} for state, moves in states]
     ways = {field: [[[numbers[state], table[numbers[state]]['rows'].index(out)] for state, out, _ in way]
-                    for way in of_values] for field, of_values in space.ways.items()}
+                    for way in of_values] for field, of_values in space.value_paths.items()}
     names = {field: [value_name(value) for value in values] for field, values in space.fields.items()}
     return {'format': FORMAT, 'name': name, 'fields': space.fields, 'names': names,
             'max_text': task['max_text'], 'start': [*start, *ids(prefix)], 'states': table, 'ways': ways,
@@ -237,7 +237,7 @@ if __name__ == '__main__':
     if not corpus.is_file() and keep_tokens:
         stop(f'{corpus} does not exist, so nothing says which tokens to keep; bring it, or set --keep_tokens=0')
     texts, check = read_corpus(corpus, corpus_texts) if corpus.is_file() else ([], [])
-    shards = find_shards(dataset, name, checkpoint['task'])  # None: they stayed behind
+    shards = load_records(dataset, name, checkpoint['task'])  # None: they stayed behind
     max_text, vocab = checkpoint['task']['max_text'], student.config.vocab_size
     try:
         small, small_space, figures = shrink(student, space, texts, check[:check_texts], max_text, keep_tokens,

@@ -15,8 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
+from distil.space import OutputSpace
 from model import StudentConfig
-from space import OutputSpace
 
 # -----------------------------------------------------------------------------
 # fewer tokens

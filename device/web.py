@@ -17,7 +17,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure, stop
 
 name = ''            # word; out/<name>/device is the folder ...

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
-from agreement import evaluate, field_texts, same_values
-from checkpoint import load_checkpoint
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure, data_line, stop
 from data import Shards
-from decode import confidence_of, decode
-from report import start_drawing
-from space import OutputSpace
+from distil.agreement import evaluate, field_texts, same_values
+from distil.checkpoint import load_checkpoint
+from distil.decode import confidence_of, decode
+from distil.report import start_drawing
+from distil.space import OutputSpace
 from train import distill_loss
 
 name = ''              # data/<dataset>/<name>-* has the records
@@ -78,7 +78,7 @@ def shown(space, outs):
 def margins(shards, space, rows):
     """of every answer token of these records, in their order: logits between the teacher's two likeliest
     legal tokens, inf where only one is legal."""
-    states = [state for i in rows for state in space.states(shards.answer(i).tolist())]
+    states = [state for i in rows for state in space.states_before(shards.answer(i).tolist())]
     logits = torch.from_numpy(np.concatenate([shards.answer(i, 'logits') for i in rows]).astype(np.float32))
     best = logits.masked_fill(space.next_state[states] < 0, -torch.inf).topk(2).values  # (n, 2)
     return (best[:, 0] - best[:, 1]).numpy()
@@ -115,8 +115,8 @@ def print_record(shards, space, i):
     print(data_line('bytes', {'input': shards.ids(i).nbytes, **sizes, 'whole_logits': whole}))
     idx, targets, _ = shards.batch([i], [shards.meta['start_id']])
     print(data_line('row', {'idx': comma(idx[0].tolist()), 'targets': comma(targets[0].tolist())}))
-    for k, (state, mass) in enumerate(zip(space.states(outs), kept_mass(shards, i).tolist())):
-        if len(legal := list(space.moves[state])) > 1:
+    for k, (state, mass) in enumerate(zip(space.states_before(outs), kept_mass(shards, i).tolist())):
+        if len(legal := list(space.transitions[state])) > 1:
             top, lse = shards.answer(i, 'stats')[k].tolist()
             logits = torch.from_numpy(shards.answer(i, 'logits')[k].astype(np.float32))
             print(data_line('decision', {
@@ -130,7 +130,7 @@ def print_outside(shards, space):
     """how much of the teacher's probability is on no kept token, of the records where that is known."""
     missed = {}
     for i in range(len(shards)):
-        for state, p in zip(space.states(shards.answer(i).tolist()), kept_mass(shards, i)):
+        for state, p in zip(space.states_before(shards.answer(i).tolist()), kept_mass(shards, i)):
             if not np.isnan(p):
                 missed.setdefault(space.field[state] or 'json', []).append(1 - p)
     mean = float(np.mean(sum(missed.values(), [])))
@@ -185,8 +185,8 @@ def draw_record(plt, students, shards, space, i, positions):
     colors = 'black', *plt.cm.Blues(np.linspace(0.35, 0.9, len(students)))
     fig, axes = plt.subplots(len(positions), figsize=(8, 6.6))
     for ax, k in zip(axes, positions):
-        state, margin = space.states(outs.tolist())[k], margins(shards, space, [i])[k]
-        legal = list(space.moves[state])
+        state, margin = space.states_before(outs.tolist())[k], margins(shards, space, [i])[k]
+        legal = list(space.transitions[state])
         for n, (who, of_all) in enumerate(logits.items()):
             p = of_all[k, legal].softmax(0).tolist()
             _, kl, ce, _ = distill_loss(of_all[[k]], teacher[[k]], outs[[k]], kl_weight=1.0)
@@ -210,9 +210,9 @@ def draw_automaton(plt, space):
     x, todo, arrows = {0: 0}, [0], []                           # x: where each state is drawn
     while todo:
         state = todo.pop(0)
-        ways = [([o], after) for o, after in space.moves[state].items()]
+        ways = [([o], after) for o, after in space.transitions[state].items()]
         if len(ways) == 1:
-            ways = [space.runs[state]]
+            ways = [space.forced_runs[state]]
         for n, (outs, after) in enumerate(ways):
             bend = 0.8 * (n / (len(ways) - 1) - 0.5) if len(ways) > 1 else 0
             arrows.append((state, after, outs, bend, len(ways) > 1))
@@ -232,7 +232,7 @@ def draw_automaton(plt, space):
             ax.text(middle, -0.06, f'{len(outs)} forced tokens', ha='center', va='top', fontsize=9,
                     color='grey')
     for state, at in x.items():
-        choice, done = len(space.moves[state]) > 1, state == space.done
+        choice, done = len(space.transitions[state]) > 1, state == space.done
         ax.scatter(at, 0, 650, 'orange' if choice else 'white', edgecolors='black', zorder=3)
         ax.text(at, 0, state, ha='center', va='center', zorder=4)
         under = f'{space.field[state]}?' if choice else 'done' if done else 'start' if state == 0 else ''
@@ -241,7 +241,7 @@ def draw_automaton(plt, space):
     ax.axis('off')
     fig.tight_layout(pad=0.2)
     fig.savefig(DOCS / 'how_automaton.png', dpi=100)
-    print(data_line('automaton', {'states': len(space.moves), 'drawn': len(x)}))
+    print(data_line('automaton', {'states': len(space.transitions), 'drawn': len(x)}))
 
 
 def draw_gradient(plt, students, shards, i, positions):

@@ -22,15 +22,17 @@ from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.initialization import no_init_weights
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
-from bench import clock, generate_held, stepwise
-from checkpoint import lower_precision
-from config import configure, data_line, pick_dtype, stop
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+from config import configure, data_line, stop
+from config.machine import pick_dtype
 from data import read_meta, read_texts
-from decode import generate
+from distil.checkpoint import lower_precision
+from distil.decode import generate
+from distil.engine import peak_memory_gb
+from distil.space import OutputSpace
+from distil.teacher import encode_prompt, load_model, load_tokenizer
 from model import Student, StudentConfig
-from space import OutputSpace
-from teacher import encode_prompt, load_model, load_tokenizer, peak_gb
+from tools.bench import clock, generate_constrained, stepwise
 
 records = 0            # 0..; how many to reckon with; 0: make the teacher
 epochs = 15            # 1..
@@ -91,7 +93,7 @@ def speeds(folder, task, texts, comments):
         ids = tokenizer(text, add_special_tokens=False)['input_ids']
         for who, way in (('student', lambda: generate(student, space, [ids])),
                          ('stepwise', lambda: stepwise(student, space, [ids])),
-                         ('teacher', lambda: generate_held(teacher, space, prompt, [ids]))):
+                         ('teacher', lambda: generate_constrained(teacher, space, prompt, [ids]))):
             seconds, (outs,) = clock(way, 'cpu')
             rates[who].append(len(outs) / seconds)
     student_s, stepwise_s, teacher_s = (float(np.median(values[1:])) for values in rates.values())
@@ -102,7 +104,7 @@ def speeds(folder, task, texts, comments):
     return data_line('reference', {
         'teacher_tok_s': teacher_s, 'student_tok_s': student_s, 'student_stepwise_tok_s': stepwise_s,
         'ratio': student_s / teacher_s, 'stepwise_ratio': stepwise_s / teacher_s,
-        'student_rec_s': len(many) / seconds, 'peak_gb': peak_gb('cpu')})
+        'student_rec_s': len(many) / seconds, 'peak_gb': peak_memory_gb('cpu')})
 
 
 if __name__ == '__main__':

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the programs are there
-from agreement import word_counts
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure, data_line, stop
 from data import Shards, held_out, read_texts, text_hash
+from distil.agreement import linear_model
+from distil.space import OutputSpace
 from sample import Labeler
-from space import OutputSpace
 
 dataset = 'tweets'     # data/<dataset>/input.jsonl has the texts
 runs = ''              # folders in out/, parted by commas: students
@@ -61,7 +61,7 @@ def linear_answers(texts, truth, fold, wanted):
     for k in range(10):
         if not len(mine := np.flatnonzero(wanted & (fold == k))):
             continue
-        model = word_counts().fit(texts[fold != k], truth[fold != k])
+        model = linear_model().fit(texts[fold != k], truth[fold != k])
         start = time.perf_counter()
         answers |= dict(zip(mine, model.predict(texts[mine])))
         seconds += time.perf_counter() - start
@@ -91,7 +91,7 @@ if __name__ == '__main__':
     wanted, said, students = np.ones(len(texts), bool), {}, []
     for name in filter(None, teachers.split(',')):
         shards = Shards(dataset, name)
-        space = OutputSpace.of(Tokenizer.from_file(str(shards.folder / 'tokenizer.json')), shards.meta)
+        space = OutputSpace.from_task(Tokenizer.from_file(str(shards.folder / 'tokenizer.json')), shards.meta)
         said[name] = shards, space, dict(zip(shards.hashes.tolist(), range(len(shards))))
         wanted &= np.isin(hashes, shards.hashes)
     for run in filter(None, runs.split(',')):

@@ -1,9 +1,9 @@
 """The benches time what gives the same answers."""
 import numpy as np
 
-from bench import same_answer
-from conftest import FIELDS, one_line, run
-from space import OutputSpace
+from distil.space import OutputSpace
+from tests.conftest import FIELDS, one_line, run
+from tools.bench import same_answer
 
 
 def figures_of(done):
@@ -14,13 +14,13 @@ def figures_of(done):
 
 
 def test_extraction_is_compared_with_generate_on_the_same_answers(project):
-    figures, = figures_of(run(project, 'bench.py', '--what=extract', '--extract_batch=24', '--compile=False'))
+    figures, = figures_of(run(project, 'tools/bench.py', '--what=extract', '--extract_batch=24', '--compile=False'))
     assert figures['identical'] == '1' and 1 <= float(figures['passes']) < 2 and float(figures['ratio']) > 1
     assert figures['dtype'] == 'float32'
 
 
 def test_extraction_in_bfloat16_counts_a_tie_as_a_tie_and_nothing_else(project):
-    figures, = figures_of(run(project, 'bench.py', '--what=extract', '--extract_batch=24', '--compile=False',
+    figures, = figures_of(run(project, 'tools/bench.py', '--what=extract', '--extract_batch=24', '--compile=False',
                               '--dtype=bfloat16'))
     assert figures['identical'] == '1' and figures['dtype'] == 'bfloat16'
 
@@ -41,7 +41,7 @@ def test_answers_that_part_at_a_tie_are_the_same_answer(tokenizer):
 
 
 def test_the_bench_of_decoding_finds_its_twins_identical(project):
-    lines = figures_of(run(project, 'bench.py', '--what=decode'))
+    lines = figures_of(run(project, 'tools/bench.py', '--what=decode'))
     assert [line['what'] for line in lines] == ['decode'] * 4 + ['latency', 'teacher']
     for line in lines[:4]:
         assert line['identical'] == '1' and float(line['passes']) <= len(FIELDS) + 1
@@ -50,14 +50,14 @@ def test_the_bench_of_decoding_finds_its_twins_identical(project):
 
 def test_a_training_step_is_compared_with_a_plain_one(project):
     before = (project / 'out/toy/best.pt').read_bytes()
-    figures, = figures_of(run(project, 'bench.py', '--what=train', '--batch_size=16', '--compile=False'))
+    figures, = figures_of(run(project, 'tools/bench.py', '--what=train', '--batch_size=16', '--compile=False'))
     assert float(figures['ratio']) > 1 and 0 < float(figures['mfu']) < 1.5
     assert (project / 'out/toy/best.pt').read_bytes() == before
 
 
 def test_a_bench_of_what_is_not_there_ends_in_one_line(project):
-    assert 'must be one of' in one_line(run(project, 'bench.py', '--what=luck'))
+    assert 'must be one of' in one_line(run(project, 'tools/bench.py', '--what=luck'))
     assert 'run: python extract.py config/toy.py --name=other' in one_line(
-        run(project, 'bench.py', '--name=other'))
+        run(project, 'tools/bench.py', '--name=other'))
     assert 'run: python train.py config/toy.py --run=other' in one_line(
-        run(project, 'bench.py', '--what=decode', '--run=other'))
+        run(project, 'tools/bench.py', '--what=decode', '--run=other'))

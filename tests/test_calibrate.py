@@ -7,26 +7,27 @@ import pytest
 import torch
 
 import data
-from calibrate import find_priors, learn_bias, longest
-from checkpoint import load_checkpoint
-from conftest import FIELDS, SCHEMAS, clone_task, load_teacher, one_line, run
-from sample import load_asker
-from space import OutputSpace
-from teacher import Drafts, Teacher, answer, encode_prompt
+from distil.calibrate import find_priors, learn_bias, longest
+from distil.checkpoint import load_checkpoint
+from distil.engine import Drafts, Teacher, answer
+from distil.space import OutputSpace
+from distil.teacher import encode_prompt
+from sample import load_teacher_to_ask
+from tests.conftest import FIELDS, SCHEMAS, clone_task, load_teacher, one_line, run
 from test_smoke import step_by_step
 
 
 def bias_text_by_text(model, space, prompts, priors, few):
     """the slow twin of learn_bias: no cache, one text at a time, whole sequences. -> {state: {out: bias}}"""
-    due = {state: row for field, p in priors.items() for state, row in space.shares(field, p).items()}
+    due = {state: row for field, p in priors.items() for state, row in space.token_shares(field, p).items()}
     answers, bias, left = [[] for _ in prompts], {}, longest(space)
     while True:
-        where = [space.walk(outs) for outs in answers]
+        where = [space.state_after(outs) for outs in answers]
         state = max(where, key=left.__getitem__)
         if state == space.done:
             return bias
         here = [i for i, w in enumerate(where) if w == state]
-        legal = sorted(space.moves[state])
+        legal = sorted(space.transitions[state])
         rows = []
         for i in here:
             ids = prompts[i] + [space.output_ids[o] for o in answers[i]]
@@ -57,7 +58,7 @@ def test_the_bias_is_what_the_slow_twin_finds(teachers, fields, indent, fence, o
     for state, row in slow.items():
         assert bias[state] == pytest.approx(row, abs=1e-3)
     assert all(sum(share) == pytest.approx(1) for _, _, *both in report for share in map(dict.values, both))
-    again = OutputSpace.of(tokenizer.backend_tokenizer, json.loads(json.dumps(
+    again = OutputSpace.from_task(tokenizer.backend_tokenizer, json.loads(json.dumps(
         dict(fields=fields, indent=indent, fence=fence, end_id=end_id, output_ids=space.output_ids, bias=bias))))
     torch.testing.assert_close(again.bias, space.bias)          # as it comes back from meta.json
     drafts, answers = Drafts(space), []
@@ -82,7 +83,7 @@ def test_calibration_brings_the_mean_near_the_prior(teachers):
     bias, report = learn_bias(Teacher(model, before, space.output_ids), space, texts, after, priors)
     (state, row), = bias.items()
     assert [r[0] for r in report] == [state] and space.field[state] == 'tone'
-    run_to, means = space.runs[0][0], []
+    run_to, means = space.forced_runs[0][0], []
     friendly = list(row).index(space.from_json({'tone': 'friendly', 'spam': True})[len(run_to)])
     raw = torch.stack([model(torch.tensor([before + text + after + [space.output_ids[o] for o in run_to]]))
                        .logits[0, -1].double()[[space.output_ids[o] for o in row]].detach() for text in texts])
@@ -111,12 +112,12 @@ def test_priors_share_what_is_not_named():
 def test_training_and_the_cascade_get_the_calibrated_teacher(project, teachers):
     shards = data.Shards('toy', 'toy', project / 'data')
     tokenizer, model = load_teacher(teachers['gemma'])
-    meta, space = shards.meta, OutputSpace.of(tokenizer.backend_tokenizer, shards.meta)
+    meta, space = shards.meta, OutputSpace.from_task(tokenizer.backend_tokenizer, shards.meta)
     assert meta['bias'] and space.bias.abs().max() > 0.05
     changed = 0
     for i in range(len(shards)):
         outs = shards.answer(i).tolist()
-        raw, states = shards.answer(i, 'logits').astype(np.float32), space.states(outs)
+        raw, states = shards.answer(i, 'logits').astype(np.float32), space.states_before(outs)
         np.testing.assert_allclose(shards.logits(i), raw - space.bias[states].numpy(), atol=1e-6)
         illegal = space.next_state[states] < 0
         best = torch.from_numpy(shards.logits(i)).masked_fill(illegal, -math.inf).argmax(-1)
@@ -128,7 +129,7 @@ def test_training_and_the_cascade_get_the_calibrated_teacher(project, teachers):
     checkpoint, _, of_student = load_checkpoint(project / 'out/toy', 'cpu')
     assert checkpoint['task']['bias'] == meta['bias'] and torch.equal(of_student.bias, space.bias)
     rows = list(range(0, len(shards), 9))
-    ask = load_asker('', checkpoint['task'], of_student, 'cpu')
+    ask = load_teacher_to_ask('', checkpoint['task'], of_student, 'cpu')
     assert ask([shards.ids(i) for i in rows]) == [shards.answer(i).tolist() for i in rows]
 
 

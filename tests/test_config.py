@@ -5,13 +5,15 @@ import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import config as configure_module
-from conftest import FIELDS, PROGRAMS, ROOT, clone_task, one_line, run
+from tests.conftest import CONFIGS, FIELDS, PROGRAMS, ROOT, clone_task, one_line, run
 
-ALL = (*PROGRAMS, 'ensemble.py', 'device/export.py', 'device/web.py', 'device/bench.py')
+ALL = (*PROGRAMS, 'tools/ensemble.py', 'serve/serve.py', 'serve/bench.py', 'device/export.py', 'device/web.py',
+       'device/bench.py')
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_help_prints_the_settings_block(settings, capsys):
 @pytest.mark.parametrize('script', ALL)
 def test_shipped_configs_fit_every_script(script, monkeypatch):
     names, _ = configure_module.settings_block(ROOT / script)
-    for path in sorted((ROOT / 'config').glob('[!_]*.py')):
+    for path in CONFIGS:
         g = dict(runpy.run_path(str(ROOT / script), run_name='imported'), __name__='__main__',
                  __file__=str(ROOT / script))
         monkeypatch.setattr(sys, 'argv', [script, str(path)])
@@ -129,7 +131,7 @@ def test_limits_are_read_from_comments_and_checked_wherever_a_value_comes_from(s
 
 def test_a_config_file_that_is_odd_ends_in_one_line(settings):
     assert settings([settings.file], 'import json\n_x = lambda: 1\nhelp_me = lambda: 2\na = 3\n')['a'] == 3
-    for odd, said in (('for i in range(3): pass', 'has no setting .i.; .*starts with _'),
+    for odd, said in (('for i in range(3): pass', 'has no setting .i.; .*start a name with _'),
                       ('import sys\nsys.exit()', 'SystemExit'), ('raise SystemExit(0)', 'SystemExit'),
                       ('import nowhere_at_all', 'ModuleNotFoundError'), ('a = (', 'SyntaxError')):
         with pytest.raises(SystemExit, match=f'my.py.* {said}'):
@@ -143,8 +145,8 @@ def test_a_config_file_that_is_odd_ends_in_one_line(settings):
      ('train.py', ('max_epochs=0', 'batch_size=0', 'grad_accum=0', 'seed=-1', 'dropout=1.5', 'dtype=float8',
                    'n_head=3', 'max_records=-5')),
      ('extract.py', ('max_records=-5', 'indent=-1', 'extract_batch=0', 'dtype=float8', "extra_vocab=['a', 5]",
-                     'device=cuda')), ('evaluate.py', ('examples=-1', 'which=luck')),
-     ('bench.py', ('what=luck', 'batch_size=0'))])
+                     'device=cuda')), ('tools/evaluate.py', ('examples=-1', 'which=luck')),
+     ('tools/bench.py', ('what=luck', 'batch_size=0'))])
 def test_settings_out_of_range_end_in_one_line_that_names_them(project, program, wrong):
     for setting in wrong:
         line = one_line(
@@ -163,20 +165,20 @@ def test_from_another_folder_files_that_are_typed_are_the_callers_and_data_is_ou
     done = subprocess.run([sys.executable, script, config, '--run=other', '--text=hi'], cwd=tmp_path,
                           capture_output=True, text=True)
     hint = done.stderr.splitlines()[-1].partition('run: ')[2]
-    assert hint == f'python {project}/train.py {config} --run=other' and done.returncode == 1
+    assert hint == f'python {os.path.relpath(project / "train.py", tmp_path)} {config} --run=other' and done.returncode == 1
 
 
 def test_programs_that_are_one_process_say_so_under_torchrun(project, monkeypatch):
     monkeypatch.setattr(configure_module, 'WORLD', 2)
-    for program in ('sample.py', 'evaluate.py', 'bench.py'):
-        with pytest.raises(SystemExit, match=f'{program} is one process; run it without torchrun'):
+    for program in ('sample.py', 'tools/evaluate.py', 'tools/bench.py'):
+        with pytest.raises(SystemExit, match=f'{Path(program).name} is one process; run it without torchrun'):
             configure_module.configure({**runpy.run_path(str(ROOT / program), run_name='imported'),
                                         '__name__': '__main__', '__file__': str(ROOT / program)})
 
 
 def test_no_program_warns_of_anything(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
-    for program, args in (('train.py', ['--max_epochs=1']), ('evaluate.py', []), ('sample.py', ['--text=hi'
+    for program, args in (('train.py', ['--max_epochs=1']), ('tools/evaluate.py', []), ('sample.py', ['--text=hi'
                                                                                                 ])):
         done = subprocess.run([sys.executable, program, 'config/toy.py', *args], cwd=root,
                               capture_output=True, text=True, env={**os.environ, 'PYTHONWARNINGS': 'error'})

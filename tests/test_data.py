@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import data
-from conftest import make_shards, random_records
+from tests.conftest import make_shards, random_records
 
 
 def test_a_set_of_hashes_in_eight_bytes_each():

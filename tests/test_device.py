@@ -23,15 +23,15 @@ for package in ('onnx', 'onnxscript', 'onnxruntime'):
 import onnx
 import onnxruntime
 
-from checkpoint import CHECKPOINT
-from conftest import FIELDS, PROMPT, ROOT, SCHEMAS, one_line, run, tiny_student
 from data import write_json
 from device.export import RUNNERS, make_task, write_onnx
 from device.run import Student as Runner
 from device.shrink import Int8, choose_tokens, fold_table, pieces_of, round_to_int8, trim, trim_tokenizer
 from device.web import PARTS, Handler, fetch_parts
+from distil.checkpoint import CHECKPOINT
+from distil.space import OutputSpace, tokenizer_hash
 from sample import Labeler
-from space import OutputSpace, tokenizer_hash
+from tests.conftest import FIELDS, PROMPT, ROOT, SCHEMAS, one_line, run, tiny_student
 
 HOSTILE = ['', '  ', '\t\x1c\x85\xa0', 'hello ' * 20_000, 'x' * 100_000, 'a\0b \x01', '\ud800 half',
            'é日本 😀👩‍👩‍👧', 'שלום مرحبا',
@@ -392,9 +392,6 @@ def test_the_page_can_be_used_by_keyboard_and_screen_reader(page, npm, scheme):
 def exported(project, tmp_path_factory):
     """the project, and what device/export.py printed there."""
     root = shutil.copytree(project, tmp_path_factory.mktemp('exported') / 'p', symlinks=True)
-    (root / 'device').mkdir()
-    for file in ('export.py', 'web.py'):
-        os.symlink(ROOT / 'device' / file, root / 'device' / file)
     return root, run(root, 'device/export.py', '--keep_tokens=380')
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
+import distil.checkpoint
 import data
-from checkpoint import load_checkpoint
-from conftest import clone_task, one_line, run, tiny_student, write_texts
-from decode import decode, generate, values
-from ensemble import Ensemble, answer, open_students
+from distil.checkpoint import load_checkpoint
+from distil.decode import decode, generate, value_probabilities
+from tests.conftest import clone_task, one_line, run, tiny_student, write_texts
+from tools.ensemble import Ensemble, answer, open_students
 
 
 def make_students(space, n, **sizes):
@@ -27,10 +27,10 @@ def make_students(space, n, **sizes):
 def one_at_a_time(students, space, text):
     """output indices: the slow way, without a cache, a draft or a batch"""
     outs = []
-    while space.walk(outs) != space.done:
+    while space.state_after(outs) != space.done:
         row = torch.tensor([text + students[0].config.start + [space.output_ids[o] for o in outs]])
         mean = sum(student(row)[0, -1].log_softmax(-1) for student in students) / len(students)
-        illegal = space.next_state[space.walk(outs)] < 0
+        illegal = space.next_state[space.state_after(outs)] < 0
         outs.append(mean.masked_fill(illegal, -torch.inf).argmax().item())
     return outs
 
@@ -50,13 +50,13 @@ def test_an_ensemble_is_the_mean_of_its_students_however_it_is_decoded(space, ke
         with torch.no_grad():
             mean = sum(student(row).log_softmax(-1) for student in students)[0, -len(outs):] / 3
         assert again == outs
-        due = mean + space.bias[space.states(outs)]
+        due = mean + space.bias[space.states_before(outs)]
         torch.testing.assert_close(torch.from_numpy(logits), due, rtol=0, atol=1e-4)
-        asked = [n for n, state in enumerate(space.states(outs)) if len(space.moves[state]) > 1]
+        asked = [n for n, state in enumerate(space.states_before(outs)) if len(space.transitions[state]) > 1]
         for n, (_, held, _) in zip(asked, decisions, strict=True):
             torch.testing.assert_close(held[held > -torch.inf], mean[n][held > -torch.inf], rtol=0, atol=1e-4)
         assert all(sum(of_field) == pytest.approx(1)
-                   for of_field in values(model, space, text, outs, decisions).values())
+                   for of_field in value_probabilities(model, space, text, outs, decisions).values())
     assert generate(Ensemble(students[:1]), space, texts) == generate(students[0], space, texts)
 
 
@@ -76,7 +76,7 @@ STUDENTS = '--students=out/toy,out/two'
 
 def test_what_students_say_is_trained_on_and_never_measured_on(pool, tmp_path):
     root = clone_task(pool, tmp_path, 'out', 'toy-00')
-    done = run(root, 'ensemble.py', STUDENTS)
+    done = run(root, 'tools/ensemble.py', STUDENTS)
     assert done.returncode == 0 and '--more=toy_more --run=toy_all' in done.stdout, done.stderr
     before, both = (data.Shards('toy', 'toy', root / 'data', more) for more in ('', 'toy_more'))
     assert len(before) == before.n_teacher == both.n_teacher and 60 < len(both) - len(before) <= 90
@@ -102,33 +102,33 @@ def test_what_students_say_is_trained_on_and_never_measured_on(pool, tmp_path):
         work['toy']['train_hours'] + work['two']['train_hours'] + timed['seconds'] / 3600)
     assert 'students_hours' not in work['toy']
     assert all(work['all'][key] == work['toy'][key] for key in ('extract_hours', 'teacher_rec_s'))
-    done = run(root, 'evaluate.py', '--run=all')
+    done = run(root, 'tools/evaluate.py', '--run=all')
     money = dict(pair.split('=') for pair in done.stdout.split('\ncost ')[1].splitlines()[0].split())
     assert float(money['spent']) == pytest.approx(sum(
         float(money[key]) for key in ('extract_hours', 'students_hours', 'train_hours')), rel=1e-3)
     same = '--run=all', '--max_epochs=1', '--max_records=100'
     assert "more 'toy_more' there, '' here" in one_line(run(root, 'train.py', *same))
     shutil.rmtree(root / 'data/toy/toy_more-00')  # the same texts, answered by others
-    assert run(root, 'ensemble.py', '--students=out/two').returncode == 0
+    assert run(root, 'tools/ensemble.py', '--students=out/two').returncode == 0
     assert 'out/all holds another run (students' in one_line(run(root, 'train.py', *same, '--more=toy_more'))
 
 
 def test_a_text_that_the_teacher_is_asked_about_later_is_its_own(pool, tmp_path):
     root = clone_task(pool, tmp_path, 'out', 'toy-00')
-    assert run(root, 'ensemble.py', STUDENTS, '--max_more=40').returncode == 0
+    assert run(root, 'tools/ensemble.py', STUDENTS, '--max_more=40').returncode == 0
     both = data.Shards('toy', 'toy', root / 'data', 'toy_more')
     assert len(both) == both.n_teacher + 40
     assert run(root, 'extract.py').returncode == 0
     after = data.Shards('toy', 'toy', root / 'data', 'toy_more')
     assert len(after) == after.n_teacher > len(both) and len(np.unique(after.hashes)) == len(after)
-    nobody = one_line(run(root, 'ensemble.py', STUDENTS, '--more=late'))
+    nobody = one_line(run(root, 'tools/ensemble.py', STUDENTS, '--more=late'))
     assert 'no text of data/toy/input.jsonl is left to answer' in nobody
-    assert "no answers of students in 'late'; run: python ensemble.py config/toy.py --more=late" in one_line(
+    assert "no answers of students in 'late'; run: python tools/ensemble.py config/toy.py --more=late" in one_line(
         run(root, 'train.py', '--more=late', '--run=x'))
 
 
 def test_large_students_answer_in_bfloat16(pool, monkeypatch):
-    monkeypatch.setattr(checkpoint, 'is_large', lambda student: True)
+    monkeypatch.setattr(distil.checkpoint, 'is_large', lambda student: True)
     shards = data.Shards('toy', 'toy', pool / 'data')
     texts, found = [shards.ids(i).tolist() for i in range(60)], []
     for dtype in ('float32', 'bfloat16'):
@@ -145,7 +145,7 @@ def test_large_students_answer_in_bfloat16(pool, monkeypatch):
 
 def test_students_that_were_cut_off_go_on_and_answer_each_text_once(pool, tmp_path):
     root = clone_task(pool, tmp_path, 'out', 'toy-00')
-    ask = lambda *args, **limit: run(root, 'ensemble.py', STUDENTS + '/', '--sample_batch=4', *args, **limit)
+    ask = lambda *args, **limit: run(root, 'tools/ensemble.py', STUDENTS + '/', '--sample_batch=4', *args, **limit)
     assert ask('--more=whole').returncode == 0
     assert ask('--more=part', '--max_more=21').returncode == 0
     part = data.Shards('toy', 'toy', root / 'data', 'part')
@@ -159,8 +159,8 @@ def test_students_that_were_cut_off_go_on_and_answer_each_text_once(pool, tmp_pa
 
 def test_students_that_do_not_belong_together_are_refused_in_one_line(pool, tmp_path):
     root = clone_task(pool, tmp_path, 'out', 'toy-00')
-    ask = lambda *args: one_line(run(root, 'ensemble.py', *args))
-    assert 'no task or no students; run: python ensemble.py' in ask()
+    ask = lambda *args: one_line(run(root, 'tools/ensemble.py', *args))
+    assert 'no task or no students; run: python tools/ensemble.py' in ask()
     assert 'out/three/ckpt.pt does not exist' in ask('--students=out/toy,out/three')
     files = {path: path.read_bytes() for path in (root / 'data/toy/toy-00').iterdir()}
     assert 'toy-00 has the answers of others; choose another --more=' in ask(STUDENTS, '--more=toy')
@@ -168,7 +168,7 @@ def test_students_that_do_not_belong_together_are_refused_in_one_line(pool, tmp_
     assert 'out/toy is the same student as one before it' in ask('--students=out/toy,out/two,out/toy')
     assert 'toy-00 has no answers of students; choose another --more=' in one_line(
         run(root, 'train.py', '--more=toy', '--run=x'))
-    assert run(root, 'ensemble.py', STUDENTS, '--max_more=5').returncode == 0
+    assert run(root, 'tools/ensemble.py', STUDENTS, '--max_more=5').returncode == 0
     assert 'has the answers of others' in ask('--students=out/toy', '--max_more=9')
     (root / 'data/toy/toy_more-00/meta.json').rename(tmp_path / 'meta.json')
     assert 'toy_more-00 has records and no meta.json' in ask(STUDENTS)
@@ -179,7 +179,7 @@ def test_students_that_do_not_belong_together_are_refused_in_one_line(pool, tmp_
         run(root, 'train.py', '--name=toy_more', '--run=x'))
     assert run(root, 'train.py', '--run=small', '--n_layer=1', '--max_epochs=1').returncode == 0
     assert 'out/small has another n_layer than out/toy' in ask('--students=out/toy,out/small')
-    assert "data/toy has no answers of students in 'nothing'; run: python ensemble.py" in one_line(
+    assert "data/toy has no answers of students in 'nothing'; run: python tools/ensemble.py" in one_line(
         run(root, 'train.py', '--more=nothing', '--run=x'))
     state = torch.load(root / 'out/two/best.pt', weights_only=True)
     torch.save(state | {'task': state['task'] | {'prompt': 'another {text}'}}, root / 'out/two/best.pt')

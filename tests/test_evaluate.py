@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import data
-from agreement import BROKEN, agreement, calibration_error, field_texts, fit_temperature, read_truth, truth_lines
-from checkpoint import load_checkpoint
-from conftest import FIELDS, clone_task, one_line, run
-from decode import generate
-from evaluate import at_least, cascade, cost, find_target
-from space import OutputSpace
+from distil.agreement import (BROKEN, agreement, calibration_error, field_texts, fit_temperature, read_truth,
+                              truth_lines)
+from distil.checkpoint import load_checkpoint
+from distil.decode import generate
+from distil.space import OutputSpace
+from tests.conftest import FIELDS, clone_task, one_line, run
+from tools.evaluate import at_least, cascade, cost, find_target
 
 
 def test_agreement_figures_of_a_hand_computed_case():
@@ -96,7 +97,7 @@ def test_temperature_calibration_error_cascade_and_cost_on_cases_done_by_hand():
 
 def test_students_are_compared_in_a_table_and_a_picture(project):
     pytest.importorskip('matplotlib')
-    done = run(project, 'evaluate.py', '--compare=out/toy,out/toy')
+    done = run(project, 'tools/evaluate.py', '--compare=out/toy,out/toy')
     figures = [
         dict(f.split('=') for f in line.split()[1:]) for line in done.stdout.splitlines()
         if line.startswith('student ')
@@ -104,13 +105,13 @@ def test_students_are_compared_in_a_table_and_a_picture(project):
     assert [f['run'] for f in figures] == ['toy', 'toy'] and all(
         float(f['rec_s']) > 0 and float(f['latency_ms']) > 0 for f in figures), done.stderr
     assert (project / 'out/compare.png').stat().st_size > 1000
-    assert 'does not exist' in one_line(run(project, 'evaluate.py', '--compare=out/toy,out/nobody'))
+    assert 'does not exist' in one_line(run(project, 'tools/evaluate.py', '--compare=out/toy,out/nobody'))
 
 
 def test_the_report_shows_teacher_and_student_side_by_side(project):
     picture = project / 'out/toy/report.png'
     picture.unlink(missing_ok=True)
-    done = run(project, 'evaluate.py', '--examples=2')
+    done = run(project, 'tools/evaluate.py', '--examples=2')
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     pairs = [[line.split()[1:] for line in lines if line.startswith(f'   {who} ')]
@@ -133,7 +134,7 @@ def test_the_report_shows_teacher_and_student_side_by_side(project):
 def test_without_held_out_records_the_figures_of_the_training_are_shown(project, tmp_path):
     root = clone_task(project, tmp_path, 'out')
     shutil.rmtree(root / 'data/toy')
-    done = run(root, 'evaluate.py', '--which=last')
+    done = run(root, 'tools/evaluate.py', '--which=last')
     assert done.returncode == 0, done.stderr
     assert 'val step=115' in done.stdout and 'no held-out records here' in done.stdout
 
@@ -159,7 +160,7 @@ def test_the_target_is_the_lowest_threshold_that_holds_and_is_stored(project, tm
     assert at_least(int(more.sum()), len(more)) < 0.9 and found['kept'] == pytest.approx(kept.mean())
     assert find_target(sure, ~right, 0.5) is None
     root = clone_task(project, tmp_path, 'toy-00', 'out')
-    done = run(root, 'evaluate.py', '--target_agreement=0.3')
+    done = run(root, 'tools/evaluate.py', '--target_agreement=0.3')
     line, = [line for line in done.stdout.splitlines() if line.startswith('target ')]
     threshold = float(line.split('min_confidence=')[1].split()[0])
     stored = load_checkpoint(root / 'out/toy', 'cpu')[0]['target']
@@ -169,5 +170,5 @@ def test_the_target_is_the_lowest_threshold_that_holds_and_is_stored(project, tm
     typed = run(root, 'sample.py', f'--min_confidence={stored["min_confidence"]}', stdin=content)
     assert by_name.stdout == typed.stdout
     assert by_name.returncode == 0 and len(by_name.stdout.splitlines()) == 3
-    assert 'no threshold' in run(root, 'evaluate.py', '--target_agreement=1').stdout
+    assert 'no threshold' in run(root, 'tools/evaluate.py', '--target_agreement=1').stdout
     assert 'no target was set' in one_line(run(root, 'sample.py', '--min_confidence=target', '--text=a'))

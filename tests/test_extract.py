@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import data
-from conftest import CHILDREN, FIELDS, clone_task, load_teacher, one_line, run, run_script
-from space import OutputSpace
-from texts import fetch_ahead, read_groups
+from data.texts import prefetch, read_groups
+from distil.space import OutputSpace
+from tests.conftest import CHILDREN, FIELDS, clone_task, load_teacher, one_line, run, run_script
 
 
 def test_texts_are_filtered_and_counted_whatever_they_hold(tokenizer, tmp_path):
@@ -45,7 +45,7 @@ def test_texts_are_filtered_and_counted_whatever_they_hold(tokenizer, tmp_path):
     assert [len(g) for g in read(9, limit=2)] == [2] and [len(g) for g in read(2, limit=4)] == [2, 2]
     extract_special = [('<turn>' 'cat sat', None, '')]
     assert list(read_groups(extract_special, tokenizer, 4, 1, 60)) == []
-    assert list(fetch_ahead(iter(range(5)))) == list(range(5))
+    assert list(prefetch(iter(range(5)))) == list(range(5))
 
 
 def test_long_texts_are_cut_as_the_student_will_cut_them(tokenizer):
@@ -257,7 +257,7 @@ def test_a_damaged_meta_json_is_named_by_every_program(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     path = root / 'data/toy/toy-00/meta.json'
     path.write_text(path.read_text()[:200])
-    for program in ('extract.py', 'train.py', 'bench.py'):
+    for program in ('extract.py', 'train.py', 'tools/bench.py'):
         assert 'meta.json is damaged' in one_line(
             run(root, program, '--run=x') if program != 'extract.py' else run(root, program))
 
@@ -274,4 +274,4 @@ def test_a_terminal_that_goes_away_ends_a_run_as_kill_does(project, tmp_path, pr
         time.sleep(0.005)
     process.send_signal(signal.SIGHUP)
     stdout, stderr = process.communicate()
-    assert b'the same command goes on' in stdout + stderr and b'Traceback' not in stderr
+    assert b'the same command continues' in stdout + stderr and b'Traceback' not in stderr

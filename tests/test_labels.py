@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import data
-from conftest import FIELDS, SCHEMAS, clone_task, run
-from labels import from_label
-from space import OutputSpace
+from distil.labels import record_from_label
+from distil.space import OutputSpace
+from tests.conftest import FIELDS, SCHEMAS, clone_task, run
 
 
 @pytest.mark.parametrize('fields, indent, fence', SCHEMAS)
@@ -23,20 +23,20 @@ def test_stored_logits_give_each_value_its_probability(tokenizer, fields, indent
     label = {'answer': {f: v[-1] for f, v in fields.items() if f != name},
              'probabilities': {name: dict(zip(map(key, values), (3 * chances).tolist()))}}  # any scale
     for value, p in zip(values, chances):
-        shares, walked = space.shares(name, chances), 1.0
+        shares, walked = space.token_shares(name, chances), 1.0
         outs = space.from_json({**{f: v[0] for f, v in fields.items()}, name: value})
-        for state, out in zip(space.states(outs), outs):
+        for state, out in zip(space.states_before(outs), outs):
             walked *= shares.get(state, {}).get(out, 1.0)
         assert walked == pytest.approx(p)
-    outs, logits = from_label(space, label)
+    outs, logits = record_from_label(space, label)
     answer = space.to_json(outs)
     assert json.dumps(answer[name]) == json.dumps(values[int(chances.argmax())])
     assert all(json.dumps(answer[f]) == json.dumps(v[-1]) for f, v in fields.items() if f != name)
     p = np.exp(logits - np.log(np.exp(logits).sum(1, keepdims=True)))
-    on_path, states = 1.0, space.states(outs)
+    on_path, states = 1.0, space.states_before(outs)
     for n, (state, out) in enumerate(zip(states, outs)):
         on_path *= p[n, out] if space.field[state] == name else 1.0
-        assert p[n, list(space.moves[state])].sum() == pytest.approx(1, abs=1e-4)
+        assert p[n, list(space.transitions[state])].sum() == pytest.approx(1, abs=1e-4)
     assert on_path == pytest.approx(chances.max(), rel=1e-3)
 
 
@@ -47,7 +47,7 @@ def test_stored_logits_give_each_value_its_probability(tokenizer, fields, indent
     {'probabilities': {'tone': {'friendly': 0}, 'spam': {'true': 1}}},
     {'probabilities': {'tone': {'friendly': 'x'}, 'spam': {'true': 1}}}])
 def test_labels_that_do_not_say_are_none(space, tokenizer, label):
-    assert from_label(OutputSpace(tokenizer, FIELDS), label) is None
+    assert record_from_label(OutputSpace(tokenizer, FIELDS), label) is None
 
 
 def test_a_student_learns_from_given_labels_without_a_teacher(project, tmp_path):
@@ -74,6 +74,6 @@ def test_a_student_learns_from_given_labels_without_a_teacher(project, tmp_path)
     best = max(float(line.split('agree=')[1].split()[0]) for line in done.stdout.splitlines()
                if line.startswith('field name=tone'))
     assert best > 0.9
-    assert run(root, 'evaluate.py', '--name=given').returncode == 0
+    assert run(root, 'tools/evaluate.py', '--name=given').returncode == 0
     asked = run(root, 'sample.py', '--name=given', '--text=a', '--min_confidence=0.9', '--ask_teacher=True')
     assert asked.returncode == 1 and 'no teacher' in asked.stderr

@@ -4,9 +4,10 @@ from functools import partial
 import pytest
 import torch
 
-from conftest import load_teacher, tiny_student
-from decode import Cache
+from distil.decode import Cache
+from distil.start import student_from_teacher
 from model import Student, StudentConfig
+from tests.conftest import load_teacher, tiny_student
 
 
 def test_the_reference_student_has_537_million_parameters():
@@ -45,7 +46,7 @@ def test_a_student_of_all_layers_is_the_teacher(teachers, family):
         p.data += 0.1 * torch.randn_like(p) if 'norm' in name else 0.0  # norm weights that are not all alike
     output_ids, idx = list(range(5, 50)), torch.randint(4, 300, (3, 22))  # within the sliding window
     sizes = dict(vocab_size=model.config.vocab_size, output_vocab=45, block_size=64, n_layer=3)
-    student = Student.from_teacher(model, sizes, output_ids).eval()
+    student = student_from_teacher(model, sizes, output_ids).eval()
     with torch.no_grad():
         torch.testing.assert_close(student(idx), model(idx).logits[..., output_ids], atol=1e-5, rtol=1e-5)
         cache, parts = Cache(student), []
@@ -64,7 +65,7 @@ def test_a_student_of_all_layers_that_keeps_the_prompt_is_the_teacher_after_it(t
     idx = torch.cat((torch.randint(4, 300, (3, 8)), torch.tensor(after).expand(3, -1),
                      torch.randint(4, 300, (3, 5))), 1)         # (B, T) text, what follows it, answer
     sizes = dict(vocab_size=model.config.vocab_size, output_vocab=45, block_size=17, n_layer=3)
-    student = Student.from_teacher(model, sizes, output_ids, 'first', before, after)
+    student = student_from_teacher(model, sizes, output_ids, 'first', before, after)
     whole = torch.cat((torch.tensor(before).expand(3, -1), idx), 1)
     close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
     theirs = model(whole).logits[:, len(before):, output_ids]
@@ -83,7 +84,7 @@ def test_a_student_of_all_layers_that_keeps_the_prompt_is_the_teacher_after_it(t
         close(student(idx, keep=asked), theirs.flatten(0, 1)[asked])
     if family == 'gemma':
         with pytest.raises(ValueError, match='see 24 tokens'):
-            Student.from_teacher(model, {**sizes, 'block_size': 64}, output_ids, 'first', before, after)
+            student_from_teacher(model, {**sizes, 'block_size': 64}, output_ids, 'first', before, after)
 
 
 def test_in_bfloat16_the_gradient_is_that_of_float32_but_for_rounding(space):

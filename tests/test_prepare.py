@@ -13,7 +13,7 @@ import zipfile
 
 import pytest
 
-from conftest import ROOT
+from tests.conftest import ROOT
 
 
 def prepared(folder, name, *args):

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
+import distil.checkpoint
 import data
-from bench import stepwise
-from checkpoint import load_checkpoint, lower_precision
-from conftest import FIELDS, ROOT, SCHEMAS, clone_task, one_line, run, tiny_student
-from decode import confidence_of, decode, generate, values
+from distil.checkpoint import load_checkpoint, lower_precision
+from distil.decode import confidence_of, decode, generate, value_probabilities
+from distil.space import OutputSpace
 from sample import Labeler
-from space import OutputSpace
+from tests.conftest import FIELDS, ROOT, SCHEMAS, clone_task, one_line, run, tiny_student
+from tools.bench import stepwise
 
 many = hypothesis.settings(max_examples=25, deadline=None, derandomize=True,
                            suppress_health_check=list(hypothesis.HealthCheck))
@@ -60,7 +60,7 @@ def test_any_schema_and_student_gives_valid_answers_equal_to_one_token_at_a_time
                             '```json').removesuffix('```')).values()
                 ]
                 assert space.from_json(
-                    space.to_json(outs)) == outs if space.end_id is None else space.walk(outs) == space.done
+                    space.to_json(outs)) == outs if space.end_id is None else space.state_after(outs) == space.done
 
 
 @pytest.mark.parametrize('n_prompt', [0, 3])
@@ -72,12 +72,12 @@ def test_in_bfloat16_the_answers_are_those_of_float32_but_for_rounding(space, n_
 
     def answers():
         found = list(decode(model, space, texts, 16))
-        all_values = [values(model, space, ids, *answer) for ids, answer in zip(texts, found)]
+        all_values = [value_probabilities(model, space, ids, *answer) for ids, answer in zip(texts, found)]
         return found, [p for of_text in all_values for row in of_text.values() for p in row]
     lower_precision(model, 'bfloat16')  # too small to gain by it
     (before, p_before), reads = answers(), model.h[0].attn.c_attn
     assert reads.weight.dtype == torch.float32 == before[0][1][0][1].dtype
-    monkeypatch.setattr(checkpoint, 'is_large', lambda student: True)
+    monkeypatch.setattr(distil.checkpoint, 'is_large', lambda student: True)
     lower_precision(model, 'bfloat16')
     after, p_after = answers()
     assert reads.weight.dtype == torch.bfloat16 and after[0][1][0][1].dtype == torch.float32
@@ -94,14 +94,14 @@ def test_a_record_costs_a_pass_per_decision_and_no_row_waits(space):
     texts = [[rng.randrange(4, 500) for _ in range(rng.randint(1, 20))] for _ in range(40)]
     model.register_forward_pre_hook(lambda _, args: calls.append(args[0].numel()))
     decisions = [
-        sum(space.forced[s] < 0 for s in space.states(outs)).item() for outs in generate(model, space, texts)
+        sum(space.forced[s] < 0 for s in space.states_before(outs)).item() for outs in generate(model, space, texts)
     ]
     for constrain in (True, False):
         calls.clear()
         for text, n_decisions in zip(texts, decisions):
             calls.clear()
             outs = generate(model, space, [text], constrain)[0]
-            if space.walk(outs) == space.done:
+            if space.state_after(outs) == space.done:
                 assert len(calls) <= n_decisions + (not constrain) and sum(calls) <= len(text) + len(
                     outs)  # nothing is read twice
     calls.clear()
@@ -124,7 +124,7 @@ def test_confidence_is_the_probability_of_the_value_among_all_allowed_ones(space
                 path = space.from_json({**chosen, field: value})
                 logits = model(torch.tensor([text + [1] + [space.output_ids[o]
                                                            for o in path[:-1]]]))[0, len(text):]
-                states = space.states(path)
+                states = space.states_before(path)
                 log_p = (logits.masked_fill(space.next_state[states] < 0, -math.inf) /
                          temperature).log_softmax(-1)
                 posterior.append(
@@ -228,8 +228,8 @@ def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
     done = run(root, 'sample.py', '--text=hello my friend')
     assert list(json.loads(done.stdout)) == list(FIELDS) and done.stdout.count('\n') == 1
     few = tmp_path / 'elsewhere'
-    for path in ('sample.py', 'checkpoint.py', 'decode.py', 'model.py', 'space.py', 'config/__init__.py',
-                 'data/__init__.py', 'out/toy/best.pt', 'out/toy/tokenizer.json'):
+    for path in ('sample.py', 'model.py', 'distil/space.py', 'distil/decode.py', 'distil/checkpoint.py',
+                 'config/__init__.py', 'config/machine.py', 'out/toy/best.pt', 'out/toy/tokenizer.json'):
         (few / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / path, few / path)
     alone = subprocess.run(
@@ -244,7 +244,7 @@ def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
 
 
 def test_without_a_text_and_without_a_terminal_it_says_what_is_missing(project):
-    assert 'nothing to label; give a text: python sample.py config/toy.py' in one_line(
+    assert 'no text; give one: python sample.py config/toy.py' in one_line(
         run(project, 'sample.py'))
 
 
@@ -309,7 +309,7 @@ def test_a_full_device_and_a_closed_input_end_in_one_line(project):
         'cannot write the answers'), done.stderr
     done = subprocess.run(f'{sys.executable} sample.py config/toy.py <&-', shell=True, cwd=project,
                           capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('nothing to label'), done.stderr
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('no text'), done.stderr
 
 
 def test_a_pipe_is_an_input_and_a_text_beside_one_is_not(project, tmp_path):
@@ -328,17 +328,17 @@ def test_the_probabilities_of_all_values_are_those_of_a_slow_twin(tokenizer, fie
     temperature = {name: 0.5 + n for n, name in enumerate(fields)}
     texts = [[5, 9, 77], [300, 8], [4, 4, 4, 9]]
     for ids, (outs, decisions) in zip(texts, decode(student, space, texts)):
-        answer, result = space.to_json(outs), values(student, space, ids, outs, decisions, temperature)
+        answer, result = space.to_json(outs), value_probabilities(student, space, ids, outs, decisions, temperature)
         for name, of_field in fields.items():
             twin = []
             for value in of_field:
                 written, log_p = space.from_json({**answer, name: value}), 0.0
-                for n, state in enumerate(space.states(written)):
-                    if space.field[state] == name and len(space.moves[state]) > 1:
+                for n, state in enumerate(space.states_before(written)):
+                    if space.field[state] == name and len(space.transitions[state]) > 1:
                         row = [*ids, 1, *(space.output_ids[o] for o in written[:n])]
                         with torch.no_grad():
                             logits = student(torch.tensor([row]))[0, -1]
-                        legal = list(space.moves[state])
+                        legal = list(space.transitions[state])
                         p = (logits[legal] / temperature[name]).log_softmax(0)
                         log_p += p[legal.index(written[n])].item()
                 twin.append(math.exp(log_p))
@@ -371,7 +371,7 @@ def test_from_python_the_answers_are_those_of_the_program(project):
 
 def test_an_answer_that_breaks_the_schema_is_a_doubtful_one(project):
     labeler = Labeler(project / 'out/toy', 'cpu', constrain=False, min_confidence=0.1)
-    ids, broken = labeler.read(b'hello my friend')[0], [0, 0]
+    ids, broken = labeler.encode(b'hello my friend')[0], [0, 0]
     (record, _), = labeler.finish([(ids, '', 0, broken, [])])
     assert record['error'] == 'answer breaks the schema' and record['_defer'] is True
     right = {'tone': 'neutral', 'spam': True}

@@ -16,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import CHECKPOINT
-from conftest import CHILDREN, ROOT, one_line, run, run_script, tiny_student
+from distil.checkpoint import CHECKPOINT
+from distil.space import OutputSpace, tokenizer_hash, value_name
 from sample import Labeler
-from space import OutputSpace, tokenizer_hash, value_name
+from tests.conftest import CHILDREN, ROOT, one_line, run, run_script, tiny_student
 
 for package in ('fastapi', 'uvicorn', 'httpx', 'openai', 'typesafe_sdk', 'jevcompat'):
     pytest.importorskip(package)  # optional: requirements-serve.txt and the clients that it is tested with
@@ -30,12 +30,12 @@ import zstandard
 from jevcompat import validate
 from jevcompat.client import Response, parse_json
 
-from bench_serve import ask_many, bench_serve
 from data import read_texts
-from questions import (Refusal, choice_confidence, fields_of_format, find_field, score_confidence,
-                       text_of_messages, text_of_state)
-from serve import make_app
-from service import AUDITS, Service, Upstream, wilson
+from serve.bench import ask_many, bench_serve
+from serve.questions import (Refusal, choice_confidence, fields_of_format, find_field, score_confidence,
+                             text_of_messages, text_of_state)
+from serve.serve import make_app
+from serve.service import AUDITS, Service, Upstream, wilson
 
 FIELDS = {'tone': ['neutral', 'friendly', 'friend'], 'spam': [True, False], 'stars': [2, 1, 3],
           'mood': ['low', 'mid', 'high'], 'kind': ['respectful', 'toxic']}
@@ -48,7 +48,7 @@ TEXTS = ['hello my friend', 'the cat sat on a mat', 'buy now', 'it rained 😀 a
 def root(tmp_path_factory, teachers, tokenizer):
     """a folder with two students whose fields are of every kind, and the programs."""
     root = tmp_path_factory.mktemp('served')
-    for path in ('config/__init__.py', 'data/__init__.py', 'serve.py'):
+    for path in ('config/__init__.py', 'data/__init__.py', 'serve/serve.py'):
         (root / path).parent.mkdir(exist_ok=True)
         os.symlink(ROOT / path, root / path)
     config = dict(name='toy', dataset='toy', fields=FIELDS, prompt=PROMPT, **MEANING)
@@ -74,7 +74,7 @@ def root(tmp_path_factory, teachers, tokenizer):
 def serving(root, *args):
     """process and URL of a serve.py, started as a user does."""
     files = [os.devnull, root / f'{len(os.listdir(root))}.out', root / f'{len(os.listdir(root))}.err']
-    process = CHILDREN.Process(target=run_script, args=(root, 'serve.py', ('--port=0', *args), files, 0))
+    process = CHILDREN.Process(target=run_script, args=(root, 'serve/serve.py', ('--port=0', *args), files, 0))
     process.start()
     try:
         for _ in range(600):
@@ -476,7 +476,7 @@ def test_a_client_that_hangs_up_and_sigterm_leave_nothing_behind(root):
     (['--upstream=http://x', '--audit=0.1'], 'upstream needs upstream_model'),
     (['--upstream=http://[::1', '--upstream_model=x', '--audit=0.1'], 'upstream: ')])
 def test_a_wrong_setting_ends_in_one_line(root, args, why):
-    assert why in one_line(run(root, 'serve.py', *args))
+    assert why in one_line(run(root, 'serve/serve.py', *args))
 
 
 # -----------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import FIELDS, ROOT, SCHEMAS
-from space import OutputSpace, accepted
+from distil.space import OutputSpace, accepted_prefix
+from tests.conftest import CONFIGS, FIELDS, SCHEMAS
 
 
 @pytest.mark.parametrize('fields, indent, fence', SCHEMAS)
@@ -19,13 +19,13 @@ def test_the_automaton_accepts_exactly_the_valid_answers(tokenizer, fields, inde
     rng = random.Random(0)
     for values in product(*fields.values()):
         outs = [space.output_index[i] for i in space.encode(values)]
-        assert space.walk(outs) == space.done and len(outs) <= space.max_answer and max(
+        assert space.state_after(outs) == space.done and len(outs) <= space.max_answer and max(
             outs) < space.n_required
         assert json.dumps(space.to_json(outs)) == json.dumps(dict(zip(fields,
                                                                       values)))  # 1, '1' and True stay apart
         wrong = list(outs)
         wrong[rng.randrange(len(outs))] = rng.randrange(len(space.output_ids))
-        if space.walk(wrong) == space.done:  # then it is another valid answer
+        if space.state_after(wrong) == space.done:  # then it is another valid answer
             assert space.encode(space.to_json(wrong).values()) == [space.output_ids[o] for o in wrong]
         assert space.to_json(outs[:-1]) is None
 
@@ -33,20 +33,20 @@ def test_the_automaton_accepts_exactly_the_valid_answers(tokenizer, fields, inde
 def test_examples_that_are_not_in_the_form_of_the_answer_are_named(tokenizer):
     space = OutputSpace(tokenizer, FIELDS)
     good = space.text(['neutral', True])
-    assert not list(space.misfits(good + 'say {text} or {x: y}\n{"tone": "neutral" | "friendly"}\n'))
+    assert not list(space.prompt_mismatches(good + 'say {text} or {x: y}\n{"tone": "neutral" | "friendly"}\n'))
     wrong = good.replace(',',
                          ', '), good.replace('neutral',
                                              'angry'), '{"spam":true,"tone":"neutral"}', '{"tone":"neutral"}'
-    assert [m.split('} ')[1][:16] for m in space.misfits(' '.join(wrong))
+    assert [m.split('} ')[1][:16] for m in space.prompt_mismatches(' '.join(wrong))
             ] == ['will have to be ', 'is no answer of ', 'will have to be ', 'is no answer of ']
-    for path in (ROOT / 'config').glob('[!_]*.py'):
+    for path in CONFIGS:
         task = runpy.run_path(str(path))
         style = SimpleNamespace(fields=task['fields'], indent=task.get('indent'), fence=task.get('fence'),
                                 end_id=1, text=None, from_json=None)
         style.text, style.from_json = (lambda values: OutputSpace.text(
             style, values)), lambda answer: answer if all(answer[f] in values
                                                           for f, values in task['fields'].items()) else None
-        assert not list(OutputSpace.misfits(style, task.get('prompt', ''))), path
+        assert not list(OutputSpace.prompt_mismatches(style, task.get('prompt', ''))), path
 
 
 def test_output_vocabulary_is_required_then_auxiliary(tokenizer):
@@ -57,15 +57,15 @@ def test_output_vocabulary_is_required_then_auxiliary(tokenizer):
     used = {i for values in product(*FIELDS.values()) for i in space.encode(values)}
     assert set(space.output_ids[:space.n_required]) == used
     again = OutputSpace(tokenizer, FIELDS, auxiliary=space.output_ids)  # as sample.py rebuilds it
-    assert again.output_ids == space.output_ids and again.moves == space.moves
-    assert all((space.forced[s] >= 0) == (len(m) == 1) for s, m in enumerate(space.moves))
+    assert again.output_ids == space.output_ids and again.transitions == space.transitions
+    assert all((space.forced[s] >= 0) == (len(m) == 1) for s, m in enumerate(space.transitions))
 
 
 def test_what_stands_of_a_draft_is_up_to_the_first_other_choice():
-    assert accepted([1, 2, 3], [1, 2, 3, 4]) == [1, 2, 3, 4]  # all of it, and the choice after it
-    assert accepted([1, 2, 3], [1, 2, 3]) == [1, 2, 3]
-    assert accepted([1, 2, 3], [1, 5, 3, 4]) == [1, 5]
-    assert accepted([1, 2], [7, 2, 3]) == [7] and accepted([], [4]) == [4]
+    assert accepted_prefix([1, 2, 3], [1, 2, 3, 4]) == [1, 2, 3, 4]  # all of it, and the choice after it
+    assert accepted_prefix([1, 2, 3], [1, 2, 3]) == [1, 2, 3]
+    assert accepted_prefix([1, 2, 3], [1, 5, 3, 4]) == [1, 5]
+    assert accepted_prefix([1, 2], [7, 2, 3]) == [7] and accepted_prefix([], [4]) == [4]
 
 
 def test_answers_remembered_by_to_json_are_not_all_that_ever_were(tokenizer):

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-import config as settings
-from conftest import FIELDS, PROMPT, load_teacher
-from space import OutputSpace
-from teacher import (Drafts, Teacher, answer, answer_fitting, attend_with_lse, encode_prompt, fingerprint, load_model,
-                     locate)
+import config.machine as machine
+from distil.engine import Drafts, Teacher, answer, answer_batched
+from distil.space import OutputSpace
+from distil.teacher import encode_prompt, fingerprint, load_model, locate
+from model import attend_with_lse
+from tests.conftest import FIELDS, PROMPT, load_teacher
 from test_smoke import step_by_step
 
 
@@ -80,11 +81,11 @@ def test_a_batch_that_does_not_fit_is_halved(teachers):
     texts, drafts = [np.arange(5, 9 + i) for i in range(10)], Drafts(space)
     expected, _ = answer(engine, space, drafts, texts, after)
     engine.start = start
-    answers, _ = answer_fitting(engine, space, drafts, texts, after)
+    answers, _ = answer_batched(engine, space, drafts, texts, after)
     assert sizes == [10, 5, 2, 2, 2, 2, 2] and [a[0] for a in answers] == [e[0] for e in expected]
     engine.start = lambda B, S: 1 / 0  # other errors are not hidden
     with pytest.raises(ZeroDivisionError):
-        answer_fitting(engine, space, drafts, texts, after)
+        answer_batched(engine, space, drafts, texts, after)
 
 
 @pytest.mark.parametrize('family', ['gemma', 'llama'])
@@ -100,15 +101,15 @@ def test_a_fingerprint_is_the_same_in_float32_and_bfloat16_and_of_one_teacher_on
 
 def test_bfloat16_is_chosen_only_where_it_is_measured_to_be_faster(monkeypatch):
     rates = {torch.float32: 10.0, torch.bfloat16: 20.0}
-    monkeypatch.setattr(settings, 'products_per_s', rates.__getitem__)
+    monkeypatch.setattr(machine, 'matmuls_per_s', rates.__getitem__)
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': True})
-    assert settings.pick_dtype('auto', 'cpu') == torch.bfloat16
+    assert machine.pick_dtype('auto', 'cpu') == torch.bfloat16
     rates[torch.bfloat16] = 5.0  # some have it and are slower
-    assert settings.pick_dtype('auto', 'cpu') == torch.float32
-    assert settings.pick_dtype('bfloat16', 'cpu') == torch.bfloat16
+    assert machine.pick_dtype('auto', 'cpu') == torch.float32
+    assert machine.pick_dtype('bfloat16', 'cpu') == torch.bfloat16
     rates.clear()  # where there is none, it is not even tried
     monkeypatch.setattr(torch.cpu, 'get_capabilities', dict)
-    assert settings.pick_dtype('auto', 'cpu') == torch.float32
+    assert machine.pick_dtype('auto', 'cpu') == torch.float32
 
 
 def test_scores_of_hundreds_survive_bfloat16(teachers):

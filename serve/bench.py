@@ -1,5 +1,9 @@
-"""python bench.py config/demo.py --what=serve: the student over HTTP, beside its decoder without it and beside
-a server of its teacher. And the clients that ask, which the tests use too.
+"""How fast is the student over HTTP? Beside its decoder without HTTP, and beside a server of its teacher.
+
+    python serve/bench.py config/demo.py        # with 1, 8 and 64 clients, of 1 and of 32 texts per request
+
+Needs the records that extract.py made of the task, and its student. Timings are medians of alternating rounds. The
+clients run on the same machine.
 """
 import asyncio
 import contextlib
@@ -9,12 +13,28 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+from transformers.utils import logging
 
-from config import data_line
-from decode import decode, generate
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+from config import configure, data_line, next_command, stop
+from config.machine import pick_device, pick_dtype
+from data import Shards
+from distil.checkpoint import load_checkpoint
+from distil.decode import decode, generate
+from distil.teacher import load_model
+from tools.baselines import generate_constrained
+
+name = ''            # word; data/<dataset>/<name>-* has the texts
+dataset = ''         # word
+run = ''             # word; out/<run> is the student; '': out/<name>
+teacher = ''         # file; loaded as extract.py does; '': the one the student learned from
+device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; as in the other programs
+config = configure(globals())
 
 
 async def client(host, port, path, bodies, replies):
@@ -52,7 +72,7 @@ def ask_many(url, path, bodies, n_clients):
 @contextlib.contextmanager
 def server(*args):
     """the URL of a serve.py with these arguments, as long as it is wanted."""
-    command = [sys.executable, 'serve.py', *args, '--port=0']
+    command = [sys.executable, 'serve/serve.py', *args, '--port=0']
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         for line in process.stdout:
@@ -131,3 +151,24 @@ def bench_serve(args, student, space, texts, teacher_answer, n_requests=1500, ro
             ask_many(url, '/', bodies[:2], 1)
             print(data_line('bench', {'what': 'generate', 'clients': 1, 'texts': 1,
                                       **figures(*ask_many(url, '/', bodies, 1), 1)}))
+
+
+if __name__ == '__main__':
+    logging.set_verbosity_error()
+    if not name or not dataset:
+        stop('no task; run: python serve/bench.py config/demo.py')
+    try:
+        shards = Shards(dataset, name)
+    except (FileNotFoundError, ValueError) as error:
+        stop(f'{error}; run: {next_command("extract.py")}')
+    device = pick_device(device)
+    checkpoint, student, space = load_checkpoint(Path('out', run or name), device, dtype=dtype)
+    task = checkpoint['task']
+    model = load_model(teacher or task['teacher'], pick_dtype(dtype, device), device)
+    texts = [space.tokenizer.decode(shards.ids(i).tolist()) for i in shards.split()[1][:256]]
+
+    def ask_teacher(text):
+        ids = space.tokenizer.encode(text, add_special_tokens=False).ids
+        return space.to_json(generate_constrained(model, space, task, [ids])[0])
+    arguments = [f'--name={name}', f'--run={run}', f'--device={device}', f'--dtype={dtype}']
+    bench_serve(arguments, student, space, texts, ask_teacher)

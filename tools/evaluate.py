@@ -1,9 +1,9 @@
 """How well a student agrees with its teacher on held-out records, how well it knows that, and whether it is
 worth it.
 
-    python evaluate.py config/demo.py  # examples side by side, figures, cost, a picture
-    python evaluate.py config/demo.py --examples=40
-    python evaluate.py --compare=out/demo,out/other  # students side by side: a table, and out/compare.png
+    python tools/evaluate.py config/demo.py  # examples side by side, figures, cost, a picture
+    python tools/evaluate.py config/demo.py --examples=40
+    python tools/evaluate.py --compare=out/demo,out/other  # students side by side: a table, and out/compare.png
 
 Reads out/<name>/ and the held-out tenth of data/<dataset>/<name>-*; writes out/<name>/report.png where
 matplotlib is installed. What the words mean: README.md and docs/results.md; how they are computed:
@@ -16,13 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from agreement import (calibration_error, evaluate, field_texts, read_truth, report_lines, same_values,
-                       truth_lines)
-from checkpoint import checkpoint_path, load_checkpoint, note_changes, read_checkpoint, save_checkpoint, work_of
-from config import configure, data_line, pick_device, stop
-from data import Shards
-from decode import confidence_of, decode, generate
-from report import draw, start_drawing
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+from config import configure, data_line, stop
+from config.machine import pick_device
+from distil.agreement import (calibration_error, evaluate, field_texts, read_truth, report_lines,
+                              same_values, truth_lines)
+from distil.checkpoint import (checkpoint_path, load_checkpoint, read_checkpoint, read_work, save_checkpoint,
+                               warn_changed_task)
+from distil.decode import confidence_of, decode, generate
+from distil.records import load_records
+from distil.report import draw_report, start_drawing
 
 name = ''            # word; data/<dataset>/<name>-* has the held-out records
 dataset = ''         # word
@@ -115,20 +118,6 @@ def cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
             'days': calls / calls_per_day}
 
 
-def find_shards(dataset, name, task):
-    """the Shards a student was trained on, or None where they are not here."""
-    try:
-        shards = Shards(dataset, name)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        stop(str(error))
-    if any(shards.meta[key] != task[key] for key in ('tokenizer_hash', 'output_ids')):
-        stop(f'{shards.folder} and this student have different tokenizers or output vocabularies; '
-             'train again')
-    return shards
-
-
 # -----------------------------------------------------------------------------
 # students side by side
 
@@ -141,7 +130,7 @@ def compare_runs(folders, device, dtype, rounds=5):
     for folder in folders:
         checkpoint, student, space = load_checkpoint(folder, device, dtype=dtype)
         task = checkpoint['config']
-        shards = find_shards(task['dataset'], task['name'], checkpoint['task'])
+        shards = load_records(task['dataset'], task['name'], checkpoint['task'])
         if not shards:
             stop(f'{folder} cannot be timed: its held-out texts are not here')
         texts = [shards.ids(i).tolist() for i in shards.split()[1][:128]]
@@ -258,21 +247,21 @@ def set_target(folder, which, sure, right, target):
 
 if __name__ == '__main__':
     if not name and not compare:
-        stop('no task; run: python evaluate.py config/demo.py')
+        stop('no task; run: python tools/evaluate.py config/demo.py')
     device = pick_device(device)
     if compare:
         sys.exit(compare_runs([Path(folder) for folder in compare.split(',')], device, dtype))
     out = Path('out', run or name)
     checkpoint, student, space = load_checkpoint(out, device, which, dtype)
-    note_changes(checkpoint['task'], fields, prompt)
-    shards = find_shards(dataset, name, checkpoint['task'])
+    warn_changed_task(checkpoint['task'], fields, prompt)
+    shards = load_records(dataset, name, checkpoint['task'])
     if not shards:
         print('no held-out records here; these figures are from the end of training')
         for line in report_lines(*(checkpoint[key] for key in ('step', 'figures', 'per_field', 'linear'))):
             print(data_line(*line))
         sys.exit()
     rows = shards.split()[1]
-    checkpoint['work'] = work_of(out, checkpoint)
+    checkpoint['work'] = read_work(out, checkpoint)
     figures, per_field, answers, _ = evaluate(student, space, shards, rows, sample_batch)
     for line in report_lines(checkpoint['step'], figures, per_field, checkpoint['linear']):
         print(data_line(*line))
@@ -288,5 +277,5 @@ if __name__ == '__main__':
         set_target(out, which, sure, right, target_agreement)
     print_examples(space, shards, rows, answers, examples)
     print_in_words(figures, checkpoint['linear'], money)
-    if picture := draw(out, shards, rows[:500], dtype, which):
+    if picture := draw_report(out, shards, rows[:500], dtype, which):
         print(f'{picture} shows the training, the fields, the confidence and the confusions')

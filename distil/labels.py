@@ -17,13 +17,13 @@ import math
 
 import numpy as np
 
-from space import value_name
+from distil.space import value_name
 
 NEVER = -30.0  # logit of a token that the schema forbids: a probability of 1e-13
 LEAST = 1e-6   # probability of a legal token that nobody chose
 
 
-def values_of(given, values):
+def read_probabilities(given, values):
     """probabilities of a field's values, in their order, from a JSON object or a constant; ValueError where
     it is neither."""
     names = [value_name(value) for value in values]
@@ -36,22 +36,22 @@ def values_of(given, values):
     return [given.get(name, 0) / total for name in names]
 
 
-def from_label(space, label):
+def record_from_label(space, label):
     """a line as dict -> output indices (n,) of its likeliest answer, and logits (n, V) float32; None where it
     does not say, for each field, how likely the schema's values are."""
     known = {}
     for part in ('answer', 'probabilities'):
         known |= label.get(part) if isinstance(label.get(part), dict) else {}
     try:
-        chances = {name: values_of(known[name] if len(values) > 1 else values[0], values)
+        chances = {name: read_probabilities(known[name] if len(values) > 1 else values[0], values)
                    for name, values in space.fields.items()}
     except (KeyError, ValueError):
         return None
     outs = space.from_json({name: values[int(np.argmax(chances[name]))]
                             for name, values in space.fields.items()})
-    rows = {state: row for name in space.fields for state, row in space.shares(name, chances[name]).items()}
+    rows = {state: row for name in space.fields for state, row in space.token_shares(name, chances[name]).items()}
     logits = np.full((len(outs), len(space.output_ids)), NEVER, np.float32)
-    for n, (state, out) in enumerate(zip(space.states(outs), outs)):
+    for n, (state, out) in enumerate(zip(space.states_before(outs), outs)):
         for token, p in rows.get(state, {out: 1.0}).items():
             logits[n, token] = math.log(max(p, LEAST))
     return outs, logits

@@ -23,6 +23,12 @@ def tokenizer_hash(tokenizer):
     return hashlib.blake2b(repr((vocab, ids)).encode('utf-8', 'backslashreplace'), digest_size=8).hexdigest()
 
 
+def clean(text):
+    """the one form of a text that is hashed, labelled, trained on and sampled from: each run of whitespace as
+    one space."""
+    return ' '.join(text.split())
+
+
 def special_ids(tokenizer):
     """ids of a tokenizers.Tokenizer that stand for no text: turns, padding, images."""
     return {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -33,7 +39,7 @@ def value_name(value):
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def accepted(draft, chosen):
+def accepted_prefix(draft, chosen):
     """what stands of a draft that a model has read at once: its tokens as far as the model would have written
     them too, then the model's own. So greedy decoding gives the same answer, only in fewer passes.
 
@@ -94,7 +100,7 @@ class OutputSpace:
         self.parse = lru_cache(maxsize=10_000)(self.parse)  # most answers come again; memory must not grow
 
     @classmethod
-    def of(cls, tokenizer, task):
+    def from_task(cls, tokenizer, task):
         """as a meta.json or a checkpoint describes it. task: a dict."""
         keys = 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'bias'
         return cls(tokenizer, *(task.get(key) for key in keys))
@@ -177,26 +183,26 @@ class OutputSpace:
                     number[after] = len(number)
                     todo.append(after)
                 row[token] = number[after]
-        self.moves = [rows[state] for state in range(len(number))]
+        self.transitions = [rows[state] for state in range(len(number))]
         names = [name for name, values in self.fields.items() if len(values) > 1]
         self.field = []
         for state in number:
             odd = [seg for seg, _, _ in state if seg % 2 and seg < len(self.segments)]  # these are values
             self.field.append(names[odd[0] // 2] if odd else None)
         self.next_state = torch.full((len(number), len(self.output_ids)), -1)
-        for state, row in enumerate(self.moves):
+        for state, row in enumerate(self.transitions):
             for token, after in row.items():
                 self.next_state[state, token] = after
         self.done = number[frozenset({(len(self.segments), 0, 0)})]
         legal = self.next_state >= 0
         self.forced = torch.where(legal.sum(1) == 1, legal.int().argmax(1), -1)
-        self.runs = []
-        for state in range(len(self.moves)):
+        self.forced_runs = []
+        for state in range(len(self.transitions)):
             run = []
-            while len(self.moves[state]) == 1:
-                (out, state), = self.moves[state].items()
+            while len(self.transitions[state]) == 1:
+                (out, state), = self.transitions[state].items()
                 run.append(out)
-            self.runs.append((run, state))
+            self.forced_runs.append((run, state))
         self.max_answer = sum(max(map(len, alternatives)) for alternatives in self.segments)
 
     def verify(self, n=200):
@@ -206,7 +212,7 @@ class OutputSpace:
         for _ in range(n):
             values = [rng.choice(v) for v in self.fields.values()]
             outs = [self.output_index.get(t, -1) for t in self.encode(values)]
-            if -1 in outs or self.walk(outs) != self.done:
+            if -1 in outs or self.state_after(outs) != self.done:
                 raise ValueError(f'the tokenizer writes {self.text(values)!r} in a way its parts do not; '
                                  'try another indent')
 
@@ -217,14 +223,14 @@ class OutputSpace:
             for out, value in row.items():
                 self.bias[int(state), int(out)] = value
 
-    def shares(self, field, probabilities):
+    def token_shares(self, field, probabilities):
         """{state: {output index: probability}} at every decision in a field's value, from the probabilities
         of its values (a list, in their order): at each state those of the values that a token leads to,
         summed. Where none of them can be reached all tokens are alike."""
         rows = {}
-        for way, p in zip(self.ways.get(field, []), probabilities):
+        for way, p in zip(self.value_paths.get(field, []), probabilities):
             for state, out, _ in way:
-                row = rows.setdefault(state, dict.fromkeys(self.moves[state], 0.0))
+                row = rows.setdefault(state, dict.fromkeys(self.transitions[state], 0.0))
                 row[out] += p
         for row in rows.values():
             total = sum(row.values())
@@ -232,7 +238,7 @@ class OutputSpace:
         return rows
 
     @cached_property
-    def ways(self):
+    def value_paths(self):
         """{field: [way of each of its values]}, of fields with a choice: the way to a value is its decisions,
         [(state, output index, the output indices from the field's first decision to here)]."""
         ways, first = {}, {name: values[0] for name, values in self.fields.items()}
@@ -240,12 +246,12 @@ class OutputSpace:
             ways[name] = []
             for value in self.fields[name]:
                 outs = self.from_json({**first, name: value})
-                at = [(n, state) for n, state in enumerate(self.states(outs))
-                      if self.field[state] == name and len(self.moves[state]) > 1]
+                at = [(n, state) for n, state in enumerate(self.states_before(outs))
+                      if self.field[state] == name and len(self.transitions[state]) > 1]
                 ways[name].append([(state, outs[n], tuple(outs[at[0][0]:n])) for n, state in at])
         return ways
 
-    def misfits(self, prompt):
+    def prompt_mismatches(self, prompt):
         """yields what is wrong with each JSON object in a prompt that is no answer of this schema in its due
         form."""
         for shown in re.findall(r'\{[^{}]*"[^{}]*\}', prompt):
@@ -258,17 +264,17 @@ class OutputSpace:
             elif shown not in (due := self.text([answer[name] for name in self.fields])):
                 yield f'{shown} will have to be written {due.strip()}'
 
-    def walk(self, outs, state=0):
+    def state_after(self, outs, state=0):
         """state after the output indices outs, written in `state`; -1 once they have left the schema."""
         for out in outs:
-            state = self.moves[state].get(out, -1) if state >= 0 else -1
+            state = self.transitions[state].get(out, -1) if state >= 0 else -1
         return state
 
-    def states(self, outs):
+    def states_before(self, outs):
         """the state before each of the output indices outs, which must be the start of a valid answer."""
         states = [0]
         for out in outs:
-            states.append(self.moves[states[-1]][out])
+            states.append(self.transitions[states[-1]][out])
         return states[:-1]
 
     def from_json(self, answer):
@@ -286,7 +292,7 @@ class OutputSpace:
 
     def parse(self, outs):
         """to_json of a tuple; answers that come again are remembered, see __init__."""
-        if self.walk(outs) != self.done:
+        if self.state_after(outs) != self.done:
             return None
         text = self.tokenizer.decode([self.output_ids[o] for o in outs], skip_special_tokens=True)
         return json.loads(text.strip().removeprefix('```json').removesuffix('```'))

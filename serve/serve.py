@@ -1,8 +1,8 @@
 """The student where the LLM call was: change the base URL, keep the code.
 
-    python serve.py config/demo.py --port=8000
+    python serve/serve.py config/demo.py --port=8000
     curl localhost:8000/v1/label -d '{"texts": ["thank you so much!"]}'
-    python serve.py config/demo.py --min_confidence=0.6 --upstream=http://localhost:9000/v1 --upstream_model=x
+    python serve/serve.py config/demo.py --min_confidence=0.6 --upstream=http://localhost:9000/v1 --upstream_model=x
 
     POST /v1/chat/completions    as OpenAI's; the last user message is the text, or the prompt around one
     POST /v1/decisions, /v1/systemone    typed questions, answered with the probabilities of all values
@@ -27,8 +27,9 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-from checkpoint import note_changes
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure, stop
+from distil.checkpoint import warn_changed_task
 from sample import Labeler
 
 try:
@@ -40,10 +41,10 @@ try:
     from prometheus_client import generate_latest
     from starlette.requests import ClientDisconnect
 
-    from questions import (Refusal, fields_of_format, logprobs_of, need, pieces_of, read_decisions,
+    from serve.questions import (Refusal, fields_of_format, logprobs_of, need, pieces_of, read_decisions,
                            read_system_one, say_chunks, say_completion, say_decisions, say_system_one,
                            text_of_messages, text_of_state, view)
-    from service import Service, Upstream
+    from serve.service import Service, Upstream
 except ImportError as error:
     sys.exit(f'serve.py needs {error.name}; run: pip install -r requirements-serve.txt')
 
@@ -229,7 +230,7 @@ def make_app(service, created=0, api_key='', true_value=None, ordered=()):
     @asynccontextmanager
     async def lifespan(app):
         service.decoder.start()
-        ids, _, _ = service.labeler.read(b'the first pass is slow')
+        ids, _, _ = service.labeler.encode(b'the first pass is slow')
         await service.decoder.ask([ids], full=True)  # before anybody waits for it
         yield
         for task in service.auditing:
@@ -349,7 +350,7 @@ def serve(app, host, port):
 
 if __name__ == '__main__':
     if not name and not run:
-        stop('no task; run: python serve.py config/demo.py')
+        stop('no task; run: python serve/serve.py config/demo.py')
     if (audit or audit_min) and not upstream:
         stop('an audit needs an upstream to compare with')
     if audit_min and not audit:
@@ -360,7 +361,7 @@ if __name__ == '__main__':
         stop('upstream needs upstream_model, and min_confidence or audit: else it is never asked')
     labeler = Labeler(Path('out', run or name), device, which, sample_batch, True, too_long,
                       min_confidence=min_confidence, dtype=dtype)
-    note_changes(labeler.task, fields, prompt)
+    warn_changed_task(labeler.task, fields, prompt)
     own = labeler.space.fields
     for field, yes in true_value.items():
         if len(own.get(field, [])) != 2 or yes not in own[field]:

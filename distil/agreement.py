@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from data import first_tokens, read_texts, text_hash
-from decode import decode
+from distil.decode import decode
 
 BROKEN = ''  # the value in an answer that breaks the schema: no JSON text is empty, so it agrees with nothing
 
@@ -158,7 +158,7 @@ def truth_lines(space, truth, answers):
         yield 'truth', {'name': field, 'records': len(due), **figures, 'majority': counts.max() / len(due)}
 
 
-def word_counts():
+def linear_model():
     """an untrained linear model of texts: TF-IDF of words and pairs of words, logistic regression."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -181,7 +181,7 @@ def linear_baseline(shards, space, train_rows, rows):
     for field in space.fields:
         guess = known[field][:1] * len(held)
         if len(set(known[field])) > 1:
-            guess = word_counts().fit(texts, known[field]).predict(held)
+            guess = linear_model().fit(texts, known[field]).predict(held)
         right[field] = np.array([g == t for g, t in zip(guess, theirs[field])])
     return {'field': float(np.mean([r.mean() for r in right.values()])),
             'exact': float(np.all(list(right.values()), axis=0).mean()),
@@ -217,7 +217,7 @@ def fit_temperature(decisions, right):
     return grid[torch.stack(losses).argmin()].item()
 
 
-def bins_of(sure, right, n_bins=10):
+def reliability_bins(sure, right, n_bins=10):
     """confidences and hits, the same shape -> [(mean confidence, share of hits, share of all)] per non-empty
     bin."""
     sure, right = np.ravel(sure), np.ravel(right)
@@ -229,4 +229,4 @@ def bins_of(sure, right, n_bins=10):
 def calibration_error(sure, right):
     """expected calibration error: how far confidence is from the share of hits, on average over bins of
     confidence. https://arxiv.org/abs/1706.04599"""
-    return float(sum(abs(confidence - hits) * share for confidence, hits, share in bins_of(sure, right)))
+    return float(sum(abs(confidence - hits) * share for confidence, hits, share in reliability_bins(sure, right)))

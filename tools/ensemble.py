@@ -1,7 +1,7 @@
 r"""Students of one teacher answer together the texts that it was not asked about, for one more to learn from.
 
     for s in 1 2 3; do python train.py config/demo.py --run=demo_$s --seed=$s; done
-    python ensemble.py config/demo.py --students=out/demo_1,out/demo_2,out/demo_3
+    python tools/ensemble.py config/demo.py --students=out/demo_1,out/demo_2,out/demo_3
     python train.py config/demo.py --more=demo_more --run=demo_all --batch_size=64 --max_epochs=4 \
         --token_dropout=0
 
@@ -15,6 +15,7 @@ for those held out: a student is only ever measured on what the teacher said. Wr
 in the format of extract.py.
 """
 import hashlib
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +25,13 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from checkpoint import TASK, load_checkpoint, work_of
-from config import command, configure, on_stop, pick_device, stop
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+from config import configure, next_command, stop
+from config.machine import on_stop, pick_device
 from data import Hashes, Shards, Writer, held_out, pad_batch, read_meta, read_texts, stored_hashes, write_json
-from decode import generate
-from texts import read_groups
+from data.texts import read_groups
+from distil.checkpoint import TASK, load_checkpoint, read_work
+from distil.decode import generate
 
 name = ''            # word; data/<dataset>/<name>-* is what the students learned from ...
 dataset = ''         # word
@@ -84,7 +87,7 @@ def answer(model, space, texts):
     outs, device = generate(model, space, texts, batch_size=len(texts)), model.lm_head.weight.device
     idx, targets = pad_batch(texts, outs, space.output_ids, model.config.start)
     logits = model(idx.to(device), targets.to(device)).cpu()    # (answer tokens of all texts, V)
-    logits += space.bias[[state for one in outs for state in space.states(one)]]
+    logits += space.bias[[state for one in outs for state in space.states_before(one)]]
     return [(one, part.numpy()) for one, part in zip(outs, logits.split([len(one) for one in outs]))]
 
 
@@ -105,7 +108,7 @@ def open_students(folders, meta, device, dtype):
             stop(f'{folder} has another {", ".join(differ)} than {folders[0]}; students answer together '
                  'where they are of one shape')
         members.append(student)
-        work, head = work_of(folder, checkpoint), student.lm_head.weight.detach().cpu().numpy()
+        work, head = read_work(folder, checkpoint), student.lm_head.weight.detach().cpu().numpy()
         weights = hashlib.blake2b(head.tobytes(), digest_size=8).hexdigest()  # no two trainings' are the same
         if weights in [one['weights'] for one in who]:
             stop(f'{folder} is the same student as one before it')
@@ -160,7 +163,7 @@ def texts_left(groups, known, limit):
 if __name__ == '__main__':
     on_stop(lambda *_: stop('\nstopped; the answers written so far are safe, the same command goes on'))
     if not name or not dataset or not students:
-        stop('no task or no students; run: python ensemble.py config/demo.py '
+        stop('no task or no students; run: python tools/ensemble.py config/demo.py '
              '--students=out/demo_1,out/demo_2')
     device, more, source = pick_device(device), more or f'{name}_more', Path('data', dataset, 'input.jsonl')
     if not source.is_file():
@@ -168,7 +171,7 @@ if __name__ == '__main__':
     try:
         shards = Shards(dataset, name)
     except FileNotFoundError as error:
-        stop(f'{error}; run: {command("extract.py")}')
+        stop(f'{error}; run: {next_command("extract.py")}')
     except ValueError as error:
         stop(str(error))
     runs = [Path(folder.strip()) for folder in students.split(',')]
@@ -200,6 +203,6 @@ if __name__ == '__main__':
         stop(f'no text of {source} is left to answer: the others have an answer, are held out or not worth '
              'labelling; add texts')
     n_train = len(shards.split()[0])
-    print(f'{folder} has {writer.n_records} answers of {len(who)} students; next: {command("train.py")} '
+    print(f'{folder} has {writer.n_records} answers of {len(who)} students; next: {next_command("train.py")} '
           f'--more={more} --run={name}_all, with a smaller max_epochs: an epoch is now '
           f'{(n_train + writer.n_records) / n_train:.1f} times as long')

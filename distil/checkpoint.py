@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from config import command, pick_dtype, stop
+from config import next_command, stop
+from config.machine import pick_dtype
+from distil.space import OutputSpace, tokenizer_hash
 from model import Student, StudentConfig
-from space import OutputSpace, tokenizer_hash
 
 CHECKPOINT = 4  # version of the file
 
@@ -66,7 +67,7 @@ def lower_precision(student, dtype):
 def read_checkpoint(path, device):
     """the dict of a file, with its weights; SystemExit with one line where it is not whole."""
     if not path.is_file():
-        stop(f'{path} does not exist; run: {command("train.py")}')
+        stop(f'{path} does not exist; run: {next_command("train.py")}')
     try:
         with zipfile.ZipFile(path) as file:  # torch keeps a checksum of each tensor, and does not look at it
             if damaged := file.testzip():
@@ -93,7 +94,7 @@ def load_checkpoint(folder, device, which='best', dtype='float32'):
         stop(f'{path} is not a whole checkpoint ({type(error).__name__}); train again')
     try:
         tokenizer = Tokenizer.from_file(str(Path(folder, 'tokenizer.json')))
-        space = OutputSpace.of(tokenizer, task)
+        space = OutputSpace.from_task(tokenizer, task)
     except Exception as error:  # tokenizers raises nothing narrower
         stop(f'{folder}/tokenizer.json cannot be used: {error}; copy it from where the student was trained')
     if tokenizer_hash(tokenizer) != task['tokenizer_hash'] or space.output_ids != task['output_ids']:
@@ -103,14 +104,14 @@ def load_checkpoint(folder, device, which='best', dtype='float32'):
     return checkpoint, student, space
 
 
-def work_of(folder, checkpoint):
+def read_work(folder, checkpoint):
     """what the whole training cost, beyond the epoch that a best.pt is of; see evaluate.cost."""
     if (last := Path(folder, 'ckpt.pt')).is_file():
         checkpoint = read_checkpoint(last, 'cpu')
     return checkpoint['work']
 
 
-def note_changes(task, fields, prompt):
+def warn_changed_task(task, fields, prompt):
     """says so where the config file's fields or prompt are no longer those the student was trained with."""
     now = {'fields': fields, 'prompt': prompt}
     changed = [key for key, value in now.items() if value and json.dumps(value) != json.dumps(task[key])]

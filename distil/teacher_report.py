@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import torch
 
-from agreement import read_truth, truth_lines
 from config import data_line, stop
 from data import Shards
+from distil.agreement import read_truth, truth_lines
 
 # two logits nearer than this may change places when they are computed in another way
 TIE = {'float32': 0.01, 'float16': 0.05, 'bfloat16': 0.25}
@@ -24,7 +24,7 @@ def print_coverage(shards, space, min_coverage):
         if not np.isnan(lse).any():
             raw = shards.answer(i, 'logits').astype(np.float32)  # (n, V) below top (n,)
             kept = np.exp(raw + (top - lse)[:, None]).sum(1)    # (n,) probability
-            for state, p in zip(space.states(outs), kept):
+            for state, p in zip(space.states_before(outs), kept):
                 mass.setdefault(space.field[state] or 'json', []).append(p)
     if not mass:
         return
@@ -54,12 +54,12 @@ def print_ties(shards, space):
     below, hang, free, rather = TIE[shards.meta['dtype']], [], [], Counter()
     for i in np.linspace(0, len(shards) - 1, min(len(shards), 5000)).astype(int):
         outs, logits = shards.answer(i).tolist(), torch.from_numpy(shards.logits(i))  # (n,), (n, V)
-        states, best = space.states(outs), logits.argmax(-1).tolist()
-        choices = [n for n, state in enumerate(states) if len(space.moves[state]) > 1]
+        states, best = space.states_before(outs), logits.argmax(-1).tolist()
+        choices = [n for n, state in enumerate(states) if len(space.transitions[state]) > 1]
         legal = space.next_state[[states[n] for n in choices]] >= 0
         two = logits[choices].masked_fill(~legal, -np.inf).topk(2).values  # (decisions, 2)
         hang.append((two[:, 0] - two[:, 1]).min().item() < below)
-        other = next((n for n, state in enumerate(states) if best[n] not in space.moves[state]), None)
+        other = next((n for n, state in enumerate(states) if best[n] not in space.transitions[state]), None)
         free.append(other is None)
         if other is not None:
             rather[outs[other], best[other]] += 1
@@ -87,7 +87,7 @@ def print_answers(shards, space, examples):
         print(f'  teacher {shown(space.to_json(shards.answer(i).tolist()))}')
 
 
-def print_taste(dataset, name, space, source, min_coverage, examples, given):
+def print_teacher_report(dataset, name, space, source, min_coverage, examples, given):
     """all of it, of the records of a task; ends in one line where there are none. source: the file of texts;
     given: the answers came with them."""
     try:

@@ -7,13 +7,13 @@ from itertools import islice
 import numpy as np
 
 from data import Hashes, first_tokens, text_hash
-from space import special_ids
+from distil.space import special_ids
 
 URL = re.compile(r'https?:|www\.|\b[\w-]+\.(com|org|net|io|edu|gov)\b', re.I)
 TAG = re.compile(r'</?[a-zA-Z!][^>]*>|<\||&\w+;|\[[^\]]*\]\([^)]*\)|```|\*\*')  # HTML, chat markup, markdown
 
 
-def why_refused(text, ids, too_long, min_text, special):
+def refusal_reason(text, ids, too_long, min_text, special):
     """why a text is not worth labelling, in a word; '' where it is."""
     if too_long:
         return 'long'
@@ -47,7 +47,7 @@ def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut=False, 
             if cut and long:  # the text as the student will read it
                 ids, text = first_tokens(text, encoding, max_text)
             hash_ = text_hash(text)
-            reason = reason or why_refused(text, ids, long and not cut, min_text, special)
+            reason = reason or refusal_reason(text, ids, long and not cut, min_text, special)
             reason = reason or ('duplicate' if hash_ in seen else 'kept')
             counts[reason] += 1
             if reason != 'kept':
@@ -64,7 +64,7 @@ def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut=False, 
         yield group
 
 
-def fetch_ahead(iterator):
+def prefetch(iterator):
     """the same items; while one is used a thread makes the next."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, iterator, None)

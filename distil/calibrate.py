@@ -48,9 +48,9 @@ def longest(space):
 
     def find(state):
         if state not in left:
-            left[state] = 1 + max(map(find, space.moves[state].values()))
+            left[state] = 1 + max(map(find, space.transitions[state].values()))
         return left[state]
-    return [find(state) for state in range(len(space.moves))]
+    return [find(state) for state in range(len(space.transitions))]
 
 
 @torch.inference_mode()
@@ -66,14 +66,14 @@ def learn_bias(teacher, space, texts, after, priors, batch_size=64, few=16):
     with the longest way to go can be reached from another. A state that fewer than `few` reach is left as it
     is. The cost is that of answering these texts.
     """
-    due = {state: row for name, p in priors.items() for state, row in space.shares(name, p).items()}
+    due = {state: row for name, p in priors.items() for state, row in space.token_shares(name, p).items()}
     left, bias, report = longest(space), {}, []
-    run, first = space.runs[0]
+    run, first = space.forced_runs[0]
     where, at = [first] * len(texts), [0] * len(texts)          # the decision before each text; tokens read
     feed = [[*map(int, text), *after, *(space.output_ids[o] for o in run)] for text in texts]
     teacher.start(len(texts), max(map(len, feed)) + space.max_answer)
     while (state := max(where, key=left.__getitem__)) != space.done:
-        here, outs, parts = [i for i, w in enumerate(where) if w == state], list(space.moves[state]), []
+        here, outs, parts = [i for i, w in enumerate(where) if w == state], list(space.transitions[state]), []
         for some in (here[k:k + batch_size] for k in range(0, len(here), batch_size)):
             hidden = teacher.read(some, [feed[i] for i in some], [at[i] for i in some])
             last = np.cumsum([len(feed[i]) for i in some]) - 1
@@ -87,7 +87,7 @@ def learn_bias(teacher, space, texts, after, priors, batch_size=64, few=16):
             counts = [np.bincount(x.argmax(-1), minlength=len(outs)) for x in (logits, logits - shift)]
             report.append((state, len(here), *(dict(zip(outs, c / len(here))) for c in counts)))
         for i, k in zip(here, (logits - shift).argmax(-1).tolist()):
-            run, where[i] = space.runs[space.moves[state][outs[k]]]
+            run, where[i] = space.forced_runs[space.transitions[state][outs[k]]]
             at[i] += len(feed[i])
             feed[i] = [space.output_ids[o] for o in (outs[k], *run)]
     space.set_bias(bias)
@@ -106,7 +106,7 @@ def print_bias(report, space):
         names = {}
         for value in space.fields[field]:
             outs = space.from_json({**first, field: value})
-            names.setdefault(outs[space.states(outs).index(state)], []).append(json.dumps(value).strip('"'))
+            names.setdefault(outs[space.states_before(outs).index(state)], []).append(json.dumps(value).strip('"'))
         top = sorted(names, key=lambda out: -before[out] - after[out])[:8]
         said = [','.join(f'{"|".join(names[out][:2])}:{share[out]:.2f}' for out in top).replace(' ', '_')
                 for share in (before, after)]

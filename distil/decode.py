@@ -2,8 +2,8 @@
 
     for outs, decisions in decode(student, space, texts): ...   # texts: lists of ids; answers in their order
 
-What the schema forces between two decisions costs no pass. confidence_of says how sure the student is of each
-field, values how likely it holds every value of each to be. B rows, T tokens, H heads of D, V = output_vocab.
+What the schema forces between two decisions costs no pass. confidence_of gives the probability of each
+field's value, value_probabilities those of all its values. B rows, T tokens, H heads of D, V = output_vocab.
 """
 import math
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from distil.space import accepted_prefix
 from model import attend_with_lse
-from space import accepted
 
 
 class Cache:
@@ -99,15 +99,15 @@ class Row:
     def take(self, space, pick, logits, constrain):
         """goes on with what the student chose at the asked positions; whether that was the end of the answer.
         pick: list of output indices; logits (V,) at the last of them, -inf where illegal."""
-        stands = accepted(self.draft, self.draft + pick if constrain else pick)
+        stands = accepted_prefix(self.draft, self.draft + pick if constrain else pick)
         self.outs += stands
         if len(stands) <= len(self.draft):  # no decision: the draft ended the answer, or was not chosen
             return True
-        state = space.moves[self.state].get(stands[-1], -1)
+        state = space.transitions[self.state].get(stands[-1], -1)
         if state < 0:                       # a free answer that leaves the schema
             return True
         self.decisions.append((space.field[self.state], logits, stands[-1]))
-        self.draft, self.state = space.runs[state]
+        self.draft, self.state = space.forced_runs[state]
         if self.state == space.done and (constrain or not self.draft):  # nothing is left to ask
             self.outs += self.draft
             return True
@@ -150,7 +150,7 @@ def decode(student, space, texts, batch_size=64, constrain=True):
                 break
             room = student.config.block_size - space.max_answer - len(start) + 1
             assert len(ids) <= room, f'{len(ids)} tokens of text leave no room for an answer: {room} would'
-            draft, state = space.runs[0]
+            draft, state = space.forced_runs[0]
             feed = [*ids, *start, *(space.output_ids[o] for o in draft)]
             free = next(slot for slot in range(batch_size) if slot not in rows)
             rows[free] = Row(n_in, feed, draft, state, n_prompt)
@@ -198,7 +198,7 @@ def confidence_of(fields, decisions, temperature=None):
 
 
 @torch.no_grad()
-def values(student, space, ids, outs, decisions, temperature=None):
+def value_probabilities(student, space, ids, outs, decisions, temperature=None):
     """{field: [probability of each of its values, in their order]} for one answer: of the student held to the
     schema, given the fields before as it answered them. That of the value chosen is confidence_of's.
 
@@ -206,8 +206,8 @@ def values(student, space, ids, outs, decisions, temperature=None):
     the product along its tokens of the softmax over the legal ones, so those of a field sum to 1. Where
     values share their first tokens the decisions that are not on the answer's way are asked too, in one pass.
     """
-    ways, states = space.ways, space.states(outs)
-    chosen = [n for n, state in enumerate(states) if len(space.moves[state]) > 1]
+    ways, states = space.value_paths, space.states_before(outs)
+    chosen = [n for n, state in enumerate(states) if len(space.transitions[state]) > 1]
     known = {states[n]: logits for n, (_, logits, _) in zip(chosen, decisions)}  # (V,) by state
     first = {}                                                  # of each field: where its first decision is
     for n in chosen:

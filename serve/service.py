@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import httpx
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from decode import confidence_of, decode, values
-from questions import Refusal
+from distil.decode import confidence_of, decode, value_probabilities
+from serve.questions import Refusal
 
 AUDITS = 8  # at a time; what would be more is not audited
 log = logging.getLogger('serve')
@@ -114,7 +114,7 @@ class Decoder(threading.Thread):
         ids, full, future, loop = job
         student, space, temperature = self.labeler.student, self.labeler.space, self.labeler.temperature
         sure = confidence_of(space.fields, decisions, temperature)
-        chances = values(student, space, ids, outs, decisions, temperature) if full else {}
+        chances = value_probabilities(student, space, ids, outs, decisions, temperature) if full else {}
         answer = Answer(dict(space.to_json(outs)), sure, chances, ids, outs, decisions)
         loop.call_soon_threadsafe(tell, future, answer, None)
 
@@ -233,7 +233,7 @@ class Service:
         texts = [text.encode('utf-8', 'replace').decode() for text in texts]  # no half characters
         read, cuts = [], []
         for n, text in enumerate(texts):
-            ids, error, n_cut = self.labeler.read(text.encode())
+            ids, error, n_cut = self.labeler.encode(text.encode())
             if error:
                 raise Refusal(400, error if len(texts) == 1 else f'text {n}: {error}', 'texts', n)
             read.append(ids)

@@ -10,6 +10,7 @@ import runpy
 import shutil
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,13 +21,14 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import data
+from distil.space import OutputSpace
 from model import Student, StudentConfig
-from space import OutputSpace
 
 torch.set_num_threads(1)  # tiny models gain nothing from more
 os.environ['OMP_NUM_THREADS'] = '1'
-ROOT = Path(__file__).resolve().parent
-PROGRAMS = 'extract.py', 'train.py', 'sample.py', 'evaluate.py', 'bench.py'
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(path for path in (ROOT / 'config').glob('*.py') if path.name not in ('__init__.py', 'machine.py'))
+PROGRAMS = 'extract.py', 'train.py', 'sample.py', 'tools/evaluate.py', 'tools/bench.py'
 FIELDS = {'tone': ['neutral', 'friendly'], 'spam': [True, False]}
 SCHEMAS = [  # every kind of value; prefixes of each other; tokens that merge with the quotes around them
     (FIELDS, None, False),
@@ -160,7 +162,7 @@ def write_texts(folder, texts):
 
 CHILDREN = multiprocessing.get_context('forkserver')  # of a process that has imported torch: a run need not
 CHILDREN.set_forkserver_preload([  # those that are not installed are passed over
-    'torch._dynamo', 'conftest', 'teacher', 'transformers.models.gemma3.modeling_gemma3',
+    'torch._dynamo', 'tests.conftest', 'distil.engine', 'transformers.models.gemma3.modeling_gemma3',
     'transformers.models.llama.modeling_llama', 'transformers.models.qwen2.modeling_qwen2',
     'sklearn.linear_model', 'sklearn.pipeline',
     'sklearn.feature_extraction.text', 'matplotlib.pyplot'])
@@ -208,15 +210,19 @@ def one_line(done):
 
 @pytest.fixture(scope='session')
 def project(tmp_path_factory, teachers, words):
-    """a copy of the scripts with a small task, with what extract.py and train.py leave behind."""
-    root = tmp_path_factory.mktemp('project')
-    modules = [path.name for path in ROOT.glob('*.py') if not path.name.startswith(('test_', 'conftest'))]
-    for path in ('config/__init__.py', 'data/__init__.py', *modules):
-        (root / path).parent.mkdir(exist_ok=True)
+    """a copy of the programs with a small task, and with what extract.py and train.py leave behind."""
+    return make_project(tmp_path_factory.getbasetemp() / 'project', teachers['gemma'], tuple(words))
+
+
+@cache  # test_smoke.py imports the fixture, which makes it a second one to pytest
+def make_project(root, teacher, words):
+    (root / 'config').mkdir(parents=True)
+    for path in ('extract.py', 'model.py', 'train.py', 'sample.py', 'distil', 'tools', 'serve', 'device',
+                 'config/__init__.py', 'config/machine.py'):
         os.symlink(ROOT / path, root / path)
     rng = random.Random(3)
     write_texts(root / 'data/toy', [' '.join(rng.choices(words, k=rng.randint(3, 9))) for _ in range(400)])
-    settings = dict(name='toy', dataset='toy', teacher=str(teachers['gemma']), chat=False, fields=FIELDS,
+    settings = dict(name='toy', dataset='toy', teacher=str(teacher), chat=False, fields=FIELDS,
                     calibrate=64, prior={'tone': {'friendly': 0.4}},
                     prompt=PROMPT, output_vocab=64, full_lse=8, block_size=60, n_layer=2, n_head=2, n_embd=32,
                     n_mlp=64, max_epochs=5, batch_size=16, learning_rate=1e-2, device='cpu', dtype='float32')

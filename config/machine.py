@@ -1,0 +1,130 @@
+"""The machine a program runs on: device and precision, the processes that torchrun starts, signals, the exit.
+
+    device = pick_device('auto')            # 'cuda', 'mps' or 'cpu'
+    dtype = pick_dtype('auto', device)      # torch.bfloat16 where it is faster, else torch.float32
+"""
+import datetime
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+WORLD, RANK = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))  # set by torchrun
+
+
+def stop(message):
+    """exits with this message and status 1. Of several processes only the first prints it."""
+    sys.exit(message if RANK == 0 else 1)
+
+
+# -----------------------------------------------------------------------------
+# device and precision
+
+
+def can_compile():
+    """True if torch.compile works here: it needs a C++ compiler and Python's headers."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2))
+    except Exception:  # the kind of error depends on what is missing
+        return False
+    return True
+
+
+def pick_device(device):
+    """'auto' -> the fastest device there is. Exits with a message if the requested device cannot be used."""
+    if device == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        stop(f'device = {device} cannot be used here: {str(error).splitlines()[0]}')
+    return device
+
+
+def matmuls_per_s(dtype, size=1024):
+    """matrix products (size, size) @ (size, size) per second on the CPU; the best of five."""
+    a, times = torch.ones(size, size, dtype=dtype), []
+    for _ in range(6):  # the first one warms up
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 1 / min(times[1:])
+
+
+def pick_dtype(dtype, device):
+    """'auto' -> bfloat16 where the hardware multiplies it faster, else float32; as a torch.dtype.
+
+    A GPU with bfloat16 is faster with it. A CPU with bfloat16 instructions is between twice as slow and three
+    times as fast, so it is measured. A CPU without them is hundreds of times slower and is not measured.
+    """
+    if dtype == 'auto':
+        cpu, faster = torch.cpu.get_capabilities(), False
+        if device.startswith('cuda'):
+            faster = torch.cuda.is_bf16_supported(including_emulation=False)
+        elif device == 'cpu' and (cpu.get('amx_bf16') or cpu.get('avx512_bf16')):
+            faster = matmuls_per_s(torch.bfloat16) > 1.3 * matmuls_per_s(torch.float32)
+        dtype = 'bfloat16' if faster else 'float32'
+    return getattr(torch, dtype)
+
+
+# -----------------------------------------------------------------------------
+# several processes
+
+
+def start_ranks(device, backend):
+    """joins the other processes if torchrun started several. Returns this process's device. Only the first
+    process prints.
+
+    The timeout is a day, because the others wait while the first works alone, which takes hours for an
+    evaluation or for the scan of ten million texts (torch's default is minutes). torchrun ends all processes
+    when one dies, so the long timeout costs nothing.
+    """
+    if WORLD == 1:
+        return device
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    if RANK:
+        sys.stdout = open(os.devnull, 'w')
+    if device == 'cuda':
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(device)
+    return device
+
+
+def end_ranks():
+    """waits until every process is here."""
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def run_in_first(function):
+    """calls function() in the first process and returns its result in all of them. If it exits the first
+    process, all exit."""
+    if WORLD == 1:
+        return function()
+    result = [None]
+    try:
+        if RANK == 0:
+            result = [function()]
+    finally:
+        dist.broadcast_object_list(result)
+    return sys.exit(1) if result[0] is None else result[0]
+
+
+def any_process(flag, device):
+    """True if the flag is true in any of the processes."""
+    flags = torch.tensor([float(bool(flag))], device=device)
+    if WORLD > 1:
+        dist.all_reduce(flags)
+    return flags.item() > 0
+
+
+def on_stop(handler):
+    """calls handler(number, frame) on Ctrl-C, on kill and when the terminal closes (unless nohup ignores
+    that)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)

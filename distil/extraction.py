@@ -1,0 +1,137 @@
+"""What extract.py does around the asking: checks of its settings, its shard and meta.json, the trial of
+torch.compile, the totals it prints.
+"""
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from config import stop
+from config.machine import WORLD, can_compile
+from data import FORMAT, Writer, read_meta, write_json
+from distil.calibrate import find_priors
+from distil.space import tokenizer_hash
+from distil.teacher import fingerprint, load_tokenizer
+
+# -----------------------------------------------------------------------------
+# checks of settings
+
+
+def check_source(given, dataset, prompt):
+    """the path of the file of texts. Exits with a message if it is missing, or if the prompt does not hold
+    {text} once. given: the setting score or labels, '' for data/<dataset>/input.jsonl."""
+    source = Path(given or Path('data', dataset, 'input.jsonl'))
+    if not source.is_file():
+        known = ', '.join(sorted(path.parent.name for path in Path('data').glob('*/prepare.py')))
+        advice = f'; run: python data/prepare.py {dataset} FILE (or take a source in data/: {known})'
+        if Path('data', dataset, 'prepare.py').is_file():
+            advice = f'; run: python data/{dataset}/prepare.py'
+        stop(f'{source} does not exist{"" if given else advice}')
+    if prompt.count('{text}') != 1:
+        stop(f'the prompt must hold {{text}} once, where the text goes, not {prompt.count("{text}")} times')
+    return source
+
+
+def check_calibration(config):
+    """({texts, fields, prior} for meta.json, {field: prior probabilities}) of the settings, or (None, None)
+    without calibration. Exits with a message if the settings do not fit together. Given answers and labels
+    are never calibrated."""
+    if not config['calibrate'] or config['score'] or config['labels']:
+        return None, None
+    if not config['constrain']:
+        stop('calibrate needs constrain = True: a free answer is not chosen among the values')
+    only, prior = config['calibrate_fields'], config['prior']
+    try:
+        priors = find_priors(config['fields'], prior, only)
+    except ValueError as error:
+        stop(f'prior: {error}')
+    return {'texts': config['calibrate'], 'fields': only, 'prior': prior}, priors
+
+
+# -----------------------------------------------------------------------------
+# the shard
+
+
+def read_task(folder, task):
+    """(meta, tokenizers.Tokenizer) of a shard that extract.py has written. Exits with a message if the shard
+    belongs to another task. task: dict of the settings that define one."""
+    try:
+        meta = read_meta(folder)
+    except ValueError as error:
+        sys.exit(str(error))
+    if 'students' in meta:
+        sys.exit(f'{folder} has the answers of students (tools/ensemble.py); choose another name')
+    differ = [key for key in task if json.dumps(task[key]) != json.dumps(meta.get(key))]
+    if differ or meta['format'] != FORMAT:
+        sys.exit(f'{folder} was extracted with another {", ".join(differ) or "format"}; '
+                 'choose another name or remove the folder')
+    return meta, Tokenizer.from_file(str(folder / 'tokenizer.json'))
+
+
+def open_writer(folder, V):
+    """the Writer of this process's shard. Exits with a message if another run has it or it cannot be
+    written."""
+    try:
+        return Writer(folder, V)
+    except BlockingIOError:
+        sys.exit(f'another run is writing to {folder}; wait for it or choose another name')
+    except OSError as error:
+        sys.exit(f'cannot write to {folder}: {error.strerror}')
+
+
+def write_meta(folder, meta, model, tokenizer):
+    """writes meta.json and tokenizer.json before the first record. Returns meta with this model's fingerprint
+    and the shard's counts so far. Exits with a message if the shard has records of another teacher.
+
+    model: the teacher, None where labels are given; tokenizer: as a JSON text.
+    """
+    teacher, path, old = meta['teacher'], folder / 'meta.json', {}
+    weights = fingerprint(model) if model else 'labels'
+    if 'fingerprint' in meta:                                   # the shard has records
+        now = weights, tokenizer_hash(load_tokenizer(teacher).backend_tokenizer)
+        if now != (meta['fingerprint'], meta['tokenizer_hash']):
+            stop(f'{folder} was extracted with other weights or another tokenizer of {teacher}; '
+                 'choose another name or remove the folder')
+    if path.exists():
+        old = read_meta(folder)
+    counts = {key: Counter(old.get(key, {})) for key in ('dropped', 'missing', 'timed')}
+    meta = {**meta, 'fingerprint': weights, **counts}
+    (folder / 'tokenizer.json').write_text(tokenizer, encoding='utf-8')
+    write_json(path, meta)
+    return meta
+
+
+# -----------------------------------------------------------------------------
+# speed
+
+
+def try_compiling(engine, costs, n_left):
+    """measures whether torch.compile pays off: compiles the teacher's layers after the fourth group if two
+    minutes of work are left, and undoes it after the ninth if the sixth to ninth were no faster.
+
+    costs: seconds per token of each group so far; n_left: tokens still to be read.
+    """
+    if len(costs) == 4 and np.median(costs) * n_left > 120 and can_compile():
+        engine.compile()
+    elif len(costs) == 9 and engine.compiled:
+        before, after = np.median(costs[:4]), np.median(costs[5:])
+        engine.compile(after < before)
+        tqdm.write(f'compiled: {before / after:.2f} times as fast{"" if engine.compiled else "; undone"}')
+
+
+def print_totals(totals):
+    """prints the extract line of all processes together. totals: the Counter that extract() returns."""
+    parts = [totals]
+    if WORLD > 1:
+        parts = [None] * WORLD
+        dist.all_gather_object(parts, totals)
+    totals, seconds = sum(parts, Counter()), max(part['seconds'] for part in parts)
+    dropped = {key: n for key, n in sorted(totals.items()) if key.startswith('dropped_')}
+    print(f'extract records={totals["records"]} rec_s={totals["records"] / seconds:.2f} '
+          f'passes={totals["read"] / max(1, totals["needed"]):.3f} '
+          f'teacher={totals["asking"] / totals["seconds"]:.2f}', *(f'{k}={n}' for k, n in dropped.items()))

@@ -1,0 +1,85 @@
+"""The records a student is trained on: opened, and checked before the first step."""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from config import next_command, stop
+from data import Shards
+
+
+def open_records(dataset, name, more, max_records, eval_records):
+    """(Shards, record numbers to train on, record numbers to evaluate on) of a task. Exits with a message if
+    there are none. The arguments are settings of train.py."""
+    try:
+        shards = Shards(dataset, name, more=more)
+    except FileNotFoundError as error:
+        stop(f'{error}; run: {next_command("extract.py")}')
+    except ValueError as error:
+        stop(str(error))
+    if more and len(shards) == shards.n_teacher:
+        stop(f'data/{dataset} has no answers of students in {more!r}; run: {next_command("tools/ensemble.py")} '
+             f'--more={more} --students=...')
+    train_rows, val_rows = shards.split()
+    if max_records:
+        train_rows = train_rows[(train_rows < max_records) | (train_rows >= shards.n_teacher)]
+    if eval_records:  # the same ones for every seed
+        val_rows = val_rows[np.random.default_rng(0).permutation(len(val_rows))[:eval_records]]
+    return shards, train_rows, val_rows
+
+
+def load_records(dataset, name, task):
+    """the Shards that a finished student was trained on, or None if they are not here. Exits with a message if
+    they belong to another one. task: of its checkpoint."""
+    try:
+        shards = Shards(dataset, name)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        stop(str(error))
+    if any(shards.meta[key] != task[key] for key in ('tokenizer_hash', 'output_ids')):
+        stop(f'{shards.folder} and this student have different tokenizers or output vocabularies; '
+             'train again')
+    return shards
+
+
+def check_sizes(config, meta, n_train, n_val):
+    """exits with a message if there are too few records, or if they do not fit the student. config: the
+    settings of train.py; meta: the meta.json of the records."""
+    keep_prompt, batch_size, block_size = (config[key] for key in ('keep_prompt', 'batch_size', 'block_size'))
+    if keep_prompt and not (meta['before'] and meta['after']):
+        stop('keep_prompt needs a prompt with words before and after its {text}; set keep_prompt = False')
+    if n_train < batch_size or not n_val:
+        stop(f'{n_train} records to train on and {n_val} held out are too few for '
+             f'batch_size = {batch_size}; extract more')
+    n_after = meta['max_answer'] + (len(meta['after']) - 1 if keep_prompt else 0)
+    needed = meta['max_text'] + n_after
+    if needed > block_size:
+        stop(f'a text may have {meta["max_text"]} tokens, and {n_after} follow it; '
+             f'set block_size = {needed} or more')
+
+
+def check_data(shards, space, train_rows, val_rows, rng):
+    """compares a sample of stored answers with the stored logits, and the two splits with each other. Returns
+    the figures of the check line; exits with a message if the files do not belong together.
+
+    teacher_ce is the cross-entropy of a student equal to its teacher, in nats per answer token.
+    """
+    n_wrong = n_steps = ce = 0
+    for i in rng.permutation(train_rows[train_rows < shards.n_teacher])[:1000]:
+        outs = shards.answer(i).tolist()
+        logits, targets = torch.from_numpy(shards.logits(i)), torch.tensor(outs)  # (n, V), (n,)
+        legal = space.next_state[space.states_before(outs)] >= 0
+        best = logits.masked_fill(~legal, -math.inf).amax(-1)   # (n,)
+        n_wrong += (best - logits.gather(1, targets[:, None])[:, 0] > 0.02).sum().item()  # precision of fp16
+        ce += F.cross_entropy(logits, targets, reduction='sum').item()
+        n_steps += len(outs)
+    if n_wrong > 1e-3 * n_steps and not shards.meta.get('score'):
+        stop(f'{n_wrong} of {n_steps} stored tokens are not the teacher\'s likeliest legal one; '
+             f'the files of {shards.folder} do not belong together')
+    texts = [{shards.ids(i).tobytes() for i in rows} for rows in (train_rows, val_rows)]
+    overlap = len(texts[0] & texts[1])
+    if overlap:
+        stop(f'{overlap} held-out texts are also trained on; extract again')
+    return {'stored_tokens': 1 - n_wrong / n_steps, 'teacher_ce': ce / n_steps, 'overlap': overlap}

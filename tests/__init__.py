@@ -1,0 +1,1 @@
+"""One file for each file of ours; conftest.py has what they share."""

@@ -1,0 +1,66 @@
+"""The usual ways that bench.py compares with: transformers' generate for the teacher, one token at a time for
+the student."""
+import math
+
+import torch
+from transformers import LogitsProcessor
+
+from distil.decode import Cache
+
+class SchemaProcessor(LogitsProcessor):
+    """holds generate to the schema, as our own engine does."""
+
+    def __init__(self, space, n_prompt):
+        self.space, self.n_prompt = space, n_prompt
+
+    def __call__(self, input_ids, scores):
+        masked = torch.full_like(scores, -math.inf)               # (B, whole vocabulary)
+        for r, ids in enumerate(input_ids[:, self.n_prompt:].tolist()):
+            state = self.space.state_after([self.space.output_index.get(i, -1) for i in ids])
+            legal = [self.space.output_ids[o] for o in self.space.transitions[state]] if state >= 0 else []
+            legal = legal or [0]  # the answer is complete
+            masked[r, legal] = scores[r, legal]
+        return masked
+
+
+@torch.inference_mode()
+def generate_constrained(model, space, task, texts, constrain=True):
+    """what people do without this project: model.generate with the whole prompt, on all texts (lists of ids) at
+    once, held to the schema and keeping its logits. Returns lists of output indices, -1 for a token outside
+    the output vocabulary. task: dict with the ids before and after the text."""
+    ends, others = set(), set()
+    for row in space.transitions:
+        for o, state in row.items():
+            (ends if state == space.done else others).add(space.output_ids[o])
+    rows = [[*task['before'], *map(int, ids), *task['after']] for ids in texts]
+    width = max(map(len, rows))
+    padding = [[0] * (width - len(row)) for row in rows]  # on the left
+    idx = torch.tensor([pad + row for pad, row in zip(padding, rows)], device=model.device)
+    mask = torch.tensor([pad + [1] * len(row) for pad, row in zip(padding, rows)], device=model.device)
+    out = model.generate(idx, attention_mask=mask, max_new_tokens=space.max_answer, do_sample=False,
+                         output_logits=True, return_dict_in_generate=True, pad_token_id=0,
+                         eos_token_id=list(ends - others) or None,
+                         logits_processor=[SchemaProcessor(space, width)] if constrain else None)
+    return [[space.output_index.get(i, -1) for i in row] for row in out.sequences[:, width:].tolist()]
+
+
+@torch.no_grad()
+def stepwise(student, space, texts, constrain=True):
+    """decoding the usual way: one forward pass per token, all texts side by side until the last is complete.
+    texts: lists of ids -> lists of output indices."""
+    device = student.lm_head.weight.device
+    legal, cache, live = space.next_state.to(device) >= 0, Cache(student), list(range(len(texts)))
+    states, outs, at = [0] * len(texts), [[] for _ in texts], [student.config.n_prompt] * len(texts)
+    feed = [[*text, *student.config.start] for text in texts]
+    while live:
+        pos, keep = cache.place(live, [at[i] for i in live], [len(feed[i]) for i in live], [1] * len(live))
+        idx = torch.tensor([[token for i in live for token in feed[i]]], device=device)  # (1, N)
+        logits = student(idx, cache=cache, pos=pos, keep=keep).float()  # (R, V)
+        if constrain:
+            logits = logits.masked_fill(~legal[[states[i] for i in live]], -math.inf)
+        for i, out in zip(live, logits.argmax(-1).tolist()):
+            outs[i].append(out)
+            at[i] += len(feed[i])
+            feed[i], states[i] = [space.output_ids[out]], space.state_after([out], states[i])
+        live = [i for i in live if states[i] not in (-1, space.done)]
+    return outs
