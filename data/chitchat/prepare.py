@@ -2,9 +2,8 @@
 
     python data/chitchat/prepare.py
 
-Keeps messages that hold at least one of the words below. Small talk is nearly always neutral, respectful and
-safe, and a task whose answer never changes needs no model: the words bring the share of the commonest answer
-down.
+Keeps the messages with at least one of the words below. Small talk is nearly always neutral, respectful and
+safe, and a task whose answer never changes needs no model. The words lower the share of the commonest answer.
 """
 import importlib.util
 import json
@@ -23,12 +22,12 @@ lying fake trash loser fool jerk wrong sorry sick cry hurt pain lonely afraid wo
 OPINION = re.compile(rf'\b({"|".join(WORDS)})\b', re.I)
 
 if importlib.util.find_spec('chitchat_dataset') is None:
-    sys.exit('the chat messages come in a package; run: pip install chitchat-dataset')
+    sys.exit('the chat messages are in a Python package; run: pip install chitchat-dataset')
 source = Path(importlib.util.find_spec('chitchat_dataset').origin).parent / 'dataset.json'
 conversations = json.loads(source.read_text(encoding='utf-8')).values()
 texts = [part['text'] for talk in conversations for turn in talk['messages'] for part in turn]
 kept = sorted({text for text in texts if OPINION.search(text)})
-random.Random(1337).shuffle(kept)  # one order on every machine, and any first thousand is a fair sample
+random.Random(1337).shuffle(kept)  # on every machine alike: the first n texts are a random sample
 target = Path(__file__).parent / 'input.jsonl'
 with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
     file.writelines(json.dumps({'text': text}) + '\n' for text in kept)

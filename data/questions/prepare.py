@@ -1,8 +1,8 @@
-"""Questions people ask in the chitchat-dataset package -> data/questions/input.jsonl
+"""Questions of people, from the chitchat-dataset package -> data/questions/input.jsonl
 
     python data/questions/prepare.py
 
-The last sentence of each message that ends in a question mark: what an assistant would be asked.
+The last sentence of each message that ends in a question mark: like the questions to an assistant.
 """
 import importlib.util
 import json
@@ -13,15 +13,15 @@ import sys
 from pathlib import Path
 
 if importlib.util.find_spec('chitchat_dataset') is None:
-    sys.exit('the chat messages come in a package; run: pip install chitchat-dataset')
+    sys.exit('the chat messages are in a Python package; run: pip install chitchat-dataset')
 source = Path(importlib.util.find_spec('chitchat_dataset').origin).parent / 'dataset.json'
 conversations = json.loads(source.read_text(encoding='utf-8')).values()
 messages = [part['text'] for talk in conversations for turn in talk['messages'] for part in turn]
-ending = [text.strip() for text in messages if text.strip().endswith('?')]
-asked = sorted({re.split(r'(?<=[.!?])\s+', text)[-1] for text in ending})
-random.Random(1337).shuffle(asked)  # one order on every machine, and any first thousand is a fair sample
+asking = [text.strip() for text in messages if text.strip().endswith('?')]
+questions = sorted({re.split(r'(?<=[.!?])\s+', text)[-1] for text in asking})
+random.Random(1337).shuffle(questions)  # on every machine alike: the first n texts are a random sample
 target = Path(__file__).parent / 'input.jsonl'
 with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
-    file.writelines(json.dumps({'text': text}) + '\n' for text in asked)
+    file.writelines(json.dumps({'text': text}) + '\n' for text in questions)
 os.replace(target.with_suffix('.tmp'), target)
-print(f'{target}: {len(asked)} questions in {len(messages)} messages')
+print(f'{target}: {len(questions)} questions from {len(messages)} messages')

