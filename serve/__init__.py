@@ -1,2 +1,6 @@
-"""The student where the LLM call was: serve.py (program and routes), service.py (one decoder for all requests,
-the LLM behind it), questions.py (requests in terms of the student's fields), bench.py."""
+"""An HTTP server that puts the student in place of an LLM call.
+
+serve.py: the program, its settings; app.py: the routes; request.py: reads a request's body and its text;
+completions.py: chat completions and JSON Schemas; questions.py: typed questions; service.py: one decoder for
+all requests, deferral to the LLM upstream, audits; bench.py: the speed.
+"""

@@ -1,9 +1,9 @@
-"""How fast is the student over HTTP? Beside its decoder without HTTP, and beside a server of its teacher.
+"""How fast is the student over HTTP? Beside its decoder without HTTP, and a server of its teacher.
 
-    python serve/bench.py config/demo.py        # with 1, 8 and 64 clients, of 1 and of 32 texts per request
+    python serve/bench.py config/demo.py        # with 1, 8 and 64 clients, 1 and 32 texts per request
 
-Needs the records that extract.py made of the task, and its student. Timings are medians of alternating rounds. The
-clients run on the same machine.
+Needs the records that extract.py made for the task, and its student. Timings are medians of alternating
+rounds. The clients run on the same machine.
 """
 import asyncio
 import contextlib
@@ -37,9 +37,9 @@ dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; as in the other programs
 config = configure(globals())
 
 
-async def client(host, port, path, bodies, replies):
-    """one connection that stays open: takes (number, body) from the iterator bodies until it is empty, and
-    puts (status, body, seconds) at that number of the dict replies."""
+async def run_client(host, port, path, bodies, replies):
+    """posts over one connection: takes (number, body) from the iterator bodies until it is empty, and stores
+    (status, body, seconds) under that number in the dict replies."""
     reader, writer = await asyncio.open_connection(host, port)
     for n, body in bodies:
         began = time.perf_counter()
@@ -54,15 +54,15 @@ async def client(host, port, path, bodies, replies):
         await writer.wait_closed()
 
 
-def ask_many(url, path, bodies, n_clients):
-    """bodies (bytes) posted by so many clients at a time, each waiting for its answer -> [(status, body,
-    seconds)] in their order, and the seconds that all took."""
+def post_many(url, path, bodies, n_clients):
+    """posts bodies (bytes) from n_clients at a time, each of which waits for its reply -> [(status, body,
+    seconds)] in their order, and the seconds for all of them."""
     async def go():
         todo, replies = iter(enumerate(bodies)), {}
-        place = urlsplit(url)
+        address = urlsplit(url)
         async with asyncio.TaskGroup() as group:
             for _ in range(n_clients):
-                group.create_task(client(place.hostname, place.port, path, todo, replies))
+                group.create_task(run_client(address.hostname, address.port, path, todo, replies))
         return [replies[n] for n in range(len(replies))]
     began = time.perf_counter()
     replies = asyncio.run(go())
@@ -70,8 +70,8 @@ def ask_many(url, path, bodies, n_clients):
 
 
 @contextlib.contextmanager
-def server(*args):
-    """the URL of a serve.py with these arguments, as long as it is wanted."""
+def start_server(*args):
+    """context: the URL of a serve.py with these arguments, which runs until the context ends."""
     command = [sys.executable, 'serve/serve.py', *args, '--port=0']
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -87,9 +87,9 @@ def server(*args):
 
 
 @contextlib.contextmanager
-def teacher_server(answer):
-    """the URL of what people run without this project, at its least: one request, one generate. answer:
-    function of a text."""
+def start_teacher_server(answer):
+    """context: the URL of the simplest server of the teacher: one request at a time, one generate for each.
+    answer: function of a text."""
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             texts = json.loads(self.rfile.read(int(self.headers['content-length'])))['texts']
@@ -109,48 +109,51 @@ def teacher_server(answer):
     httpd.shutdown()
 
 
-def figures(replies, seconds, per_request):
+def summarize(replies, seconds, per_request):
+    """{answers_s, p50_ms, p99_ms} of replies with per_request texts each; AssertionError if one failed."""
     assert all(status == 200 for status, _, _ in replies), next(r for r in replies if r[0] != 200)
-    ms = np.array([took for _, _, took in replies]) * 1e3
+    ms = np.array([latency for _, _, latency in replies]) * 1e3
     return {'answers_s': len(replies) * per_request / seconds, 'p50_ms': float(np.median(ms)),
             'p99_ms': float(np.quantile(ms, 0.99))}
 
 
 def bench_serve(args, student, space, texts, teacher_answer, n_requests=1500, rounds=3):
-    """prints a line for each number of clients and texts a request, medians of rounds in turn. args: of
-    serve.py. texts: strings, the student's; teacher_answer: function of a text, or None."""
+    """prints a line for the decoder, for each number of clients and texts per request, and for the teacher:
+    medians of alternating rounds. args: of serve.py. texts: strings. teacher_answer: function of a text, or
+    None."""
     room = student.config.block_size - space.max_answer - len(student.config.start) + 1
     ids = [space.tokenizer.encode(text, add_special_tokens=False).ids[:room] for text in texts]
 
-    def alone():
-        for some in ids[:100]:
+    def time_single_texts():
+        for text_ids in ids[:100]:
             began = time.perf_counter()
-            list(decode(student, space, [some]))
+            list(decode(student, space, [text_ids]))
             yield (time.perf_counter() - began) * 1e3
     many, loads = (ids * (1024 // len(ids) + 1))[:1024], [(n, per) for per in (1, 32) for n in (1, 8, 64)]
-    found = {load: [] for load in loads}
-    own = []
-    with server(*args) as url:
+    serve_rows, decoder_rows = {load: [] for load in loads}, []
+    with start_server(*args) as url:
         for _ in range(rounds + 1):  # the first warms up
             began = time.perf_counter()
             generate(student, space, many)
-            own.append((len(many) / (time.perf_counter() - began), *np.quantile(list(alone()), (0.5, 0.99))))
+            rate = len(many) / (time.perf_counter() - began)
+            decoder_rows.append((rate, *np.quantile(list(time_single_texts()), (0.5, 0.99))))
             for n_clients, per in loads:
                 n = max(n_clients * 4, n_requests // (8 if per > 1 else 1) // (5 if n_clients == 1 else 1))
-                some = [[texts[(k * per + j) % len(texts)] for j in range(per)] for k in range(n)]
-                bodies = [json.dumps({'texts': of_request}).encode() for of_request in some]
-                found[n_clients, per].append(figures(*ask_many(url, '/v1/label', bodies, n_clients), per))
-    rate, p50, p99 = np.median(own[1:], axis=0).tolist()
+                requests = [[texts[(k * per + j) % len(texts)] for j in range(per)] for k in range(n)]
+                bodies = [json.dumps({'texts': of_request}).encode() for of_request in requests]
+                replies, seconds = post_many(url, '/v1/label', bodies, n_clients)
+                serve_rows[n_clients, per].append(summarize(replies, seconds, per))
+    rate, p50, p99 = np.median(decoder_rows[1:], axis=0).tolist()
     print(data_line('bench', {'what': 'decoder', 'answers_s': rate, 'p50_ms': p50, 'p99_ms': p99}))
-    for (n_clients, per), rows in found.items():
+    for (n_clients, per), rows in serve_rows.items():
         medians = {key: float(np.median([row[key] for row in rows[1:]])) for key in rows[0]}
         print(data_line('bench', {'what': 'serve', 'clients': n_clients, 'texts': per, **medians}))
     if teacher_answer:
-        with teacher_server(teacher_answer) as url:
+        with start_teacher_server(teacher_answer) as url:
             bodies = [json.dumps({'texts': [text]}).encode() for text in texts[:24]]
-            ask_many(url, '/', bodies[:2], 1)
+            post_many(url, '/', bodies[:2], 1)                  # warms up
             print(data_line('bench', {'what': 'generate', 'clients': 1, 'texts': 1,
-                                      **figures(*ask_many(url, '/', bodies, 1), 1)}))
+                                      **summarize(*post_many(url, '/', bodies, 1), 1)}))
 
 
 if __name__ == '__main__':
@@ -167,8 +170,8 @@ if __name__ == '__main__':
     model = load_model(teacher or task['teacher'], pick_dtype(dtype, device), device)
     texts = [space.tokenizer.decode(shards.ids(i).tolist()) for i in shards.split()[1][:256]]
 
-    def ask_teacher(text):
+    def answer_by_teacher(text):
         ids = space.tokenizer.encode(text, add_special_tokens=False).ids
         return space.to_json(generate_constrained(model, space, task, [ids])[0])
     arguments = [f'--name={name}', f'--run={run}', f'--device={device}', f'--dtype={dtype}']
-    bench_serve(arguments, student, space, texts, ask_teacher)
+    bench_serve(arguments, student, space, texts, answer_by_teacher)

@@ -1,4 +1,4 @@
-"""serve.py: every kind of question beside the student's own answers, what callers get wrong, and load."""
+"""serve.py: every kind of request compared with the student's own answers, callers' mistakes, and load."""
 import asyncio
 import json
 import math
@@ -31,11 +31,12 @@ from jevcompat import validate
 from jevcompat.client import Response, parse_json
 
 from data import read_texts
-from serve.bench import ask_many, bench_serve
-from serve.questions import (Refusal, choice_confidence, fields_of_format, find_field, score_confidence,
-                             text_of_messages, text_of_state)
-from serve.serve import make_app
-from serve.service import AUDITS, Service, Upstream, wilson
+from serve.app import make_app
+from serve.bench import bench_serve, post_many
+from serve.completions import read_response_format
+from serve.questions import choice_confidence, match_question, score_confidence
+from serve.request import Refusal, read_messages, read_state
+from serve.service import MAX_AUDITS, Service, Upstream, wilson_interval
 
 FIELDS = {'tone': ['neutral', 'friendly', 'friend'], 'spam': [True, False], 'stars': [2, 1, 3],
           'mood': ['low', 'mid', 'high'], 'kind': ['respectful', 'toxic']}
@@ -46,7 +47,7 @@ TEXTS = ['hello my friend', 'the cat sat on a mat', 'buy now', 'it rained 😀 a
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory, teachers, tokenizer):
-    """a folder with two students whose fields are of every kind, and the programs."""
+    """a folder with the programs and two students that have fields of every kind."""
     root = tmp_path_factory.mktemp('served')
     for path in ('config/__init__.py', 'data/__init__.py', 'serve/serve.py'):
         (root / path).parent.mkdir(exist_ok=True)
@@ -56,7 +57,7 @@ def root(tmp_path_factory, teachers, tokenizer):
     space = OutputSpace(tokenizer, FIELDS, end_id=2, auxiliary=range(4, 60))
     for seed, name in enumerate(('toy', 'other')):
         student = tiny_student(space, seed, block_size=space.max_answer + 20)
-        for weight in student.parameters():  # so that answers depend on the text
+        for weight in student.parameters():  # larger, so that answers depend on the text
             weight.data *= 8 if weight.dim() == 2 else 1
         folder = root / 'out' / name
         folder.mkdir(parents=True)
@@ -72,14 +73,15 @@ def root(tmp_path_factory, teachers, tokenizer):
 
 @contextmanager
 def serving(root, *args):
-    """process and URL of a serve.py, started as a user does."""
+    """context: process and URL of a serve.py that is started as a user does."""
     files = [os.devnull, root / f'{len(os.listdir(root))}.out', root / f'{len(os.listdir(root))}.err']
-    process = CHILDREN.Process(target=run_script, args=(root, 'serve/serve.py', ('--port=0', *args), files, 0))
+    arguments = root, 'serve/serve.py', ('--port=0', *args), files, 0
+    process = CHILDREN.Process(target=run_script, args=arguments)
     process.start()
     try:
         for _ in range(600):
-            said = files[1].read_text() if files[1].exists() else ''
-            lines = [line for line in said.splitlines() if line.startswith('http')]
+            stdout = files[1].read_text() if files[1].exists() else ''
+            lines = [line for line in stdout.splitlines() if line.startswith('http')]
             if lines or process.exitcode is not None:
                 break
             time.sleep(0.05)
@@ -104,12 +106,12 @@ def labeler(root):
 
 @pytest.fixture(scope='module')
 def truth(labeler):
-    """{text: the student's answer with the probabilities of all values}, by sample.py."""
+    """{text: the student's answer with the probabilities of all values}, from sample.py."""
     return dict(zip(TEXTS, labeler(TEXTS)))
 
 
-def ask(service, *calls, **settings):
-    """responses of an application in this process to calls (path, body)."""
+def post_all(service, *calls, **settings):
+    """responses to calls (path, body) from an application in this process."""
     async def go():
         transport = httpx.ASGITransport(make_app(service, **MEANING, **settings))
         async with httpx.AsyncClient(transport=transport, base_url='http://test') as client:
@@ -125,13 +127,14 @@ def ask(service, *calls, **settings):
 
 def test_the_openai_client_gets_the_students_answers(url, truth):
     client = openai.OpenAI(base_url=url, api_key='any')
-    for text, due in truth.items():
-        answer = {name: due[name] for name in FIELDS}
+    for text, expected in truth.items():
+        answer = {name: expected[name] for name in FIELDS}
         for content in (text, PROMPT.replace('{text}', text), [{'type': 'text', 'text': text}]):
-            reply = client.chat.completions.create(model='gpt', messages=[{'role': 'user', 'content': content}])
+            messages = [{'role': 'user', 'content': content}]
+            reply = client.chat.completions.create(model='gpt', messages=messages)
             choice, = reply.choices
             assert json.loads(choice.message.content) == answer and choice.finish_reason == 'stop'
-            assert choice.message.content == json.dumps(answer, separators=(',', ':'))  # the style of the task
+            assert choice.message.content == json.dumps(answer, separators=(',', ':'))  # the task's style
             assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens > 0
     system, user = PROMPT.split('\n', 1)
     reply = client.chat.completions.create(model='gpt', messages=[
@@ -140,7 +143,7 @@ def test_the_openai_client_gets_the_students_answers(url, truth):
     assert {model.id for model in client.models.list()} == {'toy'}
 
 
-def test_a_schema_of_some_fields_gets_them_and_one_of_others_is_refused_by_name(url, truth):
+def test_a_schema_of_some_fields_gets_these_and_an_unknown_field_is_refused_by_name(url, truth):
     client = openai.OpenAI(base_url=url, api_key='any')
 
     def call(properties, **more):
@@ -165,10 +168,10 @@ def test_a_schema_of_some_fields_gets_them_and_one_of_others_is_refused_by_name(
 
 
 def test_logprobs_are_the_confidence_at_decisions_and_0_elsewhere(url, truth, labeler):
-    client, some = openai.OpenAI(base_url=url, api_key='any'), {'properties': {'tone': {}, 'stars': {}}}
+    client, schema = openai.OpenAI(base_url=url, api_key='any'), {'properties': {'tone': {}, 'stars': {}}}
     for text in TEXTS:
         for form, names in (({'type': 'json_object'}, list(FIELDS)), (
-                {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': some}}, ['tone', 'stars'])):
+                {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': schema}}, ['tone', 'stars'])):
             call = dict(model='x', messages=[{'role': 'user', 'content': text}], response_format=form)
             reply = client.chat.completions.create(**call, logprobs=True, top_logprobs=3)
             choice, = reply.choices
@@ -176,10 +179,11 @@ def test_logprobs_are_the_confidence_at_decisions_and_0_elsewhere(url, truth, la
             assert ''.join(token.token for token in tokens) == choice.message.content
             assert all(bytes(token.bytes).decode() == token.token for token in tokens)
             assert 0 in {token.logprob for token in tokens}
-            sure = math.prod(truth[text]['_confidence'][name][value_name(truth[text][name])] for name in names)
-            assert math.exp(sum(token.logprob for token in tokens)) == pytest.approx(sure, rel=2e-3)
+            p = math.prod(truth[text]['_confidence'][name][value_name(truth[text][name])] for name in names)
+            assert math.exp(sum(token.logprob for token in tokens)) == pytest.approx(p, rel=2e-3)
             decided = [token for token in tokens if token.logprob < 0]
-            assert all(1 < len(t.top_logprobs) <= 3 and t.top_logprobs[0].logprob >= t.logprob for t in decided)
+            for token in decided:
+                assert 1 < len(token.top_logprobs) <= 3 and token.top_logprobs[0].logprob >= token.logprob
             chunks = list(client.chat.completions.create(**call, logprobs=True, top_logprobs=3, stream=True,
                                                          stream_options={'include_usage': True}))
             assert chunks[-1].usage == reply.usage and not chunks[-1].choices
@@ -196,43 +200,44 @@ def test_decisions_have_the_probabilities_of_all_values(url, truth):
          'levels': [{'label': n} for n in ('bad', 'so', 'top')]},
         {'type': 'choice', 'instructions': 'how?',
          'choices': [{'value': v} for v in ('friend', 'neutral', 'friendly')]},
-        {'type': 'choice', 'name': 'spam', 'instructions': '', 'choices': [{'value': False}, {'value': True}]},
-        {'type': 'choice', 'name': 'spam', 'instructions': '', 'choices': [{'value': 'Yes'}, {'value': 'No'}]},
+        *({'type': 'choice', 'name': 'spam', 'instructions': '', 'choices': [{'value': v} for v in values]}
+          for values in ((False, True), ('Yes', 'No'))),
         {'type': 'predicate', 'name': 'spam', 'instructions': ''},
         {'type': 'predicate', 'name': 'toxic', 'instructions': ''},
         {'type': 'score', 'instructions': '', 'levels': [{'label': n} for n in FIELDS['mood']]}]
-    for text, due in truth.items():
+    for text, expected in truth.items():
         for given_as in (text, [{'role': 'user', 'content': [{'type': 'input_text', 'text': text}]}],
                          [{'role': 'user', 'content': [{'type': 'input_json', 'data': {'body': text}}]}]):
             answers = client.decisions.create(model='x', input=given_as, questions=questions).answers
-            sure = due['_confidence']
+            p_of = expected['_confidence']
             assert [a.name for a in answers] == [q.get('name') for q in questions]
             stars, tone, spam, yes, predicate, toxic, mood = answers
             assert [p.probability for p in stars.probabilities] == pytest.approx(
-                [sure['stars'][n] for n in '123'], abs=1e-4)
-            assert stars.score == pytest.approx(sure['stars']['2'] + 2 * sure['stars']['3'], abs=2e-4)
-            assert {p.value: p.probability for p in tone.probabilities} == pytest.approx(sure['tone'], abs=1e-4)
-            assert tone.choice == max(sure['tone'], key=sure['tone'].get)
+                [p_of['stars'][n] for n in '123'], abs=1e-4)
+            assert stars.score == pytest.approx(p_of['stars']['2'] + 2 * p_of['stars']['3'], abs=2e-4)
+            p_tone = {p.value: p.probability for p in tone.probabilities}
+            assert p_tone == pytest.approx(p_of['tone'], abs=1e-4)
+            assert tone.choice == max(p_of['tone'], key=p_of['tone'].get)
             assert [p.value for p in spam.probabilities] == [False, True] and type(spam.choice) is bool
             assert [p.probability for p in spam.probabilities] == pytest.approx(
-                [sure['spam']['false'], sure['spam']['true']], abs=1e-4)
+                [p_of['spam']['false'], p_of['spam']['true']], abs=1e-4)
             assert [p.probability for p in yes.probabilities[::-1]] == [p.probability
                                                                         for p in spam.probabilities]
             assert predicate.probability == yes.probabilities[0].probability
-            assert toxic.probability == pytest.approx(sure['kind']['toxic'], abs=1e-4)
+            assert toxic.probability == pytest.approx(p_of['kind']['toxic'], abs=1e-4)
             assert [p.label for p in mood.probabilities] == FIELDS['mood']
             for answer in (stars, tone, spam, yes, mood):
                 assert sum(p.probability for p in answer.probabilities) == pytest.approx(1, abs=1e-6)
     alone = client.decisions.create(model='x', input=TEXTS[0], questions=questions[1:2]).answers
-    assert alone[0].probabilities == client.decisions.create(  # nor do answers depend on what else is asked
+    assert alone[0].probabilities == client.decisions.create(  # answers do not depend on the other questions
         model='x', input=TEXTS[0], questions=questions).answers[1].probabilities
     with pytest.raises(openai.UnprocessableEntityError, match='weather'):
         client.decisions.create(model='x', input='a', questions=[
             {'type': 'predicate', 'name': 'weather', 'instructions': 'is it nice?'}])
 
 
-def judged(reply):
-    """as jevcompat reads a reply."""
+def to_jevcompat(reply):
+    """a reply in the form that jevcompat checks."""
     return Response(reply.status_code, dict(reply.headers), reply.content, 0.0, *parse_json(reply.content))
 
 
@@ -246,29 +251,29 @@ SYSTEM_ONE = {
 
 def test_the_typesafe_client_and_the_validator_accept_every_kind_of_answer(url, truth):
     client = typesafe_sdk.TypeSafeClient(api_key='x', base_url=url.removesuffix('/v1'))
-    for text, due in truth.items():
+    for text, expected in truth.items():
         for state in (text, {'message': text}, [text]):
             answers = client.system_one(model='toy', state=state, questions=SYSTEM_ONE).answers
-            assert answers['q1'].probabilities == pytest.approx(due['_confidence']['tone'], abs=1e-4)
-            assert answers['kind'].noul == pytest.approx(due['_confidence']['kind']['toxic'], abs=1e-4)
+            assert answers['q1'].probabilities == pytest.approx(expected['_confidence']['tone'], abs=1e-4)
+            assert answers['kind'].noul == pytest.approx(expected['_confidence']['kind']['toxic'], abs=1e-4)
             assert answers['stars'].legend == {0: 'low', 1: 'mid', 2: 'high'}
-        for path in ('systemone', 'decisions'):  # some gateways take one for the other
+        for path in ('systemone', 'decisions'):  # some gateways confuse the two
             body = {'model': 'toy', 'state': text, 'questions': SYSTEM_ONE}
             reply = httpx.post(f'{url}/{path}', json=body)
-            assert validate.validate_success(body, judged(reply)) == []
+            assert validate.validate_success(body, to_jevcompat(reply)) == []
     packed = zstandard.compress(json.dumps({'model': 'toy', 'state': TEXTS[0] + ' ' * 3000,
                                             'questions': SYSTEM_ONE}).encode())
     reply = httpx.post(f'{url}/systemone', content=packed, headers={'content-encoding': 'zstd'})
     assert reply.json()['answers']['kind']['noul'] == pytest.approx(
         truth[TEXTS[0]]['_confidence']['kind']['toxic'], abs=1e-4)
     reply = httpx.post(f'{url}/systemone', json={'state': 'x', 'questions': {'sky': {'type': 'noul'}}})
-    assert validate.validate_validation_error(judged(reply)) == [] and 'sky' in reply.text
+    assert validate.validate_validation_error(to_jevcompat(reply)) == [] and 'sky' in reply.text
     assert httpx.get(f'{url}/models').json()['models'][0]['name'] == 'toy'
 
 
-def test_curl_gets_answers_and_the_pages_about_the_server(url, truth):
+def test_curl_gets_answers_health_and_metrics(url, truth):
     if not shutil.which('curl'):
-        pytest.skip('no curl here')
+        pytest.skip('curl is not installed')
     base = url.removesuffix('/v1')
 
     def curl(*args):
@@ -279,11 +284,11 @@ def test_curl_gets_answers_and_the_pages_about_the_server(url, truth):
         assert answer['_confidence'] == pytest.approx(
             {name: truth[text]['_confidence'][name][value_name(answer[name])] for name in FIELDS}, abs=2e-4)
     assert json.loads(curl(f'{base}/health')) == {'status': 'ok'} and 'ready' in curl(f'{base}/ready')
-    said = curl(f'{base}/metrics')
-    for line in ('student_requests_total{route="/v1/label",status="200"}', 'student_texts_total{by="student"}',
-                 'student_waiting_texts 0.0', 'student_values_total{field="spam",value="true"}',
-                 'student_batch_texts'):
-        assert line in said
+    metrics = curl(f'{base}/metrics')
+    for line in ('student_requests_total{route="/v1/label",status="200"}',
+                 'student_texts_total{by="student"}', 'student_waiting_texts 0.0',
+                 'student_values_total{field="spam",value="true"}', 'student_batch_texts'):
+        assert line in metrics
     assert 'x-tokens-cut: ' in curl('-i', f'{url}/label', '-d', json.dumps({'texts': ['the cat ' * 500]}))
     head = curl('-i', f'{url}/label', '-d', '{"texts": ["a"]}').lower()
     assert 'x-tokens-cut' not in head
@@ -291,62 +296,66 @@ def test_curl_gets_answers_and_the_pages_about_the_server(url, truth):
 
 
 # -----------------------------------------------------------------------------
-# load, limits, and what callers get wrong
+# load, limits, and callers' mistakes
 
 
 def test_under_load_every_client_gets_the_answer_to_its_own_text(url, root, words):
     rng = random.Random(5)
     texts = [f'{" ".join(rng.choices(words, k=rng.randint(1, 5)))} {n}' for n in range(10_000)]
-    due = Labeler(root / 'out/toy', 'cpu', confidence=False)(texts)
-    assert len({*map(str, due)}) > 20
+    expected = Labeler(root / 'out/toy', 'cpu', confidence=False)(texts)
+    assert len({*map(str, expected)}) > 20
     at, bodies = 0, []
     while at < len(texts):
         n = rng.choice((1, 1, 2, 7, 30))
         bodies.append(texts[at:at + n])
         at += n
-    replies, _ = ask_many(url, '/v1/label', [json.dumps({'texts': some}).encode() for some in bodies], 64)
+    bodies = [json.dumps({'texts': of_request}).encode() for of_request in bodies]
+    replies, _ = post_many(url, '/v1/label', bodies, 64)
     answers = []
     for status, body, _ in replies:
         assert status == 200, body
         answers += [{name: answer[name] for name in FIELDS} for answer in json.loads(body)['answers']]
-    assert answers == due
+    assert answers == expected
 
 
-ASKED = b'{"messages": [{"role": "user", "content": "a"}], %s}'
+CHAT = b'{"messages": [{"role": "user", "content": "a"}], %s}'
 
 
 @pytest.mark.parametrize('path, body, status, named', [
     ('label', b'{"texts": ["', 400, 'JSON'), ('label', b'\xff\xfe', 400, 'JSON'), ('label', b'', 400, 'JSON'),
     ('label', b'{"texts": ["a\x00b"]}', 400, 'JSON'), ('label', b'[' * 100_000, 400, 'JSON'),
-    ('label', b'{"texts": NaN}', 400, 'JSON'), ('label', b'[]', 400, 'object'), ('label', b'{}', 400, 'texts'),
+    ('label', b'{"texts": NaN}', 400, 'JSON'), ('label', b'[]', 400, 'object'),
+    ('label', b'{}', 400, 'texts'), ('label', b'{"texts": []}', 400, 'texts'),
     ('label', b'{"texts": "a"}', 400, 'texts'), ('label', b'{"texts": ["a", 1]}', 400, 'texts.1'),
     ('label', b'{"texts": ["a", " "]}', 400, 'text 1: empty'),
     ('label', b'{"x":"' + b'a' * (1 << 20) + b'"}', 413, 'long'),
-    ('label', json.dumps({'texts': ['a'] * 4097}).encode(), 413, '4096'), ('label', b'{"texts": []}', 400, 'texts'),
+    ('label', json.dumps({'texts': ['a'] * 4097}).encode(), 413, '4096'),
     ('decisions', b'{}', 422, 'a list of'), ('decisions', b'{"input": 1, "questions": []}', 422, 'questions'),
     ('chat/completions', b'{}', 400, 'messages'), ('chat/completions', b'{"messages": []}', 400, 'user'),
     ('chat/completions', b'{"messages": [{"role": "user", "content": ""}]}', 400, 'empty'),
-    ('chat/completions', b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400, 'image'),
-    ('chat/completions', ASKED % b'"n": 2', 400, 'n:'),
-    ('chat/completions', ASKED % b'"tools": [{}]', 400, 'tools'),
-    ('chat/completions', ASKED % b'"top_logprobs": 99', 400, 'top_logprobs'),
-    ('chat/completions', ASKED % b'"response_format": 1', 400, 'response_format'),
+    ('chat/completions', b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400,
+     'image'),
+    ('chat/completions', CHAT % b'"n": 2', 400, 'n:'),
+    ('chat/completions', CHAT % b'"tools": [{}]', 400, 'tools'),
+    ('chat/completions', CHAT % b'"top_logprobs": 99', 400, 'top_logprobs'),
+    ('chat/completions', CHAT % b'"response_format": 1', 400, 'response_format'),
     ('decisions', b'{"input": "a"}', 422, 'questions'),
     ('decisions', b'{"input": "a", "questions": []}', 422, '1 to 400'),
     ('decisions', b'{"input": "a", "questions": [{"type": "choice", "choices": 3}]}', 422, 'choices'),
     ('decisions', b'{"input": "a", "questions": [{"type": "poem"}]}', 422, 'predicate'),
     ('systemone', b'{"questions": {"spam": {"type": "noul"}}}', 422, 'state'),
     ('systemone', b'{"state": "a", "questions": {}}', 422, 'questions'),
-    ('systemone', b'{"state": "a", "questions": {"tone": {"type": "choice", "criteria": {"x": 0}}}}', 422, 'tone'),
+    ('systemone', b'{"state": "a", "questions": {"tone": {"type": "choice", "criteria": {"x": 0}}}}', 422,
+     'tone'),
     ('nothing', b'{}', 404, 'nothing')])
-def test_a_wrong_request_gets_its_error_in_words(url, path, body, status, named):
+def test_a_wrong_request_gets_an_error_that_names_the_reason(url, path, body, status, named):
     reply = httpx.post(f'{url}/{path}', content=body)
     assert reply.status_code == status and named in reply.text and reply.headers['x-request-id']
-    said = reply.json()
+    error = reply.json()
     if path == 'systemone':
-        assert said['detail'][0]['loc'][0] == 'body' and said['detail'][0]['msg']
+        assert error['detail'][0]['loc'][0] == 'body' and error['detail'][0]['msg']
     else:
-        assert set(said['error']) == {'message', 'type', 'param', 'code'}
+        assert set(error['error']) == {'message', 'type', 'param', 'code'}
     assert httpx.get(url.replace('/v1', '/health')).status_code == 200
 
 
@@ -355,9 +364,11 @@ def test_deep_json_is_refused(url):
         deep = '[' * depth + '"a"' + ']' * depth
         for path, body in (('systemone', '{"state": %s, "questions": {"spam": {"type": "noul"}}}'),
                            ('label', '{"texts": [%s]}'), ('decisions', '{"input": "a", "questions": %s}'),
-                           ('chat/completions', '{"messages": [{"role": "user", "content": "a"}], "response_format": '
-                            '{"type": "json_schema", "json_schema": {"schema": {"allOf": %s}}}}')):
-            assert httpx.post(f'{url}/{path}', content=(body % deep).encode()).status_code < 500, (path, depth)
+                           ('chat/completions', '{"messages": [{"role": "user", "content": "a"}], '
+                            '"response_format": {"type": "json_schema", '
+                            '"json_schema": {"schema": {"allOf": %s}}}}')):
+            reply = httpx.post(f'{url}/{path}', content=(body % deep).encode())
+            assert reply.status_code < 500, (path, depth)
 
 
 WORDS = st.sampled_from(['user', 'choice', 'score', 'predicate', 'noul', 'tone', 'spam', 'true', 'text',
@@ -369,8 +380,8 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | WORDS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12)
 BODY = st.fixed_dictionaries({}, optional={key: JSON for key in (
-    'messages', 'response_format', 'stream', 'logprobs', 'top_logprobs', 'n', 'tools', 'stream_options', 'input',
-    'questions', 'state', 'texts', 'model')}) | st.fixed_dictionaries({
+    'messages', 'response_format', 'stream', 'logprobs', 'top_logprobs', 'n', 'tools', 'stream_options',
+    'input', 'questions', 'state', 'texts', 'model')}) | st.fixed_dictionaries({
         'messages': st.just([{'role': 'user', 'content': 'a'}]),
         'response_format': st.fixed_dictionaries({'type': st.just('json_schema'),
                                                   'json_schema': st.fixed_dictionaries({'schema': JSON})}),
@@ -391,7 +402,7 @@ def test_no_json_makes_the_server_fail(url, path):
         throw()
 
 
-def test_a_key_is_asked_for(labeler):
+def test_a_wrong_or_missing_key_is_refused(labeler):
     service = Service(labeler, 'toy')
 
     async def go():
@@ -409,7 +420,7 @@ def test_a_key_is_asked_for(labeler):
     assert asyncio.run(go()) == [401, 401, 200, 401, 401, 401, 200]
 
 
-def test_texts_whose_caller_is_gone_are_left_out_and_too_many_are_refused(labeler):
+def test_texts_of_a_disconnected_caller_are_left_out_and_too_many_are_refused(labeler):
     service = Service(labeler, 'toy', max_waiting=10)
 
     async def go():
@@ -421,25 +432,25 @@ def test_texts_whose_caller_is_gone_are_left_out_and_too_many_are_refused(labele
         with pytest.raises(asyncio.CancelledError):
             await first
         assert service.n_waiting == 0
-        kept = asyncio.create_task(service.answer(['hello my friend'] * 4))
+        second = asyncio.create_task(service.answer(['hello my friend'] * 4))
         await asyncio.sleep(0)
         service.decoder.start()  # only now
-        return await kept
+        return await second
     answers = asyncio.run(go())
     assert len(answers) == 4
-    assert not any(bucket.get() for bucket in service.metrics.batch._buckets[3:])  # nobody decoded the six
+    assert not any(bucket.get() for bucket in service.metrics.batch._buckets[3:])  # the six were not decoded
 
 
-def test_a_decoder_that_fails_fails_its_texts_alone(labeler, monkeypatch):
+def test_if_the_decoder_fails_only_the_texts_under_way_fail(labeler, monkeypatch):
     service = Service(labeler, 'toy')
     monkeypatch.setattr(service.decoder, 'finish', lambda *args: 1 / 0)
-    replies = ask(service, ('/v1/label', {'texts': ['a']}))
+    replies = post_all(service, ('/v1/label', {'texts': ['a']}))
     monkeypatch.undo()
-    replies += ask(service, ('/v1/label', {'texts': ['a']}))
-    assert [reply.status_code for reply in replies] == [500, 200] and 'mistake' in replies[0].text
+    replies += post_all(service, ('/v1/label', {'texts': ['a']}))
+    assert [reply.status_code for reply in replies] == [500, 200] and 'internal error' in replies[0].text
 
 
-def test_a_client_that_hangs_up_and_sigterm_leave_nothing_behind(root):
+def test_a_disconnected_client_leaves_no_work_and_sigterm_finishes_requests(root):
     with serving(root) as (process, url):
         host, port = url.removeprefix('http://').removesuffix('/v1').split(':')
         body = json.dumps({'texts': [f'{n} hello' for n in range(1000)]}).encode()
@@ -449,11 +460,11 @@ def test_a_client_that_hangs_up_and_sigterm_leave_nothing_behind(root):
                 connection.sendall(sent)
                 time.sleep(0.05)
         for _ in range(100):
-            said = httpx.get(url.replace('/v1', '/metrics')).text
-            if 'student_waiting_texts 0.0' in said:
+            metrics = httpx.get(url.replace('/v1', '/metrics')).text
+            if 'student_waiting_texts 0.0' in metrics:
                 break
             time.sleep(0.05)
-        assert 'status="499"' in said and 'student_waiting_texts 0.0' in said
+        assert 'status="499"' in metrics and 'student_waiting_texts 0.0' in metrics
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(request.replace(b'HTTP/1.1\r\n', b'HTTP/1.1\r\nConnection: close\r\n'))
             time.sleep(0.1)
@@ -475,40 +486,41 @@ def test_a_client_that_hangs_up_and_sigterm_leave_nothing_behind(root):
     (['--min_confidence=target'], 'no target was set'), (['--port=70000'], 'port'),
     (['--upstream=http://x', '--audit=0.1'], 'upstream needs upstream_model'),
     (['--upstream=http://[::1', '--upstream_model=x', '--audit=0.1'], 'upstream: ')])
-def test_a_wrong_setting_ends_in_one_line(root, args, why):
+def test_a_wrong_setting_exits_with_a_message(root, args, why):
     assert why in one_line(run(root, 'serve/serve.py', *args))
 
 
 # -----------------------------------------------------------------------------
-# the LLM behind: another student, which speaks the same
+# upstream: another student, as an OpenAI-compatible server
 
 
-def test_what_the_student_is_unsure_of_goes_upstream_until_that_is_gone(root, truth):
-    sure = {text: min(due['_confidence'][name][value_name(due[name])] for name in FIELDS)
-            for text, due in truth.items()}
-    least = sum(sorted(sure.values())[1:3]) / 2
-    labeler, theirs = Labeler(root / 'out/toy', 'cpu', min_confidence=least), Labeler(root / 'out/other', 'cpu')
-    unsure = {text: p < least for text, p in sure.items()}
+def test_unsure_texts_go_upstream_and_get_the_students_answer_if_upstream_is_down(root, truth):
+    confidence = {text: min(record['_confidence'][name][value_name(record[name])] for name in FIELDS)
+                  for text, record in truth.items()}
+    threshold = sum(sorted(confidence.values())[1:3]) / 2
+    labeler = Labeler(root / 'out/toy', 'cpu', min_confidence=threshold)
+    upstream_labeler = Labeler(root / 'out/other', 'cpu')
+    unsure = {text: p < threshold for text, p in confidence.items()}
     messages = [{'messages': [{'role': 'user', 'content': text}], 'logprobs': True} for text in TEXTS]
     calls = [('/v1/chat/completions', body) for body in messages]
     assert {*unsure.values()} == {True, False}
     with serving(root, '--run=other') as (process, url):
         service = Service(labeler, 'toy', upstream=Upstream(url, 'other', 5.0, labeler.space, PROMPT))
-        replies = ask(service, *calls, ('/v1/systemone', {'state': TEXTS[0], 'questions': SYSTEM_ONE}),
+        replies = post_all(service, *calls, ('/v1/systemone', {'state': TEXTS[0], 'questions': SYSTEM_ONE}),
                       ('/v1/label', {'texts': ['\ud800'] * 3}))
-        assert replies.pop().status_code == 200 and not service.upstream.failures  # half a character
+        assert replies.pop().status_code == 200 and not service.upstream.failures  # a lone surrogate
         system_one = replies.pop()
-        for text, reply, due in zip(TEXTS, replies, theirs(TEXTS)):
-            due = due if unsure[text] else truth[text]
+        for text, reply, record in zip(TEXTS, replies, upstream_labeler(TEXTS)):
+            expected = record if unsure[text] else truth[text]
             assert reply.headers['x-answered-by'] == ('upstream' if unsure[text] else 'student')
             choice, = reply.json()['choices']
-            assert json.loads(choice['message']['content']) == {name: due[name] for name in FIELDS}
+            assert json.loads(choice['message']['content']) == {name: expected[name] for name in FIELDS}
             assert ''.join(t['token'] for t in choice['logprobs']['content']) == choice['message']['content']
         assert system_one.json()['answers']['kind']['noul'] in (0, 1) or not unsure[TEXTS[0]]
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         service = Service(labeler, 'toy', upstream=Upstream(url, 'other', 5.0, labeler.space, PROMPT))
-        for text, reply in zip(TEXTS, ask(service, *calls)):
+        for text, reply in zip(TEXTS, post_all(service, *calls)):
             assert reply.headers['x-answered-by'] == ('student-unsure' if unsure[text] else 'student')
             answer = json.loads(reply.json()['choices'][0]['message']['content'])
             assert answer == {name: truth[text][name] for name in FIELDS}
@@ -520,13 +532,13 @@ def test_what_the_student_is_unsure_of_goes_upstream_until_that_is_gone(root, tr
     *(b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s' % (len(body), body) for body in (
         b'', b'[]', b'{"choices": []}', b'{"choices": [{"message": {"content": null}}]}',
         b'{"choices": [{"message": {"content": "{\\"tone\\": \\"rude\\"}"}}]}', b'[' * 99999))])
-def test_an_upstream_that_is_slow_or_answers_nonsense_is_left_alone_after_three_times(labeler, reply):
+def test_an_upstream_that_fails_three_times_gets_no_requests_for_a_while(labeler, reply):
     async def go():
-        asked = 0
+        n_requests = 0
 
         async def handle(reader, writer):
-            nonlocal asked
-            asked += 1
+            nonlocal n_requests
+            n_requests += 1
             await reader.readuntil(b'\r\n\r\n')
             if reply is None:
                 await asyncio.sleep(5)
@@ -536,130 +548,136 @@ def test_an_upstream_that_is_slow_or_answers_nonsense_is_left_alone_after_three_
         server = await asyncio.start_server(handle, '127.0.0.1', 0)
         host, port = server.sockets[0].getsockname()
         upstream = Upstream(f'http://{host}:{port}/v1', 'x', 0.2, labeler.space, PROMPT)
-        answers = [await upstream.ask('hello') for _ in range(5)]
+        answers = [await upstream.answer('hello') for _ in range(5)]
         server.close()
-        return answers, asked
-    answers, asked = asyncio.run(go())
-    assert answers == [None] * 5 and asked == (5 if b'400' in (reply or b'') else 3)  # a text it does not like
+        return answers, n_requests
+    answers, n_requests = asyncio.run(go())
+    assert answers == [None] * 5
+    assert n_requests == (5 if b'400' in (reply or b'') else 3)  # 400: the fault of the text
 
 
-class Fixed:
-    """an upstream that says what it is told to."""
+class FakeUpstream:
+    """an upstream whose answers come from a function of the text."""
 
-    def __init__(self, answer):
-        self.answer = answer
+    def __init__(self, function):
+        self.function = function
 
-    async def ask(self, text):
-        return self.answer(text)
+    async def answer(self, text):
+        return self.function(text)
 
 
-def test_an_audit_measures_agreement_keeps_its_answers_and_defers_all_below_its_minimum(root, tmp_path):
+def test_an_audit_measures_agreement_keeps_answers_and_defers_everything_below_its_minimum(root, tmp_path):
     labeler = Labeler(root / 'out/toy', 'cpu')
-    ours = {text: {name: value for name, value in record.items() if name in FIELDS}
-            for text, record in zip(TEXTS, labeler(TEXTS))}
+    student_records = {text: {name: value for name, value in record.items() if name in FIELDS}
+                       for text, record in zip(TEXTS, labeler(TEXTS))}
     wrong = set()
-    upstream = Fixed(lambda text: ours[text] | ({'spam': not ours[text]['spam']} if text in wrong else {}))
-    kept = tmp_path / 'served.jsonl'
-    service = Service(labeler, 'toy', upstream=upstream, share=1.0, least=0.8, kept=kept)
+
+    def answer(text):
+        record = student_records[text]
+        return record | ({'spam': not record['spam']} if text in wrong else {})
+    upstream = FakeUpstream(answer)
+    kept_file = tmp_path / 'served.jsonl'
+    service = Service(labeler, 'toy', upstream=upstream, audit_share=1.0, audit_min=0.8, kept_file=kept_file)
     service.decoder.start()
 
     async def go(texts):
-        said = []
+        sources = []
         for text in texts:
             answer, = await service.answer([text])
-            said.append(answer.by)
+            sources.append(answer.by)
             await asyncio.gather(*service.auditing)
-        return said
+        return sources
     assert asyncio.run(go(TEXTS * 4)) == ['student'] * 20 and not service.audit.defer_all
     wrong.update(TEXTS[1:])
-    said = asyncio.run(go(TEXTS * 4))
+    sources = asyncio.run(go(TEXTS * 4))
     equal = list(service.audit.equal['spam'])
-    by_hand = [[text not in (set() if n < 4 else {*TEXTS[1:]}) for text in TEXTS] for n in range(8)]
-    assert equal == sum(by_hand, [])
-    assert said[0] == 'student' and said[-1] == 'upstream' and service.audit.defer_all
-    low, high = wilson(sum(equal), 40)
+    expected = [[text not in (set() if n < 4 else {*TEXTS[1:]}) for text in TEXTS] for n in range(8)]
+    assert equal == sum(expected, [])
+    assert sources[0] == 'student' and sources[-1] == 'upstream' and service.audit.defer_all
+    low, high = wilson_interval(sum(equal), 40)
     values = service.metrics.agreement
     assert [values.labels('spam', end)._value.get() for end in ('mean', 'low', 'high')] == [
         sum(equal) / 40, low, high]
     assert values.labels('tone', 'mean')._value.get() == 1.0
     wrong.clear()
-    assert asyncio.run(go(TEXTS * 30))[-1] == 'student'  # agreement is back, and so is the student
-    lines = list(read_texts(kept))
+    assert asyncio.run(go(TEXTS * 30))[-1] == 'student'  # agreement is high again
+    lines = list(read_texts(kept_file))
     assert len(lines) == 5 * 38 and all(set(answer) == set(FIELDS) for _, answer, _ in lines)
 
 
 def test_background_audits_are_bounded(labeler):
     async def go():
-        begun = []
+        started = []
 
         async def never(text):
-            begun.append(text)
+            started.append(text)
             await asyncio.sleep(60)
-        upstream = Fixed(None)
-        upstream.ask = never
-        service = Service(labeler, 'toy', upstream=upstream, share=1.0)
+        upstream = FakeUpstream(None)
+        upstream.answer = never
+        service = Service(labeler, 'toy', upstream=upstream, audit_share=1.0)
         service.decoder.start()
         await service.answer(['a'] * 50)
         await asyncio.sleep(0)
         for task in service.auditing:
             task.cancel()
-        return begun
-    assert len(asyncio.run(go())) == AUDITS
+        return started
+    assert len(asyncio.run(go())) == MAX_AUDITS
 
 
 def test_the_interval_is_wilsons():
     # R. G. Newcombe, Two-sided confidence intervals for the single proportion, Stat. Med. 17 (1998), table I
     for hits, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611),
                                (1, 29, 0.0061, 0.1718)):
-        assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
+        assert wilson_interval(hits, n) == pytest.approx((low, high), abs=1e-4)
 
 
 # -----------------------------------------------------------------------------
 # questions
 
 
-def test_the_text_in_the_teachers_prompt_is_found_and_nothing_else_is_taken_for_it():
+def test_the_text_in_the_teachers_prompt_is_found():
     def find(*messages):
-        said = [{'role': role, 'content': text} for role, text in messages]
-        return text_of_messages(said, PROMPT, 'messages')
+        return read_messages([{'role': role, 'content': text} for role, text in messages], PROMPT, 'messages')
     assert find(('user', PROMPT.replace('{text}', 'a b'))) == 'a b'
     assert find(('user', PROMPT.replace('{text}', 'a b').strip().replace('\n', '\r\n') + ' \n')) == 'a b'
-    for end in (len('Label the text.'), len('Label the text.\nText:')):  # what lies between may be given up
+    for end in (len('Label the text.'), len('Label the text.\nText:')):  # the space may be left out
         assert find(('system', PROMPT[:end]), ('user', PROMPT[end:].strip().replace('{text}', 'x'))) == 'x'
     assert find(('user', 'Label the text. Text: a')) == 'Label the text. Text: a'
     assert find(('user', 'one'), ('assistant', 'x'), ('user', 'two')) == 'two'
     assert find(('user', PROMPT.replace('{text}', ''))) == ''
-    assert text_of_state({'a': [{'b': 'x'}]}) == 'x' and text_of_state('y') == 'y'
-    assert json.loads(text_of_state({'a': 'x', 'b': 1})) == {'a': 'x', 'b': 1}
+    assert read_state({'a': [{'b': 'x'}]}) == 'x' and read_state('y') == 'y'
+    assert json.loads(read_state({'a': 'x', 'b': 1})) == {'a': 'x', 'b': 1}
 
 
 @pytest.mark.parametrize('name, kind, options, field, numbers', [
     (None, 'choice', ['friend', 'friendly', 'neutral'], 'tone', [2, 1, 0]),
     ('q7', 'choice', ['toxic', 'respectful'], 'kind', [1, 0]),
     ('spam', 'choice', ['no', 'yes'], 'spam', [1, 0]), ('kind', 'choice', ['yes', 'no'], 'kind', [1, 0]),
-    ('spam', 'yes', [], 'spam', [0]), ('toxic', 'yes', [], 'kind', [1]),
+    ('spam', 'yes-or-no', [], 'spam', [0]), ('toxic', 'yes-or-no', [], 'kind', [1]),
     ('stars', 'score', list('xyz'), 'stars', [1, 0, 2]), (None, 'score', list('123'), 'stars', [1, 0, 2]),
     (None, 'choice', list('123'), 'stars', [1, 0, 2]), ('mood', 'score', list('xyz'), 'mood', [0, 1, 2]),
-    ('stars', 'score', list('321'), 'stars', [2, 0, 1]), ('q', 'score', ['high', 'mid', 'low'], 'mood', [2, 1, 0])])
-def test_questions_find_their_field(labeler, name, kind, options, field, numbers):
-    question = find_field(labeler.space, name, kind, options, MEANING['true_value'], MEANING['ordered'], ('q',))
+    ('stars', 'score', list('321'), 'stars', [2, 0, 1]),
+    ('q', 'score', ['high', 'mid', 'low'], 'mood', [2, 1, 0])])
+def test_questions_are_matched_to_their_field(labeler, name, kind, options, field, numbers):
+    question = match_question(labeler.space, name, kind, options, MEANING['true_value'], MEANING['ordered'],
+                              ('q',))
     assert (question.field, question.numbers) == (field, numbers)
 
 
 @pytest.mark.parametrize('name, kind, options', [
-    ('tone', 'choice', ['toxic', 'respectful']), (None, 'yes', []), ('mood', 'yes', []),
+    ('tone', 'choice', ['toxic', 'respectful']), (None, 'yes-or-no', []), ('mood', 'yes-or-no', []),
     ('tone', 'score', list('abc')), ('stars', 'score', ['a', 'b']), (None, 'score', list('abc')),
     ('mood', 'score', ['low', 'b', 'c']),
     ('q', 'choice', ['friend', 'friend', 'neutral']),
     ('tone', 'choice', []), ('q', 'choice', ['yes', 'no']), (None, 'choice', [True, False, 'x'])])
 def test_questions_without_a_field_are_refused(labeler, name, kind, options):
     with pytest.raises(Refusal) as refusal:
-        find_field(labeler.space, name, kind, options, MEANING['true_value'], MEANING['ordered'],
+        match_question(labeler.space, name, kind, options, MEANING['true_value'], MEANING['ordered'],
                    ('questions', 3))
     assert refusal.value.status == 422 and refusal.value.where == ('questions', 3)
 
 
-def test_confidences_are_0_where_all_is_alike_and_1_for_certainty():
+def test_confidence_is_0_if_all_options_are_equally_likely_and_1_if_one_is_certain():
     for confidence in (choice_confidence, score_confidence):
         for n in range(2, 7):
             assert confidence([0.0] * (n - 1) + [1.0]) == 1
@@ -668,27 +686,37 @@ def test_confidences_are_0_where_all_is_alike_and_1_for_certainty():
     assert score_confidence([0.8, 0.2, 0.0]) == pytest.approx(1 - 0.2 / (2 / 3))
 
 
-def test_a_schema_is_read_once(labeler):
+def test_schemas_are_read_and_impossible_ones_are_refused(labeler):
     form = {'type': 'json_schema', 'json_schema': {'schema': {'properties': {'mood': {'type': 'string'}}}}}
-    assert fields_of_format(form, labeler.space) == ('mood',)
-    twice = {f'a{n}': {'allOf': [{'$ref': f'#/$defs/a{n + 1}'}] * 2} for n in range(40)} | {'a40': {}}
+    assert read_response_format(form, labeler.space) == ('mood',)
+    doubling = {f'a{n}': {'allOf': [{'$ref': f'#/$defs/a{n + 1}'}] * 2} for n in range(40)} | {'a40': {}}
     for schema in ({'$ref': '#'}, {'properties': 5}, {'allOf': [{'$ref': '#/x'}]}, {'required': 1},
-                   {'$defs': twice, '$ref': '#/$defs/a0'}, {'$defs': {'a': {'$ref': '#/$defs/a'}}, '$ref': '#/$defs/a'},
+                   {'$defs': doubling, '$ref': '#/$defs/a0'},
+                   {'$defs': {'a': {'$ref': '#/$defs/a'}}, '$ref': '#/$defs/a'},
                    {'allOf': [{}] * 2000}, {'$defs': 3}, {'items': {'$id': 'http://x'}},
                    {'not': {'properties': {'kind': {'const': 'toxic'}, 'mood': {'const': 'mid'}}}}):
         with pytest.raises(Refusal) as refusal:
-            fields_of_format({'type': 'json_schema', 'json_schema': {'schema': schema}}, labeler.space)
+            read_response_format({'type': 'json_schema', 'json_schema': {'schema': schema}}, labeler.space)
         assert refusal.value.status == 400
     tone = {'enum': FIELDS['tone'], 'type': 'string'}
     form = {'schema': {'$defs': {'Tone': tone}, 'properties': {'tone': {'$ref': '#/$defs/Tone'}}}}
-    assert fields_of_format({'type': 'json_schema', 'json_schema': form}, labeler.space) == ('tone',)
+    assert read_response_format({'type': 'json_schema', 'json_schema': form}, labeler.space) == ('tone',)
 
 
-def test_the_bench_says_a_line_for_each_load(root, labeler, monkeypatch, capsys):
+def test_the_bench_prints_a_line_for_each_load(root, labeler, monkeypatch, capsys):
     monkeypatch.chdir(root)
     bench_serve(['--name=toy'], labeler.student, labeler.space, TEXTS, labeler.space.to_json, 8, 1)
-    lines = [dict(part.split('=') for part in line.split()[1:]) for line in capsys.readouterr().out.splitlines()]
+    stdout = capsys.readouterr().out
+    lines = [dict(part.split('=') for part in line.split()[1:]) for line in stdout.splitlines()]
     loads = [(line['clients'], line['texts']) for line in lines if line['what'] == 'serve']
     assert loads == [('1', '1'), ('8', '1'), ('64', '1'), ('1', '32'), ('8', '32'), ('64', '32')]
     assert [line['what'] for line in lines if line['what'] != 'serve'] == ['decoder', 'generate']
-    assert all(0 < float(line['p50_ms']) <= float(line['p99_ms']) and float(line['answers_s']) > 0 for line in lines)
+    for line in lines:
+        assert 0 < float(line['p50_ms']) <= float(line['p99_ms']) and float(line['answers_s']) > 0
+
+
+@pytest.mark.parametrize('options, numbers', [
+    ([True, 'true', 'no'], [0, 1, 2]), (['no', True, 'true'], [2, 0, 1]), (['true', '"true"', '"no"'], [0, 1, 2])])
+def test_values_that_print_alike_are_different_options(tokenizer, options, numbers):
+    space = OutputSpace(tokenizer, {'answer': [True, 'true', 'no']})
+    assert match_question(space, 'answer', 'choice', options, {}, [], ('questions', 0)).numbers == numbers
