@@ -1,10 +1,10 @@
 """The pictures and figures of docs/how.md: one record, from the teacher to the student's answer.
 
     python docs/pictures.py config/chitchat_270m.py             # two minutes on 2 cores
-    python docs/pictures.py config/chitchat_270m.py --train=False  # with the checkpoints of the last time
+    python docs/pictures.py config/chitchat_270m.py --train=False  # with the checkpoints of the last run
 
-Needs what extract.py made. Trains the config's student as out/how, keeps its checkpoint after some epochs,
-prints the figures that how.md quotes and writes how_record.png, how_automaton.png and how_gradient.png.
+Needs the records that extract.py made. Trains the config's student as out/how and keeps its checkpoint after
+some epochs. Prints the figures of how.md, and writes how_record.png, how_automaton.png and how_gradient.png.
 """
 import json
 import os
@@ -32,28 +32,28 @@ from train import distill_loss
 name = ''              # data/<dataset>/<name>-* has the records
 dataset = ''
 run = 'how'            # the student is out/<run>
-train = True           # train it; False: it is there
-epochs = [1, 6, 12]    # it is looked at after these; the last of them answers
-record = 16            # a held-out one of those whose logsumexp is stored. In config/chitchat_270m.py its
-                       # first decision is a near tie and its second is clear
-near = 0.25            # a near tie: so many logits or less between the two likeliest legal tokens
+train = True           # train the student; False: use the checkpoints that exist
+epochs = [1, 6, 12]    # its checkpoints after these are used; the last one answers
+record = 16            # a held-out one whose logsumexp is stored. In config/chitchat_270m.py its first
+                       # decision is a near tie and its second is clear
+near = 0.25            # logits; a near tie has this margin or less between its two likeliest legal tokens
 small = {'tone': ['neutral', 'friendly'], 'spam': [True, False]}  # the schema whose automaton is drawn
 config = configure(globals())
 
 DOCS = Path(__file__).resolve().parent
-TAUS = *np.geomspace(0.05, 2, 60), 0.1, 0.3, 1.0, 2.0           # drawn; the last four are printed
+TAUS = *np.geomspace(0.05, 2, 60), 0.1, 0.3, 1.0, 2.0           # the last four are printed, the others drawn
 
 
 def train_student(out, epochs):
-    """trains with train.py on this command's config files and keeps out/epoch_<n>/ckpt.pt of these epochs: a
-    second name of the file, which train.py replaces but never changes."""
+    """trains with train.py on the config files of this command. Keeps out/epoch_<n>/ckpt.pt of these epochs,
+    as a hard link: train.py replaces its checkpoint and never changes one."""
     path, link, seen, ended = out / 'ckpt.pt', out / 'link.tmp', None, False
     for old in (path, link, *out.glob('epoch_*/ckpt.pt')):
         old.unlink(missing_ok=True)
     files = [arg for arg in sys.argv[1:] if arg.endswith('.py')]
     training = subprocess.Popen([sys.executable, 'train.py', *files, f'--run={out.name}', '--overwrite=True'])
     while not ended:
-        ended = training.poll() is not None  # asked first, or the last file could be missed
+        ended = training.poll() is not None  # before the look at the file, or the last one could be missed
         if path.exists() and path.stat().st_mtime_ns != seen:
             os.link(path, link)
             seen, facts = link.stat().st_mtime_ns, torch.load(link, 'cpu', weights_only=True, mmap=True)
@@ -69,107 +69,109 @@ def train_student(out, epochs):
         stop('the training failed')
 
 
-def shown(space, outs):
-    """the text of output indices, on one line."""
+def decode_text(space, outs):
+    """output indices -> their text, on one line."""
     text = space.tokenizer.decode([space.output_ids[o] for o in outs], skip_special_tokens=False)
     return text.replace('\n', r'\n')
 
 
-def margins(shards, space, rows):
-    """of every answer token of these records, in their order: logits between the teacher's two likeliest
-    legal tokens, inf where only one is legal."""
+def measure_margins(shards, space, rows):
+    """the margin of every answer token of these records, in their order, (n,): logits between the teacher's
+    two likeliest legal tokens, inf for a forced token."""
     states = [state for i in rows for state in space.states_before(shards.answer(i).tolist())]
     logits = torch.from_numpy(np.concatenate([shards.answer(i, 'logits') for i in rows]).astype(np.float32))
     best = logits.masked_fill(space.next_state[states] < 0, -torch.inf).topk(2).values  # (n, 2)
     return (best[:, 0] - best[:, 1]).numpy()
 
 
-def kept_mass(shards, i):
-    """(n,) the share of the teacher's probability that is on the kept tokens; nan where it is not known."""
+def measure_kept_mass(shards, i):
+    """the share of the teacher's probability on the kept tokens at each answer token of record i, (n,); nan
+    if its logsumexp is not stored."""
     top, lse = shards.answer(i, 'stats').T
     return np.exp(shards.answer(i, 'logits').astype(np.float32) + (top - lse)[:, None]).sum(1)
 
 
-def gradients(logits, teacher, tau):
-    """(n, V) each -> (n,) norm of tau (q_tau - p_tau), which tau^2 KL_tau has as its gradient."""
+def gradient_norms(logits, teacher, tau):
+    """logits, teacher (n, V) -> (n,) norm of tau (q_tau - p_tau), the gradient of tau^2 KL_tau."""
     return (tau * ((logits / tau).softmax(-1) - (teacher / tau).softmax(-1))).norm(dim=-1).numpy()
 
 
 # -----------------------------------------------------------------------------
-# what is printed
+# printed figures
 
 
 def print_record(shards, space, i):
-    """what is stored of a record, and the row that the student reads."""
+    """prints what is stored of record i, and the row that the student reads."""
     ids, outs = shards.ids(i).tolist(), shards.answer(i).tolist()
     comma = lambda numbers: ','.join(map(str, numbers))
     print('text:', space.tokenizer.decode(ids))
     print('tokens:', *map(space.tokenizer.id_to_token, ids))
-    print('answer:', *(shown(space, [o]) for o in outs))
+    print('answer:', *(decode_text(space, [o]) for o in outs))
     print(data_line('record', {
         'number': i, 'text_tokens': len(ids), 'answer_tokens': len(outs), 'V': len(space.output_ids),
         'required': space.n_required, 'vocab': shards.meta['vocab_size'],
         'before': len(shards.meta['before']), 'after': comma(shards.meta['after'])}))
     sizes = {what: shards.answer(i, what).nbytes for what in ('output', 'logits', 'stats')}
-    whole = len(outs) * shards.meta['vocab_size'] * 2           # were the logits of every token kept
+    whole = len(outs) * shards.meta['vocab_size'] * 2           # if the logits of every token were kept
     print(data_line('bytes', {'input': shards.ids(i).nbytes, **sizes, 'whole_logits': whole}))
     idx, targets, _ = shards.batch([i], [shards.meta['start_id']])
     print(data_line('row', {'idx': comma(idx[0].tolist()), 'targets': comma(targets[0].tolist())}))
-    for k, (state, mass) in enumerate(zip(space.states_before(outs), kept_mass(shards, i).tolist())):
+    for k, (state, mass) in enumerate(zip(space.states_before(outs), measure_kept_mass(shards, i).tolist())):
         if len(legal := list(space.transitions[state])) > 1:
             top, lse = shards.answer(i, 'stats')[k].tolist()
             logits = torch.from_numpy(shards.answer(i, 'logits')[k].astype(np.float32))
             print(data_line('decision', {
-                'field': space.field[state], 'position': k, 'chosen': shown(space, [outs[k]]), 'top': top,
-                'lse': lse, 'kept': mass, 'of_all': (logits[outs[k]] + top - lse).exp().item(),
+                'field': space.field[state], 'position': k, 'chosen': decode_text(space, [outs[k]]),
+                'top': top, 'lse': lse, 'kept': mass, 'of_all': (logits[outs[k]] + top - lse).exp().item(),
                 'of_kept': logits.softmax(0)[outs[k]].item(),
                 'of_legal': logits[legal].softmax(0)[legal.index(outs[k])].item()}))
 
 
 def print_outside(shards, space):
-    """how much of the teacher's probability is on no kept token, of the records where that is known."""
+    """prints how much of the teacher's probability is on no kept token, over the records whose logsumexp is
+    stored."""
     missed = {}
     for i in range(len(shards)):
-        for state, p in zip(space.states_before(shards.answer(i).tolist()), kept_mass(shards, i)):
+        for state, p in zip(space.states_before(shards.answer(i).tolist()), measure_kept_mass(shards, i)):
             if not np.isnan(p):
                 missed.setdefault(space.field[state] or 'json', []).append(1 - p)
     mean = float(np.mean(sum(missed.values(), [])))
     print(data_line('outside', {'steps': sum(map(len, missed.values())), 'mean': mean,
                                 **{field: float(np.mean(p)) for field, p in missed.items()}}))
     wanted = Counter(shards.meta.get('missing', {})).most_common(8)
-    print('most wanted of them:', *(repr(space.tokenizer.decode([int(token)])) for token, _ in wanted))
+    print('likeliest of those tokens:', *(repr(space.tokenizer.decode([int(token)])) for token, _ in wanted))
 
 
-def print_shares(students, shards, space, rows):
-    """how the gradient of the divergence divides among the answer tokens of these records: near ties, other
-    decisions, forced tokens. Sums of norms."""
-    margin = margins(shards, space, rows)
+def print_gradient_shares(students, shards, space, rows):
+    """prints the shares of near ties, other decisions and forced tokens in the gradient of the KL: sums of
+    norms over the answer tokens of these records."""
+    margin = measure_margins(shards, space, rows)
     kinds = {'ties': margin <= near, 'clearer': (margin > near) & (margin < np.inf),
              'forced': margin == np.inf}
-    count = {kind: int(some.sum()) for kind, some in kinds.items()}
+    count = {kind: int(mask.sum()) for kind, mask in kinds.items()}
     idx, targets, teacher = shards.batch(rows, next(iter(students.values())).config.start)
     ce = F.cross_entropy(teacher, targets[targets >= 0]).item()  # of a student that equals its teacher
     print(data_line('tokens', {'records': len(rows), 'all': len(margin), **count, 'teacher_ce': ce}))
     for epoch, student in students.items():
         logits = student(idx, targets)                          # (n, V)
         for tau in TAUS[-4:]:
-            norm = gradients(logits, teacher, tau)
-            share = {kind: float(norm[some].sum() / norm.sum()) for kind, some in kinds.items()}
+            norm = gradient_norms(logits, teacher, tau)
+            share = {kind: float(norm[mask].sum() / norm.sum()) for kind, mask in kinds.items()}
             print(data_line('share', {'epoch': epoch, 'tau': float(tau), **share}))
 
 
 def print_answer(student, shards, space, i, rows):
-    """the student's own answer to a record, and how far chance moves `field` on these records."""
+    """prints the student's answer to record i, and the standard error of `field` on these records."""
     (outs, decisions), = decode(student, space, [shards.ids(i).tolist()])
     print('student:', json.dumps(space.to_json(outs)))
-    sure = confidence_of(space.fields, decisions)
-    print(data_line('decode', {'tokens': len(outs), 'passes': len(decisions), **sure}))
+    confidence = confidence_of(space.fields, decisions)
+    print(data_line('decode', {'tokens': len(outs), 'passes': len(decisions), **confidence}))
     figures, _, answers, _ = evaluate(student, space, shards, rows)
-    theirs = field_texts(space, [shards.answer(n).tolist() for n in rows])
-    right = same_values(field_texts(space, answers), theirs).mean(1)  # (N,) share of a record's fields
+    teacher_texts = field_texts(space, [shards.answer(n).tolist() for n in rows])
+    right = same_values(field_texts(space, answers), teacher_texts).mean(1)  # (N,) share of a record's fields
     field, n = figures['field'], len(rows)
     print(data_line('error', {'records': n, 'field': field, 'by_record': float(right.std() / n ** 0.5),
-                              'were_fields_independent': (field * (1 - field) / n / len(sure)) ** 0.5}))
+                              'were_fields_independent': (field * (1 - field) / n / len(confidence)) ** 0.5}))
 
 
 # -----------------------------------------------------------------------------
@@ -177,25 +179,26 @@ def print_answer(student, shards, space, i, rows):
 
 
 def draw_record(plt, students, shards, space, i, positions):
-    """the legal tokens at some positions of the answer: the teacher's probabilities beside the students',
-    each given the teacher's tokens before."""
+    """draws the probabilities of the legal tokens at some positions of record i, given the teacher's tokens
+    before them: the teacher's beside those of the students."""
     idx, targets, teacher = shards.batch([i], next(iter(students.values())).config.start)
     outs = targets[targets >= 0]
     logits = {'teacher': teacher} | {f'epoch {n}': student(idx, targets) for n, student in students.items()}
     colors = 'black', *plt.cm.Blues(np.linspace(0.35, 0.9, len(students)))
     fig, axes = plt.subplots(len(positions), figsize=(8, 6.6))
     for ax, k in zip(axes, positions):
-        state, margin = space.states_before(outs.tolist())[k], margins(shards, space, [i])[k]
+        state, margin = space.states_before(outs.tolist())[k], measure_margins(shards, space, [i])[k]
         legal = list(space.transitions[state])
-        for n, (who, of_all) in enumerate(logits.items()):
+        for n, (model, of_all) in enumerate(logits.items()):
             p = of_all[k, legal].softmax(0).tolist()
             _, kl, ce, _ = distill_loss(of_all[[k]], teacher[[k]], outs[[k]], kl_weight=1.0)
-            print(data_line('bars', {'position': k, 'who': who.replace(' ', '_'), 'kl': kl.item(),
-                                     'ce': ce.item(), **{shown(space, [o]): x for o, x in zip(legal, p)}}))
-            label = f'student, {who}' if n else who
+            print(data_line('bars', {'position': k, 'who': model.replace(' ', '_'), 'kl': kl.item(),
+                                     'ce': ce.item(),
+                                     **{decode_text(space, [o]): x for o, x in zip(legal, p)}}))
+            label = f'student, {model}' if n else model
             bars = ax.bar(np.arange(len(legal)) + 0.2 * (n - 1.5), p, 0.19, label=label, color=colors[n])
             ax.bar_label(bars, fmt='%.2f', fontsize=8, padding=1)
-        ax.set_xticks(range(len(legal)), [repr(shown(space, [o])) for o in legal])
+        ax.set_xticks(range(len(legal)), [repr(decode_text(space, [o])) for o in legal])
         ax.set_title(f'{space.field[state]}: the two likeliest are {margin:.2f} logits apart', fontsize=10)
         ax.set(ylabel='probability', ylim=(0, ax.get_ylim()[1] * (1.2 if ax is axes[0] else 1.04)))
         ax.spines[['top', 'right']].set_visible(False)
@@ -206,16 +209,16 @@ def draw_record(plt, students, shards, space, i, positions):
 
 
 def draw_automaton(plt, space):
-    """the states of a small schema from left to right; what is forced is one arrow."""
+    """draws the states of a small schema from left to right; a run of forced tokens is one arrow."""
     x, todo, arrows = {0: 0}, [0], []                           # x: where each state is drawn
     while todo:
         state = todo.pop(0)
-        ways = [([o], after) for o, after in space.transitions[state].items()]
-        if len(ways) == 1:
-            ways = [space.forced_runs[state]]
-        for n, (outs, after) in enumerate(ways):
-            bend = 0.8 * (n / (len(ways) - 1) - 0.5) if len(ways) > 1 else 0
-            arrows.append((state, after, outs, bend, len(ways) > 1))
+        branches = [([o], after) for o, after in space.transitions[state].items()]
+        if len(branches) == 1:
+            branches = [space.forced_runs[state]]
+        for n, (outs, after) in enumerate(branches):
+            bend = 0.8 * (n / (len(branches) - 1) - 0.5) if len(branches) > 1 else 0
+            arrows.append((state, after, outs, bend, len(branches) > 1))
             if after not in x:
                 x[after] = len(x)
                 todo.append(after)
@@ -226,7 +229,7 @@ def draw_automaton(plt, space):
             'arrowstyle': '-|>', 'connectionstyle': f'arc3,rad={bend}', 'shrinkA': 15, 'shrinkB': 15,
             'color': 'tab:orange' if choice else 'grey', 'lw': 1.6})
         y, side = -bend * (x[after] - x[state]) / 2, 'top' if bend > 0 else 'bottom'
-        ax.text(middle, y - 0.05 if bend > 0 else y + 0.05, shown(space, outs), ha='center', va=side,
+        ax.text(middle, y - 0.05 if bend > 0 else y + 0.05, decode_text(space, outs), ha='center', va=side,
                 fontsize=11, family='monospace')
         if not choice:
             ax.text(middle, -0.06, f'{len(outs)} forced tokens', ha='center', va='top', fontsize=9,
@@ -245,19 +248,19 @@ def draw_automaton(plt, space):
 
 
 def draw_gradient(plt, students, shards, i, positions):
-    """the gradient of tau^2 KL_tau at two positions of a record against tau: by autograd, and as the formula
-    has it."""
+    """draws the norm of the gradient of tau^2 KL_tau against tau, at two positions of record i: by autograd
+    and by the formula."""
     idx, targets, teacher = shards.batch([i], next(iter(students.values())).config.start)
     outs = targets[targets >= 0]
     fig, axes = plt.subplots(1, len(students), figsize=(9, 3.6), sharey=True)
     for ax, (epoch, student) in zip(axes, students.items()):
         logits = student(idx, targets).requires_grad_()         # (n, V)
-        measured, formula = [], []                              # of each temperature (n,)
+        measured, formula = [], []                              # (n,) for each temperature
         for tau in TAUS:
             with torch.enable_grad():
                 loss, *_ = distill_loss(logits, teacher, outs, kl_weight=1.0, temperature=tau)
             measured.append(torch.autograd.grad(loss, logits)[0].norm(dim=-1).numpy())
-            formula.append(gradients(logits, teacher, tau))
+            formula.append(gradient_norms(logits, teacher, tau))
         measured, formula = np.array(measured)[:, positions], np.array(formula)[:, positions]
         for n, kind in enumerate(('a near tie', 'a clear case')):
             ax.plot(TAUS[:-4], measured[:-4, n], label=kind, color=f'C{n}')
@@ -278,20 +281,21 @@ def draw_gradient(plt, students, shards, i, positions):
 if __name__ == '__main__':
     plt = start_drawing()
     if not name or not plt:
-        stop('needs matplotlib' if name else 'no task; run: python docs/pictures.py config/chitchat_270m.py')
+        stop('matplotlib is missing; run: pip install matplotlib' if name else
+             'no task; run: python docs/pictures.py config/chitchat_270m.py')
     try:
         shards = Shards(dataset, name)
     except (FileNotFoundError, ValueError) as error:
         stop(f'{error}; run extract.py on this config')
     out, rows = Path('out', run), shards.split()[1]
-    if record not in rows or np.isnan(kept_mass(shards, record)).any():
+    if record not in rows or np.isnan(measure_kept_mass(shards, record)).any():
         stop(f'record {record} is not held out, or its logsumexp is not stored; choose another --record')
     if train:
         train_student(out, epochs)
     students = {}
     for epoch in epochs:
         _, students[epoch], space = load_checkpoint(out / f'epoch_{epoch}', 'cpu')
-    margin = margins(shards, space, [record])
+    margin = measure_margins(shards, space, [record])
     decided = np.flatnonzero(margin < np.inf)
     positions = [decided[0], decided[margin[decided].argmax()]]  # the first decision, and the clearest one
     first_last = {epoch: students[epoch] for epoch in (epochs[0], epochs[-1])}
@@ -301,5 +305,5 @@ if __name__ == '__main__':
         draw_automaton(plt, OutputSpace(space.tokenizer, small))
         draw_record(plt, students, shards, space, record, positions)
         draw_gradient(plt, first_last, shards, record, positions)
-        print_shares(first_last, shards, space, rows)
+        print_gradient_shares(first_last, shards, space, rows)
         print_answer(students[epochs[-1]], shards, space, record, rows)

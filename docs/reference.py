@@ -1,14 +1,14 @@
-"""A teacher of the shape of Gemma 3 4B with random weights, to measure what the reference set-up costs.
+"""A teacher with the shape of Gemma 3 4B and random weights, to measure the cost of the reference set-up.
 
     python docs/reference.py                                    # data/teachers/gemma-3-4b-random, 7.8 GB
     python data/reddit/prepare.py
     python extract.py config/reddit.py --teacher=data/teachers/gemma-3-4b-random --chat=False \
         --max_records=768 --compile=True
     python train.py config/reddit.py --max_epochs=4 --eval_records=32
-    python docs/reference.py --records=500000   # the hours they and 15 epochs take at these rates
-    python docs/reference.py --decode=True      # and the speed of the student, alone, beside the teacher's
+    python docs/reference.py --records=500000   # the hours of these and 15 epochs at the measured rates
+    python docs/reference.py --decode=True      # the speed of student and teacher, one text at a time
 
-Its answers mean nothing; what they cost is what those of the real one would, see docs/scale.md. The tokenizer
+Its answers mean nothing, but they cost as much as those of the real teacher, see docs/scale.md. The tokenizer
 is that of Gemma 3 270M, which is the same.
 """
 import runpy
@@ -32,18 +32,20 @@ from distil.engine import peak_memory_gb
 from distil.space import OutputSpace
 from distil.teacher import encode_prompt, load_model, load_tokenizer
 from model import Student, StudentConfig
-from tools.bench import clock, generate_constrained, stepwise
+from tools.baselines import generate_constrained, stepwise
+from tools.bench import clock
 
-records = 0            # 0..; how many to reckon with; 0: make the teacher
+records = 0            # 0..; records whose hours are estimated; 0: make the teacher
 epochs = 15            # 1..
-decode = False         # measure how fast both answer one text at a time; in bfloat16 it takes 11 GB of memory
+decode = False         # measure the speed of student and teacher, one text at a time; 11 GB in bfloat16
 config = configure(globals())
 
 FOLDER = Path('data/teachers/gemma-3-4b-random')
 
 
 def write_teacher(folder):
-    """the config is that of google/gemma-3-4b-it, its vision part left out."""
+    """writes the teacher and its tokenizer to a folder. Its config is that of google/gemma-3-4b-it without
+    the vision part."""
     full = {'rope_type': 'linear', 'factor': 8.0, 'rope_theta': 1e6}
     shape = Gemma3TextConfig(
         vocab_size=262208, hidden_size=2560, intermediate_size=10240, num_hidden_layers=34,
@@ -63,23 +65,24 @@ def write_teacher(folder):
     print(f'{sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion parameters in {folder}')
 
 
-def hours(records, epochs, extraction, log):
-    """a line, from the rates that extract.py and train.py left behind."""
+def estimate_hours(records, epochs, extraction, log):
+    """a data line with the hours of this many records and epochs, from the rates that extract.py and train.py
+    stored. extraction: a shard's folder; log: a run's log.txt."""
     timed = read_meta(extraction)['timed']
     steps = [dict(part.split('=') for part in line.split()[1:]) for line in log.read_text().splitlines()
              if line.startswith('train ')]
     rec_s = timed['records'] / timed['seconds']
     step_s = float(np.median([float(s['ms']) for s in steps])) / 1e3
-    # of ten records nine are trained on, in batches of 64
+    # nine of ten records are trained on, in batches of 64
     extract, train = records / rec_s / 3600, epochs * 0.9 * records / 64 * step_s / 3600
     return data_line('reference', {'rec_s': rec_s, 'step_s': step_s, 'extract_hours': extract,
                                    'train_hours': train, 'hours': extract + train})
 
 
-def speeds(folder, task, texts, comments):
-    """a line with answer tokens/s, one text at a time: the student of config/reddit.py, as it decodes and one
-    token at a time, beside `generate` of the teacher, held to the schema. Medians over the texts.
-    student_rec_s: texts/s of 128 of the comments at a time."""
+def measure_speeds(folder, task, texts, comments):
+    """a data line with answer tokens/s, one text at a time, medians over the texts: the student of
+    config/reddit.py by its own decoder and one token at a time, the teacher by `generate`, held to the
+    schema. student_rec_s: texts/s with 128 of the comments at a time."""
     tokenizer, teacher = load_tokenizer(str(folder)), load_model(str(folder), pick_dtype('auto', 'cpu'))
     before, after, _ = encode_prompt(tokenizer, task['prompt'], chat=False)
     style = tokenizer.backend_tokenizer, task['fields'], task['indent'], task['fence'], None
@@ -91,11 +94,11 @@ def speeds(folder, task, texts, comments):
     prompt = {'before': before, 'after': after}
     for text in tqdm([texts[0], *texts], desc='decode', unit='text'):  # the first warms up
         ids = tokenizer(text, add_special_tokens=False)['input_ids']
-        for who, way in (('student', lambda: generate(student, space, [ids])),
-                         ('stepwise', lambda: stepwise(student, space, [ids])),
-                         ('teacher', lambda: generate_constrained(teacher, space, prompt, [ids]))):
-            seconds, (outs,) = clock(way, 'cpu')
-            rates[who].append(len(outs) / seconds)
+        for decoder, work in (('student', lambda: generate(student, space, [ids])),
+                              ('stepwise', lambda: stepwise(student, space, [ids])),
+                              ('teacher', lambda: generate_constrained(teacher, space, prompt, [ids]))):
+            seconds, (outs,) = clock(work, 'cpu')
+            rates[decoder].append(len(outs) / seconds)
     student_s, stepwise_s, teacher_s = (float(np.median(values[1:])) for values in rates.values())
     encoded = (tokenizer(text, add_special_tokens=False)['input_ids'] for text in comments)
     room = task['block_size'] - space.max_answer
@@ -112,13 +115,13 @@ if __name__ == '__main__':
         texts = 'You are the best, thank you!', 'Nobody asked for this.', 'It rained all day.'
         comments = (text for text, *_ in read_texts('data/reddit/input.jsonl'))
         try:
-            print(speeds(FOLDER, runpy.run_path('config/reddit.py'), texts, comments))
+            print(measure_speeds(FOLDER, runpy.run_path('config/reddit.py'), texts, comments))
         except FileNotFoundError as error:
             stop(f'{error.filename} does not exist; run: python data/reddit/prepare.py')
     elif not records:
         write_teacher(FOLDER)
     else:
         try:
-            print(hours(records, epochs, Path('data/reddit/reddit-00'), Path('out/reddit/log.txt')))
+            print(estimate_hours(records, epochs, Path('data/reddit/reddit-00'), Path('out/reddit/log.txt')))
         except FileNotFoundError as error:
             stop(f'{error.filename} does not exist; run extract.py and train.py as above')
