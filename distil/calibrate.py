@@ -1,28 +1,34 @@
-"""The teacher's habit: what it likes to say whatever the text, measured and taken off. (Batch calibration,
+"""Calibration: the bias that a teacher has whatever the text, measured and subtracted. (Batch calibration,
 Zhou et al. 2023, https://arxiv.org/abs/2309.17249.)
 
-A language model that labels has favourites: the words of the last example, the commoner word. At each
-decision of the answer's automaton (space.py) the mean probability of every legal token over a few hundred
-texts is that habit. If the values' true shares are the prior's, then
+A language model that labels is biased: to the words of the last example in its prompt, to the more common
+word. At each decision of the answer's automaton (space.py) the mean probability of every legal token over a
+few hundred texts measures that bias. The prior is the true share of each value, so far as it is known. With
 
     bias = log(mean / prior)        logits - bias
 
-has the habit taken off, and what is left depends on the text. extract.py does this once, before anything is
-stored; the bias goes to meta.json and into space.bias, the stored logits stay as they were.
+the bias is subtracted, and what remains depends on the text. extract.py measures it once, before it stores
+anything. The bias is kept in meta.json and in space.bias; the stored logits are those before subtraction.
 
-It is one step, as in the paper, and the mean comes nearer to the prior without reaching it. (Repeated until
-the mean is the prior it was no better, docs/results.md, and hung more on which texts were asked.)
+It is one step, as in the paper: the mean comes nearer to the prior without reaching it. (Repeated steps until
+the mean equals the prior were no better, docs/results.md, and depended more on which texts were used.)
 """
 import json
 
 import numpy as np
 import torch
 
+# -----------------------------------------------------------------------------
+# the prior
+
 
 def find_priors(fields, prior, only):
-    """{field: probabilities of its values, in their order} of the fields to calibrate: uniform, or as prior
-    says; values it leaves out share the rest. prior: {field: {value: probability}}; only: names of fields, []
-    is all. ValueError where one of them is not in the schema, or a prior cannot be."""
+    """{field: probabilities of its values, in their order} of the fields to calibrate. Values that the prior
+    does not name share the rest of the probability evenly; without a prior all are equal.
+
+    fields: {name: values}. prior: {field: {value: probability}}. only: names of the fields to calibrate, []
+    for all. ValueError if a name or a value is not in the schema, or if the probabilities cannot sum to 1.
+    """
     for name in [*prior, *only]:
         if name not in fields:
             raise ValueError(f'there is no field {name!r}; there are: {", ".join(fields)}')
@@ -37,77 +43,85 @@ def find_priors(fields, prior, only):
             raise ValueError(f'{name!r} has no value {unknown[0]}')
         rest, n = 1 - sum(given.values()), len(values) - len(given)
         if rest < -1e-6 or (rest > 1e-6) != (n > 0):
-            raise ValueError(f'{name!r}: shares sum to {1 - rest:g}; all together, named or not, must be 1')
+            raise ValueError(f'{name!r}: the named shares sum to {1 - rest:g}; all shares together must be 1')
         priors[name] = [given.get(value, rest / max(1, n)) for value in text]
     return priors
 
 
-def longest(space):
-    """for each state the number of tokens of the longest way to the end of the answer."""
-    left = {space.done: 0}
+# -----------------------------------------------------------------------------
+# the bias
 
-    def find(state):
-        if state not in left:
-            left[state] = 1 + max(map(find, space.transitions[state].values()))
-        return left[state]
-    return [find(state) for state in range(len(space.transitions))]
+
+def count_tokens_left(space):
+    """for each state, the number of tokens on the longest path to the end of the answer: a list."""
+    n_left = {space.done: 0}
+
+    def count(state):
+        if state not in n_left:
+            n_left[state] = 1 + max(map(count, space.transitions[state].values()))
+        return n_left[state]
+    return [count(state) for state in range(len(space.transitions))]
 
 
 @torch.inference_mode()
-def learn_bias(teacher, space, texts, after, priors, batch_size=64, few=16):
-    """Asks the texts, decision by decision: a later one is asked after the calibrated answers before it.
+def learn_bias(teacher, space, texts, after, priors, batch_size=64, min_texts=16):
+    """measures the bias decision by decision, each after the calibrated choices at the ones before. The cost
+    is that of answering these texts.
 
     teacher: a Teacher. texts: list of id arrays; after: ids between text and answer. priors: from
-    find_priors. Sets space.bias, and returns it as {state: {output index: bias}} and, for each state that
-    belongs to a calibrated field, (state, number of texts that came there, {output index: share of them} by
-    its own choice, and by the calibrated one).
+    find_priors. Sets space.bias. Returns it as {state: {output index: bias}}, and a report: for each state of
+    a calibrated field (state, number of texts that reach it, {output index: share of these texts whose choice
+    it is} before calibration, the same after it). A state that fewer than min_texts reach is not calibrated.
 
-    All texts that reach a state are asked there before any goes on; among the states where some wait, none
-    with the longest way to go can be reached from another. A state that fewer than `few` reach is left as it
-    is. The cost is that of answering these texts.
+    All texts that reach a state must be read there before any of them continues. So the next state is always
+    the one with the longest path left: no text that waits at another state can still reach it.
     """
-    due = {state: row for name, p in priors.items() for state, row in space.token_shares(name, p).items()}
-    left, bias, report = longest(space), {}, []
-    run, first = space.forced_runs[0]
-    where, at = [first] * len(texts), [0] * len(texts)          # the decision before each text; tokens read
-    feed = [[*map(int, text), *after, *(space.output_ids[o] for o in run)] for text in texts]
-    teacher.start(len(texts), max(map(len, feed)) + space.max_answer)
-    while (state := max(where, key=left.__getitem__)) != space.done:
-        here, outs, parts = [i for i, w in enumerate(where) if w == state], list(space.transitions[state]), []
-        for some in (here[k:k + batch_size] for k in range(0, len(here), batch_size)):
-            hidden = teacher.read(some, [feed[i] for i in some], [at[i] for i in some])
-            last = np.cumsum([len(feed[i]) for i in some]) - 1
+    prior_at = {}                                               # {state: {output index: prior}}
+    for name, p in priors.items():
+        prior_at |= space.token_shares(name, p)
+    n_left, bias, report = count_tokens_left(space), {}, []
+    forced, first = space.forced_runs[0]
+    states, n_read = [first] * len(texts), [0] * len(texts)     # of each text: its next decision; tokens read
+    unread = [[*map(int, text), *after, *(space.output_ids[o] for o in forced)] for text in texts]
+    teacher.allocate(len(texts), max(map(len, unread)) + space.max_answer)
+    while (state := max(states, key=n_left.__getitem__)) != space.done:
+        rows = [i for i, waiting in enumerate(states) if waiting == state]
+        outs, parts = list(space.transitions[state]), []        # the legal output indices
+        for batch in (rows[k:k + batch_size] for k in range(0, len(rows), batch_size)):
+            hidden = teacher.read(batch, [unread[i] for i in batch], [n_read[i] for i in batch])
+            last = np.cumsum([len(unread[i]) for i in batch]) - 1
             parts.append(teacher.logits(hidden[last], teacher.kept_head[outs]).cpu())
         logits = torch.cat(parts).double()                      # (n, legal)
-        shift = torch.zeros(len(outs), dtype=torch.float64)
-        if state in due and len(here) >= few:
-            prior = torch.tensor([due[state][o] for o in outs], dtype=torch.float64)
+        shift = torch.zeros(len(outs), dtype=torch.float64)     # (legal,) the bias at this state
+        if state in prior_at and len(rows) >= min_texts:
+            prior = torch.tensor([prior_at[state][o] for o in outs], dtype=torch.float64)
             shift = (logits.softmax(-1).mean(0) / prior).log()
             bias[state] = dict(zip(outs, shift.tolist()))
             counts = [np.bincount(x.argmax(-1), minlength=len(outs)) for x in (logits, logits - shift)]
-            report.append((state, len(here), *(dict(zip(outs, c / len(here))) for c in counts)))
-        for i, k in zip(here, (logits - shift).argmax(-1).tolist()):
-            run, where[i] = space.forced_runs[space.transitions[state][outs[k]]]
-            at[i] += len(feed[i])
-            feed[i] = [space.output_ids[o] for o in (outs[k], *run)]
+            report.append((state, len(rows), *(dict(zip(outs, c / len(rows))) for c in counts)))
+        for i, k in zip(rows, (logits - shift).argmax(-1).tolist()):
+            forced, states[i] = space.forced_runs[space.transitions[state][outs[k]]]
+            n_read[i] += len(unread[i])
+            unread[i] = [space.output_ids[o] for o in (outs[k], *forced)]
     space.set_bias(bias)
     return bias, report
 
 
 def print_bias(report, space):
-    """prints for each calibrated field how often each value was the teacher's own choice, and is now. report:
-    of learn_bias."""
+    """prints a line for each calibrated field: the share of texts for which the teacher chooses each value,
+    before and after calibration. report: from learn_bias."""
     first, seen = {name: values[0] for name, values in space.fields.items()}, set()
     for state, n, before, after in report:
         field = space.field[state]
         if field in seen:  # a later decision of the same value
             continue
         seen.add(field)
-        names = {}
+        names = {}                                              # {output index: values that begin with it}
         for value in space.fields[field]:
             outs = space.from_json({**first, field: value})
-            names.setdefault(outs[space.states_before(outs).index(state)], []).append(json.dumps(value).strip('"'))
+            out = outs[space.states_before(outs).index(state)]
+            names.setdefault(out, []).append(json.dumps(value).strip('"'))
         top = sorted(names, key=lambda out: -before[out] - after[out])[:8]
-        said = [','.join(f'{"|".join(names[out][:2])}:{share[out]:.2f}' for out in top).replace(' ', '_')
-                for share in (before, after)]
-        print(f'calibrate field={field} texts={n} before={said[0]} after={said[1]}')
+        shares = [','.join(f'{"|".join(names[out][:2])}:{share[out]:.2f}' for out in top).replace(' ', '_')
+                  for share in (before, after)]
+        print(f'calibrate field={field} texts={n} before={shares[0]} after={shares[1]}')

@@ -1,15 +1,15 @@
-"""The teacher's engine: answers to many texts at a time, with their logits. It does not know the student.
+"""The teacher's engine: answers to many texts at a time, with their logits. It does not use the student.
 
     engine, drafts = Teacher(model, before, space.output_ids), Drafts(space)
     answers, n_read = answer(engine, space, drafts, texts, after)
 
-Four ideas make this an order of magnitude faster than calling generate on each prompt:
-- The prompt is read once. All rows of all batches look at the same keys and values of it (Hydragen).
-- A batch is one long row of tokens without padding; only attention knows which text a token belongs to.
-- Answers are drafted from the schema and the answers so far, and verified many tokens at a time.
-- Only the rows of the head that the output vocabulary needs are multiplied, and only at answer positions.
+Four ideas make this an order of magnitude faster than a call of generate for each prompt:
+- Prefix cache: the prompt is read once, and all texts attend to the same keys and values of it (Hydragen).
+- No padding: a batch is one long row of tokens; only attention needs to know which text a token belongs to.
+- Draft and verify: answers are drafted from the schema and earlier answers, and verified many tokens at once.
+- Small head: only the rows of the output vocabulary are multiplied, and only at answer positions.
 
-N new tokens of R texts, T of one text at most; P tokens of prompt, S of text and answer; H heads, n_kv
+N new tokens of R texts, at most T of one text; P tokens of prompt, S of text and answer; H heads, n_kv
 key-value heads with g query heads each, D head size, C channels, V output vocabulary. All ids are the
 teacher's.
 """
@@ -31,44 +31,46 @@ from model import attend_with_lse
 
 
 class Teacher:
-    """A causal LM that has read the prompt up to the text once.
+    """A causal LM that reads the prompt up to the text once, and keeps its keys and values.
 
-    Its decoder keeps doing what transformers wrote, one attention excepted: see `attention`. Positions here
-    count from the end of that prompt. Where the model's logits are not those of its own forward pass, it ends
-    in one line.
+    model: of transformers; its decoder runs unchanged except for its attention, see `attention`. before: ids
+    of the prompt up to the text; positions count from their end. output_ids: the V ids to keep. Exits with a
+    message if the logits differ from those of the model's own forward pass.
     """
 
     def __init__(self, model, before, output_ids):
         self.model, self.body, self.n_before = model, model.get_decoder(), len(before)
-        self.head = model.get_output_embeddings().weight        # (whole vocabulary, C)
+        self.head = model.get_output_embeddings().weight        # (full vocabulary, C)
         self.device = self.head.device
         self.softcap = getattr(model.config.get_text_config(), 'final_logit_softcapping', None)
         self.max_batch, self.compiled, self.fused = 1 << 30, False, []
         self.output_ids = torch.tensor(output_ids, device=self.device)
         self.kept_head = self.head[self.output_ids].float()     # (V, C)
         with torch.inference_mode():
-            cache = DynamicCache()                              # it keeps all, whatever the window
+            cache = DynamicCache()                              # keeps all tokens, also beyond a window
             prompt = torch.tensor([before], device=self.device)
-            self.body(prompt, None, None, cache, use_cache=True)  # by position: transformers 5.24 renamed one
+            self.body(prompt, None, None, cache, use_cache=True)  # positional: transformers 5.24 renamed one
             self.prefix = [(layer.keys[0], layer.values[0]) for layer in cache.layers]  # (n_kv, P, D) each
-            self.check(before, (output_ids * 20)[:20])
+            self.check_logits(before, (output_ids * 20)[:20])
 
-    def check(self, before, ids):
-        """compares 20 tokens read here, out of order and some twice, with the model's own forward pass."""
+    def check_logits(self, before, ids):
+        """compares the logits of 20 tokens, read out of order and some twice, with the model's own forward
+        pass. Exits with a message if they differ."""
         probe = torch.tensor([[*before, *ids]], device=self.device)
-        theirs = self.model(probe, logits_to_keep=20).logits[0].float()
-        self.start(2, 20)
+        expected = self.model(probe, logits_to_keep=20).logits[0].float()
+        self.allocate(2, 20)
         self.read([0, 1], [ids[:9], ids[:7]], [0, 0])
         hidden = self.read([1, 0], [ids[5:], ids], [5, 0])      # two positions are read a second time
-        ours = self.logits(torch.cat((hidden[15:20], hidden[:15])), self.head)
-        off, allowed = (ours - theirs).abs().max().item(), 1e-2 if self.head.dtype == torch.float32 else 0.1
-        if off > allowed * theirs.abs().max().item():
-            sys.exit('this teacher computes its logits in a way extract.py does not know '
-                     f'(they differ by {off:.2g})')
+        logits = self.logits(torch.cat((hidden[15:20], hidden[:15])), self.head)
+        error = (logits - expected).abs().max().item()
+        allowed = 1e-2 if self.head.dtype == torch.float32 else 0.1
+        if error > allowed * expected.abs().max().item():
+            sys.exit('extract.py does not support the architecture of this teacher: its logits are wrong by '
+                     f'{error:.2g}; choose another teacher')
 
     def compile(self, on=True, backend='inductor'):
-        """fuses what lies between the products of a layer, by torch.compile, or not any more. Attention stays
-        as it is. The first pass then takes half a minute."""
+        """switches torch.compile of the decoder's layers on or off. It fuses the operations between matrix
+        products; attention stays as it is. The first pass after it takes half a minute."""
         if on and not self.fused:
             for layer in self.body.layers:
                 layer.compile(dynamic=True, backend=backend)
@@ -77,27 +79,27 @@ class Teacher:
         for layer, fused in zip(self.body.layers, self.fused):
             layer._compiled_call_impl = fused if on else None
 
-    def start(self, R, S):
-        """makes room for the keys and values of R texts of S tokens with their answers."""
+    def allocate(self, R, S):
+        """allocates the keys and values of R texts, each of at most S tokens with its answer."""
         self.store = [[p.new_zeros(R, S, p.size(0), p.size(2)) for p in pair] for pair in self.prefix]
 
-    def read(self, slots, new, at):
-        """slots: numbers of R texts; new: R lists of ids to read; at: R positions of the first of them. What
-        a text read before at those positions and after is forgotten. Returns the hidden states (N, C) of all
-        new tokens, in order."""
+    def read(self, slots, new, starts):
+        """hidden states (N, C) of all new tokens, in order. slots: numbers of R texts; new: R lists of ids to
+        read; starts: R positions of their first ids. What a text has read at these positions or later is
+        discarded."""
         n = [len(ids) for ids in new]
-        text = np.repeat(np.arange(len(slots)), n)              # (N,) which of the R
-        col = np.arange(len(text)) - np.repeat(np.cumsum(n) - n, n)  # (N,) which of its new tokens
-        pos = np.repeat(at, n) + col                            # (N,) position, also where it is stored
+        text = np.repeat(np.arange(len(slots)), n)              # (N,) which of the R texts
+        col = np.arange(len(text)) - np.repeat(np.cumsum(n) - n, n)  # (N,) which of its text's new tokens
+        pos = np.repeat(starts, n) + col                        # (N,) position, also in the store
         R, T, S = len(slots), max(n), int(pos.max()) + 1
-        all_ = list(slots) == list(range(len(self.store[0][0])))
+        all_slots = list(slots) == list(range(len(self.store[0][0])))
         cell, padded = text * T + col, np.zeros((2, R * T), np.int64)
         padded[:, cell] = np.arange(len(text)), pos             # (R * T,) which of the N, and its position
         arrays = np.concatenate(new), slots, np.repeat(slots, n), cell, pos, *padded
         on_device = [torch.as_tensor(np.asarray(x), device=self.device) for x in arrays]
         idx, slots, slot, cell, pos, which, until = on_device
         self.batch = SimpleNamespace(slots=slots, slot=slot, cell=cell, pos=pos, which=which, until=until,
-                                     shape=(R, T), S=S, all=all_, masks={})
+                                     shape=(R, T), S=S, all_slots=all_slots, masks={})
         plain = self.model.config._attn_implementation
         AttentionInterface.register('shared_prefix', self.attention)
         self.model.set_attn_implementation('shared_prefix')
@@ -108,51 +110,52 @@ class Teacher:
         finally:
             self.model.set_attn_implementation(plain)
 
-    def masks(self, window, g, dtype):
-        """what is added to the scores of g heads at the prompt, (N * g, P) or None, and at a text's own
-        tokens, (R, 1, T * g, S); the same for all layers that see as far."""
-        b, P, found = self.batch, self.n_before, self.batch.masks
-        if (window, g) not in found:
-            hide = max(-1e30, torch.finfo(dtype).min)           # not -inf: all of the prompt may be too far
+    def build_masks(self, window, g, dtype):
+        """what is added to the scores of g heads: at the prompt (N * g, P), or None without a window, and at
+        a text's own tokens (R, 1, T * g, S). Layers with the same window share both."""
+        b, P, cached = self.batch, self.n_before, self.batch.masks
+        if (window, g) not in cached:
+            hide = max(-1e30, torch.finfo(dtype).min)           # not -inf: it may hide all of the prompt
             place = torch.arange(P + b.S, device=self.device)
             future = place[P:] > b.until[:, None] + P           # (R * T, S)
-            far = lambda pos: place <= pos[:, None] + P - window
-            own = future | far(b.until)[:, P:] if window else future
+            beyond_window = lambda pos: place <= pos[:, None] + P - window
+            own = future | beyond_window(b.until)[:, P:] if window else future
             to_mask = lambda hidden: torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(
                 hidden, hide).repeat_interleave(g, 0)
-            found[window, g] = (to_mask(far(b.pos)[:, :P]) if window else None,
-                                to_mask(own).view(b.shape[0], 1, -1, b.S))
-        return found[window, g]
+            cached[window, g] = (to_mask(beyond_window(b.pos)[:, :P]) if window else None,
+                                 to_mask(own).view(b.shape[0], 1, -1, b.S))
+        return cached[window, g]
 
     @torch.compiler.disable
     def attention(self, module, query, key, value, attention_mask, scaling=None, sliding_window=None,
                   softcap=None, **_):
-        """query (1, H, N, D), key and value (1, n_kv, N, D) of N new tokens of R texts -> (1, N, H, D), for
-        transformers.
+        """the attention that transformers calls: query (1, H, N, D), key and value (1, n_kv, N, D) of N new
+        tokens of R texts -> (1, N, H, D), None.
 
-        A token sees the prompt and, of its own text, itself and what came before. The prompt part is one
-        large product for all texts, the own part pads the texts to (R, T); both are put together by their
-        logsumexp (Hydragen, https://arxiv.org/abs/2402.05099).
+        A token attends to the prompt and to its own text, up to itself. Attention to the prompt is one large
+        product for all texts; attention to the own text pads the texts to (R, T). The two parts are merged,
+        weighted by their logsumexp (Hydragen, https://arxiv.org/abs/2402.05099).
         """
         b, (H, N, D), n_kv = self.batch, query.shape[1:], key.size(1)
         (R, T), g, own = b.shape, H // n_kv, []
         for store, new in zip(self.store[module.layer_idx], (key, value)):
             store[b.slot, b.pos] = new[0].transpose(0, 1)       # (N, n_kv, D)
-            store = store[:, :b.S] if b.all else store[b.slots, :b.S]
+            store = store[:, :b.S] if b.all_slots else store[b.slots, :b.S]
             own.append(store.transpose(1, 2))                   # (R, n_kv, S, D)
         window = sliding_window if sliding_window and self.n_before + b.S > sliding_window else 0
-        at_prompt, at_own = self.masks(window, g, query.dtype)
-        how = D ** -0.5 if scaling is None else scaling, softcap
+        prompt_mask, own_mask = self.build_masks(window, g, query.dtype)
+        scale = D ** -0.5 if scaling is None else scaling
         q = query[0].transpose(0, 1).reshape(N, n_kv, g, D)
         padded = q[b.which].view(R, T, n_kv, g, D).transpose(1, 2).reshape(R, n_kv, T * g, D)
-        y, lse = attend_with_lse(padded, *own, at_own, *how)
+        y, lse = attend_with_lse(padded, *own, own_mask, scale, softcap)
         y = y.reshape(R, n_kv, T, g, D).transpose(1, 2).reshape(R * T, H, D)[b.cell]  # (N, H, D)
         lse = lse.view(R, n_kv, T, g).transpose(1, 2).reshape(R * T, H)[b.cell]  # (N, H)
         q = q.transpose(0, 1).reshape(1, n_kv, N * g, D)
         prefix = (part[None] for part in self.prefix[module.layer_idx])  # (1, n_kv, P, D)
-        y_prompt, lse_prompt = attend_with_lse(q, *prefix, at_prompt, *how)
+        y_prompt, lse_prompt = attend_with_lse(q, *prefix, prompt_mask, scale, softcap)
         y_prompt = y_prompt.view(n_kv, N, g, D).transpose(0, 1).reshape(N, H, D)
-        share = torch.sigmoid(lse_prompt.view(n_kv, N, g).transpose(0, 1).reshape(N, H) - lse)
+        lse_prompt = lse_prompt.view(n_kv, N, g).transpose(0, 1).reshape(N, H)
+        share = torch.sigmoid(lse_prompt - lse)                 # (N, H) of the prompt in the softmax of both
         y = torch.lerp(y, y_prompt, share[..., None].to(y.dtype))
         return y[None], None
 
@@ -161,9 +164,9 @@ class Teacher:
         logits = (hidden.to(head.dtype) @ head.T).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def full_head(self, hidden):
-        """(n, C) -> over the full vocabulary logsumexp (n,) and the most likely ids (n,); of the tokens that
-        are not kept the eight most likely ids (n, 8) and their probabilities (n, 8)."""
+    def apply_full_head(self, hidden):
+        """hidden states (n, C) -> logsumexp over the full vocabulary (n,), the most probable ids (n,), and
+        the eight most probable ids outside the output vocabulary (n, 8) with their probabilities (n, 8)."""
         parts = []
         for h in hidden.split(64):                              # 64 rows of 262,144 logits at a time
             logits = self.logits(h, self.head)
@@ -177,113 +180,122 @@ class Teacher:
 # -----------------------------------------------------------------------------
 # draft and verify
 
-PASS_COST = 2  # what a forward pass costs on top of its tokens, in tokens of each text
+PASS_COST = 2  # overhead of a forward pass, in tokens per text
 
 
 class Drafts:
-    """Guesses how an answer goes on: the most frequent choice so far, given all that is already decided."""
+    """Drafts the rest of an answer: at each decision the most frequent choice of earlier answers that agree
+    up to there or, if there are none, of all earlier answers at this state."""
 
     def __init__(self, space):
-        self.space, self.after, self.at = space, defaultdict(Counter), defaultdict(Counter)
+        self.space = space
+        self.by_prefix, self.by_state = defaultdict(Counter), defaultdict(Counter)
 
     def add(self, outs):
-        """learn from an answer."""
+        """updates the counts with an answer, a list of output indices."""
         state = 0
         for i, out in enumerate(outs):
             if len(self.space.transitions[state]) > 1:
-                self.after[tuple(outs[:i])][out] += 1
-                self.at[state][out] += 1
+                self.by_prefix[tuple(outs[:i])][out] += 1
+                self.by_state[state][out] += 1
             state = self.space.transitions[state][out]
 
     def propose(self, outs):
-        """output indices that follow outs, and the state before each. It ends with the answer, or with a
-        guess that is more likely to waste the tokens drafted after it than to save a pass."""
-        outs, states, state, n, sure = list(outs), [], self.space.state_after(outs), len(outs), 1.0
+        """the draft after outs, as output indices, and the state before each of them. A draft stops at the
+        end of the answer, or after a choice too uncertain for the tokens behind it to be worth their cost."""
+        outs, states, state, n, confidence = list(outs), [], self.space.state_after(outs), len(outs), 1.0
         while state != self.space.done:
             legal = self.space.transitions[state]
             out = next(iter(legal))
             if len(legal) > 1:
-                seen = self.after.get(tuple(outs)) or self.at.get(state) or Counter({out: 0})
-                (out, count), = seen.most_common(1)
-                sure *= count / (seen.total() + 1)
+                counts = self.by_prefix.get(tuple(outs)) or self.by_state.get(state) or Counter({out: 0})
+                (out, count), = counts.most_common(1)
+                confidence *= count / (counts.total() + 1)
             outs.append(out)
             states.append(state)
             state = legal[out]
             if len(legal) > 1:
-                n_more = len(self.space.forced_runs[state][0]) + 1  # a wrong guess wastes the forced tokens after it
-                if sure < n_more / (n_more + PASS_COST):
+                n_more = len(self.space.forced_runs[state][0]) + 1  # tokens to the next choice, included
+                # if rejected they waste n_more tokens, if accepted they save a pass, so
+                # drafting them pays off if confidence * PASS_COST >= (1 - confidence) * n_more
+                if confidence < n_more / (n_more + PASS_COST):
                     break
         return outs[n:], states
 
 
 @torch.inference_mode()
-def answer(teacher, space, drafts, texts, after, constrain=True, whole=False, given=None, missing=None):
-    """The teacher's greedy answers to texts, token for token what one-step-at-a-time decoding gives.
+def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False, given=None, missing=None):
+    """the teacher's greedy answers to texts, token for token those of one-step-at-a-time decoding.
 
-    Drafted tokens go through the teacher in one pass, which yields its logits at every position. They are
-    kept up to the first position where the teacher chooses otherwise; its choice goes there, the rest is
-    drafted again and only that is read: the text and the accepted tokens stay in the cache. (Speculative
-    decoding, https://arxiv.org/abs/2211.17192, with the schema and the answers so far as the draft model.)
+    The teacher reads a draft in one pass, which yields its logits at every position. The draft is accepted up
+    to the first position where the teacher chooses otherwise; the teacher's choice goes there. Then the rest
+    is drafted again, and only the rest is read: the text and the accepted prefix stay in the cache.
+    (Speculative decoding, https://arxiv.org/abs/2211.17192; schema and earlier answers are the draft model.)
 
-    texts: list of id arrays. after: ids between text and answer. whole: also logsumexp over the full
-    vocabulary. given: answers (lists of output indices) to score instead of asking for the teacher's own.
-    missing: a Counter, told how likely tokens outside the output vocabulary were, summed over the steps at
-    which the whole vocabulary was seen. Returns per text (outs, logits (n, V) float32 before any constraint,
-    lse (n,)), or 'invalid' or 'vocab' where a free answer leaves the schema or the output vocabulary. Second
-    value: number of tokens read.
+    texts: list of id arrays. after: ids between text and answer. constrain: choose among legal tokens, by
+    calibrated logits. full_lse: also compute the logsumexp over the full vocabulary. given: answers (lists of
+    output indices) to score in place of the teacher's own. missing: a Counter; it is updated with the
+    probabilities of ids outside the output vocabulary, at each step where the full vocabulary is computed.
+
+    Returns a list with (outs, logits (n, V) float32 before any constraint, lse (n,), nan if not computed) for
+    each text, or 'invalid' or 'vocab' if a free answer leaves the schema or the output vocabulary; and the
+    number of tokens read.
     """
-    whole = whole or not constrain                              # a free answer is chosen from all of it
+    full_lse = full_lse or not constrain                          # a free answer is chosen from all tokens
     results = [([], [], []) for _ in texts]
-    live = list(range(len(texts)))                              # texts still without an answer
-    feed = [[*map(int, text), *after] for text in texts]        # what each must read before its draft
-    at = [0] * len(texts)                                       # tokens each has read that stand
-    teacher.start(len(texts), max(map(len, feed)) + space.max_answer)
+    live = list(range(len(texts)))                              # texts whose answer is not complete
+    unread = [[*map(int, text), *after] for text in texts]      # what each must read before its draft
+    starts = [0] * len(texts)                                   # number of tokens each keeps in the cache
+    teacher.allocate(len(texts), max(map(len, unread)) + space.max_answer)
     n_read = 0
     while live:
+        # draft, and read the drafts of all texts in one pass
         if given is None:
-            guesses = [drafts.propose(results[i][0]) for i in live]  # R pairs of n output indices and n states
+            drafted = [drafts.propose(results[i][0]) for i in live]  # R pairs: output indices, states
         else:
-            guesses = [(given[i], space.states_before(given[i])) for i in live]
-        new = [feed[i] + [space.output_ids[o] for o in outs[:-1]] for i, (outs, _) in zip(live, guesses)]
-        hidden = teacher.read(live, new, [at[i] for i in live])  # (N, C)
+            drafted = [(given[i], space.states_before(given[i])) for i in live]
+        new = [unread[i] + [space.output_ids[o] for o in outs[:-1]] for i, (outs, _) in zip(live, drafted)]
+        hidden = teacher.read(live, new, [starts[i] for i in live])  # (N, C)
         n_read += len(hidden)
 
+        # the teacher's logits and its choice at every drafted position
         ends = np.cumsum([len(ids) for ids in new])
-        spots = np.concatenate([np.arange(end - len(outs), end) for end, (outs, _) in zip(ends, guesses)])
-        hidden = hidden[torch.as_tensor(spots, device=hidden.device)]  # (n, C): at answer positions only
+        keep = np.concatenate([np.arange(end - len(outs), end) for end, (outs, _) in zip(ends, drafted)])
+        hidden = hidden[torch.as_tensor(keep, device=hidden.device)]  # (n, C): at answer positions only
         logits = teacher.logits(hidden, teacher.kept_head)      # (n, V)
-        lse = np.full(len(spots), np.nan, np.float32)
-        if whole:
-            lse, best, other, p_other = teacher.full_head(hidden)
+        lse = np.full(len(keep), np.nan, np.float32)
+        if full_lse:
+            lse, best, other, p_other = teacher.apply_full_head(hidden)
         if given is not None:
-            choice = [o for outs in given for o in outs]
+            chosen = [o for outs in given for o in outs]
         elif constrain:
-            states = [state for _, states in guesses for state in states]
+            states = [state for _, states in drafted for state in states]
             legal = space.next_state[states].to(hidden.device) >= 0  # (n, V)
-            unbiased = logits - space.bias[states].to(hidden.device)
-            choice = unbiased.masked_fill_(~legal, -float('inf')).argmax(-1).tolist()
+            calibrated = logits - space.bias[states].to(hidden.device)
+            chosen = calibrated.masked_fill_(~legal, -float('inf')).argmax(-1).tolist()
         else:
-            choice = [space.output_index.get(i, -1) for i in best.tolist()]
+            chosen = [space.output_index.get(i, -1) for i in best.tolist()]
         logits = logits.cpu().numpy()
 
-        start, still = 0, []
-        for i, (draft, states) in zip(live, guesses):
-            stands = accepted_prefix(draft, choice[start:start + len(draft)])
-            part = slice(start, start + len(stands))
+        # keep the accepted prefix of each draft
+        start, unfinished = 0, []
+        for i, (draft, states) in zip(live, drafted):
+            accepted = accepted_prefix(draft, chosen[start:start + len(draft)])
+            part = slice(start, start + len(accepted))
             start += len(draft)
-            for store, values in zip(results[i], (stands, logits[part], lse[part])):
-                store.extend(values)
-            if missing is not None and whole:
+            for column, values in zip(results[i], (accepted, logits[part], lse[part])):
+                column.extend(values)
+            if missing is not None and full_lse:
                 for token, p in zip(other[part].ravel().tolist(), p_other[part].ravel().tolist()):
                     missing[str(token)] += p
-            state = space.state_after(stands[-1:], states[len(stands) - 1])
+            state = space.state_after(accepted[-1:], states[len(accepted) - 1])
             if state < 0:
-                results[i] = 'vocab' if stands[-1] < 0 else 'invalid'
+                results[i] = 'vocab' if accepted[-1] < 0 else 'invalid'
             elif state != space.done:
-                at[i] += len(feed[i]) + len(stands) - 1
-                feed[i] = [space.output_ids[stands[-1]]]
-                still.append(i)
-        live = still
+                starts[i] += len(unread[i]) + len(accepted) - 1
+                unread[i] = [space.output_ids[accepted[-1]]]
+                unfinished.append(i)
+        live = unfinished
     for i, result in enumerate(results):
         if not isinstance(result, str):
             outs, logits, lse = result
@@ -291,15 +303,16 @@ def answer(teacher, space, drafts, texts, after, constrain=True, whole=False, gi
     return results, n_read
 
 
-def answer_batched(teacher, space, drafts, texts, after, constrain=True, whole=False, given=None,
+def answer_batched(teacher, space, drafts, texts, after, constrain=True, full_lse=False, given=None,
                    missing=None):
-    """answer(), on half the batch from the moment on that the device has no room for the whole."""
+    """answer(), in batches that fit the memory: halves the batch each time the device has no room for it.
+    Prints a line then. RuntimeError if one text alone does not fit."""
     answers, n_read = [], 0
     while len(answers) < len(texts):
         part = slice(len(answers), len(answers) + teacher.max_batch)
-        some = given and given[part]
+        scored = given and given[part]
         try:
-            more, n = answer(teacher, space, drafts, texts[part], after, constrain, whole, some, missing)
+            more, n = answer(teacher, space, drafts, texts[part], after, constrain, full_lse, scored, missing)
             answers, n_read = answers + more, n_read + n
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             size = len(texts[part])
@@ -307,15 +320,17 @@ def answer_batched(teacher, space, drafts, texts, after, constrain=True, whole=F
             if size == 1 or not full:
                 raise
             teacher.max_batch = size // 2
-            print(f'no memory for {size} texts at once, going on with {size // 2}', file=sys.stderr)
+            print(f'not enough memory for {size} texts at once; continuing with {size // 2}', file=sys.stderr)
             teacher.store = None
             torch.cuda.empty_cache()
     return answers, n_read
 
 
 def load_answerer(name, task, space, device):
-    """a function from lists of ids to the answers of the teacher that a student learned from, as lists of
-    output indices. task: of the student's checkpoint. Exits with a message if it is another teacher."""
+    """a function from lists of ids to the answers, lists of output indices, of the teacher that a student
+    learned from. task: from the student's checkpoint. Exits with a message if `name` is another teacher."""
+    if task['fingerprint'] == 'labels':                         # extract.py ran without a teacher
+        sys.exit('this student learned from given labels: there is no teacher to ask')
     model = load_model(name, torch.float32 if device == 'cpu' else torch.bfloat16, device)
     if fingerprint(model) != task['fingerprint']:
         sys.exit(f'{name} is not the teacher this student learned from ({task["teacher"]})')
@@ -329,8 +344,12 @@ def load_answerer(name, task, space, device):
     return answer_texts
 
 
+# -----------------------------------------------------------------------------
+# memory
+
+
 def peak_memory_gb(device):
-    """most memory this process has held so far: of the GPU, or on a CPU of the host."""
+    """peak memory of this process so far, in GB: of the GPU, or on a CPU of the host."""
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == 'darwin' else 1024

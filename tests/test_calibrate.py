@@ -1,4 +1,4 @@
-"""Calibration: the bias beside a slow twin, and everything downstream that must know it."""
+"""Calibration: the bias beside a slow twin, and every later step that must apply it."""
 import json
 import math
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import data
-from distil.calibrate import find_priors, learn_bias, longest
+from distil.calibrate import count_tokens_left, find_priors, learn_bias
 from distil.checkpoint import load_checkpoint
 from distil.engine import Drafts, Teacher, answer
 from distil.space import OutputSpace
@@ -17,52 +17,58 @@ from tests.conftest import FIELDS, SCHEMAS, clone_task, load_teacher, one_line, 
 from test_smoke import step_by_step
 
 
-def bias_text_by_text(model, space, prompts, priors, few):
-    """the slow twin of learn_bias: no cache, one text at a time, whole sequences. -> {state: {out: bias}}"""
-    due = {state: row for field, p in priors.items() for state, row in space.token_shares(field, p).items()}
-    answers, bias, left = [[] for _ in prompts], {}, longest(space)
+def learn_bias_text_by_text(model, space, prompts, priors, min_texts):
+    """the slow twin of learn_bias: no cache, one text at a time, full sequences. -> {state: {out: bias}}"""
+    prior_at = {}
+    for field, p in priors.items():
+        prior_at |= space.token_shares(field, p)
+    answers, bias, n_left = [[] for _ in prompts], {}, count_tokens_left(space)
     while True:
-        where = [space.state_after(outs) for outs in answers]
-        state = max(where, key=left.__getitem__)
+        states = [space.state_after(outs) for outs in answers]
+        state = max(states, key=n_left.__getitem__)
         if state == space.done:
             return bias
-        here = [i for i, w in enumerate(where) if w == state]
+        waiting = [i for i, s in enumerate(states) if s == state]
         legal = sorted(space.transitions[state])
-        rows = []
-        for i in here:
+        kept, rows = [space.output_ids[o] for o in legal], []
+        for i in waiting:
             ids = prompts[i] + [space.output_ids[o] for o in answers[i]]
-            rows.append(model(torch.tensor([ids])).logits[0, -1].double()[[space.output_ids[o] for o in legal]])
-        if len(legal) > 1 and state in due and len(here) >= few:
+            rows.append(model(torch.tensor([ids])).logits[0, -1].double()[kept])
+        if len(legal) > 1 and state in prior_at and len(waiting) >= min_texts:
             p = [row.softmax(-1) for row in rows]
-            bias[state] = {out: math.log(sum(x[k] for x in p) / len(p) / due[state][out])
+            bias[state] = {out: math.log(sum(x[k] for x in p) / len(p) / prior_at[state][out])
                            for k, out in enumerate(legal)}
-        for i, row in zip(here, rows):
+        for i, row in zip(waiting, rows):
             row = row - torch.tensor([bias.get(state, {}).get(out, 0.0) for out in legal])
             answers[i].append(legal[row.argmax()])
 
 
 @pytest.mark.parametrize('fields, indent, fence', SCHEMAS)
-@pytest.mark.parametrize('only, prior, few', [([], {}, 1), (['spam', 'n', 'a', 'v'], {'spam': {True: 0.2}}, 3)])
-def test_the_bias_is_what_the_slow_twin_finds(teachers, fields, indent, fence, only, prior, few):
+@pytest.mark.parametrize('only, prior, min_texts', [
+    ([], {}, 1), (['spam', 'n', 'a', 'v'], {'spam': {True: 0.2}}, 3)])
+def test_the_bias_equals_that_of_the_slow_twin(teachers, fields, indent, fence, only, prior, min_texts):
     tokenizer, model = load_teacher(teachers['gemma'])
     before, after, end_id = encode_prompt(tokenizer, 'the cat and the mat were there {text}\n', chat=False)
     space = OutputSpace(tokenizer.backend_tokenizer, fields, indent, fence, end_id, auxiliary=range(4, 300))
-    priors = find_priors(fields, {k: v for k, v in prior.items() if k in fields}, [f for f in only if f in fields])
+    prior = {field: p for field, p in prior.items() if field in fields}
+    priors = find_priors(fields, prior, [field for field in only if field in fields])
     rng = np.random.default_rng(0)
     texts = [rng.integers(4, len(tokenizer), n).tolist() for n in (7, 1, 12, 7, 3, 5, 2, 9, 4)]
     engine = Teacher(model, before, space.output_ids)
-    bias, report = learn_bias(engine, space, texts, after, priors, 4, few)
+    bias, report = learn_bias(engine, space, texts, after, priors, 4, min_texts)
     with torch.no_grad():
-        slow = bias_text_by_text(model, space, [before + text + after for text in texts], priors, few)
+        prompts = [before + text + after for text in texts]
+        slow = learn_bias_text_by_text(model, space, prompts, priors, min_texts)
     assert bias.keys() == slow.keys()
     for state, row in slow.items():
         assert bias[state] == pytest.approx(row, abs=1e-3)
     assert all(sum(share) == pytest.approx(1) for _, _, *both in report for share in map(dict.values, both))
-    again = OutputSpace.from_task(tokenizer.backend_tokenizer, json.loads(json.dumps(
-        dict(fields=fields, indent=indent, fence=fence, end_id=end_id, output_ids=space.output_ids, bias=bias))))
-    torch.testing.assert_close(again.bias, space.bias)          # as it comes back from meta.json
+    meta = {'fields': fields, 'indent': indent, 'fence': fence, 'end_id': end_id, 'bias': bias,
+            'output_ids': space.output_ids}
+    again = OutputSpace.from_task(tokenizer.backend_tokenizer, json.loads(json.dumps(meta)))
+    torch.testing.assert_close(again.bias, space.bias)          # as read from meta.json
     drafts, answers = Drafts(space), []
-    for _ in range(2):                                          # the second time the drafts have learned
+    for _ in range(2):                                          # the second time with learned drafts
         answers, _ = answer(engine, space, drafts, texts, after)
         for outs, *_ in answers:
             drafts.add(outs)
@@ -83,10 +89,11 @@ def test_calibration_brings_the_mean_near_the_prior(teachers):
     bias, report = learn_bias(Teacher(model, before, space.output_ids), space, texts, after, priors)
     (state, row), = bias.items()
     assert [r[0] for r in report] == [state] and space.field[state] == 'tone'
-    run_to, means = space.forced_runs[0][0], []
-    friendly = list(row).index(space.from_json({'tone': 'friendly', 'spam': True})[len(run_to)])
-    raw = torch.stack([model(torch.tensor([before + text + after + [space.output_ids[o] for o in run_to]]))
-                       .logits[0, -1].double()[[space.output_ids[o] for o in row]].detach() for text in texts])
+    forced, means = space.forced_runs[0][0], []
+    friendly = list(row).index(space.from_json({'tone': 'friendly', 'spam': True})[len(forced)])
+    kept, start = [space.output_ids[o] for o in row], [space.output_ids[o] for o in forced]
+    prompts = [torch.tensor([before + text + after + start]) for text in texts]
+    raw = torch.stack([model(prompt).logits[0, -1].double()[kept].detach() for prompt in prompts])
     for shift in (0, torch.tensor([*row.values()])):
         means.append(float((raw - shift).softmax(-1).mean(0)[friendly]))
     assert abs(means[1] - 0.1) < abs(means[0] - 0.1) / 2, means
@@ -97,19 +104,20 @@ def test_calibration_brings_the_mean_near_the_prior(teachers):
     ({'tone': {'nice': 0.5}}, [], 'no value "nice"'), ({'tone': {'friendly': 0}}, [], 'share above 0'),
     ({'tone': {'friendly': 1.2}}, [], 'share above 0'), ({'tone': {'friendly': 1.0}}, [], 'must be 1'),
     ({'tone': {'friendly': 0.6, 'neutral': 0.6}}, [], 'must be 1'), ({'tone': 0.5}, [], 'share above 0')])
-def test_priors_that_cannot_be_are_told_why(prior, only, why):
+def test_invalid_priors_are_refused_with_a_reason(prior, only, why):
     with pytest.raises(ValueError, match=why):
         find_priors(FIELDS, prior, only)
 
 
-def test_priors_share_what_is_not_named():
+def test_values_without_a_prior_share_the_rest():
     fields = {'a': ['x', 'y', 'z'], 'b': [True, False, 1]}
     assert find_priors(fields, {'b': {True: 0.5, False: 0.25}}, []) == {
         'a': [pytest.approx(1 / 3)] * 3, 'b': [0.5, 0.25, pytest.approx(0.25)]}
-    assert find_priors(fields, {'a': {'x': 0.2}}, ['a']) == {'a': [0.2, pytest.approx(0.4), pytest.approx(0.4)]}
+    rest = pytest.approx(0.4)
+    assert find_priors(fields, {'a': {'x': 0.2}}, ['a']) == {'a': [0.2, rest, rest]}
 
 
-def test_training_and_the_cascade_get_the_calibrated_teacher(project, teachers):
+def test_training_and_the_cascade_use_the_calibrated_teacher(project, teachers):
     shards = data.Shards('toy', 'toy', project / 'data')
     tokenizer, model = load_teacher(teachers['gemma'])
     meta, space = shards.meta, OutputSpace.from_task(tokenizer.backend_tokenizer, shards.meta)
@@ -125,23 +133,26 @@ def test_training_and_the_cascade_get_the_calibrated_teacher(project, teachers):
         assert best.tolist() == outs
     _, _, logits = shards.batch([3, 5], [meta['start_id']])
     np.testing.assert_array_equal(logits, np.concatenate([shards.logits(3), shards.logits(5)]))
-    assert changed                                              # so that this test can fail
-    checkpoint, _, of_student = load_checkpoint(project / 'out/toy', 'cpu')
-    assert checkpoint['task']['bias'] == meta['bias'] and torch.equal(of_student.bias, space.bias)
+    assert changed                                              # calibration matters here
+    checkpoint, _, student_space = load_checkpoint(project / 'out/toy', 'cpu')
+    assert checkpoint['task']['bias'] == meta['bias'] and torch.equal(student_space.bias, space.bias)
     rows = list(range(0, len(shards), 9))
-    ask = load_teacher_to_ask('', checkpoint['task'], of_student, 'cpu')
-    assert ask([shards.ids(i) for i in rows]) == [shards.answer(i).tolist() for i in rows]
+    answer_texts = load_teacher_to_ask('', checkpoint['task'], student_space, 'cpu')
+    assert answer_texts([shards.ids(i) for i in rows]) == [shards.answer(i).tolist() for i in rows]
 
 
-def test_extract_says_what_calibration_did_and_refuses_another(project, tmp_path):
+def test_extract_prints_the_calibration_and_refuses_another(project, tmp_path):
     lines = (project / 'extract.py.stdout').read_text().splitlines()
-    said = [dict(f.split('=') for f in line.split()[1:]) for line in lines if line.startswith('calibrate ')]
-    assert [line['field'] for line in said] == list(FIELDS) and {line['texts'] for line in said} == {'64'}
-    for line in said:
+    read_lines = lambda tag: [dict(f.split('=') for f in line.split()[1:]) for line in lines
+                              if line.startswith(tag)]
+    printed = read_lines('calibrate ')
+    assert [line['field'] for line in printed] == list(FIELDS)
+    assert {line['texts'] for line in printed} == {'64'}
+    for line in printed:
         for part in ('before', 'after'):
             shares = [float(pair.split(':')[1]) for pair in line[part].split(',')]
             assert len(shares) == 2 and sum(shares) == pytest.approx(1, abs=0.011)
-    ties, = (dict(f.split('=') for f in line.split()[1:]) for line in lines if line.startswith('near_ties '))
+    ties, = read_lines('near_ties ')
     assert 0 <= float(ties['share']) < 1 and float(ties['below']) == 0.01
     root = clone_task(project, tmp_path, 'toy-00')
     for args in (['--calibrate=32'], ['--calibrate=0'], ['--calibrate_fields=["spam"]']):

@@ -1,4 +1,4 @@
-"""Labels from elsewhere: probabilities and answers instead of a teacher."""
+"""Labels that exist already: probabilities and answers in place of a teacher."""
 import json
 
 import numpy as np
@@ -6,38 +6,35 @@ import pytest
 
 import data
 from distil.labels import record_from_label
-from distil.space import OutputSpace
+from distil.space import OutputSpace, value_names
 from tests.conftest import FIELDS, SCHEMAS, clone_task, run
 
 
 @pytest.mark.parametrize('fields, indent, fence', SCHEMAS)
 def test_stored_logits_give_each_value_its_probability(tokenizer, fields, indent, fence):
-    """walking the automaton with the softmax of the record's logits must come to the given probability."""
+    """the product of the softmax of the logits along the path of a value must be its probability."""
     space = OutputSpace(tokenizer, fields, indent, fence, auxiliary=range(4, 90))
     rng, name = np.random.default_rng(0), next(f for f, values in fields.items() if len(values) > 1)
     values = fields[name]
-    key = lambda value: value if isinstance(value, str) else json.dumps(value)
-    if len({*map(key, values)}) < len(values):
-        pytest.skip('"1" and 1 have one name')
-    chances = rng.dirichlet(np.ones(len(values)))
+    probabilities = rng.dirichlet(np.ones(len(values)))
     label = {'answer': {f: v[-1] for f, v in fields.items() if f != name},
-             'probabilities': {name: dict(zip(map(key, values), (3 * chances).tolist()))}}  # any scale
-    for value, p in zip(values, chances):
-        shares, walked = space.token_shares(name, chances), 1.0
+             'probabilities': {name: dict(zip(value_names(values), (3 * probabilities).tolist()))}}  # any scale
+    for value, p in zip(values, probabilities):
+        shares, product = space.token_shares(name, probabilities), 1.0
         outs = space.from_json({**{f: v[0] for f, v in fields.items()}, name: value})
         for state, out in zip(space.states_before(outs), outs):
-            walked *= shares.get(state, {}).get(out, 1.0)
-        assert walked == pytest.approx(p)
+            product *= shares.get(state, {}).get(out, 1.0)
+        assert product == pytest.approx(p)
     outs, logits = record_from_label(space, label)
     answer = space.to_json(outs)
-    assert json.dumps(answer[name]) == json.dumps(values[int(chances.argmax())])
+    assert json.dumps(answer[name]) == json.dumps(values[int(probabilities.argmax())])
     assert all(json.dumps(answer[f]) == json.dumps(v[-1]) for f, v in fields.items() if f != name)
     p = np.exp(logits - np.log(np.exp(logits).sum(1, keepdims=True)))
-    on_path, states = 1.0, space.states_before(outs)
+    product, states = 1.0, space.states_before(outs)
     for n, (state, out) in enumerate(zip(states, outs)):
-        on_path *= p[n, out] if space.field[state] == name else 1.0
+        product *= p[n, out] if space.field[state] == name else 1.0
         assert p[n, list(space.transitions[state])].sum() == pytest.approx(1, abs=1e-4)
-    assert on_path == pytest.approx(chances.max(), rel=1e-3)
+    assert product == pytest.approx(probabilities.max(), rel=1e-3)
 
 
 @pytest.mark.parametrize('label', [
@@ -46,7 +43,7 @@ def test_stored_logits_give_each_value_its_probability(tokenizer, fields, indent
     {'probabilities': {'tone': {'friendly': -1}, 'spam': {'true': 1}}},
     {'probabilities': {'tone': {'friendly': 0}, 'spam': {'true': 1}}},
     {'probabilities': {'tone': {'friendly': 'x'}, 'spam': {'true': 1}}}])
-def test_labels_that_do_not_say_are_none(space, tokenizer, label):
+def test_incomplete_or_invalid_labels_give_none(space, tokenizer, label):
     assert record_from_label(OutputSpace(tokenizer, FIELDS), label) is None
 
 
@@ -55,18 +52,21 @@ def test_a_student_learns_from_given_labels_without_a_teacher(project, tmp_path)
     texts = [json.loads(line)['text'] for line in open(root / 'data/toy/input.jsonl')]
     with open(root / 'labels.jsonl', 'w') as file:
         for n, text in enumerate(texts):
-            tone = 0.9 if 'cat' in text else 0.2
-            label = {'probabilities': {'tone': {'friendly': tone, 'neutral': 1 - tone}}, 'answer': {'spam': n % 2 == 0},
+            p = 0.9 if 'cat' in text else 0.2
+            label = {'probabilities': {'tone': {'friendly': p, 'neutral': 1 - p}},
+                     'answer': {'spam': n % 2 == 0},
                      'truth': {'tone': 'friendly' if 'cat' in text else 'neutral'}}
             file.write(json.dumps({'text': text, **label}) + '\n')
         file.write(json.dumps({'text': 'the cat sat there', 'answer': {'tone': 'odd'}}) + '\n')
     done = run(root, 'extract.py', '--labels=labels.jsonl', '--name=given')
-    assert done.returncode == 0 and 'dropped_invalid=1' in done.stdout and 'loading the tok' in done.stdout, done.stderr
-    assert 'teacher=1' in next(line for line in done.stdout.splitlines() if line.startswith('truth name=tone'))
+    assert done.returncode == 0, done.stderr
+    assert 'dropped_invalid=1' in done.stdout and 'loading the tok' in done.stdout
+    lines = done.stdout.splitlines()
+    assert 'teacher=1' in next(line for line in lines if line.startswith('truth name=tone'))
     shards = data.Shards('toy', 'given', root / 'data')
     assert len(shards) == len(texts) and not shards.meta.get('bias')
     p = np.exp(shards.logits(0)) / np.exp(shards.logits(0)).sum(1, keepdims=True)
-    assert p.max(1).min() < 0.91                                # the doubt of the labels is in the file
+    assert p.max(1).min() < 0.91                                # the labels' probabilities, not 0 and 1
     again = run(root, 'extract.py', '--labels=labels.jsonl', '--name=given')
     assert again.returncode == 0 and ', 0 are to do' in again.stdout
     done = run(root, 'train.py', '--name=given')
@@ -75,5 +75,5 @@ def test_a_student_learns_from_given_labels_without_a_teacher(project, tmp_path)
                if line.startswith('field name=tone'))
     assert best > 0.9
     assert run(root, 'tools/evaluate.py', '--name=given').returncode == 0
-    asked = run(root, 'sample.py', '--name=given', '--text=a', '--min_confidence=0.9', '--ask_teacher=True')
-    assert asked.returncode == 1 and 'no teacher' in asked.stderr
+    refused = run(root, 'sample.py', '--name=given', '--text=a', '--min_confidence=0.9', '--ask_teacher=True')
+    assert refused.returncode == 1 and 'no teacher' in refused.stderr

@@ -19,10 +19,10 @@ def test_the_automaton_accepts_exactly_the_valid_answers(tokenizer, fields, inde
     rng = random.Random(0)
     for values in product(*fields.values()):
         outs = [space.output_index[i] for i in space.encode(values)]
-        assert space.state_after(outs) == space.done and len(outs) <= space.max_answer and max(
-            outs) < space.n_required
-        assert json.dumps(space.to_json(outs)) == json.dumps(dict(zip(fields,
-                                                                      values)))  # 1, '1' and True stay apart
+        assert space.state_after(outs) == space.done
+        assert len(outs) <= space.max_answer and max(outs) < space.n_required
+        answer = dict(zip(fields, values))
+        assert json.dumps(space.to_json(outs)) == json.dumps(answer)  # 1, '1' and True stay different
         wrong = list(outs)
         wrong[rng.randrange(len(outs))] = rng.randrange(len(space.output_ids))
         if space.state_after(wrong) == space.done:  # then it is another valid answer
@@ -30,30 +30,29 @@ def test_the_automaton_accepts_exactly_the_valid_answers(tokenizer, fields, inde
         assert space.to_json(outs[:-1]) is None
 
 
-def test_examples_that_are_not_in_the_form_of_the_answer_are_named(tokenizer):
+def test_examples_in_the_prompt_with_another_form_than_the_answer_are_reported(tokenizer):
     space = OutputSpace(tokenizer, FIELDS)
     good = space.text(['neutral', True])
-    assert not list(space.prompt_mismatches(good + 'say {text} or {x: y}\n{"tone": "neutral" | "friendly"}\n'))
-    wrong = good.replace(',',
-                         ', '), good.replace('neutral',
-                                             'angry'), '{"spam":true,"tone":"neutral"}', '{"tone":"neutral"}'
-    assert [m.split('} ')[1][:16] for m in space.prompt_mismatches(' '.join(wrong))
-            ] == ['will have to be ', 'is no answer of ', 'will have to be ', 'is no answer of ']
+    no_answers = 'say {text} or {x: y}\n{"tone": "neutral" | "friendly"}\n'
+    assert not list(space.prompt_mismatches(good + no_answers))
+    wrong = [good.replace(',', ', '), good.replace('neutral', 'angry'), '{"spam":true,"tone":"neutral"}',
+             '{"tone":"neutral"}']
+    messages = [message.split('} ')[1][:15] for message in space.prompt_mismatches(' '.join(wrong))]
+    assert messages == ['must be written', 'is not an answe', 'must be written', 'is not an answe']
     for path in CONFIGS:
         task = runpy.run_path(str(path))
         style = SimpleNamespace(fields=task['fields'], indent=task.get('indent'), fence=task.get('fence'),
                                 end_id=1, text=None, from_json=None)
-        style.text, style.from_json = (lambda values: OutputSpace.text(
-            style, values)), lambda answer: answer if all(answer[f] in values
-                                                          for f, values in task['fields'].items()) else None
+        style.text = lambda values: OutputSpace.text(style, values)
+        style.from_json = lambda answer: answer if all(answer[f] in values
+                                                       for f, values in task['fields'].items()) else None
         assert not list(OutputSpace.prompt_mismatches(style, task.get('prompt', ''))), path
 
 
 def test_output_vocabulary_is_required_then_auxiliary(tokenizer):
     space = OutputSpace(tokenizer, FIELDS, auxiliary=[50, 51, 50])
-    assert space.output_ids[-2:] == [
-        50, 51
-    ] and len(set(space.output_ids)) == len(space.output_ids) == space.n_required + 2
+    assert space.output_ids[-2:] == [50, 51]
+    assert len(set(space.output_ids)) == len(space.output_ids) == space.n_required + 2
     used = {i for values in product(*FIELDS.values()) for i in space.encode(values)}
     assert set(space.output_ids[:space.n_required]) == used
     again = OutputSpace(tokenizer, FIELDS, auxiliary=space.output_ids)  # as sample.py rebuilds it
@@ -61,34 +60,34 @@ def test_output_vocabulary_is_required_then_auxiliary(tokenizer):
     assert all((space.forced[s] >= 0) == (len(m) == 1) for s, m in enumerate(space.transitions))
 
 
-def test_what_stands_of_a_draft_is_up_to_the_first_other_choice():
+def test_a_draft_is_accepted_up_to_the_first_other_choice():
     assert accepted_prefix([1, 2, 3], [1, 2, 3, 4]) == [1, 2, 3, 4]  # all of it, and the choice after it
     assert accepted_prefix([1, 2, 3], [1, 2, 3]) == [1, 2, 3]
     assert accepted_prefix([1, 2, 3], [1, 5, 3, 4]) == [1, 5]
     assert accepted_prefix([1, 2], [7, 2, 3]) == [7] and accepted_prefix([], [4]) == [4]
 
 
-def test_answers_remembered_by_to_json_are_not_all_that_ever_were(tokenizer):
+def test_the_cache_of_to_json_is_bounded(tokenizer):
     space = OutputSpace(tokenizer, {'a': list(range(105)), 'b': list(range(105))})
     for a, b in product(range(105), repeat=2):
         assert space.to_json([space.output_index[i] for i in space.encode((a, b))]) == {'a': a, 'b': b}
     assert space.parse.cache_info().currsize == 10000 < 105 ** 2
 
 
-def test_schemas_that_cannot_work_are_refused(tokenizer):
+def test_invalid_schemas_are_refused(tokenizer):
     for fields in ({}, {'a': []}, {'a': [1, 1]}, {'a': True, 'b': [1, 2]}, {'a': 'yes'}):
         with pytest.raises(ValueError):
             OutputSpace(tokenizer, fields)
 
 
-def test_constants_that_cannot_be_written_or_read_back_are_refused_by_name(tokenizer):
+def test_constants_that_are_not_json_or_have_special_tokens_are_refused(tokenizer):
     for value, why in (('<eos>', 'special token'), ('a <turn> b', 'special token'), (math.nan, 'JSON'),
                        (math.inf, 'JSON'), ([1, -math.inf], 'JSON'), ('\ud800', 'JSON'), (b'bytes', 'JSON'),
                        (lambda: 1, 'JSON'), ({1, 2}, 'JSON')):
         with pytest.raises(ValueError, match=f"'tone'.*{why}"):
             OutputSpace(tokenizer, {'tone': ['neutral', value]})
     for name in (3, None, ('a',)):
-        with pytest.raises(ValueError, match='field names are texts'):
+        with pytest.raises(ValueError, match='field names must be strings'):
             OutputSpace(tokenizer, {name: ['neutral', 'friendly']})
     with pytest.raises(ValueError, match='special token'):
         OutputSpace(tokenizer, {'<eos>': ['neutral', 'friendly']})

