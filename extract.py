@@ -1,7 +1,7 @@
 """Run the teacher once over unlabelled text and keep its logits on the few hundred tokens the task can need.
 
     python extract.py config/demo.py                            # about 2 minutes on 2 cores
-    python extract.py config/demo.py --verify=50                # compare stored records with a plain forward pass
+    python extract.py config/demo.py --verify=50                # compare stored records with plain passes
     python extract.py config/tweets.py                          # labels that exist already (distil/labels.py)
     torchrun --nproc_per_node=8 extract.py config/reddit.py     # one shard per GPU; nodes share a disk
 
@@ -130,18 +130,19 @@ def scan_texts(task, dataset, name, source, filters):
     folders, done = shard_folders(dataset, name), Hashes()
     if folders:                                                 # an earlier run: its vocabulary stays
         meta, tokenizer = read_task(folders[0], task)
-        done = stored_hashes(folders, meta)
+        done = stored_hashes(folders, meta)                     # 8 bytes a text
     else:
         print(f'loading the tokenizer of {task["teacher"]}')
         wrapped = load_tokenizer(task['teacher'])
         tokenizer = wrapped.backend_tokenizer
-        tokenizer.no_truncation()
+        tokenizer.no_truncation()                               # texts are cut here, not there
         tokenizer.no_padding()
-    counts, frequency, n_todo = Counter(), np.zeros(tokenizer.get_vocab_size(), np.int64), 0
-    n_sample, sample = (task['calibrate'] or {}).get('texts', 0), []
+    frequency, n_todo = np.zeros(tokenizer.get_vocab_size(), np.int64), 0  # (whole vocabulary,)
+    counts = Counter()                                          # what happened to each line
+    n_sample, sample = (task['calibrate'] or {}).get('texts', 0), []  # for learn_bias
     texts = tqdm(read_texts(source), desc='filter', unit=' texts', unit_scale=True, mininterval=1)
     for group in read_groups(texts, tokenizer, 1024, *filters, counts):
-        np.add.at(frequency, np.concatenate([ids for _, ids, _ in group]), 1)
+        np.add.at(frequency, np.concatenate([ids for _, ids, _ in group]), 1)  # counts tokens
         n_todo += sum(hash_ not in done for hash_, _, _ in group)
         if n_sample:  # the texts of lowest hash: the same ones in whatever order the file is
             sample = sorted([*sample, *((hash_, ids.tolist()) for hash_, ids, _ in group)])[:n_sample]
@@ -168,7 +169,7 @@ def label_group(engine, space, drafts, group, meta, full_lse):
     """asks the teacher about a group of texts. Returns its records for the Writer, the reason for each text
     without an answer, the number of tokens read, and the number that one pass over each text and its answer
     needs. full_lse: also logsumexp over the whole vocabulary."""
-    hashes, ids, given = zip(*group)
+    hashes, ids, given = zip(*group)                            # given: an answer, a label or None
     answers, n_read, n_needed, reasons = ['invalid'] * len(group), 0, 0, []
     asked, outs = list(range(len(group))), None
     if meta['score'] == 'labels':                               # probabilities are given: nobody is asked
@@ -182,7 +183,7 @@ def label_group(engine, space, drafts, group, meta, full_lse):
     if asked:
         got, n_read = answer_batched(engine, space, drafts, [ids[i] for i in asked], meta['after'],
                                      meta['constrain'], full_lse, outs, meta['missing'])
-        for i, answer in zip(asked, got):
+        for i, answer in zip(asked, got):                       # (outs, logits, lse), or a reason
             answers[i] = answer
     records, none = [], np.zeros((0, len(space.output_ids)), np.float32)
     for i, answer in enumerate(answers):
@@ -213,7 +214,7 @@ def extract(engine, space, drafts, groups, writer, meta, n_full_lse, n_todo, may
                 costs.append(seconds / n_read)
                 try_compiling(engine, costs, (n_todo // WORLD - totals['records']) * n_read / len(group))
             for _, _, outs, *_ in records[:max(0, DRAFT_TEXTS - n_seen)]:
-                if len(outs):
+                if len(outs):                                   # not dropped
                     drafts.add(outs)
             if pending:
                 pending.result()                                # raises what writing the last group raised
@@ -221,14 +222,15 @@ def extract(engine, space, drafts, groups, writer, meta, n_full_lse, n_todo, may
             n_seen += len(group)
             totals.update(records=len(group), read=n_read, needed=n_needed,
                           steps=sum(len(outs) for _, _, outs, *_ in records))
-            totals.update(f'dropped_{reason}' for reason in reasons)
-            meta['dropped'].update(reasons)
+            totals.update(f'dropped_{reason}' for reason in reasons)  # of this run
+            meta['dropped'].update(reasons)                     # of the shard
             now = time.perf_counter()
             if engine:                                          # without a teacher there is no cost to compare
                 meta['timed'].update(records=len(group), seconds=now - last)
             last = now
             bar.update(len(group))
             if n == 3:  # earlier groups cost more, because of full_lse
+                # a step: V logits of 2 bytes, two floats, an output index
                 gb = n_todo * totals['steps'] / totals['records'] * (2 * len(space.output_ids) + 10) / 1e9
                 hours = n_todo / totals['records'] / WORLD * (now - start) / 3600
                 tqdm.write(f'plan records={n_todo} hours={hours:.3f} disk_gb={gb:.3f} '
@@ -258,7 +260,7 @@ if __name__ == '__main__':
     calibration, priors = check_calibration(config)
     device = start_ranks(pick_device(device), 'gloo')
     dtype = run_in_first(lambda: pick_dtype(dtype, device))
-    if full_lse < 0:
+    if full_lse < 0:                                            # nearly free on a GPU
         full_lse = sys.maxsize if device.startswith('cuda') else 64
 
     # the first process scans the texts and tells the others what there is to do
@@ -268,7 +270,7 @@ if __name__ == '__main__':
     filters = min_text, max_text, max_records, too_long == 'cut'
     meta, tokenizer, n_todo, sample = run_in_first(lambda: scan_texts(task, dataset, name, source, filters))
     meta['dtype'] = str(dtype).removeprefix('torch.')
-    space = OutputSpace.from_task(Tokenizer.from_str(tokenizer), meta)
+    space = OutputSpace.from_task(Tokenizer.from_str(tokenizer), meta)  # the automaton and the V tokens
     try:
         shards = Shards(dataset, name) if verify else None
     except FileNotFoundError as error:
@@ -288,7 +290,7 @@ if __name__ == '__main__':
     folder = Path('data', dataset, f'{name}-{RANK:02d}')        # each process writes a shard of its own
     writer = open_writer(folder, len(space.output_ids))
     if n_todo:
-        engine = Teacher(model, meta['before'], space.output_ids) if model else None
+        engine = Teacher(model, meta['before'], space.output_ids) if model else None  # reads the prompt once
         if engine and compile in ('True', 'true'):
             engine.compile()
         if calibration and 'bias' not in meta:
@@ -298,9 +300,9 @@ if __name__ == '__main__':
             space.set_bias(meta['bias'])                        # subtracted from logits, never from the file's
             print_bias(report, space)
         done, drafts = stored_hashes(shard_folders(dataset, name), meta), Drafts(space)
-        for outs in first_answers(folder, meta, DRAFT_TEXTS):
+        for outs in first_answers(folder, meta, DRAFT_TEXTS):   # of the run that is continued
             drafts.add(outs.tolist())
-        texts = read_texts(source, None if labels else 'answer')
+        texts = read_texts(source, None if labels else 'answer')  # streamed: nothing is kept in memory
         groups = prefetch(read_groups(texts, space.tokenizer, extract_batch, *filters))
         mine = ([text for text in group if text[0] not in done]
                 for n, group in enumerate(groups) if n % WORLD == RANK)

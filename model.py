@@ -3,9 +3,10 @@
     student = Student(StudentConfig(vocab_size=262144, output_vocab=525))
     logits = student(torch.tensor([[5, 77, 2]]))  # (B, T) ids -> (B, T, V) logits over the output vocabulary
 
-A decoder-only transformer (RMSNorm, RoPE, GeGLU) that reads ids of the teacher's whole vocabulary and
-predicts output indices (space.py says what those are). Every size is a setting; decode.py decodes with it,
-train.py trains it. B rows, T tokens, C = n_embd channels, H heads of D = head_size, V = output_vocab.
+A decoder-only transformer (RMSNorm, RoPE, GeGLU). It reads ids of the teacher's whole vocabulary and predicts
+output indices (distil/space.py defines both). distil/decode.py decodes with it, train.py trains it.
+
+B rows, T tokens, C = n_embd channels, H = n_head heads of D = head_size, V = output_vocab.
 """
 import math
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 @dataclass
 class StudentConfig:
     vocab_size: int = 262144  # rows of the input embedding: the teacher's whole vocabulary, for any text
-    output_vocab: int = 525  # V, rows of the head: only what an answer can need
+    output_vocab: int = 525                                 # V, rows of the head: only what an answer can need
     block_size: int = 75                                    # text tokens + answer tokens
     n_layer: int = 16
     n_head: int = 16
@@ -30,59 +31,64 @@ class StudentConfig:
     rope_base: float = 10000.0
     start_id: int = 2                                       # the id between text and answer ...
     after: tuple = ()                                       # ... or these, as in the teacher's prompt
-    n_prompt: int = 0  # P, tokens before the text whose keys and values are parameters; 0: none
-    # what it takes to hold layers of a Gemma 3, Llama or Qwen 2; norm offsets and scales go into the weights
+    n_prompt: int = 0                                       # P, prompt tokens kept as keys and values
+    # what a block needs to hold a layer of Gemma 3, Llama or Qwen 2; norm offsets and scales go into the weights
     head_size: int = 0                                      # 0: n_embd // n_head
-    n_table: int = 0  # width of the input embedding; 0: n_embd, else it is projected to that
-    activation: str = 'gelu'  # of the MLP: gelu (its tanh form) or silu
+    n_table: int = 0                                        # width of the input embedding; 0: n_embd
+    activation: str = 'gelu'                                # of the MLP: gelu (its tanh form) or silu
     qk_norm: bool = False                                   # RMSNorm on queries and keys
     qkv_bias: bool = False                                  # queries, keys and values have a bias
     sandwich: bool = False                                  # RMSNorm also after attention and MLP
     norm_eps: float = 1e-6
-    rope_of_layer: tuple = ()  # row of rope_freq that each layer uses; (): 0
+    rope_of_layer: tuple = ()                               # row of rope_freq for each layer; (): always 0
 
     @property
     def start(self):
-        """ids between text and answer; the last of them is asked for the first token of the answer."""
+        """ids between text and answer; at the last of them the first token of the answer is predicted."""
         return list(self.after) or [self.start_id]
 
 
 # -----------------------------------------------------------------------------
-# network
+# attention
 
 
 def rotate(x, cos, sin):
-    """x (B, H, T, D) turned by the angles of its positions, cos and sin (B or 1, 1, T, D); halves are the
-    pairs. Rotary position embedding, https://arxiv.org/abs/2104.09864"""
+    """rotary position embedding, https://arxiv.org/abs/2104.09864: x (B, H, T, D) rotated by the angles of its
+    positions. cos, sin (B or 1, 1, T, D). Channel i is paired with channel i + D/2."""
     a, b = x.chunk(2, dim=-1)                               # (B, H, T, D/2) each
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
 def attend_with_lse(q, k, v, mask, scale, softcap=None):
-    """q (B, n_kv, T, D), k and v (B, n_kv, S, D), mask to be added to the scores, or None -> values (B, n_kv,
-    T, D), and the logsumexp of the scores (B, n_kv, T), with which decode.py and teacher.py put two parts
-    together. Scores are in float32, also between bfloat16: where they reach hundreds, as Qwen's do, those of
-    bfloat16 are whole units apart."""
-    if q.device.type == 'cpu' and softcap is None:              # what F.scaled_dot_product_attention calls
+    """attention that also returns the logsumexp of its scores, with which the decoder and the teacher's engine
+    merge attention to a shared prompt with attention to a text's own tokens.
+
+    q (B, n_kv, T, D), k and v (B, n_kv, S, D), mask added to the scores or None -> values (B, n_kv, T, D),
+    logsumexp (B, n_kv, T). Scores are float32 even for bfloat16 inputs: where they reach hundreds, as in
+    Qwen, bfloat16 scores would be whole units apart.
+    """
+    if q.device.type == 'cpu' and softcap is None:          # what F.scaled_dot_product_attention calls
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return flash(q, k, v, attn_mask=mask, scale=scale)
-    scores = q.float() @ k.float().mT * scale                   # (B, n_kv, T, S)
+    scores = q.float() @ k.float().mT * scale               # (B, n_kv, T, S)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores + mask
-    lse = scores.logsumexp(-1)
+    lse = scores.logsumexp(-1)                              # (B, n_kv, T)
     return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
 
 
 class RMSNorm(nn.RMSNorm):
-    """https://arxiv.org/abs/1910.07467, in its weight's precision: autocast's products have less"""
+    """https://arxiv.org/abs/1910.07467, computed in the precision of its weight, also under autocast"""
 
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
 
 
 class Attention(nn.Module):
+    """causal self-attention with rotary positions; with a cache `attend` replaces the attention itself"""
+
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head, self.dropout = config.n_head, config.n_kv_head, config.dropout
@@ -104,20 +110,24 @@ class Attention(nn.Module):
         if hasattr(self, 'q_norm'):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if attend is not None:                              # decoding: a cache holds the keys and values
+        if attend is not None:                              # decoding: a cache holds keys and values
             y = attend(q if keep is None else q[:, :, keep], k, v, keep is not None)
         else:
             mask, dropout, gqa = None, self.dropout if self.training else 0.0, self.n_head != self.n_kv_head
             if prompt is not None:                          # (2, n_kv_head, P, D): every token sees all of it
                 k, v = (torch.cat((old.expand(B, -1, -1, -1), new), 2) for old, new in zip(prompt, (k, v)))
-                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)  # (T, P + T)
             with torch.autocast('cpu', enabled=False):      # in bfloat16 a CPU's gradient is 9 times slower
                 y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask, dropout_p=dropout,
                                                    is_causal=mask is None, enable_gqa=gqa)
         y = y.transpose(1, 2).flatten(2)                    # (B, H, T, D) -> (B, T, H * D)
-        if keep is not None:                                # (M, H * D); attend has cut it already
+        if keep is not None:                                # (M, H * D); attend has selected them already
             y = y.flatten(0, 1)[keep] if attend is None else y[0]
         return self.c_proj(y)                               # (B, T, C), or (M, C)
+
+
+# -----------------------------------------------------------------------------
+# the rest of the network
 
 
 class MLP(nn.Module):
@@ -136,6 +146,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """pre-norm residual block: attention, then MLP"""
+
     def __init__(self, config):
         super().__init__()
         norm = partial(RMSNorm, config.n_embd, eps=config.norm_eps)
@@ -144,31 +156,33 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, prompt=None, attend=None, keep=None):
-        y = self.attn(self.norm_1(x), cos, sin, prompt, attend, keep)  # (B, T, C), or (M, C): keep
+        y = self.attn(self.norm_1(x), cos, sin, prompt, attend, keep)  # (B, T, C), or (M, C) with keep
         x = (x if keep is None else x.flatten(0, 1)[keep]) + self.drop(self.post_1(y))
         return x + self.drop(self.post_2(self.mlp(self.norm_2(x))))
 
 
 class Student(nn.Module):
+    """ValueError if the sizes do not fit together"""
+
     def __init__(self, config):
         super().__init__()
         head_size = config.head_size or config.n_embd / config.n_head
         if head_size % 2 or config.n_head % config.n_kv_head:
             sizes = f'n_embd = {config.n_embd}, n_head = {config.n_head}, n_kv_head = {config.n_kv_head}'
-            raise ValueError(f'{sizes}: a head needs an even number of channels, and as many heads each key')
+            raise ValueError(f'{sizes}: a head needs an even number of channels, and n_head a multiple of n_kv_head')
         self.config = config
         width = config.n_table or config.n_embd
-        self.wte = nn.Embedding(config.vocab_size, width)
+        self.wte = nn.Embedding(config.vocab_size, width)   # text and answer share one input embedding
         self.wte_proj = nn.Identity()
-        if width != config.n_embd:
+        if width != config.n_embd:                          # a teacher's embedding is projected
             self.wte_proj = nn.Linear(width, config.n_embd, bias=False)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         if config.n_prompt:
             shape = config.n_layer, 2, config.n_kv_head, config.n_prompt, self.h[0].attn.head_size
-            self.prompt = nn.Parameter(torch.zeros(shape))  # keys, rotated already, and values
+            self.prompt = nn.Parameter(torch.zeros(shape))  # keys, already rotated, and values
         self.norm_f = RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.n_embd, config.output_vocab, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.output_vocab, bias=False)  # not tied to wte: V rows
         D, self.rope_of_layer = self.h[0].attn.head_size, config.rope_of_layer or (0,) * config.n_layer
         freq = config.rope_base ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
         freq = freq.expand(max(self.rope_of_layer) + 1, -1).clone()  # (n_rope, D/2)
@@ -184,12 +198,12 @@ class Student(nn.Module):
             nn.init.normal_(self.wte_proj.weight, std=width ** -0.5)  # keeps the variance
 
     def forward(self, idx, targets=None, cache=None, pos=None, keep=None):
-        """idx (B, T) ids, rows padded on the right -> logits over the output vocabulary.
+        """idx (B, T) ids, rows padded on the right -> logits over the output vocabulary, (B, T, V).
 
-        Without targets (B, T, V). With targets (B, T) only where targets >= 0, as (n, V) in row order: the
-        head never sees a text position. With keep (M,) in their place only of these of the B * T tokens, as
-        (M, V). With a cache (decode.Cache) idx (1, N) are the new tokens of several rows one after another,
-        and pos (1, N) their positions, counted from the prompt's first token.
+        With targets (B, T): only where targets >= 0, as (n, V) in row order, so that the head is not computed
+        at text positions. With keep (M,) instead: only at these of the B * T positions, as (M, V). With a
+        cache (decode.Cache): idx (1, N) are the new tokens of several rows one after another, pos (1, N)
+        their positions, counted from the prompt's first token.
         """
         T = idx.size(1)
         if cache is None:
@@ -198,29 +212,29 @@ class Student(nn.Module):
         angle = pos[:, None, :, None] * self.rope_freq[:, None, None, None]  # (n_rope, 1, 1, T, D/2)
         angle = torch.cat((angle, angle), dim=-1)           # (n_rope, 1, 1, T, D)
         cos, sin = angle.cos(), angle.sin()
-        dtype = self.lm_head.weight.dtype                   # a frozen table's is fp16
+        dtype = self.lm_head.weight.dtype                   # a frozen table is fp16
         x = self.wte_proj(self.wte(idx).to(dtype))          # (B, T, n_table) -> (B, T, C)
         x = self.drop(x.to(dtype))
         for i, block in enumerate(self.h):
             rope = self.rope_of_layer[i]
             prompt = self.prompt[i] if self.config.n_prompt else None
             attend = None if cache is None else partial(cache.attend, i)
-            asked = keep if i == len(self.h) - 1 else None  # the last layer answers only for these
-            x = block(x, cos[rope], sin[rope], prompt, attend, asked)
+            wanted = keep if i == len(self.h) - 1 else None  # the last layer computes only these positions
+            x = block(x, cos[rope], sin[rope], prompt, attend, wanted)
         x = self.norm_f(x if targets is None else x[targets >= 0])  # (B, T, C), (n, C) or (M, C)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 logits near 10 are 0.06 apart
-            return self.lm_head(x)
+            return self.lm_head(x)                          # (B, T, V), (n, V) or (M, V)
 
     def param_groups(self, weight_decay):
-        """AdamW groups: matrices decay; the embedding and the norms do not (a row unseen in a batch must not
-        shrink)."""
+        """AdamW groups: matrices decay; the embedding and the norms do not (a row that a batch does not
+        contain must not shrink)."""
         learned = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         decay = [p for name, p in learned if p.dim() == 2 and name != 'wte.weight']
         rest = [p for name, p in learned if p.dim() != 2 or name == 'wte.weight']
         return [{'params': decay, 'weight_decay': weight_decay}, {'params': rest, 'weight_decay': 0.0}]
 
     def count_params(self):
-        """number of parameters by part; `total` is their sum and that of the norms."""
+        """{part: number of parameters}; `total` also counts the norms."""
         parts = {'total': '', 'embedding': 'wte', 'attention': '.attn.', 'mlp': '.mlp.', 'head': 'lm_head.'}
         parts |= {'prompt': 'prompt'} if self.config.n_prompt else {}
         return {part: sum(p.numel() for name, p in self.named_parameters() if key in name)

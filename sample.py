@@ -15,15 +15,16 @@ import os
 import queue
 import stat
 import sys
-import threading
 from collections import deque
 from pathlib import Path
 
+import torch
+
 from config import configure, next_command, stop
 from config.machine import pick_device
-from distil.checkpoint import load_checkpoint, warn_changed_task
-from distil.decode import confidence_of, decode, value_probabilities
-from distil.space import clean, value_name
+from distil.checkpoint import find_threshold, load_checkpoint, warn_changed_task
+from distil.decode import confidence_of, decode, read_ahead, value_probabilities
+from distil.space import clean, value_names
 
 name = ''            # word; out/<name> is the student ...
 run = ''             # word; ... or out/<run>
@@ -53,40 +54,13 @@ config = configure(globals())
 # text in, JSON out
 
 
-def read_ahead(lines):
-    """a queue of the items of an iterable, then None. A thread fills it, so a line from a slow pipe is answered
-    at once, and memory does not grow with a fast one."""
-    ahead = queue.Queue(1000)
-
-    def read():
-        try:
-            for line in lines:
-                ahead.put(line)
-        finally:
-            ahead.put(None)
-    threading.Thread(target=read, daemon=True).start()
-    return ahead
-
-
-def find_threshold(checkpoint, min_confidence):
-    """min_confidence as a number; 'target' is the one that tools/evaluate.py --target_agreement= stored."""
-    if min_confidence != 'target':
-        return min_confidence
-    target = checkpoint.get('target')
-    if not target:
-        stop(f'no target was set; run: {next_command("tools/evaluate.py")} --target_agreement=0.9')
-    return target['min_confidence']
-
-
 def load_teacher_to_ask(teacher, task, space, device):
     """a function from lists of ids to the teacher's answers, lists of output indices. Exits with a message if
     this is not the teacher that the student learned from."""
-    try:  # optional: a student that is copied elsewhere leaves the teacher's engine behind
+    try:                                                        # a student that is copied leaves it behind
         from distil.engine import load_answerer
     except ImportError as error:
         stop(f'ask_teacher needs distil/engine.py, distil/teacher.py and transformers here ({error})')
-    if task['fingerprint'] == 'labels':
-        stop('this student learned from given labels: there is no teacher to ask')
     print_note(f'loading {teacher or task["teacher"]}')
     return load_answerer(teacher or task['teacher'], task, space, device)
 
@@ -98,72 +72,90 @@ class Labeler:
     folder: of a training run. confidence: as the setting. too_long: 'cut', or 'refuse' for {'error': ...} in
     place of an answer. min_confidence: records with a field below it get '_defer': True, or, with
     ask_teacher, the teacher's answer and '_teacher': True. SystemExit with a message if the student cannot be
-    loaded.
+    loaded. It can be pickled (the copy loads the folder again), and used in a forked process (on one thread).
     """
 
     def __init__(self, folder, device='auto', which='best', batch_size=64, constrain=True, too_long='cut',
                  confidence=True, min_confidence=0.0, ask_teacher=False, teacher='', dtype='auto'):
-        device = pick_device(device)
+        self.arguments = (Path(folder).absolute(), device, which, batch_size, constrain, too_long, confidence,
+                          min_confidence, ask_teacher, teacher, dtype)
+        self.process, device = os.getpid(), pick_device(device)
         self.checkpoint, self.student, self.space = load_checkpoint(folder, device, which, dtype)
-        self.task, self.batch_size, self.constrain = self.checkpoint['task'], batch_size, constrain
+        self.task = self.checkpoint['task']                     # fields, prompt, max_text, ... of meta.json
+        self.batch_size, self.constrain = batch_size, constrain
         self.too_long, self.confidence = too_long, confidence
         self.min_confidence = find_threshold(self.checkpoint, min_confidence)
-        self.temperature = {name: of_field['temperature']  # makes confidence a probability
+        self.temperature = {name: of_field['temperature']       # fitted on held-out records
                             for name, of_field in self.checkpoint['per_field'].items()}
         self.ask = load_teacher_to_ask(teacher, self.task, self.space, device) if ask_teacher else None
 
-    def __call__(self, texts):
-        """a dict for each of an iterable of texts, in their order."""
-        return [record for record, _ in self.stream(text.encode('utf-8', 'replace') for text in texts)]
+    def __reduce__(self):                                       # for pickle: spawned processes, joblib
+        return Labeler, self.arguments
 
-    def encode(self, line):
-        """a text as bytes -> (ids the student reads, reason why there is no answer or '', number of ids cut
-        off)."""
-        string, max_text = clean(line.decode('utf-8', 'replace')), self.task['max_text']
-        ids = self.space.tokenizer.encode(string, add_special_tokens=False).ids
-        n_cut = max(0, len(ids) - max_text)
+    def __call__(self, texts):
+        """a dict for each of an iterable of texts, in their order; {'error': ...} for what is no text, such as
+        a nan. TypeError if texts is one text. What the iterable raises is raised here."""
+        if isinstance(texts, (str, bytes)):                     # its letters would be answered
+            raise TypeError('a Labeler takes a list of texts, not one text')
+        return [record for record, _ in self.stream(texts)]
+
+    def encode(self, text):
+        """a text (str, or bytes in UTF-8) -> (ids the student reads, reason why there is no answer or '',
+        number of ids cut off)."""
+        if not isinstance(text, (str, bytes)):
+            return [], f'not a text but {type(text).__name__}', 0
+        line = text if isinstance(text, bytes) else text.encode('utf-8', 'replace')  # no lone surrogates
+        string = clean(line.decode('utf-8', 'replace'))         # as the teacher's texts were
+        ids = self.space.tokenizer.encode(string, add_special_tokens=False).ids  # of the whole vocabulary
+        n_cut = max(0, len(ids) - self.task['max_text'])
         if not string:
             return [], 'empty text', 0
         if n_cut and self.too_long == 'refuse':
-            return [], f'text has {len(ids)} tokens, the student reads {max_text}', 0
-        return ids[:max_text], '', n_cut
+            return [], f'text has {len(ids)} tokens, the student reads {self.task["max_text"]}', 0
+        return ids[:len(ids) - n_cut], '', n_cut
 
-    def stream(self, lines):
-        """yields (record, number of the text's tokens that were cut off) for each line of bytes, in order, as
-        soon as it is known."""
-        ahead, results = read_ahead(lines), []
-        waiting = deque()   # encoded texts that the decoder has not answered yet
-        drained = False     # True if no line was there when the decoder last asked
+    def stream(self, texts):
+        """yields (record, number of the text's tokens that were cut off) for each text, in order, as soon as
+        it is known. What the iterable raises is raised after the answers to the texts before it."""
+        if os.getpid() != self.process:
+            torch.set_num_threads(1)                            # torch's threads do not survive a fork
+        ahead, results, end = read_ahead(texts), [], None
+        waiting = deque()                                       # encoded texts without an answer yet
+        drained = False                                         # no text was there when the decoder last asked
 
-        def texts():
-            nonlocal drained
+        def encoded():
+            nonlocal drained, end
             while True:
                 try:
-                    line = ahead.get(block=not waiting)
+                    text, end = ahead.get(block=not waiting)    # wait only if nothing is being decoded
                 except queue.Empty:
                     drained = True
                     yield None                                  # tells the decoder to go on without a new text
                     continue
-                if line is None:
+                if end:                                         # no text follows
                     return
                 drained = False
-                waiting.append(self.encode(line))
+                waiting.append(self.encode(text))
                 yield waiting[-1][0]                            # [] for a text without answer: keeps the order
 
-        for answer in decode(self.student, self.space, texts(), self.batch_size, self.constrain):
+        for answer in decode(self.student, self.space, encoded(), self.batch_size, self.constrain):
             results.append((*waiting.popleft(), *answer))
+            # the teacher is faster on many at once, so results are collected while more texts are coming
             if not self.ask or drained or not waiting or len(results) >= self.batch_size:
-                yield from self.finish(results)                 # the teacher is faster on many at once
+                yield from self.finish(results)
                 results = []
-        yield from self.finish(results)
+        yield from self.finish(results)                         # those of the last texts
+        if not isinstance(end, StopIteration):
+            raise end                                           # the caller's own exception
 
     def confidence_in(self, ids, outs, decisions):
         """({field: probability of its value}, what the record shows of it)."""
-        p_chosen = confidence_of(self.space.fields, decisions, self.temperature)
+        p_chosen = confidence_of(self.space.fields, decisions, self.temperature)  # {field: 0..1}
         if self.confidence != 'full':
             return p_chosen, {name: round(p, 4) for name, p in p_chosen.items()}
+        # the values that were not chosen: another forward pass where they part from the answer
         p_values = value_probabilities(self.student, self.space, ids, outs, decisions, self.temperature)
-        return p_chosen, {name: dict(zip(map(value_name, self.space.fields[name]), (round(p, 4) for p in row)))
+        return p_chosen, {name: dict(zip(value_names(self.space.fields[name]), (round(p, 4) for p in row)))
                           for name, row in p_values.items()}
 
     def finish(self, results):
@@ -171,27 +163,27 @@ class Labeler:
         min_confidence are marked, or answered by the teacher."""
         records, below = [], {}                                 # below: {number in results: ids}
         for n, (ids, error, n_cut, outs, decisions) in enumerate(results):
-            answer = None if error else self.space.to_json(outs)
-            if error:
+            answer = None if error else self.space.to_json(outs)  # dict, or None if it breaks the schema
+            if error:                                           # no text, or too long
                 record = {'error': error}
             elif answer is None:                                # only without constrain
                 raw = self.space.tokenizer.decode([self.space.output_ids[o] for o in outs],
                                                   skip_special_tokens=True)
                 record = {'error': 'answer breaks the schema', 'answer': raw}
                 if self.min_confidence:
-                    below[n] = ids
+                    below[n] = ids                              # surely not what the teacher says
             else:
                 record = dict(answer)
-                if self.confidence or self.min_confidence:
+                if self.confidence or self.min_confidence:      # costs time, so only if it is used
                     p_chosen, shown = self.confidence_in(ids, outs, decisions)
                     record |= {'_confidence': shown} if self.confidence else {}
                     if min(p_chosen.values()) < self.min_confidence:
                         below[n] = ids
-            records.append((record, n_cut))
+            records.append((record, n_cut))                     # in the order of the texts
         teacher_outs = self.ask(list(below.values())) if self.ask and below else [None] * len(below)
         for n, outs in zip(below, teacher_outs):
             record, n_cut = records[n]
-            if outs is not None:
+            if outs is not None:                                # the confidence shown is still the student's
                 shown = {'_confidence': record['_confidence']} if '_confidence' in record else {}
                 record = self.space.to_json(outs) | shown
             records[n] = record | {'_defer' if outs is None else '_teacher': True}, n_cut
@@ -207,17 +199,21 @@ def print_note(line):
     print(line, file=sys.stderr, flush=True)
 
 
-def print_labels(labeler, lines):
+def print_labels(labeler, texts):
     """prints a JSON line per text. Stops without complaint when the reader goes away (| head -1)."""
-    n_cut_texts = 0
+    n_cut_texts = 0                                             # texts, not tokens
     try:
-        for record, n_cut in labeler.stream(lines):
-            print(json.dumps(record, ensure_ascii=False), flush=True)
-            n_cut_texts += n_cut > 0
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
-        if not isinstance(error, BrokenPipeError):
-            stop(f'cannot write the answers: {error.strerror}')
+        for record, n_cut in labeler.stream(texts):
+            n_cut_texts += n_cut > 0                            # told once, at the end
+            try:
+                print(json.dumps(record, ensure_ascii=False), flush=True)  # a pipe may wait for this line
+            except OSError as error:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
+                if not isinstance(error, BrokenPipeError):
+                    stop(f'cannot write the answers: {error.strerror}')
+                return
+    except OSError as error:                                    # the texts before it are answered
+        stop(f'cannot read the texts: {error.strerror}')
     if n_cut_texts:
         print_note(f'{n_cut_texts} texts were longer than the {labeler.task["max_text"]} tokens the student '
                    'reads; the rest of them was ignored')
@@ -227,9 +223,9 @@ def typed_lines():
     """yields the lines a person types, until Ctrl-D."""
     while True:
         print_note('a text to label (Ctrl-D ends):')
-        if not (line := sys.stdin.buffer.readline()):
+        if not (line := sys.stdin.buffer.readline()):           # Ctrl-D
             return
-        yield line
+        yield line                                              # labelled before the next one is asked for
 
 
 if __name__ == '__main__':
@@ -243,9 +239,9 @@ if __name__ == '__main__':
     if input and text is not None:
         stop('set text or input, not both')
     piped = terminal = False
-    if sys.stdin and not sys.stdin.closed:
+    if sys.stdin and not sys.stdin.closed:                      # a service may have none
         mode, terminal = os.fstat(0).st_mode, sys.stdin.isatty()
-        piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+        piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)  # but not /dev/null
     if not (text is not None or input or piped or terminal):
         stop(f'no text; give one: {next_command("sample.py")} --text="...", --input=FILE, or a pipe')
     labeler = Labeler(Path('out', run or name), device, which, sample_batch, constrain, too_long, confidence,
@@ -253,11 +249,11 @@ if __name__ == '__main__':
     warn_changed_task(labeler.task, fields, prompt)
     try:
         if text is not None:
-            print_labels(labeler, [text.encode('utf-8', 'replace')])
+            print_labels(labeler, [text])
         elif input or piped:
-            print_labels(labeler, open(input or 0, 'rb'))
+            print_labels(labeler, open(input or 0, 'rb'))       # 0: standard input
         else:
             for line in typed_lines():
                 print_labels(labeler, [line])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:                                   # Ctrl-C is a normal end here
         pass

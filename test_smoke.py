@@ -1,8 +1,8 @@
-"""The pipeline end to end on a tiny teacher: every fast way beside the slow, obvious one.
+"""A tour of the four scripts on a tiny teacher: every fast path next to its slow, obvious twin.
 
     pytest test_smoke.py
 
-Read this one first; tests/test_<file>.py has the rest, a file for each of ours. No network.
+Read this one first; tests/test_<file>.py has the rest. No network.
 """
 import json
 import math
@@ -23,13 +23,17 @@ from distil.decode import generate
 from distil.engine import Drafts, Teacher, answer
 from distil.space import OutputSpace
 from distil.teacher import encode_prompt
-from tests.conftest import (project, space, teachers, tokenizer, words)  # noqa: F401  fixtures
 from tests.conftest import FIELDS, SCHEMAS, clone_task, load_teacher, run, tiny_student, weights
 from train import distill_loss
 
+from tests.conftest import project, space, teachers, tokenizer, words  # noqa: F401  (fixtures)
+
+# -----------------------------------------------------------------------------
+# extract.py: the teacher's answers and logits
+
 
 def step_by_step(model, space, ids, constrain):
-    """the slow twin of teacher.answer: whole sequence, whole head, no cache, one token at a time."""
+    """the slow twin of engine.answer: whole sequence, full head, no cache, one token at a time."""
     outs, logits, lses, state = [], [], [], 0
     while state != space.done:
         row = model(torch.tensor([ids + [space.output_ids[o] for o in outs]])).logits[0, -1].float()
@@ -55,9 +59,9 @@ def test_drafting_equals_step_by_step_decoding(teachers, family, fields, indent,
     space = OutputSpace(tokenizer.backend_tokenizer, fields, indent, fence, end_id, auxiliary=range(4, 300))
     engine, drafts = Teacher(model, before, space.output_ids), Drafts(space)
     rng = np.random.default_rng(0)
-    for _ in range(2):  # the second time the drafts have learned
+    for _ in range(2):  # in the second round the drafts have learned
         texts = [rng.integers(4, len(tokenizer), n) for n in (7, 1, 12, 7, 3)]
-        answers, computed = answer(engine, space, drafts, texts, after, whole=True)
+        answers, computed = answer(engine, space, drafts, texts, after, full_lse=True)
         with torch.no_grad():
             for text, (outs, logits, lse) in zip(texts, answers):
                 slow_outs, slow_logits, slow_lse = step_by_step(model, space, before + text.tolist() + after,
@@ -70,8 +74,7 @@ def test_drafting_equals_step_by_step_decoding(teachers, family, fields, indent,
 
 
 def test_stored_records_are_what_the_teacher_says(project, teachers):
-    """the saved file against a plain forward pass: ids, answers, raw logits before the constraint,
-    logsumexp."""
+    """the saved files against a plain forward pass: ids, answers, raw logits, logsumexp."""
     tokenizer, model = load_teacher(teachers['gemma'])
     shards = data.Shards('toy', 'toy', project / 'data')
     meta = shards.meta
@@ -80,7 +83,7 @@ def test_stored_records_are_what_the_teacher_says(project, teachers):
         data.text_hash(t): t
         for t in (data.clean(json.loads(line)['text']) for line in open(project / 'data/toy/input.jsonl'))
     }
-    known = 0
+    n_lse = 0
     for i in range(0, len(shards), 17):
         ids = shards.ids(i).tolist()
         assert ids == tokenizer.encode(texts[int(shards.hashes[i])], add_special_tokens=False)
@@ -93,72 +96,15 @@ def test_stored_records_are_what_the_teacher_says(project, teachers):
             shards.answer(i, 'logits').astype(np.float32) + top[:, None], logits, atol=0.02, rtol=1e-3)
         if not np.isnan(stored_lse).any():
             np.testing.assert_allclose(stored_lse, lse, rtol=1e-4)
-            known += 1
+            n_lse += 1
     sizes = {name: (shards.folder / f'{name}.bin').stat().st_size for name in data.DTYPES}
     n_input, n_output = sizes['input'] // 4, sizes['output'] // 2
     assert sizes == {'input': n_input * 4, 'output': n_output * 2, 'logits': n_output * 64 * 2,
                      'stats': n_output * 8, 'index': len(shards) * 24}
-    assert known  # at least the first record has its logsumexp
+    assert n_lse  # at least the first record has its logsumexp
 
-
-def test_the_student_learns_what_the_teacher_does(project):
-    log = [
-        line for line in (project / 'train.py.stdout').read_text().splitlines()
-        if line.startswith(('train ', 'val ', 'field ', 'plan ', 'model '))
-    ]
-    lines = [(line.split()[0], dict(f.split('=') for f in line.split()[1:])) for line in log]
-    val = [f for tag, f in lines if tag == 'val']
-    assert len(val) == 5 and float(val[-1]['kl']) < float(val[0]['kl']) and float(val[-1]['valid']) > 0.9
-    assert float(val[-1]['field']) > float(val[-1]['majority'])
-    assert [f['name'] for tag, f in lines if tag == 'field'][:2] == list(FIELDS)
-    assert (project / 'out/toy/log.txt').read_text().splitlines() == [
-        line for line in log if not line.startswith('model')
-    ]
-
-
-def test_cached_batched_decoding_equals_one_by_one_without_cache(space):
-    rng, model = random.Random(0), tiny_student(space)
-    for p in model.parameters():
-        p.data *= 4  # decisions that are not near ties
-    texts = [[rng.randrange(4, 500) for _ in range(rng.randint(1, 20))] for _ in range(9)]
-    for constrain in (True, False):
-        for text, fast in zip(texts, generate(model, space, texts, constrain)):
-            outs, state = [], 0
-            while state not in (-1, space.done) and len(text) + len(outs) < model.config.block_size:
-                logits = model(torch.tensor([text + [1] + [space.output_ids[o] for o in outs]]))[0, -1]
-                if constrain:
-                    logits = logits.masked_fill(space.next_state[state] < 0, -math.inf)
-                outs.append(logits.argmax().item())
-                state = space.transitions[state].get(outs[-1], -1)
-            assert fast == outs
-
-
-def test_evaluate_matches_a_slow_twin(project):
-    shards = data.Shards('toy', 'toy', project / 'data')
-    _, student, space = load_checkpoint(project / 'out/toy', 'cpu')
-    rows = shards.split()[1]
-    figures, per_field, answers, _ = evaluate(student, space, shards, rows, batch_size=7)
-    kl = hits = steps = same = exact = valid = fields = 0
-    for i, got in zip(rows, answers):
-        free, = generate(student, space, [shards.ids(i).tolist()], constrain=False)
-        target = shards.answer(i).tolist()
-        assert free == got
-        idx, targets, teacher_logits = shards.batch([i], student.config.start)
-        q, p = student(idx)[0][targets[0] >= 0].log_softmax(-1), teacher_logits.log_softmax(-1)
-        kl += (p.exp() * (p - q)).sum().item()
-        hits += (q.argmax(-1) == targets[targets >= 0]).sum().item()
-        steps += len(target)
-        same += sum(a == b for a, b in zip(free, target))
-        exact, valid = exact + (free == target), valid + (space.state_after(free) == space.done)
-        ours, theirs = space.to_json(free), space.to_json(target)
-        fields += np.mean(
-            [ours is not None and json.dumps(ours[f]) == json.dumps(v) for f, v in theirs.items()])
-    n = len(rows)
-    expected = dict(records=n, kl=kl / steps, teacher_forced=hits / steps, student_only=same / steps,
-                    exact=exact / n, valid=valid / n, field=fields / n)
-    assert {k: figures[k] for k in expected} == pytest.approx(expected, rel=1e-4)
-    assert figures['majority'] == pytest.approx(np.mean([f['majority'] for f in per_field.values()]))
-
+# -----------------------------------------------------------------------------
+# train.py: the loss, the learning, the resume
 
 
 @pytest.mark.parametrize('kl_weight, tau', [(1.0, 1.0), (1.0, 0.1), (0.3, 2.0), (0.0, 1.0)])
@@ -174,8 +120,23 @@ def test_the_loss_and_its_gradient_are_those_of_the_formulas(kl_weight, tau):
     loss.backward()
     assert [loss.item(), *map(float, parts), n] == pytest.approx(
         [kl_weight * tau ** 2 * kl + (1 - kl_weight) * ce, kl, ce, 5], rel=1e-5)
-    due = kl_weight * tau * (q - p) + (1 - kl_weight) * (softmax(z) - one_hot)
-    np.testing.assert_allclose(logits.grad, due, atol=1e-5)
+    gradient = kl_weight * tau * (q - p) + (1 - kl_weight) * (softmax(z) - one_hot)
+    np.testing.assert_allclose(logits.grad, gradient, atol=1e-5)
+
+
+def test_the_student_learns_what_the_teacher_does(project):
+    log = [
+        line for line in (project / 'train.py.stdout').read_text().splitlines()
+        if line.startswith(('train ', 'val ', 'field ', 'plan ', 'model '))
+    ]
+    lines = [(line.split()[0], dict(f.split('=') for f in line.split()[1:])) for line in log]
+    val = [f for tag, f in lines if tag == 'val']
+    assert len(val) == 5 and float(val[-1]['kl']) < float(val[0]['kl']) and float(val[-1]['valid']) > 0.9
+    assert float(val[-1]['field']) > float(val[-1]['majority'])
+    assert [f['name'] for tag, f in lines if tag == 'field'][:2] == list(FIELDS)
+    assert (project / 'out/toy/log.txt').read_text().splitlines() == [
+        line for line in log if not line.startswith('model')
+    ]
 
 
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
@@ -207,3 +168,63 @@ def test_a_stopped_training_resumes_bit_for_bit(project, teachers, tmp_path, how
     a, b = weights(root), weights(straight)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in b)
     assert ('prompt' in a) == bool(start)
+
+# -----------------------------------------------------------------------------
+# sample.py: text in, JSON out
+
+
+def test_cached_batched_decoding_equals_one_by_one_without_cache(space):
+    rng, model = random.Random(0), tiny_student(space)
+    for p in model.parameters():
+        p.data *= 4  # decisions that are not near ties
+    texts = [[rng.randrange(4, 500) for _ in range(rng.randint(1, 20))] for _ in range(9)]
+    for constrain in (True, False):
+        for text, fast in zip(texts, generate(model, space, texts, constrain)):
+            outs, state = [], 0
+            while state not in (-1, space.done) and len(text) + len(outs) < model.config.block_size:
+                logits = model(torch.tensor([text + [1] + [space.output_ids[o] for o in outs]]))[0, -1]
+                if constrain:
+                    logits = logits.masked_fill(space.next_state[state] < 0, -math.inf)
+                outs.append(logits.argmax().item())
+                state = space.transitions[state].get(outs[-1], -1)
+            assert fast == outs
+
+def test_sample_prints_one_json_line_per_text(project):
+    """the folder of the run is enough; each line holds every field with one of its values."""
+    texts = 'hello my friend\n\n' + 'the cat sat on a mat ' * 400 + '\n😀 été 日本\n'
+    done = run(project, 'sample.py', stdin=texts.encode())
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(records) == 4 and records[1] == {'error': 'empty text'}
+    for record in (records[0], *records[2:]):
+        assert list(record) == list(FIELDS) and all(record[f] in values for f, values in FIELDS.items())
+
+
+# -----------------------------------------------------------------------------
+# tools/evaluate.py: agreement
+
+
+def test_evaluate_matches_a_slow_twin(project):
+    shards = data.Shards('toy', 'toy', project / 'data')
+    _, student, space = load_checkpoint(project / 'out/toy', 'cpu')
+    rows = shards.split()[1]
+    figures, per_field, answers, _ = evaluate(student, space, shards, rows, batch_size=7)
+    kl = hits = steps = same = exact = valid = fields = 0
+    for i, got in zip(rows, answers):
+        free, = generate(student, space, [shards.ids(i).tolist()], constrain=False)
+        target = shards.answer(i).tolist()
+        assert free == got
+        idx, targets, teacher_logits = shards.batch([i], student.config.start)
+        q, p = student(idx)[0][targets[0] >= 0].log_softmax(-1), teacher_logits.log_softmax(-1)
+        kl += (p.exp() * (p - q)).sum().item()
+        hits += (q.argmax(-1) == targets[targets >= 0]).sum().item()
+        steps += len(target)
+        same += sum(a == b for a, b in zip(free, target))
+        exact, valid = exact + (free == target), valid + (space.state_after(free) == space.done)
+        ours, theirs = space.to_json(free), space.to_json(target)
+        fields += np.mean(
+            [ours is not None and json.dumps(ours[f]) == json.dumps(v) for f, v in theirs.items()])
+    n = len(rows)
+    expected = dict(records=n, kl=kl / steps, teacher_forced=hits / steps, student_only=same / steps,
+                    exact=exact / n, valid=valid / n, field=fields / n)
+    assert {k: figures[k] for k in expected} == pytest.approx(expected, rel=1e-4)
+    assert figures['majority'] == pytest.approx(np.mean([f['majority'] for f in per_field.values()]))

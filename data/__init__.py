@@ -4,16 +4,16 @@
       input.bin    uint32    ids of each text, concatenated
       output.bin   uint16    the teacher's (or students') answers as output-vocabulary indices, concatenated
       logits.bin   float16   (steps, V) raw logit minus the row's maximum over V: fp16 is exact enough near 0
-      stats.bin    float32   (steps, 2) that maximum, and logsumexp over all tokens (nan where not asked for)
+      stats.bin    float32   (steps, 2) that maximum, and logsumexp over all tokens (nan if not computed)
       index.bin    uint64    (records, 3) end offset in input.bin, end offset in output.bin, hash of the text
       meta.json              teacher, tokenizer hash, prompt, fields, output ids: what the output space needs;
-                             bias: what calibration takes off the logits, which are stored without it;
-                             students: whose answers these are where no teacher was asked (ensemble.py)
+                             bias: what a reader subtracts from the logits, which are stored raw;
+                             students: who answered, if not the teacher (tools/ensemble.py)
       tokenizer.json         the teacher's tokenizer
 
-A record exists when its row of index.bin does, and that row is written last: a run killed anywhere loses at
-most the batch in flight. Offsets count elements, not bytes. A row without an answer is a text whose answer
-was dropped.
+A record exists if its row of index.bin exists. That row is written last, so a run that is killed loses at
+most the batch it was writing. Offsets count elements, not bytes. A row without an answer is a text whose
+answer was dropped.
 """
 import fcntl
 import hashlib
@@ -34,21 +34,21 @@ DTYPES = {'input': np.dtype('<u4'), 'output': np.dtype('<u2'), 'logits': np.dtyp
 
 
 def first_tokens(text, encoding, n):
-    """ids of the first n tokens of a text, and the cleaned text that they stand for. encoding: of tokenizers."""
+    """ids of the first n tokens of a text, and the cleaned text of these tokens. encoding: of tokenizers."""
     return encoding.ids[:n], clean(text[:encoding.offsets[:n][-1][1]])
 
 
 def read_texts(path, key='answer'):
-    """yields for each line of a .jsonl, whatever its bytes, (text, what it holds under key or None, '') or
-    ('', None, why it is no text). key None: the whole object."""
+    """yields for each line of a .jsonl, whatever its bytes: (text, value under key or None, ''), or
+    ('', None, reason) if it holds no text. key None: the value is the whole object."""
     with open(path, 'rb') as file:
         for line in file:
             try:
                 record = json.loads(line) if line.strip() else {'text': ''}
                 text = clean(record['text'])
-                text.encode()  # a lone surrogate is no text
-                held = record.get(key) if key else record
-                yield (text, held, '') if text else ('', None, 'empty')
+                text.encode()  # fails for a lone surrogate
+                value = record.get(key) if key else record
+                yield (text, value, '') if text else ('', None, 'empty')
             except UnicodeError:
                 yield '', None, 'bad_utf8'
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -56,34 +56,34 @@ def read_texts(path, key='answer'):
 
 
 def text_hash(text):
-    """64-bit hash of a cleaned text, the same on every machine. UnicodeEncodeError on a lone surrogate."""
+    """64-bit hash of a cleaned text, equal on every machine. UnicodeEncodeError for a lone surrogate."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'little')
 
 
 def held_out(hashes):
-    """True for the tenth of all texts that is never trained on; it stays put when data grows, moves or
-    resumes."""
+    """True for the texts of the held-out split, a tenth of all, which is never trained on. It does not change
+    when data grows, moves or is resumed."""
     return np.asarray(hashes, np.uint64) % np.uint64(10) == 0
 
 
 def write_json(path, value):
-    """whole or not at all."""
+    """writes value to path as JSON, whole or not at all."""
     tmp = path.with_suffix('.tmp')
     tmp.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding='utf-8')
     os.replace(tmp, path)
 
 
 def read_meta(folder):
-    """the dict of a shard's meta.json. ValueError where it is damaged."""
+    """the dict of a shard's meta.json. ValueError if it is damaged."""
     try:
         return json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
     except ValueError as error:
-        raise ValueError(f'{folder}/meta.json is damaged ({error}); bring it back, or extract under another '
+        raise ValueError(f'{folder}/meta.json is damaged ({error}); restore it, or extract under another '
                          'name') from None
 
 
 class Hashes:
-    """a set of 64-bit hashes at 8 bytes each, for more texts than a set of Python's has room for."""
+    """a set of 64-bit hashes that takes 8 bytes per hash, far less than a set of Python."""
 
     def __init__(self, hashes=()):
         self.sorted, self.recent = np.unique(np.array(hashes, np.uint64)), set()
@@ -99,20 +99,20 @@ class Hashes:
         self.recent.add(hash_)
         if len(self.recent) == 1 << 18:
             both = np.concatenate((self.sorted, np.sort(np.array(list(self.recent), np.uint64))))
-            both.sort(kind='stable')  # merges two sorted runs, where another sort would begin anew
+            both.sort(kind='stable')  # merges the two sorted runs; another sort would start from scratch
             self.sorted, self.recent = both[np.append(True, both[1:] != both[:-1])], set()
 
 
 class Writer:
-    """appends records to a shard; opening it cuts off whatever an interrupted run left uncommitted.
+    """appends records to a shard. When it opens a shard, it cuts off what an interrupted run did not commit.
 
-    n_records, n_output: what it holds. BlockingIOError where another run holds the shard.
+    n_records, n_output: records and answer tokens in the shard. BlockingIOError if another run writes to it.
     """
 
     def __init__(self, folder, V):
         folder.mkdir(parents=True, exist_ok=True)
         self.files = {name: open(folder / f'{name}.bin', 'ab', buffering=0) for name in DTYPES}
-        fcntl.flock(self.files['index'], fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed
+        fcntl.flock(self.files['index'], fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the file is closed
         index, (self.n_input, self.n_output) = read_index(folder, V), (0, 0)
         if len(index):
             self.n_input, self.n_output = map(int, index[-1, :2])
@@ -123,8 +123,8 @@ class Writer:
             file.truncate(sizes[name] * DTYPES[name].itemsize)
 
     def append(self, records):
-        """commits records: list of (hash, ids, outs (n,), logits (n, V) raw, lse (n,)). OSError leaves none
-        of them."""
+        """commits records: list of (hash, ids, outs (n,), raw logits (n, V), lse (n,)). After an OSError none
+        of them is stored."""
         parts, index = {name: [] for name in DTYPES}, []
         n_input, n_output = self.n_input, self.n_output
         for hash_, ids, outs, logits, lse in records:
@@ -136,12 +136,12 @@ class Writer:
             n_input, n_output = n_input + len(ids), n_output + len(outs)
             index.append((n_input, n_output, hash_))
         parts['index'] = [np.array(index, DTYPES['index']).tobytes()]
-        for name, file in self.files.items():  # index is the last of them
+        for name, file in self.files.items():  # index is the last one
             view = memoryview(b''.join(parts[name]))
             while view:
                 view = view[file.write(view):]
             if name != 'index':
-                os.fsync(file.fileno())  # the index must never promise what a power cut can take
+                os.fsync(file.fileno())  # before the index: after a power cut it must not point to lost data
         self.n_input, self.n_output = n_input, n_output
         self.n_records += len(index)
 
@@ -151,12 +151,12 @@ class Writer:
 
 
 def read_index(folder, V):
-    """(records, 3) rows of index.bin that the other files can keep."""
+    """(records, 3) the rows of index.bin whose data the other files hold completely."""
     index = np.fromfile(folder / 'index.bin', DTYPES['index'])
     index = index[:len(index) // 3 * 3].reshape(-1, 3)
-    have = {name: (folder / f'{name}.bin').stat().st_size // DTYPES[name].itemsize for name in DTYPES}
-    steps = min(have['output'], have['logits'] // V, have['stats'] // 2)
-    return index[(index[:, 0] <= have['input']) & (index[:, 1] <= steps)]
+    sizes = {name: (folder / f'{name}.bin').stat().st_size // DTYPES[name].itemsize for name in DTYPES}
+    steps = min(sizes['output'], sizes['logits'] // V, sizes['stats'] // 2)
+    return index[(index[:, 0] <= sizes['input']) & (index[:, 1] <= steps)]
 
 
 def shard_folders(dataset, name, root='data'):
@@ -164,14 +164,14 @@ def shard_folders(dataset, name, root='data'):
 
 
 def stored_hashes(folders, meta):
-    """Hashes of every text in these shards, also of those whose answer was dropped."""
+    """the Hashes of all texts in these shards, including those whose answer was dropped."""
     parts = [read_index(folder, len(meta['output_ids']))[:, 2] for folder in folders]
     return Hashes(np.concatenate([np.empty(0, np.uint64), *parts]))
 
 
 def first_answers(folder, meta, n):
-    """list of (steps,) output indices, of the first n texts of a shard; empty where the answer was
-    dropped."""
+    """list of the answers to the first n texts of a shard, (steps,) output indices each; empty if the answer
+    was dropped."""
     ends = read_index(folder, len(meta['output_ids']))[:n, 1].astype(np.int64)
     if not len(ends):
         return []
@@ -179,42 +179,42 @@ def first_answers(folder, meta, n):
 
 
 class Shards:
-    """all records extracted for one task, memory-mapped, and after them those of `more`, which students
-    answered (ensemble.py). FileNotFoundError where there are none, ValueError where the shards disagree or
-    have another format.
+    """all records extracted for one task, memory-mapped, followed by those of `more`, which students answered
+    (tools/ensemble.py). FileNotFoundError if the task has no records. ValueError if the shards do not belong
+    together or have another format.
 
     metas: dict of each meta.json; meta: the first. hashes (N,). Record i is `ids(i)` and `answer(i)`. The
-    first n_teacher of them are the teacher's, the others those of `students`.
+    first n_teacher answers are the teacher's, the others those of `students`.
     """
 
     def __init__(self, dataset, name, root='data', more=''):
-        theirs = shard_folders(dataset, more, root) if more else []
-        folders = shard_folders(dataset, name, root) + theirs
+        student_folders = shard_folders(dataset, more, root) if more else []
+        folders = shard_folders(dataset, name, root) + student_folders
         self.metas = [read_meta(folder) for folder in folders]
         self.students = [meta['students'] for meta in self.metas if 'students' in meta]
         self.shards, spans, hashes, self.n_teacher = [], [], [], 0
         keys = 'output_ids', 'bias', 'fingerprint'
         for folder, meta in zip(folders, self.metas):
-            same = all(meta.get(key) == self.metas[0].get(key) for key in keys)
-            if meta['format'] != FORMAT or not same:
+            matches = all(meta.get(key) == self.metas[0].get(key) for key in keys)
+            if meta['format'] != FORMAT or not matches:
                 raise ValueError(f'{folder} has another format, teacher, output vocabulary or calibration '
                                  f'than {folders[0]}; make it again, or choose another name')
-            if folder in theirs and 'students' not in meta:
+            if folder in student_folders and 'students' not in meta:
                 raise ValueError(f'{folder} has no answers of students; choose another --more=')
-            if folder not in theirs and 'students' in meta:
-                raise ValueError(f'{folder} has the answers of students; it is for --more=')
+            if folder not in student_folders and 'students' in meta:
+                raise ValueError(f'{folder} has the answers of students; use it with --more=')
             V = len(meta['output_ids'])
             index = read_index(folder, V)
             ends = index[:, :2].astype(np.int64)
             starts = np.concatenate((np.zeros((1, 2), np.int64), ends))[:-1]
-            answered = ends[:, 1] > starts[:, 1]  # a text whose answer was dropped has none
-            if folder in theirs:  # the teacher may have been asked since
+            answered = ends[:, 1] > starts[:, 1]  # False if the answer was dropped
+            if folder in student_folders:  # the teacher may have answered some of these texts since
                 answered &= ~np.isin(index[:, 2], np.concatenate([np.empty(0, np.uint64), *hashes]))
             if not answered.any():
                 continue
             spans.append(np.column_stack((np.full(len(index), len(self.shards)), starts, ends))[answered])
             hashes.append(index[answered, 2])
-            self.n_teacher += 0 if folder in theirs else int(answered.sum())
+            self.n_teacher += 0 if folder in student_folders else int(answered.sum())
             n_input, n_output = map(int, ends[-1])
             shapes = {'input': (n_input,), 'output': (n_output,), 'logits': (n_output, V),
                       'stats': (n_output, 2)}
@@ -229,46 +229,46 @@ class Shards:
         return len(self.spans)
 
     def ids(self, i):
-        """(n,) ids of the text."""
+        """(n,) ids of the text of record i."""
         shard, start, _, stop, _ = self.spans[i]
         return self.shards[shard]['input'][start:stop]
 
-    def answer(self, i, what='output'):
-        """(n,) output indices of the teacher's answer; (n, V) its raw 'logits' below their maximum; (n, 2)
-        its 'stats'."""
+    def answer(self, i, part='output'):
+        """of the answer of record i: its output indices (n,), or, if part is 'logits', its raw logits minus
+        their maximum (n, V), or, if part is 'stats', its row of stats.bin per token (n, 2)."""
         shard, _, start, _, stop = self.spans[i]
-        return self.shards[shard][what][start:stop]
+        return self.shards[shard][part][start:stop]
 
     @cached_property
     def space(self):
-        """the OutputSpace with the bias of a calibrated teacher; None where nothing is to be taken off."""
+        """the OutputSpace with the bias of a calibrated teacher; None if there is no bias to subtract."""
         if not self.meta.get('bias'):
             return None
         return OutputSpace.from_task(Tokenizer.from_file(str(self.folder / 'tokenizer.json')), self.meta)
 
     def logits(self, i):
-        """(n, V) float32: the teacher's logits up to a constant of each row, calibrated where it was."""
+        """(n, V) float32: the teacher's logits up to a constant per row, with its bias subtracted."""
         logits = self.answer(i, 'logits').astype(np.float32)
         if self.space:
             logits -= self.space.bias[self.space.states_before(self.answer(i).tolist())].numpy()
         return logits
 
     def split(self):
-        """record numbers to train on, record numbers held out."""
-        held = held_out(self.hashes)
-        return np.flatnonzero(~held), np.flatnonzero(held)
+        """(numbers of the records to train on, numbers of the held-out records)."""
+        is_held_out = held_out(self.hashes)
+        return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
     def batch(self, rows, start):
-        """idx (B, T) ids: text, those of start, answer without its last token. targets (B, T) output indices,
-        from the last of start on, -1 on the text and the padding. teacher_logits (n, V) as logits says, a row
-        per target >= 0, in their order."""
+        """(idx, targets, teacher_logits) of the records `rows`. idx (B, T) ids: text, start, answer without
+        its last token. targets (B, T) output indices, from the last token of start on; -1 on the text and the
+        padding. teacher_logits (n, V): see logits(), a row per target >= 0, in their order."""
         texts, outs = [self.ids(i) for i in rows], [self.answer(i) for i in rows]
         logits = np.concatenate([self.logits(i) for i in rows])
         return *pad_batch(texts, outs, self.meta['output_ids'], start), torch.from_numpy(logits)
 
 
 def pad_batch(texts, outs, output_ids, start):
-    """idx and targets of Shards.batch. texts: lists of ids; outs: lists of output indices."""
+    """(idx, targets) as in Shards.batch. texts: lists of ids; outs: lists of output indices."""
     T = max(len(t) + len(o) for t, o in zip(texts, outs)) + len(start) - 1
     output_ids = np.array(output_ids)
     idx, targets = np.full((len(texts), T), start[-1]), np.full((len(texts), T), -1)
@@ -279,11 +279,11 @@ def pad_batch(texts, outs, output_ids, start):
 
 
 def batches(lengths, batch_size, seed, epoch, window=16):
-    """the order of an epoch, a pure function of its arguments: arrays of positions in lengths (n,), the last
-    of a window may be short.
+    """the batches of an epoch, a pure function of the arguments: arrays of positions in lengths (n,). The
+    last batch of a window may be short.
 
-    Records of like length share a batch, so that little is padded: a random order is cut into windows of 16
-    batches, each window is sorted by length and cut into batches, and the batches are shuffled.
+    Records of similar length share a batch, so that padding is small: a random order is cut into windows of
+    16 batches, each window is sorted by length and cut into batches, and the batches are shuffled.
     """
     rng = np.random.default_rng((seed, epoch))
     order, size, cut = rng.permutation(len(lengths)), window * batch_size, []

@@ -14,7 +14,7 @@ TAG = re.compile(r'</?[a-zA-Z!][^>]*>|<\||&\w+;|\[[^\]]*\]\([^)]*\)|```|\*\*')  
 
 
 def refusal_reason(text, ids, too_long, min_text, special):
-    """why a text is not worth labelling, in a word; '' where it is."""
+    """the reason why a text is not worth labelling, one word; '' if it is. special: ids of special tokens."""
     if too_long:
         return 'long'
     if URL.search(text):
@@ -29,45 +29,45 @@ def refusal_reason(text, ids, too_long, min_text, special):
 
 
 def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut=False, counts=None):
-    """yields the texts worth labelling in groups of `size`, each a list of (hash, ids, answer), in the file's
-    order.
+    """yields the texts worth labelling in groups of `size`, each a list of (hash, ids, answer), in the order
+    of the file. Streams: it keeps only 8 bytes per text.
 
-    texts: from data.read_texts. cut: of a text longer than max_text tokens keep the first so many, else
-    refuse it. Streams: all it remembers is 8 bytes a text. counts, a Counter, is told what became of each
+    texts: from data.read_texts. cut: True keeps the first max_text tokens of a longer text, False refuses the
+    text. limit: number of texts to keep; 0: all. counts: a Counter that is updated with the outcome of each
     line.
     """
     special, seen, group = special_ids(tokenizer), Hashes(), []
     counts, texts = Counter() if counts is None else counts, iter(texts)
-    most = 100 * max_text  # characters: no need to tokenize a book
+    max_chars = 100 * max_text  # no need to tokenize a book
     while block := list(islice(texts, 1024)):
-        encodings = tokenizer.encode_batch([text[:most] for text, *_ in block], add_special_tokens=False)
+        encodings = tokenizer.encode_batch([text[:max_chars] for text, *_ in block], add_special_tokens=False)
         for (text, answer, reason), encoding in zip(block, encodings):
             ids = encoding.ids
-            long = len(ids) > max_text or len(text) > most
-            if cut and long:  # the text as the student will read it
+            too_long = len(ids) > max_text or len(text) > max_chars
+            if cut and too_long:  # keep the text as the student will read it
                 ids, text = first_tokens(text, encoding, max_text)
             hash_ = text_hash(text)
-            reason = reason or refusal_reason(text, ids, long and not cut, min_text, special)
+            reason = reason or refusal_reason(text, ids, too_long and not cut, min_text, special)
             reason = reason or ('duplicate' if hash_ in seen else 'kept')
             counts[reason] += 1
             if reason != 'kept':
                 continue
             seen.add(hash_)
             group.append((hash_, np.array(ids, np.uint32), answer))
-            last = counts['kept'] == limit
-            if len(group) == size or last:
+            is_last = counts['kept'] == limit
+            if len(group) == size or is_last:
                 yield group
                 group = []
-            if last:
+            if is_last:
                 return
     if group:
         yield group
 
 
 def prefetch(iterator):
-    """the same items; while one is used a thread makes the next."""
+    """yields the items of an iterator; while one is used, a thread computes the next."""
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, iterator, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, iterator, None)
+        upcoming = pool.submit(next, iterator, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = pool.submit(next, iterator, None)
             yield item

@@ -1,10 +1,10 @@
-"""How well a student agrees with its teacher: agreement, truth, word counts beside it, calibration. No
-settings, no printing.
+"""How well a student agrees with its teacher: agreement, truth, the linear baseline, calibration of its
+confidence. No settings, no printing.
 
     figures, per_field, answers, decisions = evaluate(student, space, shards, rows)
 
-train.py calls evaluate after every epoch, evaluate.py on the finished student; extract.py prints how often the
-teacher's answers are true. What the words mean: README.md and docs/results.md.
+train.py calls evaluate after every epoch, tools/evaluate.py on the finished student. extract.py prints how
+often the teacher's answers are true. README.md and docs/results.md define the words.
 """
 import importlib.util
 import json
@@ -18,49 +18,50 @@ from tokenizers import Tokenizer
 from data import first_tokens, read_texts, text_hash
 from distil.decode import decode
 
-BROKEN = ''  # the value in an answer that breaks the schema: no JSON text is empty, so it agrees with nothing
+BROKEN = ''  # the value in an answer that breaks the schema: no JSON text is empty, so it equals no value
 
 
 def field_texts(space, answers):
-    """{field: the JSON text of its value in each answer}; answers: lists of output indices. As texts 1, '1'
-    and true differ; BROKEN where an answer breaks the schema."""
+    """{field: [JSON text of its value in each answer]}, BROKEN if an answer breaks the schema. answers: lists
+    of output indices. JSON texts, because 1, '1' and true must differ."""
     parsed = [space.to_json(outs) for outs in answers]
     text = lambda answer, field: json.dumps(answer[field]) if answer else BROKEN
     return {field: [text(answer, field) for answer in parsed] for field in space.fields}
 
 
-def same_values(ours, theirs):
-    """two results of field_texts -> (N, fields) bool: where they are the same."""
-    return np.array([[a == b for a, b in zip(ours[field], theirs[field])] for field in ours]).T
+def same_values(first, second):
+    """two results of field_texts -> (N, fields) bool: True if the values are equal."""
+    return np.array([[a == b for a, b in zip(first[field], second[field])] for field in first]).T
 
 
 # -----------------------------------------------------------------------------
 # agreement
 
 
-def agreement(ours, theirs):
-    """two equally long lists of JSON texts, the student's and the teacher's values of one field -> agreement,
-    majority, macro f1, Cohen's kappa (0 to 1; kappa also below).
+def measure_agreement(student_values, teacher_values):
+    """values of one field, two lists of N JSON texts -> {agree, majority, f1, kappa}: share of equal values,
+    majority baseline, macro F1, Cohen's kappa (0 to 1; kappa also below).
 
-    majority: share of the commonest value among theirs. f1 averages over the values that either side uses.
+    majority: share of the teacher's commonest value. f1 averages over the values that either of them uses.
     kappa: (agreement - chance) / (1 - chance), Cohen 1960, https://doi.org/10.1177/001316446002000104
     """
-    values, n = sorted({*ours, *theirs}), len(theirs)
+    values, n = sorted({*student_values, *teacher_values}), len(teacher_values)
     table = np.zeros((len(values), len(values)))                # [teacher, student]
-    np.add.at(table, ([values.index(v) for v in theirs], [values.index(v) for v in ours]), 1)
+    cells = tuple([values.index(v) for v in side] for side in (teacher_values, student_values))
+    np.add.at(table, cells, 1)
     hit, rows, columns = table.diagonal(), table.sum(1), table.sum(0)
     chance = (rows * columns).sum() / n ** 2
     agree = hit.sum() / n
     figures = {'agree': agree, 'majority': rows.max() / n, 'f1': (2 * hit / (rows + columns)).mean(),
                'kappa': (agree - chance) / (1 - chance) if chance < 1 else 1.0}
-    return {key: float(value) for key, value in figures.items()}  # plain numbers: they go into checkpoints
+    return {key: float(value) for key, value in figures.items()}  # plain numbers, for checkpoints
 
 
 def teacher_forced_sums(student, shards, rows, batch_size):
-    """kl, ce, hits and steps summed over the answer tokens of these records, each given the teacher's tokens
-    before."""
+    """[kl, ce, hits, steps], teacher-forced, summed over the answer tokens of the records `rows`. kl and ce
+    are in nats."""
     device, sums = student.lm_head.weight.device, np.zeros(4)
-    order = sorted(rows, key=lambda i: len(shards.ids(i)))      # texts of like length pad little
+    order = sorted(rows, key=lambda i: len(shards.ids(i)))      # similar lengths need little padding
     for start in range(0, len(rows), batch_size):
         batch = shards.batch(order[start:start + batch_size], student.config.start)
         idx, targets, teacher_logits = (x.to(device) for x in batch)
@@ -75,59 +76,59 @@ def teacher_forced_sums(student, shards, rows, batch_size):
 
 @torch.no_grad()
 def evaluate(student, space, shards, rows, batch_size=64):
-    """How well the student agrees with the teacher on records `rows` of shards (words: README.md).
+    """measures how well the student agrees with the teacher on records `rows` of shards (words: README.md).
 
-    Returns figures, {field: figures}, and of each record the student's free-running answer as output indices
+    Returns figures, {field: figures}, and for each record the student's free-running answer (output indices)
     and its decisions. An answer that breaks the schema agrees in no field. The temperature of a field is
-    fitted on the even record numbers, so that the odd ones can judge it.
+    fitted on the records with even numbers, so that those with odd numbers can test it.
     """
     training = student.training
     student.eval()
-    kl, ce, hits, steps = teacher_forced_sums(student, shards, rows, batch_size)
+    kl, ce, forced_hits, steps = teacher_forced_sums(student, shards, rows, batch_size)
     texts = (shards.ids(i).tolist() for i in rows)
     answers, decisions = map(list, zip(*decode(student, space, texts, batch_size, constrain=False)))
     student.train(training)
 
     targets = [shards.answer(i).tolist() for i in rows]
-    ours, theirs = field_texts(space, answers), field_texts(space, targets)
-    whole = [space.to_json(outs) is not None for outs in answers]
+    student_values, teacher_values = field_texts(space, answers), field_texts(space, targets)
+    valid = [space.to_json(outs) is not None for outs in answers]
     per_field = {}
     for field in space.fields:
-        even = [n for n, i in enumerate(rows) if i % 2 == 0 and whole[n]]
+        even = [n for n, i in enumerate(rows) if i % 2 == 0 and valid[n]]
         of_field = [[d for d in decisions[n] if d[0] == field] for n in even]
-        right = [ours[field][n] == theirs[field][n] for n in even]
-        per_field[field] = agreement(ours[field], theirs[field])
-        per_field[field]['temperature'] = fit_temperature(of_field, right)
+        hits = [student_values[field][n] == teacher_values[field][n] for n in even]
+        per_field[field] = measure_agreement(student_values[field], teacher_values[field])
+        per_field[field]['temperature'] = fit_temperature(of_field, hits)
     mean = float(np.mean([of_field['agree'] for of_field in per_field.values()]))
     majority = float(np.mean([of_field['majority'] for of_field in per_field.values()]))
-    same = sum(a == b for outs, target in zip(answers, targets) for a, b in zip(outs, target))
-    figures = {'records': len(rows), 'kl': kl / steps, 'ce': ce / steps, 'teacher_forced': hits / steps,
-               'student_only': same / steps,
+    free_hits = sum(a == b for outs, target in zip(answers, targets) for a, b in zip(outs, target))
+    figures = {'records': len(rows), 'kl': kl / steps, 'ce': ce / steps,
+               'teacher_forced': forced_hits / steps, 'student_only': free_hits / steps,
                'exact': sum(outs == target for outs, target in zip(answers, targets)) / len(rows),
                'field': mean, 'majority': majority,
                'closed': (mean - majority) / (1 - majority) if majority < 1 else math.nan,
-               'valid': sum(whole) / len(rows)}
+               'valid': sum(valid) / len(rows)}
     return figures, per_field, answers, decisions
 
 
 def report_lines(step, figures, per_field, linear):
-    """yields (tag, figures) of the val line and of a line per field, the linear baseline in each."""
-    beside = {'linear_field': linear['field'], 'linear_exact': linear['exact']} if linear else {}
-    yield 'val', {'step': step, **figures, **beside}
+    """yields (tag, figures) of the val line and of a field line per field, each with the linear baseline."""
+    baseline = {'linear_field': linear['field'], 'linear_exact': linear['exact']} if linear else {}
+    yield 'val', {'step': step, **figures, **baseline}
     for field, values in per_field.items():
-        beside = {'linear': linear['fields'][field]} if linear else {}
-        yield 'field', {'name': field, **values, **beside}
+        baseline = {'linear': linear['fields'][field]} if linear else {}
+        yield 'field', {'name': field, **values, **baseline}
 
 
 # -----------------------------------------------------------------------------
-# beside truth, and beside word counts
+# truth and the linear baseline
 
 
 def read_truth(path, shards, rows):
-    """{number in rows: {field: value}} of the texts of the .jsonl at path that carry the truth, {"text": ...,
-    "truth": {...}}, and are among these records, whole or cut."""
+    """{position in rows: {field: true value}}, from the lines {"text": ..., "truth": {...}} of the .jsonl at
+    path whose text, whole or cut, is one of these records."""
     tokenizer = Tokenizer.from_file(str(shards.folder / 'tokenizer.json'))
-    numbers, found = {int(shards.hashes[row]): n for n, row in enumerate(rows)}, {}
+    numbers, truths = {int(shards.hashes[row]): n for n, row in enumerate(rows)}, {}
     for text, truth, _ in read_texts(path, 'truth'):
         if not isinstance(truth, dict):
             continue
@@ -135,31 +136,53 @@ def read_truth(path, shards, rows):
             encoding = tokenizer.encode(text, add_special_tokens=False)
             text = first_tokens(text, encoding, shards.meta['max_text'])[1]
         if text_hash(text) in numbers:
-            found[numbers[text_hash(text)]] = truth
-    return found
+            truths[numbers[text_hash(text)]] = truth
+    return truths
+
+
+def find_value(truth, values):
+    """the one of a field's JSON values that a truth means; the truth itself if it means none of them. A text,
+    such as a cell of a table, that is not one of the values means the number, boolean or null that it is a
+    usual way to write: 1.0, TRUE, none."""
+    if not isinstance(truth, str) or truth in values:
+        return truth
+    word = truth.strip().lower()
+    usual = {'true': ('yes', '1', '1.0'), 'false': ('no', '0', '0.0'), 'null': ('none',)}
+    try:
+        meant = [value for value in values if type(value) in (int, float) and value == float(word)]
+    except ValueError:  # no number
+        meant = []
+    for value in values:
+        text = json.dumps(value)
+        if not isinstance(value, str) and word in (text.lower(), *usual.get(text, ())):
+            meant.append(value)
+    return meant[0] if meant else truth
 
 
 def truth_lines(space, truth, answers):
-    """yields per field how often the answers are right, in all (the name) and on average over the true values
-    (balanced). truth: of read_truth. answers: {'teacher': output indices of each of these texts, ...}."""
-    said = {who: field_texts(space, outs) for who, outs in answers.items()}
+    """yields ('truth', figures) per field: the share of true answers of each model (under its name), and its
+    average over the true values (balanced). truth: of read_truth. answers: {model, such as 'teacher': [output
+    indices of its answer to each of these texts]}."""
+    values_of = {model: field_texts(space, outs) for model, outs in answers.items()}
     for field in space.fields:
-        known = [(n, json.dumps(of_text[field]))
+        known = [(n, json.dumps(find_value(of_text[field], space.fields[field])))
                  for n, of_text in enumerate(truth.values()) if field in of_text]
         if not known:
             continue
-        numbers, due = map(np.array, zip(*known))
-        values, counts = np.unique(due, return_counts=True)
+        numbers, expected = map(np.array, zip(*known))
+        values, counts = np.unique(expected, return_counts=True)
         figures = {}
-        for who in answers:
-            right = np.array(said[who][field])[numbers] == due
-            balanced = float(np.mean([right[due == value].mean() for value in values]))
-            figures |= {who: float(right.mean()), 'balanced' if not figures else f'{who}_balanced': balanced}
-        yield 'truth', {'name': field, 'records': len(due), **figures, 'majority': counts.max() / len(due)}
+        for model in answers:
+            hits = np.array(values_of[model][field])[numbers] == expected
+            balanced = float(np.mean([hits[expected == value].mean() for value in values]))
+            key = f'{model}_balanced' if figures else 'balanced'
+            figures |= {model: float(hits.mean()), key: balanced}
+        majority = counts.max() / len(expected)
+        yield 'truth', {'name': field, 'records': len(expected), **figures, 'majority': majority}
 
 
 def linear_model():
-    """an untrained linear model of texts: TF-IDF of words and pairs of words, logistic regression."""
+    """returns an untrained linear model of texts: TF-IDF of words and word pairs, logistic regression."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -168,65 +191,65 @@ def linear_model():
 
 
 def linear_baseline(shards, space, train_rows, rows):
-    """What a linear model learns from the same records, as the yardstick of whether a student is worth it:
-    word_counts per field. {} where scikit-learn is missing, else field, exact and fields: {name:
-    agreement}."""
+    """trains a linear model per field on train_rows and measures its agreement on rows: a student should be
+    better. Returns {} if scikit-learn is missing, else {field, exact, fields: {name: agreement}}."""
     if not importlib.util.find_spec('sklearn'):
         return {}
-    texts, held = ([space.tokenizer.decode(shards.ids(i).tolist()) for i in some]
-                   for some in (train_rows, rows))
-    known, theirs = (field_texts(space, [shards.answer(i).tolist() for i in some])
-                     for some in (train_rows, rows))
-    right = {}
+    train_texts, texts = ([space.tokenizer.decode(shards.ids(i).tolist()) for i in split]
+                          for split in (train_rows, rows))
+    train_values, values = (field_texts(space, [shards.answer(i).tolist() for i in split])
+                            for split in (train_rows, rows))
+    hits = {}
     for field in space.fields:
-        guess = known[field][:1] * len(held)
-        if len(set(known[field])) > 1:
-            guess = linear_model().fit(texts, known[field]).predict(held)
-        right[field] = np.array([g == t for g, t in zip(guess, theirs[field])])
-    return {'field': float(np.mean([r.mean() for r in right.values()])),
-            'exact': float(np.all(list(right.values()), axis=0).mean()),
-            'fields': {field: float(r.mean()) for field, r in right.items()}}
+        predicted = train_values[field][:1] * len(texts)
+        if len(set(train_values[field])) > 1:
+            predicted = linear_model().fit(train_texts, train_values[field]).predict(texts)
+        hits[field] = np.array([a == b for a, b in zip(predicted, values[field])])
+    return {'field': float(np.mean([of_field.mean() for of_field in hits.values()])),
+            'exact': float(np.all(list(hits.values()), axis=0).mean()),
+            'fields': {field: float(of_field.mean()) for field, of_field in hits.items()}}
 
 
 # -----------------------------------------------------------------------------
-# calibration
+# calibration of confidence
 
 
-def fit_temperature(decisions, right):
-    """the temperature, 0.1 to 10, at which the confidence in one field's values is most likely to have come
-    with these hits. decisions: per record those of the field (see decode.confidence_of); right: per record
-    whether its value is the teacher's.
+def fit_temperature(decisions, hits):
+    """the temperature, 0.1 to 10, at which the student's confidence in its values of one field predicts the
+    hits best (cross-entropy). decisions: per record those of the field (see decode.confidence_of); hits: per
+    record, True if its value is the teacher's.
 
-    One number per field, after https://arxiv.org/abs/1706.04599, but fitted on the student's own answers: its
-    probabilities are of a value given the fields it has answered before, and do not know that those can be
-    wrong.
+    One number per field, after https://arxiv.org/abs/1706.04599, but fitted on free-running answers: the
+    probability of a value assumes that the fields before it are answered correctly, which can be wrong.
     """
-    some = [n for n, of_record in enumerate(decisions) if of_record]
-    if not some:
+    used = [n for n, of_record in enumerate(decisions) if of_record]
+    if not used:
         return 1.0
-    flat = [(k, logits, choice) for k, n in enumerate(some) for _, logits, choice in decisions[n]]
+    flat = [(k, logits, choice) for k, n in enumerate(used) for _, logits, choice in decisions[n]]
     record, logits, choice = zip(*flat)
     record, choice = torch.tensor(record), torch.tensor(choice)  # (n,), (n,)
     logits = torch.stack(logits)                                # (n, V)
-    hit, grid = torch.tensor([float(right[n]) for n in some]), torch.logspace(-1, 1, 81)
+    hit = torch.tensor([float(hits[n]) for n in used])
+    grid = torch.logspace(-1, 1, 81)
     losses = []
     for t in grid:
         log_p = (logits / t).log_softmax(-1).gather(1, choice[:, None])[:, 0]
-        p = torch.zeros(len(some)).index_add(0, record, log_p).exp()  # the product along a value's tokens
+        p = torch.zeros(len(used)).index_add(0, record, log_p).exp()  # the product along a value's tokens
         losses.append(F.binary_cross_entropy(p.clamp(1e-6, 1 - 1e-6), hit))
     return grid[torch.stack(losses).argmin()].item()
 
 
-def reliability_bins(sure, right, n_bins=10):
-    """confidences and hits, the same shape -> [(mean confidence, share of hits, share of all)] per non-empty
-    bin."""
-    sure, right = np.ravel(sure), np.ravel(right)
-    number = np.clip((sure * n_bins).astype(int), 0, n_bins - 1)
-    return [(sure[number == b].mean(), right[number == b].mean(), (number == b).mean())
+def reliability_bins(confidence, hits, n_bins=10):
+    """confidence (0 to 1) and hits (bool), of the same shape -> [(mean confidence, share of hits, share of
+    all values)] per bin that is not empty."""
+    confidence, hits = np.ravel(confidence), np.ravel(hits)
+    number = np.clip((confidence * n_bins).astype(int), 0, n_bins - 1)
+    return [(confidence[number == b].mean(), hits[number == b].mean(), (number == b).mean())
             for b in range(n_bins) if (number == b).any()]
 
 
-def calibration_error(sure, right):
-    """expected calibration error: how far confidence is from the share of hits, on average over bins of
+def calibration_error(confidence, hits):
+    """expected calibration error: the difference between confidence and share of hits, averaged over bins of
     confidence. https://arxiv.org/abs/1706.04599"""
-    return float(sum(abs(confidence - hits) * share for confidence, hits, share in reliability_bins(sure, right)))
+    bins = reliability_bins(confidence, hits)
+    return float(sum(abs(mean - share_of_hits) * weight for mean, share_of_hits, weight in bins))

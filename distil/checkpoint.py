@@ -1,12 +1,13 @@
-"""A student's file, out/<run>/best.pt or ckpt.pt: weights and plain facts, written whole or not at all.
+"""The file of a student, out/<run>/best.pt or ckpt.pt: weights and plain values, written whole or not at
+all.
 
     checkpoint, student, space = load_checkpoint('out/demo', 'cpu')
 
 checkpoint is a dict: student (its StudentConfig), config (the settings it was trained with), task (TASK, and
-the students it learned from), n_train, step, finished, best (the best epoch so far), figures and per_field (of
-the last evaluation), linear (of word counts), work (hours and speeds), target (where evaluate.py set one),
-format. The file also has model, the weights, and a ckpt.pt that is not finished optimizer. resume.py puts it
-together.
+the students it learned from), n_train, step, finished, best (the best epoch so far), figures and per_field
+(of the last evaluation), linear (the linear baseline), work (hours and speeds), target (if tools/evaluate.py
+set one), format. The file also has model (the weights), and a ckpt.pt that is not finished has optimizer.
+resume.py builds this dict.
 """
 import json
 import os
@@ -25,17 +26,17 @@ from model import Student, StudentConfig
 
 CHECKPOINT = 4  # version of the file
 
-# what of meta.json it keeps: all that it takes to answer, and to ask the teacher
+# keys of meta.json that a checkpoint keeps: all that is needed to answer, and to defer to the teacher
 TASK = ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'tokenizer_hash',
         'max_text', 'before', 'after', 'fingerprint', 'bias')
 
-# what torch.load and a look at what it loaded raise where a file is not what it should be
-NOT_WHOLE = RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, TypeError
+# what torch.load and the use of its result raise if a file is incomplete or not a checkpoint
+LOAD_ERRORS = RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, TypeError
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
-    """leaves out torch.nn.init, for weights that a file is about to give: memory that nobody writes to costs
-    nothing. (The meta device would do it too, but loads torch._dynamo: most of a second.)"""
+    """skips torch.nn.init, for weights that a file will replace: memory that is never written to costs
+    nothing. (The meta device would do it too, but it loads torch._dynamo, which takes most of a second.)"""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, '__module__', '') != 'torch.nn.init':
@@ -43,18 +44,19 @@ class NoInit(torch.overrides.TorchFunctionMode):
 
 
 def checkpoint_path(folder, which='best'):
+    """path of best.pt, or of ckpt.pt if which is 'last' or best.pt does not exist."""
     path = Path(folder, 'best.pt')
     return Path(folder, 'ckpt.pt') if which == 'last' or not path.is_file() else path
 
 
 def is_large(student):
-    """whether products are most of what its decoding takes; else lower precision would gain nothing."""
+    """True if matrix products take most of the decoding time; if not, lower precision would gain nothing."""
     return sum(p.numel() for p in student.h.parameters()) > 1e7
 
 
 def lower_precision(student, dtype):
-    """lets the products of a large student's layers be made in this type, in place: as a setting, see
-    pick_dtype. Norms, a cache's attention, the sum of the layers and the head stay in float32."""
+    """changes a large student, in place, to compute the products of its layers in this type. dtype: as in
+    pick_dtype. Norms, a cache's attention, the residual sum and the head stay in float32."""
     device = student.lm_head.weight.device.type
     if not is_large(student) or pick_dtype(dtype, device) != torch.bfloat16:
         return
@@ -65,24 +67,24 @@ def lower_precision(student, dtype):
 
 
 def read_checkpoint(path, device):
-    """the dict of a file, with its weights; SystemExit with one line where it is not whole."""
+    """the dict of a file, with its weights. Exits with a message if the file is missing or not whole."""
     if not path.is_file():
         stop(f'{path} does not exist; run: {next_command("train.py")}')
     try:
-        with zipfile.ZipFile(path) as file:  # torch keeps a checksum of each tensor, and does not look at it
+        with zipfile.ZipFile(path) as file:  # torch stores a checksum of each tensor, but does not check it
             if damaged := file.testzip():
                 stop(f'{path} is damaged at {damaged}; copy it again, or train again')
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
         if checkpoint['format'] != CHECKPOINT:
             stop(f'{path} has format {checkpoint["format"]}, this version reads {CHECKPOINT}; train again')
-    except NOT_WHOLE as error:
+    except LOAD_ERRORS as error:
         stop(f'{path} is not a whole checkpoint ({type(error).__name__}); train again')
     return checkpoint
 
 
 def load_checkpoint(folder, device, which='best', dtype='float32'):
-    """folder of a training run -> checkpoint dict, Student, OutputSpace. SystemExit with one line where it
-    will not do. which: the 'best' epoch's, or the 'last' one's. dtype: see lower_precision."""
+    """folder of a training run -> checkpoint dict, Student, OutputSpace. which: the 'best' or the 'last'
+    epoch. dtype: see lower_precision. Exits with a message if the folder does not hold a usable student."""
     path = checkpoint_path(folder, which)
     checkpoint = read_checkpoint(path, device)
     try:
@@ -90,44 +92,53 @@ def load_checkpoint(folder, device, which='best', dtype='float32'):
             student = Student(StudentConfig(**checkpoint['student']))
         student.load_state_dict(checkpoint.pop('model'), assign=True)  # a frozen table stays fp16
         task = checkpoint['task']
-    except NOT_WHOLE as error:
+    except LOAD_ERRORS as error:
         stop(f'{path} is not a whole checkpoint ({type(error).__name__}); train again')
     try:
         tokenizer = Tokenizer.from_file(str(Path(folder, 'tokenizer.json')))
         space = OutputSpace.from_task(tokenizer, task)
-    except Exception as error:  # tokenizers raises nothing narrower
+    except Exception as error:  # tokenizers raises no narrower type
         stop(f'{folder}/tokenizer.json cannot be used: {error}; copy it from where the student was trained')
     if tokenizer_hash(tokenizer) != task['tokenizer_hash'] or space.output_ids != task['output_ids']:
-        stop(f'{folder}/tokenizer.json is not the tokenizer {path} was trained with; '
-             'copy the right one beside it')
+        stop(f'{folder}/tokenizer.json is not the tokenizer that {path} was trained with; '
+             'copy the one it was trained with into its folder')
     lower_precision(student.to(device).eval(), dtype)
     return checkpoint, student, space
 
 
+def find_threshold(checkpoint, min_confidence):
+    """min_confidence as a number. 'target' stands for the one that tools/evaluate.py --target_agreement=
+    stored. Exits with a message if there is none."""
+    if min_confidence != 'target':
+        return min_confidence
+    if not (target := checkpoint.get('target')):
+        stop(f'no target was set; run: {next_command("tools/evaluate.py")} --target_agreement=0.9')
+    return target['min_confidence']
+
+
 def read_work(folder, checkpoint):
-    """what the whole training cost, beyond the epoch that a best.pt is of; see evaluate.cost."""
+    """hours and speeds of the whole training, also after the epoch of best.pt; see tools/evaluate.py."""
     if (last := Path(folder, 'ckpt.pt')).is_file():
         checkpoint = read_checkpoint(last, 'cpu')
     return checkpoint['work']
 
 
 def warn_changed_task(task, fields, prompt):
-    """says so where the config file's fields or prompt are no longer those the student was trained with."""
+    """prints a note if the config file's fields or prompt are not those that the student was trained with."""
     now = {'fields': fields, 'prompt': prompt}
     changed = [key for key, value in now.items() if value and json.dumps(value) != json.dumps(task[key])]
     if changed:
-        said = ' and '.join(changed)
-        print(f'note: {said} changed since the training; the student answers as it was trained',
-              file=sys.stderr, flush=True)
+        print(f'note: {" and ".join(changed)} changed since the training; the student answers as it was '
+              'trained', file=sys.stderr, flush=True)
 
 
 def save_checkpoint(path, state):
-    """writes the dict whole or not at all; ends in one line where the disk is full."""
+    """writes the dict whole or not at all. Exits with a message if the disk is full."""
     tmp = path.with_suffix('.tmp')
     try:
         torch.save(state, tmp)
         os.replace(tmp, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
         tmp.unlink(missing_ok=True)
-        why = str(error).splitlines()[0]
-        sys.exit(f'cannot write {path}: {why}; the checkpoint before it is whole')
+        reason = str(error).splitlines()[0]
+        sys.exit(f'cannot write {path}: {reason}; the previous checkpoint is intact')

@@ -2,10 +2,13 @@
 
     for outs, decisions in decode(student, space, texts): ...   # texts: lists of ids; answers in their order
 
-What the schema forces between two decisions costs no pass. confidence_of gives the probability of each
-field's value, value_probabilities those of all its values. B rows, T tokens, H heads of D, V = output_vocab.
+The forced tokens between two decisions cost no pass. confidence_of returns the probability of each field's
+value, value_probabilities the probabilities of all its values. B rows, T tokens, H heads of D, V =
+output_vocab.
 """
 import math
+import queue
+import threading
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,8 +21,8 @@ from model import attend_with_lse
 
 class Cache:
     """keys and values of rows, and the attention of new tokens to them. A row is a slot that can be used
-    again. Those of a prompt that the student keeps are the same for all rows. place() says where the tokens
-    of the next pass go; in it the student calls attend() once a layer."""
+    again. If the student keeps a prompt, all rows share its keys and values. Before a forward pass,
+    place_tokens() sets where its tokens go. In the pass, the student calls attend() once per layer."""
 
     def __init__(self, student):
         c, p = student.config, student.lm_head.weight
@@ -27,42 +30,45 @@ class Cache:
         self.store = torch.zeros(sizes, dtype=p.dtype, device=p.device)  # (n_layer, 2, B, S, n_kv_head, D)
         self.n_prompt, self.gqa = c.n_prompt, c.n_head != c.n_kv_head
         self.prompt = student.prompt if c.n_prompt else None    # (n_layer, 2, n_kv_head, P, D)
-        self.fold = c.n_head // c.n_kv_head if c.n_prompt else 1
+        self.mask_repeats = c.n_head // c.n_kv_head if c.n_prompt else 1
 
-    def place(self, slots, starts, counts, asked):
-        """where the coming N tokens go: for each of R rows its slot, the position of its first new token,
-        their number, and for how many of the last of them an output is asked. Returns their positions (1, N),
-        and which of the N are asked for (M,)."""
+    def place_tokens(self, slots, starts, counts, n_outputs):
+        """sets where the N tokens of the next pass go. For each of R rows: its slot, the position of its
+        first new token, the number of new tokens, and for how many of the last of them the student computes
+        an output. Returns the positions (1, N), and which of the N have an output (M,)."""
         device, B = self.store.device, max(slots) + 1
         if B > self.store.size(2):
             more = self.store.new_zeros(*self.store.shape[:2], B - self.store.size(2), *self.store.shape[3:])
             self.store = torch.cat((self.store, more), 2)
         ends, slot = np.cumsum(counts), np.repeat(slots, counts)  # (R,), (N,)
         pos = np.arange(len(slot)) + np.repeat(np.array(starts) - ends + counts, counts)  # (N,)
-        keep = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, asked)])  # (M,)
-        at = pos - self.n_prompt                                # (N,) where in its row
+        # (M,) which of the N have an output
+        keep = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, n_outputs)])
+        at = pos - self.n_prompt                                # (N,) index in its row of the store
         self.B, self.S = B, int(at.max()) + 1
-        self.all, self.kept = self.grid(slot, at, counts), self.grid(slot[keep], at[keep], asked)
+        self.all = self.make_grid(slot, at, counts)
+        self.kept = self.make_grid(slot[keep], at[keep], n_outputs)
         self.slot, self.at, pos, keep = (torch.from_numpy(x).to(device) for x in (slot, at, pos, keep))
         return pos[None], keep
 
-    def grid(self, slot, at, counts):
-        """for attention N tokens are padded to (B, T): the cell of each (N,), T, and what is added to the
-        scores (B, 1, T, S), or of all H / n_kv_head heads that share a key (B, 1, H / n_kv_head * T, S)."""
+    def make_grid(self, slot, at, counts):
+        """attention pads the N tokens to (B, T). Returns the cell of each token (N,), T, and the mask that is
+        added to the scores: (B, 1, T, S), or with a prompt, for all H / n_kv_head heads that share a key,
+        (B, 1, H / n_kv_head * T, S)."""
         T, device = max(counts), self.store.device
-        col = np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts, counts)  # (N,) which of its row's
+        col = np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts, counts)  # (N,) token of its row
         cell = slot * T + col
         padded = np.zeros(self.B * T, np.int64)
         padded[cell] = at
-        until = torch.from_numpy(padded).to(device).view(self.B, 1, T, 1)
-        hidden = torch.arange(self.S, device=device) > until    # (B, 1, T, S): it sees its row up to itself
+        own = torch.from_numpy(padded).to(device).view(self.B, 1, T, 1)
+        hidden = torch.arange(self.S, device=device) > own      # (B, 1, T, S): a token sees no later one
         mask = torch.zeros(hidden.shape, dtype=self.store.dtype, device=device)
-        mask = mask.masked_fill_(hidden, -math.inf).repeat(1, 1, self.fold, 1)
+        mask = mask.masked_fill_(hidden, -math.inf).repeat(1, 1, self.mask_repeats, 1)
         return torch.from_numpy(cell).to(device), T, mask
 
     def attend(self, layer, q, k, v, kept):
-        """k and v (1, n_kv_head, N, D) of the placed tokens; q (1, H, N, D) of all of them, or (1, H, M, D)
-        of the kept ones, those asked for -> like q."""
+        """stores k and v (1, n_kv_head, N, D) of the new tokens. q: (1, H, N, D) of all new tokens, or, if
+        kept, (1, H, M, D) of those with an output. Returns what q attends to, in the shape of q."""
         (H, n, D), n_kv_head = q.shape[1:], k.size(1)
         for store, new in zip(self.store[layer], (k, v)):
             store[self.slot, self.at] = new[0].transpose(0, 1).to(store.dtype)  # (N, n_kv_head, D)
@@ -76,7 +82,7 @@ class Cache:
             if self.prompt is None:
                 y = to_rows(F.scaled_dot_product_attention(padded, k, v, attn_mask=mask, enable_gqa=self.gqa))
                 return y.transpose(0, 1)[None]
-            # the prompt is one product for all rows; the parts are put together as in teacher.py
+            # the prompt is one product for all rows; the two parts are merged as in engine.py
             y, lse = attend_with_lse(padded.reshape(self.B, n_kv_head, -1, D), k, v, mask, D ** -0.5)
             y, lse = to_rows(y.reshape(self.B, H, T, D)), to_rows(lse.reshape(self.B, H, T))
             prompt = self.prompt[layer, :, None]                # (2, 1, n_kv_head, P, D)
@@ -87,57 +93,56 @@ class Cache:
 
 @dataclass
 class Row:
-    """a text whose answer is under way."""
+    """a text whose answer is not complete yet."""
     number: int      # of the text
-    feed: list       # ids to read next; the last of them are the draft's
+    feed: list       # ids to read next; it ends with those of the draft
     draft: list      # output indices that the schema forces there
     state: int       # after the draft: a decision, or done
     n_read: int      # tokens read before
     outs: list = field(default_factory=list)
     decisions: list = field(default_factory=list)
 
-    def take(self, space, pick, logits, constrain):
-        """goes on with what the student chose at the asked positions; whether that was the end of the answer.
-        pick: list of output indices; logits (V,) at the last of them, -inf where illegal."""
-        stands = accepted_prefix(self.draft, self.draft + pick if constrain else pick)
-        self.outs += stands
-        if len(stands) <= len(self.draft):  # no decision: the draft ended the answer, or was not chosen
+    def accept(self, space, picks, logits, constrain):
+        """extends the answer by what the student chose. Returns True if the answer is complete. picks: output
+        indices chosen at the output positions; logits (V,) at the last of them, -inf where illegal."""
+        accepted = accepted_prefix(self.draft, self.draft + picks if constrain else picks)
+        self.outs += accepted
+        if len(accepted) <= len(self.draft):  # no decision: the draft ended the answer, or was rejected
             return True
-        state = space.transitions[self.state].get(stands[-1], -1)
-        if state < 0:                       # a free answer that leaves the schema
+        state = space.transitions[self.state].get(accepted[-1], -1)
+        if state < 0:                       # a free-running answer that breaks the schema
             return True
-        self.decisions.append((space.field[self.state], logits, stands[-1]))
+        self.decisions.append((space.field[self.state], logits, accepted[-1]))
         self.draft, self.state = space.forced_runs[state]
-        if self.state == space.done and (constrain or not self.draft):  # nothing is left to ask
+        if self.state == space.done and (constrain or not self.draft):  # no decision is left
             self.outs += self.draft
             return True
         self.n_read += len(self.feed)
-        ids = [space.output_ids[o] for o in (stands[-1], *self.draft)]
-        self.feed = ids[:-1] if self.state == space.done else ids  # the end token itself need not be read
+        ids = [space.output_ids[o] for o in (accepted[-1], *self.draft)]
+        self.feed = ids[:-1] if self.state == space.done else ids  # the end token need not be read
         return False
 
 
 @torch.no_grad()
 def decode(student, space, texts, batch_size=64, constrain=True):
-    """Answers to a stream of texts, with one forward pass per decision: what the schema forces in between
-    costs none.
+    """answers a stream of texts with one forward pass per decision; forced tokens cost no pass.
 
-    texts: iterable of lists of ids, in which None says that there is nothing yet: what is under way goes on,
-    and then it is asked again. Yields in their order (output indices with the end token, decisions: see
-    confidence_of).
+    texts: iterable of lists of ids. None in it means that no text is available yet: one more pass is made for
+    the incomplete answers, then the iterable is read again. Yields in the order of the texts (output indices
+    with the end token, decisions: see confidence_of).
 
-    constrain: *guaranteed*: the student is asked only where the schema leaves a choice, and held to what is
-    legal there. Else *lossless*: forced tokens are a draft which the student reads and must itself have
-    chosen, so that the answer is its free greedy one, in float32 token for token; it ends with the first
-    token outside the schema, if there is one. (Speculative decoding, https://arxiv.org/abs/2211.17192, with
-    the schema as the draft.)
+    constrain: *guaranteed*: the student chooses only at decisions, among the legal tokens. Otherwise
+    *lossless*: the forced tokens are a draft that the student reads, and each must be its own choice, so that
+    the answer is its free-running greedy one, in float32 token for token. It ends with the first token
+    outside the schema, if there is one. (Draft and verify: speculative decoding,
+    https://arxiv.org/abs/2211.17192, with the schema as the draft.)
 
-    A pass reads the new tokens of all rows as one long row; where an answer is complete, the next text takes
-    its place.
+    A pass reads the new tokens of all rows as one long row. When an answer is complete, the next text takes
+    its slot.
     """
     device, start, n_prompt = student.lm_head.weight.device, student.config.start, student.config.n_prompt
     legal, texts, cache = space.next_state.to(device) >= 0, iter(texts), Cache(student)
-    rows, done = {}, {}  # rows by slot; done: answers by number, held up by an earlier one
+    rows, done = {}, {}  # rows by slot; done: answers by number, which wait for an earlier one
     n_in, n_out, more = 0, 0, True
     while more or rows:
         while more and len(rows) < batch_size:
@@ -149,32 +154,50 @@ def decode(student, space, texts, batch_size=64, constrain=True):
             if ids is None:
                 break
             room = student.config.block_size - space.max_answer - len(start) + 1
-            assert len(ids) <= room, f'{len(ids)} tokens of text leave no room for an answer: {room} would'
+            assert len(ids) <= room, f'the text has {len(ids)} tokens; with an answer at most {room} fit'
             draft, state = space.forced_runs[0]
             feed = [*ids, *start, *(space.output_ids[o] for o in draft)]
-            free = next(slot for slot in range(batch_size) if slot not in rows)
-            rows[free] = Row(n_in, feed, draft, state, n_prompt)
+            free_slot = next(slot for slot in range(batch_size) if slot not in rows)
+            rows[free_slot] = Row(n_in, feed, draft, state, n_prompt)
             n_in += 1
         if not rows:
             continue
         live = list(rows.values())
         counts = [len(row.feed) for row in live]
-        asked = [1] * len(live)                                 # how many of the last of each feed
+        n_outputs = [1] * len(live)                             # output positions at the end of each feed
         if not constrain:
-            asked = [len(row.draft) + (row.state != space.done) for row in live]
-        pos, keep = cache.place(list(rows), [row.n_read for row in live], counts, asked)
+            n_outputs = [len(row.draft) + (row.state != space.done) for row in live]
+        pos, keep = cache.place_tokens(list(rows), [row.n_read for row in live], counts, n_outputs)
         idx = torch.tensor([[i for row in live for i in row.feed]], device=device)  # (1, N)
         logits = student(idx, cache=cache, pos=pos, keep=keep).float()  # (M, V)
-        last = np.cumsum(asked) - 1                             # (R,) of the M
-        held = logits[last].masked_fill(~legal[[row.state for row in live]], -math.inf)  # (R, V)
-        picks = np.split((held if constrain else logits).argmax(-1).cpu().numpy(), last[:-1] + 1)
-        for (slot, row), pick, row_logits in zip(list(rows.items()), picks, held.cpu()):
-            if row.take(space, pick.tolist(), row_logits, constrain):
+        last = np.cumsum(n_outputs) - 1                         # (R,) of the M
+        masked = logits[last].masked_fill(~legal[[row.state for row in live]], -math.inf)  # (R, V)
+        picks = np.split((masked if constrain else logits).argmax(-1).cpu().numpy(), last[:-1] + 1)
+        for (slot, row), row_picks, row_logits in zip(list(rows.items()), picks, masked.cpu()):
+            if row.accept(space, row_picks.tolist(), row_logits, constrain):
                 done[row.number] = row.outs, row.decisions
                 del rows[slot]
         while n_out in done:
             yield done.pop(n_out)
             n_out += 1
+
+
+def read_ahead(items):
+    """a queue of (item, None) for each item of an iterable, then (None, error): the exception that ended it,
+    or a StopIteration. A thread fills it: a line from a slow pipe is answered at once, and memory does not
+    grow with a fast one."""
+    ahead = queue.Queue(1000)                                   # blocks the thread when it is full
+
+    def read():
+        error = None
+        try:
+            for item in items:
+                ahead.put((item, None))
+        except BaseException as raised:                         # belongs to the caller, not to this thread
+            error = raised
+        ahead.put((None, error or StopIteration()))             # the end
+    threading.Thread(target=read, daemon=True).start()          # daemon: it must not keep the program alive
+    return ahead
 
 
 def generate(student, space, texts, constrain=True, batch_size=64):
@@ -183,14 +206,14 @@ def generate(student, space, texts, constrain=True, batch_size=64):
 
 
 # -----------------------------------------------------------------------------
-# how sure it is
+# confidence
 
 
 def confidence_of(fields, decisions, temperature=None):
-    """{field: probability of the value chosen}: of the student held to the schema, given the fields before.
-    It is the product, along the value's tokens, of the softmax over the legal ones. decisions: of an answer,
-    [(field, logits (V,), -inf where illegal, the choice)]. temperature: {field: what its logits are divided
-    by}, see agreement.fit_temperature."""
+    """{field: probability of the chosen value}, of the student constrained to the schema, given the fields
+    before. It is the product, along the value's tokens, of the softmax over the legal tokens. decisions: of
+    one answer, [(field, logits (V,), -inf where illegal, output index chosen)]. temperature: {field: number
+    that its logits are divided by}, see agreement.fit_temperature."""
     log_p = dict.fromkeys(fields, 0.0)
     for name, logits, choice in decisions:
         log_p[name] += (logits / (temperature or {}).get(name, 1.0)).log_softmax(-1)[choice].item()
@@ -199,21 +222,22 @@ def confidence_of(fields, decisions, temperature=None):
 
 @torch.no_grad()
 def value_probabilities(student, space, ids, outs, decisions, temperature=None):
-    """{field: [probability of each of its values, in their order]} for one answer: of the student held to the
-    schema, given the fields before as it answered them. That of the value chosen is confidence_of's.
+    """{field: [probability of each of its values, in their order]} for one answer, of the student constrained
+    to the schema, given its own answers in the fields before. The chosen value's is that of confidence_of.
 
-    ids: of the text; outs, decisions: what decode gave for it, held to the schema. A value's probability is
-    the product along its tokens of the softmax over the legal ones, so those of a field sum to 1. Where
-    values share their first tokens the decisions that are not on the answer's way are asked too, in one pass.
+    ids: of the text; outs, decisions: as decode yields them for it with constrain. A value's probability is
+    the product, along its tokens, of the softmax over the legal tokens, so a field's probabilities sum to 1.
+    If values share their first tokens, some of their decisions are not on the path of the answer: one more
+    pass computes the logits of these.
     """
-    ways, states = space.value_paths, space.states_before(outs)
+    paths, states = space.value_paths, space.states_before(outs)
     chosen = [n for n, state in enumerate(states) if len(space.transitions[state]) > 1]
     known = {states[n]: logits for n, (_, logits, _) in zip(chosen, decisions)}  # (V,) by state
-    first = {}                                                  # of each field: where its first decision is
+    first = {}                                                  # {field: position of its first decision}
     for n in chosen:
         first.setdefault(space.field[states[n]], n)
-    missing = {state: [*outs[:first[name]], *before] for name, of_values in ways.items()
-               for way in of_values for state, _, before in way if state not in known}
+    missing = {state: [*outs[:first[name]], *before] for name, of_values in paths.items()
+               for path in of_values for state, _, before in path if state not in known}
     if missing:
         rows = [[*ids, *student.config.start, *(space.output_ids[o] for o in answer)]
                 for answer in missing.values()]
@@ -224,9 +248,9 @@ def value_probabilities(student, space, ids, outs, decisions, temperature=None):
         legal = space.next_state[list(missing)] >= 0
         known |= dict(zip(missing, logits.masked_fill(~legal, -math.inf)))
     result = {name: [1.0] for name in space.fields}             # a constant is certain
-    for name, of_values in ways.items():
+    for name, of_values in paths.items():
         t = (temperature or {}).get(name, 1.0)
         log_p = {state: (known[state] / t).log_softmax(-1).tolist()
-                 for state in {state for way in of_values for state, _, _ in way}}
-        result[name] = [math.exp(sum(log_p[state][out] for state, out, _ in way)) for way in of_values]
+                 for state in {state for path in of_values for state, _, _ in path}}
+        result[name] = [math.exp(sum(log_p[state][out] for state, out, _ in path)) for path in of_values]
     return result

@@ -1,5 +1,5 @@
 """The picture of a training, out/<run>/report.png: losses, curriculum, agreement, reliability, confusion.
-Nothing is drawn where matplotlib is not installed.
+Without matplotlib nothing is drawn.
 """
 import importlib.util
 import json
@@ -12,8 +12,7 @@ from distil.decode import confidence_of
 
 
 def start_drawing():
-    """matplotlib.pyplot without a screen, or None where matplotlib is not installed: pictures are
-    optional."""
+    """returns matplotlib.pyplot, set to draw without a screen, or None if matplotlib is not installed."""
     if not importlib.util.find_spec('matplotlib'):
         return None
     import matplotlib
@@ -23,36 +22,36 @@ def start_drawing():
 
 
 def draw_log(axes, log):
-    """three axes: losses, curriculum and held-out agreement over the steps. log: the lines of log.txt."""
+    """draws losses, curriculum and held-out agreement over the steps on three axes. log: lines of log.txt."""
     lines = [(line.split()[0], dict(pair.split('=') for pair in line.split()[1:])) for line in log]
 
-    def curve(ax, tag, key, style='-', label=None, of_peak=False):
+    def draw_curve(ax, tag, key, style='-', label=None, of_peak=False):
         points = [(int(f['step']), float(f[key])) for t, f in lines if t == tag and key in f]
-        if points:  # a run may be shorter than log_steps, or without a linear baseline
+        if points:  # a run may be shorter than log_steps, or have no linear baseline
             steps, values = np.array(points).T
             ax.plot(steps, values / values.max() if of_peak else values, style, label=label or key)
 
     for key in ('loss', 'kl', 'ce'):
-        curve(axes[0], 'train', key)
-    curve(axes[0], 'val', 'kl', 'k.--', 'held-out kl')
-    curve(axes[1], 'train', 'kl_weight', label='kl weight')
-    curve(axes[1], 'train', 'tau', label='temperature')
-    curve(axes[1], 'train', 'lr', label='learning rate / peak', of_peak=True)
+        draw_curve(axes[0], 'train', key)
+    draw_curve(axes[0], 'val', 'kl', 'k.--', 'held-out kl')
+    draw_curve(axes[1], 'train', 'kl_weight', label='kl weight')
+    draw_curve(axes[1], 'train', 'tau', label='temperature')
+    draw_curve(axes[1], 'train', 'lr', label='learning rate / peak', of_peak=True)
     for key in ('field', 'exact', 'majority', 'linear_field', 'teacher_forced'):
-        curve(axes[2], 'val', key, '.-')
-    curve(axes[2], 'train', 'teacher_forced', ':', 'teacher_forced in training')
+        draw_curve(axes[2], 'val', key, '.-')
+    draw_curve(axes[2], 'train', 'teacher_forced', ':', 'teacher_forced in training')
     axes[0].set(title='nats per answer token', yscale='log', xlabel='step')
     axes[1].set(title='curriculum', xlabel='step', ylim=(0, None))
     axes[2].set(title='agreement', xlabel='step')
 
 
-def draw_confusion(ax, field, values, ours, theirs):
-    """how often the teacher's value (down) became which of the student's (across); at most twelve values."""
+def draw_confusion(ax, field, values, student_values, teacher_values):
+    """draws the confusion matrix of a field: teacher's values (rows), student's (columns), at most twelve."""
     names = [json.dumps(value) for value in values][:12]
     table = np.zeros((len(names), len(names)))
-    for a, b in zip(theirs, ours):
-        if a in names and b in names:
-            table[names.index(a), names.index(b)] += 1
+    for row, column in zip(teacher_values, student_values):
+        if row in names and column in names:
+            table[names.index(row), names.index(column)] += 1
     ax.imshow(table / np.maximum(table.sum(1, keepdims=True), 1), vmin=0, vmax=1, cmap='Blues')
     for i, j in np.ndindex(table.shape):
         ax.text(j, i, int(table[i, j]), ha='center', va='center', fontsize=8)
@@ -62,15 +61,16 @@ def draw_confusion(ax, field, values, ours, theirs):
 
 
 def draw_report(out, shards, rows, dtype='float32', which='best'):
-    """writes out/report.png: the training, agreement per field beside its baselines, a reliability diagram
-    and the confusion of every field, on these held-out records. Returns its path, or None without matplotlib
-    or a log."""
+    """writes out/report.png: the training, agreement per field with its baselines, a reliability diagram and
+    the confusion matrix of every field, on the held-out records `rows`. Returns its path, or None without
+    matplotlib or without a log."""
     plt = start_drawing()
     if not plt or not (out / 'log.txt').is_file():
         return None
     checkpoint, student, space = load_checkpoint(out, 'cpu', which, dtype)
     _, per_field, answers, decisions = evaluate(student, space, shards, rows)
-    ours, theirs = field_texts(space, answers), field_texts(space, [shards.answer(i).tolist() for i in rows])
+    student_values = field_texts(space, answers)
+    teacher_values = field_texts(space, [shards.answer(i).tolist() for i in rows])
     n = max(3, len(per_field))
     fig, axes = plt.subplots(3, n, figsize=(4 * n, 10), squeeze=False)
     draw_log(axes[0], (out / 'log.txt').read_text().splitlines())
@@ -86,9 +86,9 @@ def draw_report(out, shards, rows, dtype='float32', which='best'):
     axes[1, 0].set_xticks(x, per_field)
 
     temperature = {field: figures['temperature'] for field, figures in checkpoint['per_field'].items()}
-    odd = [n for n, i in enumerate(rows) if i % 2]              # temperatures were fitted on the even ones
-    sure = [list(confidence_of(space.fields, decisions[n], temperature).values()) for n in odd]
-    points = reliability_bins(sure, same_values(ours, theirs)[odd])
+    odd = [n for n, i in enumerate(rows) if i % 2]              # temperatures are fitted on the even ones
+    confidence = [list(confidence_of(space.fields, decisions[n], temperature).values()) for n in odd]
+    points = reliability_bins(confidence, same_values(student_values, teacher_values)[odd])
     axes[1, 1].plot([0, 1], [0, 1], 'k:')
     axes[1, 1].scatter([p[0] for p in points], [p[1] for p in points], s=[20 + 400 * p[2] for p in points])
     axes[1, 1].set(title='reliability', xlabel='confidence of the student',
@@ -96,7 +96,7 @@ def draw_report(out, shards, rows, dtype='float32', which='best'):
     for ax in (*axes[0, :3], axes[1, 0]):
         ax.legend(fontsize=7, framealpha=0.5)
     for k, (field, values) in enumerate(space.fields.items()):
-        draw_confusion(axes[2, k], field, values, ours[field], theirs[field])
+        draw_confusion(axes[2, k], field, values, student_values[field], teacher_values[field])
     for ax in axes.flat:
         if not ax.has_data():
             ax.axis('off')

@@ -1,4 +1,4 @@
-"""The file format: nothing committed is lost, the split and the batches stay put."""
+"""The file format: nothing that is committed is lost; the split and the batches do not change."""
 import math
 import os
 
@@ -9,23 +9,22 @@ import data
 from tests.conftest import make_shards, random_records
 
 
-def test_a_set_of_hashes_in_eight_bytes_each():
+def test_hashes_behaves_like_a_set():
     rng = np.random.default_rng(0)
-    some, more = (rng.integers(0, 1 << 64, 300000, np.uint64).tolist() for _ in range(2))
-    hashes, twin = data.Hashes(some), set(some)
+    first, more = (rng.integers(0, 1 << 64, 300000, np.uint64).tolist() for _ in range(2))
+    hashes, expected = data.Hashes(first), set(first) | set(more)
     for h in more:
         hashes.add(h)
-    assert len(hashes) == len(twin | set(more)) and len(hashes.sorted) > 500000  # the recent ones were merged
-    assert all(h in hashes for h in some[:1000] +
-               more[-1000:]) and not any(h in hashes
-                                         for h in rng.integers(0, 1 << 64, 1000, np.uint64).tolist())
+    assert len(hashes) == len(expected) and len(hashes.sorted) > 500000  # most of the recent ones are merged
+    assert all(h in hashes for h in first[:1000] + more[-1000:])
+    assert not any(h in hashes for h in rng.integers(0, 1 << 64, 1000, np.uint64).tolist())
 
 
 def test_fp16_below_the_maximum_keeps_every_decision(tmp_path):
     records = list(random_records(50, 500, offset=25))  # raw logits near 25, where fp16 is 0.016 apart
     for r in records:
         r[3][:, 7] = r[3].max(1) + 0.004  # a close decision
-    assert any((r[3].astype(np.float16).argmax(1) != 7).any() for r in records)  # plain fp16 would lose some
+    assert any((r[3].astype(np.float16).argmax(1) != 7).any() for r in records)  # plain fp16 loses some
     shards = make_shards(tmp_path, records, 500)
     for i, (_, ids, outs, logits, lse) in enumerate(records):
         assert shards.ids(i).tolist() == ids.tolist() and shards.answer(i).tolist() == outs.tolist()
@@ -47,18 +46,17 @@ def test_the_writer_cuts_off_what_was_not_committed(tmp_path):
     writer.close()
     shards = data.Shards('d', 't', tmp_path)
     assert [shards.answer(i).tolist() for i in range(9)] == [r[2].tolist() for r in records]
-    os.truncate(tmp_path / 'd/t-00/logits.bin', 100)  # a file that lost its end takes its records along
+    os.truncate(tmp_path / 'd/t-00/logits.bin', 100)  # a file lost its end, and so its last records
     assert len(data.read_index(tmp_path / 'd/t-00', 8)) < 9
 
 
-def test_the_split_follows_the_text_not_its_place(tmp_path):
+def test_the_split_depends_on_the_text_and_not_on_its_place(tmp_path):
     records = list(random_records(300, 4))
     one, two = make_shards(tmp_path / 'a', records, 4), make_shards(tmp_path / 'b', records[::-1], 4,
                                                                     ('t-00', 't-01'))
     held = [{int(s.hashes[i]) for i in s.split()[1]} for s in (one, two)]
-    assert held[0] == held[1] and 10 < len(
-        held[0]) < 60 and not held[0] & {int(one.hashes[i])
-                                         for i in one.split()[0]}
+    assert held[0] == held[1] and 10 < len(held[0]) < 60
+    assert not held[0] & {int(one.hashes[i]) for i in one.split()[0]}
 
 
 def test_batches_align_inputs_targets_and_logits(tmp_path):
@@ -76,7 +74,7 @@ def test_batches_align_inputs_targets_and_logits(tmp_path):
     assert row == len(teacher_logits) == (targets >= 0).sum()
 
 
-def test_an_epoch_is_a_fixed_order_of_batches_of_like_length():
+def test_an_epoch_is_a_fixed_order_of_batches_of_similar_length():
     lengths = np.random.default_rng(0).integers(20, 64, 1000)
     epochs = [data.batches(lengths, 32, 1, epoch) for epoch in (0, 1)]
     for order in epochs:
@@ -85,5 +83,5 @@ def test_an_epoch_is_a_fixed_order_of_batches_of_like_length():
     assert not np.array_equal(epochs[0][0], epochs[1][0])
     assert all(np.array_equal(a, b) for a, b in zip(epochs[1], data.batches(lengths, 32, 1, 1)))
     firsts = [lengths[data.batches(lengths, 32, seed, 0)[0]].mean()
-              for seed in range(50)]  # no length comes first
+              for seed in range(50)]  # the first batch is of no particular length
     assert abs(np.mean(firsts) - lengths.mean()) < 5

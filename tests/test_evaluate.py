@@ -1,4 +1,4 @@
-"""Agreement, confidence, cost and pictures, on cases done by hand and as a user runs it."""
+"""Agreement, confidence, cost and pictures: cases computed by hand, and the program as a user runs it."""
 import importlib.util
 import json
 import math
@@ -9,29 +9,30 @@ import pytest
 import torch
 
 import data
-from distil.agreement import (BROKEN, agreement, calibration_error, field_texts, fit_temperature, read_truth,
-                              truth_lines)
+from distil.agreement import (BROKEN, calibration_error, field_texts, fit_temperature, measure_agreement,
+                              read_truth, truth_lines)
 from distil.checkpoint import load_checkpoint
 from distil.decode import generate
 from distil.space import OutputSpace
 from tests.conftest import FIELDS, clone_task, one_line, run
-from tools.evaluate import at_least, cascade, cost, find_target
+from tools.evaluate import choose_threshold, compute_cost, share_lower_bound, simulate_cascade
 
 
 def test_agreement_figures_of_a_hand_computed_case():
-    figures = agreement(['a', 'a', 'b', 'b'], ['a', 'b', 'b', 'b'])
+    figures = measure_agreement(['a', 'a', 'b', 'b'], ['a', 'b', 'b', 'b'])
     assert figures == pytest.approx(dict(agree=0.75, majority=0.75, f1=(2 / 3 + 4 / 5) / 2, kappa=0.5))
-    assert agreement(['true', BROKEN], ['1', '1'])['agree'] == 0  # true is not 1
+    assert measure_agreement(['true', BROKEN], ['1', '1'])['agree'] == 0  # true is not 1
 
 
-def test_an_answer_that_breaks_the_schema_agrees_with_nothing_also_where_null_is_allowed(tokenizer):
+def test_an_answer_that_breaks_the_schema_agrees_in_no_field_even_if_null_is_allowed(tokenizer):
     space = OutputSpace(tokenizer, {'a': [None, 'x'], 'b': [None, True]})
     null, broken = space.from_json({'a': None, 'b': None}), space.from_json({'a': None, 'b': None})[:-3]
-    ours, theirs = field_texts(space, [null, broken]), field_texts(space, [null, null])
-    assert [agreement(ours[field], theirs[field])['agree'] for field in space.fields] == [0.5, 0.5]
+    student, teacher = field_texts(space, [null, broken]), field_texts(space, [null, null])
+    agree = [measure_agreement(student[field], teacher[field])['agree'] for field in space.fields]
+    assert agree == [0.5, 0.5]
 
 
-def test_teacher_and_student_are_shown_against_the_truth_where_there_is_one(project, tmp_path):
+def test_teacher_and_student_are_compared_with_the_truth_if_a_text_has_one(project, tmp_path):
     shards = data.Shards('toy', 'toy', project / 'data')
     _, model, space = load_checkpoint(project / 'out/toy', 'cpu')
     rows = shards.split()[1]
@@ -45,12 +46,13 @@ def test_teacher_and_student_are_shown_against_the_truth_where_there_is_one(proj
                      for f, v in truth.items()]
     (tmp_path / 'input.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records))
     truth = read_truth(tmp_path / 'input.jsonl', shards, rows)
-    both = {'teacher': [shards.answer(rows[n]).tolist() for n in truth], 'student': [answers[n] for n in truth]}
+    both = {'teacher': [shards.answer(rows[n]).tolist() for n in truth],
+            'student': [answers[n] for n in truth]}
     lines = {line['name']: line for _, line in truth_lines(space, truth, both)}
     for field in FIELDS:
-        mine = [pair[1:] for pair in expected if pair[0] == field]
+        pairs = [pair[1:] for pair in expected if pair[0] == field]
         assert [lines[field][k] for k in ('records', 'teacher', 'student')
-                ] == pytest.approx([len(mine), *np.mean(mine, axis=0)])
+                ] == pytest.approx([len(pairs), *np.mean(pairs, axis=0)])
     spam = [(n % 3 == 0, *pair[1:]) for n, pair in enumerate(p for p in expected if p[0] == 'spam')]
     balanced = np.mean([np.mean([pair[1:] for pair in spam if pair[0] == value], axis=0)
                         for value in (True, False)], axis=0)
@@ -58,41 +60,39 @@ def test_teacher_and_student_are_shown_against_the_truth_where_there_is_one(proj
     expected = pytest.approx([*balanced, share])
     assert [lines['spam'][k] for k in ('balanced', 'student_balanced', 'majority')] == expected
     assert not read_truth(project / 'data/toy/input.jsonl', shards, rows)
-    shards.meta['max_text'] = len(shards.ids(rows[2]))  # as of a text that was longer, and cut
+    shards.meta['max_text'] = len(shards.ids(rows[2]))  # as if the text had been longer, and cut
     text = space.tokenizer.decode(shards.ids(rows[2]).tolist()) + ' and more'
     (tmp_path / 'input.jsonl').write_text(json.dumps({'text': text, 'truth': {'spam': True}}))
     assert read_truth(tmp_path / 'input.jsonl', shards, rows) == {2: {'spam': True}}
 
 
-def test_temperature_calibration_error_cascade_and_cost_on_cases_done_by_hand():
+def test_temperature_calibration_error_cascade_and_cost_of_cases_computed_by_hand():
     torch.manual_seed(0)
     logits = torch.randn(4000, 3)
-    held, choice = torch.cat((logits, torch.full((4000, 2), -math.inf)), 1), logits.argmax(-1)
-    targets = torch.multinomial((logits / 2).softmax(-1), 1)[:,
-                                                             0]  # the teacher is half as sure as the student
+    masked, choice = torch.cat((logits, torch.full((4000, 2), -math.inf)), 1), logits.argmax(-1)
+    targets = torch.multinomial((logits / 2).softmax(-1), 1)[:, 0]  # the teacher's logits are half as large
     for scale in (1, 3):
-        decisions = [[('f', z * scale, c)] for z, c in zip(held, choice)]
+        decisions = [[('f', z * scale, c)] for z, c in zip(masked, choice)]
         assert fit_temperature(decisions, (choice == targets).tolist()) == pytest.approx(2 * scale, rel=0.1)
-    two_steps = [[('f', z, c), ('f', z, c)] for z, c in zip(held, choice)]  # a value of two tokens
+    two_steps = [[('f', z, c), ('f', z, c)] for z, c in zip(masked, choice)]  # a value of two tokens
     both = (choice == targets) & (choice == torch.multinomial((logits / 2).softmax(-1), 1)[:, 0])
     assert fit_temperature(two_steps, both.tolist()) == pytest.approx(2, rel=0.1) and fit_temperature(
         [[], []], [True, False]) == 1
     assert calibration_error([0.95, 0.95, 0.55, 0.55],
                              [True, False, True, False]) == pytest.approx(0.5 * 0.45 + 0.5 * 0.05)
-    sure, right = np.array([[0.9, 0.9], [0.4, 0.9], [0.8, 0.3],
-                            [0.7, 0.7]]), np.array([[1, 1], [0, 1], [1, 0], [1, 0]], bool)
-    assert list(cascade(sure, right, (0, 0.5, 1))) == [
+    confidence = np.array([[0.9, 0.9], [0.4, 0.9], [0.8, 0.3], [0.7, 0.7]])
+    hits = np.array([[1, 1], [0, 1], [1, 0], [1, 0]], bool)
+    assert list(simulate_cascade(confidence, hits, (0, 0.5, 1))) == [
         {'deferred': 0, 'min_confidence': 0.3, 'field': 5 / 8, 'exact': 1 / 4, 'kept_field': 5 / 8},
         {'deferred': 0.5, 'min_confidence': 0.7, 'field': 7 / 8, 'exact': 3 / 4, 'kept_field': 3 / 4},
         {'deferred': 1, 'min_confidence': 1.0, 'field': 1, 'exact': 1, 'kept_field': 1.0}]
     work = {'extract_hours': 0.75, 'students_hours': 0.25, 'train_hours': 0.5, 'teacher_rec_s': 10.0}
-    money = cost(work, 1000.0, 3.6, 0.0, 1000)
-    assert money['teacher_million'] == pytest.approx(100) and money['student_million'] == pytest.approx(
-        1) and money['spent'] == pytest.approx(5.4)
-    assert money['break_even'] == pytest.approx(5.4 / 99 * 1e6) and money['days'] == pytest.approx(
-        5.4 / 99 * 1e3)
-    assert cost(work, 1000.0, 3.6, 0.5,
-                1000)['break_even'] == math.inf  # a teacher that costs less than the student
+    cost = compute_cost(work, 1000.0, 3.6, 0.0, 1000)
+    assert cost['teacher_million'] == pytest.approx(100) and cost['student_million'] == pytest.approx(1)
+    assert cost['spent'] == pytest.approx(5.4) and cost['days'] == pytest.approx(5.4 / 99 * 1e3)
+    assert cost['break_even'] == pytest.approx(5.4 / 99 * 1e6)
+    cheap = compute_cost(work, 1000.0, 3.6, 0.5, 1000)
+    assert cheap['break_even'] == math.inf  # a teacher that costs less than the student
 
 
 def test_students_are_compared_in_a_table_and_a_picture(project):
@@ -114,17 +114,17 @@ def test_the_report_shows_teacher_and_student_side_by_side(project):
     done = run(project, 'tools/evaluate.py', '--examples=2')
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    pairs = [[line.split()[1:] for line in lines if line.startswith(f'   {who} ')]
-             for who in ('teacher', 'student')]
-    assert len(pairs[0]) == len(pairs[1]) == 2
-    for theirs, ours in zip(*pairs):
-        assert [a != b for a, b in zip(theirs, ours)] == [value.endswith('<') for value in ours]
+    teacher_lines, student_lines = ([line.split()[1:] for line in lines if line.startswith(f'   {model} ')]
+                                    for model in ('teacher', 'student'))
+    assert len(teacher_lines) == len(student_lines) == 2
+    for teacher, student in zip(teacher_lines, student_lines):
+        assert [a != b for a, b in zip(teacher, student)] == [value.endswith('<') for value in student]
     (shown,) = [line for line in lines if line.startswith('val ')]
     assert shown in (project / 'train.py.stdout').read_text().splitlines()
     figures = dict(pair.split('=') for pair in shown.split()[1:])
     field, majority = (f'{100 * float(figures[key]):.0f} of 100' for key in ('field', 'majority'))
-    (said,) = [line for line in lines if line.startswith('the student agrees')]
-    assert f'in {field} fields' in said and f'the commonest value would in {majority[:-7]}' in said
+    (summary,) = [line for line in lines if line.startswith('the student agrees')]
+    assert f'in {field} fields' in summary and f'majority baseline agrees in {majority[:-7]}' in summary
     tags = [line.split()[0] for line in done.stdout.splitlines() if '=' in line]
     assert tags.count('calibration') == tags.count('cost') == 1 and tags.count('cascade') == 6
     if importlib.util.find_spec('matplotlib'):
@@ -139,26 +139,27 @@ def test_without_held_out_records_the_figures_of_the_training_are_shown(project,
     assert 'val step=115' in done.stdout and 'no held-out records here' in done.stdout
 
 
-def test_the_bound_of_a_share_is_that_of_clopper_and_pearson():
+def test_the_lower_bound_of_a_share_is_that_of_clopper_and_pearson():
     for hits, n in ((9, 10), (95, 100), (0, 5), (5, 5), (700, 1000), (1, 1)):
-        p = at_least(hits, n)
+        p = share_lower_bound(hits, n)
         tail = sum(math.comb(n, k) * p ** k * (1 - p) ** (n - k) for k in range(hits, n + 1))
         assert tail == pytest.approx(1 if hits == 0 else 0.05, rel=1e-3)
         assert p == 0 if hits == 0 else p < hits / n
-    assert at_least(59, 59) == pytest.approx(0.05 ** (1 / 59), abs=1e-6)  # p ** n = 0.05
+    assert share_lower_bound(59, 59) == pytest.approx(0.05 ** (1 / 59), abs=1e-6)  # p ** n = 0.05
 
 
-def test_the_target_is_the_lowest_threshold_that_holds_and_is_stored(project, tmp_path):
-    sure = np.linspace(0.3, 1, 400)[:, None].repeat(2, 1)
-    right = np.ones((400, 2), bool)
-    right[:200:2, 1] = False                                    # half of the unsure ones are wrong in a field
-    found = find_target(sure, right, 0.9)
-    kept = sure[:, 0] >= found['min_confidence']
-    assert found['agree'] == pytest.approx(right[kept].all(1).mean()) and found['at_least'] >= 0.9
-    lower = sure[~kept, 0].max()                                # the next lower one does not hold
-    more = right[sure[:, 0] >= lower].all(1)
-    assert at_least(int(more.sum()), len(more)) < 0.9 and found['kept'] == pytest.approx(kept.mean())
-    assert find_target(sure, ~right, 0.5) is None
+def test_the_lowest_threshold_that_reaches_the_target_is_stored(project, tmp_path):
+    confidence = np.linspace(0.3, 1, 400)[:, None].repeat(2, 1)
+    hits = np.ones((400, 2), bool)
+    hits[:200:2, 1] = False                                     # half of the less confident ones miss a field
+    target = choose_threshold(confidence, hits, 0.9)
+    kept = confidence[:, 0] >= target['min_confidence']
+    assert target['agree'] == pytest.approx(hits[kept].all(1).mean()) and target['at_least'] >= 0.9
+    lower = confidence[~kept, 0].max()                          # the next lower threshold is too low
+    more = hits[confidence[:, 0] >= lower].all(1)
+    assert share_lower_bound(int(more.sum()), len(more)) < 0.9
+    assert target['kept'] == pytest.approx(kept.mean())
+    assert choose_threshold(confidence, ~hits, 0.5) is None
     root = clone_task(project, tmp_path, 'toy-00', 'out')
     done = run(root, 'tools/evaluate.py', '--target_agreement=0.3')
     line, = [line for line in done.stdout.splitlines() if line.startswith('target ')]
@@ -167,8 +168,26 @@ def test_the_target_is_the_lowest_threshold_that_holds_and_is_stored(project, tm
     assert stored['min_confidence'] == pytest.approx(threshold, rel=1e-3) and stored['agreement'] == 0.3
     content = b'hello my friend\nbuy now\nthe cat sat\n'
     by_name = run(root, 'sample.py', '--min_confidence=target', stdin=content)
-    typed = run(root, 'sample.py', f'--min_confidence={stored["min_confidence"]}', stdin=content)
-    assert by_name.stdout == typed.stdout
+    by_value = run(root, 'sample.py', f'--min_confidence={stored["min_confidence"]}', stdin=content)
+    assert by_name.stdout == by_value.stdout
     assert by_name.returncode == 0 and len(by_name.stdout.splitlines()) == 3
     assert 'no threshold' in run(root, 'tools/evaluate.py', '--target_agreement=1').stdout
     assert 'no target was set' in one_line(run(root, 'sample.py', '--min_confidence=target', '--text=a'))
+
+
+@pytest.mark.parametrize('values, truths', [
+    (['01', '02'], ['01', '02']), (['0', '1'], ['0', '1']), ([0, 1], ['0.0', ' 1']),
+    ([7, -1.5], ['007', '-1.50']), ([True, False], ['TRUE', 'no']), ([False, True], ['0', '1.0']),
+    ([None, 'x'], ['None', 'x']),
+    (['null', None, 'True', True], ['null', 'NULL', 'True', 'true']), (['1', 1, True], ['1', '1.0', 'TRUE']),
+    ([[1, 2], 'y'], ['[1, 2]', 'y']), ([1, '1', True, None], [1, '1', True, None])
+])
+def test_a_true_text_means_the_value_that_it_is_a_usual_way_to_write(tokenizer, values, truths):
+    space = OutputSpace(tokenizer, {'f': values}, indent=2)
+    answers = {'teacher': [space.from_json({'f': value}) for value in values]}
+    (_, line), = truth_lines(space, {n: {'f': truth} for n, truth in enumerate(truths)}, answers)
+    assert line['teacher'] == line['balanced'] == 1 and line['records'] == len(truths)
+    wrong = dict(enumerate([{'f': truth} for truth in ('elsewhere', 'nan', 'inf', '', 2, float('nan'))]))
+    answers = {'teacher': [space.from_json({'f': values[0]})] * len(wrong)}
+    (_, line), = truth_lines(space, wrong, answers)
+    assert line['teacher'] == 0 and line['records'] == len(wrong)  # such a truth counts, and no answer is it

@@ -1,4 +1,4 @@
-"""Extraction as a user runs it: killed, full, in several processes, on any text."""
+"""Extraction as a user runs it: killed, on a full disk, in several processes, on any text."""
 import fcntl
 import json
 import os
@@ -20,7 +20,7 @@ from distil.space import OutputSpace
 from tests.conftest import CHILDREN, FIELDS, clone_task, load_teacher, one_line, run, run_script
 
 
-def test_texts_are_filtered_and_counted_whatever_they_hold(tokenizer, tmp_path):
+def test_any_texts_are_filtered_and_counted(tokenizer, tmp_path):
     good = ['the cat sat on a mat', 'hello \0 there \x1b[0m', '😀 😀 été 日本', 'a  cat\n sat on']
     lines = [
         json.dumps({'text': t}).encode() for t in good + [
@@ -43,8 +43,8 @@ def test_texts_are_filtered_and_counted_whatever_they_hold(tokenizer, tmp_path):
             for _, ids, _ in group] == [data.clean(t)
                                         for t in good] and groups[0][0][0] == data.text_hash(good[0])
     assert [len(g) for g in read(9, limit=2)] == [2] and [len(g) for g in read(2, limit=4)] == [2, 2]
-    extract_special = [('<turn>' 'cat sat', None, '')]
-    assert list(read_groups(extract_special, tokenizer, 4, 1, 60)) == []
+    special = [('<turn>' 'cat sat', None, '')]
+    assert list(read_groups(special, tokenizer, 4, 1, 60)) == []
     assert list(prefetch(iter(range(5)))) == list(range(5))
 
 
@@ -55,18 +55,18 @@ def test_long_texts_are_cut_as_the_student_will_cut_them(tokenizer):
     ]
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
     for max_text in range(1, 12):
-        (group, ) = read_groups([(text, None, '') for text in long], tokenizer, 9, 1, max_text,
-                                        cut=True, counts=(counts := Counter()))
+        (group, ) = read_groups([(text, None, '') for text in long], tokenizer, 9, 1, max_text, cut=True,
+                                counts=(counts := Counter()))
         assert [ids.tolist() for _, ids, _ in group] == list(
             map(list, dict.fromkeys(tuple(encode(text)[:max_text]) for text in long))) and not counts['long']
     assert counts['kept'] + counts['duplicate'] == len(long)
     text = 'the cat sat'
     ((hash_, ids, _), ), = read_groups([(f'{text} on www.cat.org', None, '')], tokenizer, 9, 1,
-                                               len(encode(text)), cut=True)
-    assert hash_ == data.text_hash(text) and ids.tolist() == encode(text)  # what is cut off does not count
+                                       len(encode(text)), cut=True)
+    assert hash_ == data.text_hash(text) and ids.tolist() == encode(text)  # the part cut off is not filtered
 
 
-def test_what_extract_prints_parses(project):
+def test_the_data_lines_of_extract_can_be_parsed(project):
     lines = {
         line.split()[0]: dict(f.split('=') for f in line.split()[1:])
         for line in (project / 'extract.py.stdout').read_text().splitlines()
@@ -79,8 +79,8 @@ def test_what_extract_prints_parses(project):
 
 
 @pytest.mark.parametrize('moment', ['records', 'anywhere'])
-def test_a_killed_extraction_goes_on_to_identical_files(project, tmp_path, moment):
-    """ten SIGKILLs once a few more records are there, five at any moment of a run."""
+def test_a_killed_extraction_continues_to_identical_files(project, tmp_path, moment):
+    """ten SIGKILLs after some more records, or five at any moment of a run."""
     root, kills, rng = clone_task(project, tmp_path), 0, random.Random(moment)
     folder, whole = root / 'data/toy/toy-00', project / 'data/toy/toy-00'
     records, n_whole = lambda: (folder / 'index.bin').stat().st_size // 24 if (folder / 'index.bin').exists(
@@ -95,23 +95,23 @@ def test_a_killed_extraction_goes_on_to_identical_files(project, tmp_path, momen
         process.join()
         kills += process.exitcode == -signal.SIGKILL
         if records() == n_whole:
-            shutil.rmtree(folder)  # all of it is there: from the start again
+            shutil.rmtree(folder)  # complete: start again
     if folder.exists():
         (folder / 'logits.bin').open('ab').write(b'torn')  # and a write that was cut short
     assert run(root, 'extract.py').returncode == 0
     for name in data.DTYPES:
         assert (folder / f'{name}.bin').read_bytes() == (whole / f'{name}.bin').read_bytes(), name
-    assert data.read_meta(folder)['bias'] == data.read_meta(whole)['bias']  # calibrations were killed too
+    assert data.read_meta(folder)['bias'] == data.read_meta(whole)['bias']  # calibration was killed too
     again = run(root, 'extract.py')
     assert again.returncode == 0 and ', 0 are to do' in again.stdout and 'loading' not in again.stdout
 
 
-def test_a_full_disk_ends_in_one_line_and_loses_nothing(project, tmp_path):
+def test_a_full_disk_exits_with_a_message_and_loses_nothing(project, tmp_path):
     root = clone_task(project, tmp_path)
     assert 'records are safe' in one_line(run(root, 'extract.py', file_limit=300000))
     kept, whole = (data.Shards('toy', 'toy', r / 'data') for r in (root, project))
-    assert 0 < len(kept) < len(whole) and kept.meta['missing']  # what coverage advises with is kept too
-    writer = data.Writer(root / 'data/toy/toy-00', 64)  # what the next run does first
+    assert 0 < len(kept) < len(whole) and kept.meta['missing']  # kept too, for the advice on coverage
+    writer = data.Writer(root / 'data/toy/toy-00', 64)  # as at the start of the next run
     writer.close()
     for name in data.DTYPES:
         content = (root / f'data/toy/toy-00/{name}.bin').read_bytes()
@@ -128,7 +128,7 @@ def test_two_ranks_killed_then_three_then_one_extract_every_text_once(project, t
         len(data.read_index(folder, 64)) for folder in data.shard_folders('toy', 'toy', root / 'data')
     ]
     env = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='localhost',
-               MASTER_PORT=str(random.randint(20000, 60000)))  # as torchrun does, whose death they survive
+               MASTER_PORT=str(random.randint(20000, 60000)))  # a kill of torchrun would not reach them
     pair = [
         subprocess.Popen([sys.executable, 'extract.py', 'config/toy.py', '--extract_batch=1'], cwd=root,
                          env={**env, 'RANK': str(r)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -146,7 +146,7 @@ def test_two_ranks_killed_then_three_then_one_extract_every_text_once(project, t
     assert f'holds {sum(before)} texts, {len(whole) - sum(before)} are to do' in done.stdout.decode()
     shards = data.Shards('toy', 'toy', root / 'data')
     assert len(stored()) == 3 and sorted(shards.hashes) == sorted(
-        whole.hashes)  # none is missing, none is there twice
+        whole.hashes)  # none is missing or stored twice
     assert ', 0 are to do' in run(root, 'extract.py').stdout
     order = {int(h): i for i, h in enumerate(whole.hashes)}
     for i in range(0, len(shards), 7):
@@ -206,12 +206,11 @@ def test_given_answers_are_scored_and_stored_in_the_same_format(project, tmp_pat
             shards.answer(i, 'logits').astype(np.float32) + shards.answer(i, 'stats')[:, :1], kept, atol=0.02,
             rtol=1e-3)
     assert run(root, 'extract.py', '--score=scored.jsonl', '--verify=9').returncode == 0
-    assert 'another score' in one_line(run(root,
-                                           'extract.py'))  # own and given answers do not mix in one folder
+    assert 'another score' in one_line(run(root, 'extract.py'))  # own and given answers must not be mixed
     assert ', 0 are to do' in run(root, 'extract.py', '--score=scored.jsonl').stdout
 
 
-def test_free_answers_that_break_the_schema_are_dropped_counted_and_not_asked_again(project, tmp_path):
+def test_free_running_answers_that_break_the_schema_are_dropped_counted_and_not_repeated(project, tmp_path):
     root = clone_task(project, tmp_path)
     args = ("--fields={'tone': ['neutral', 'bad'], 'spam': [True]}", '--constrain=False', '--calibrate=0')
     done = run(root, 'extract.py', *args)
@@ -223,18 +222,18 @@ def test_free_answers_that_break_the_schema_are_dropped_counted_and_not_asked_ag
     dropped = int(figures['coverage']['dropped_invalid']) + int(figures['coverage']['dropped_vocab'])
     assert 0 < dropped == n - len(shards) < n
     again = run(root, 'extract.py', *args)
-    told = f'dropped_invalid={figures["coverage"]["dropped_invalid"]} '
-    assert ', 0 are to do' in again.stdout and told in again.stdout
+    expected = f'dropped_invalid={figures["coverage"]["dropped_invalid"]} '
+    assert ', 0 are to do' in again.stdout and expected in again.stdout
 
 
-def test_a_vocabulary_that_misses_what_the_teacher_says_is_reported_and_can_be_widened(project, tmp_path):
+def test_a_vocabulary_that_misses_likely_tokens_is_reported_and_can_be_extended(project, tmp_path):
     root = clone_task(project, tmp_path)
-    # the teacher has learned to say true or false, friendly or neutral
+    # the teacher has learned the values true and false, friendly and neutral
     fields = "--fields={'tone': ['neutral', 'friendly'], 'spam': [1, None]}"
     done = run(root, 'extract.py', fields, '--output_vocab=24', '--min_coverage=0.9')
     advice = [line for line in done.stdout.splitlines() if 'extra_vocab = ' in line]
     assert done.returncode == 0 and advice, done.stdout
-    extra = advice[0].split('extra_vocab = ')[1].split(' and another name')[0]
+    extra = advice[0].split('extra_vocab = ')[1].split(' and choose another name')[0]
     mass = lambda text: float(text.split('coverage mass=')[1].split()[0])
     wide = run(root, 'extract.py', fields, '--output_vocab=64', '--name=wide', f'--extra_vocab={extra}')
     assert mass(wide.stdout) > mass(done.stdout) + 0.05
@@ -253,7 +252,7 @@ def test_another_task_or_a_second_run_does_not_touch_a_folder(project):
     assert (project / 'data/toy/toy-00/index.bin').read_bytes() == before
 
 
-def test_a_damaged_meta_json_is_named_by_every_program(project, tmp_path):
+def test_every_program_reports_a_damaged_meta_json(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     path = root / 'data/toy/toy-00/meta.json'
     path.write_text(path.read_text()[:200])
@@ -263,14 +262,14 @@ def test_a_damaged_meta_json_is_named_by_every_program(project, tmp_path):
 
 
 @pytest.mark.parametrize('program', ['extract.py', 'train.py'])
-def test_a_terminal_that_goes_away_ends_a_run_as_kill_does(project, tmp_path, program):
+def test_a_closed_terminal_ends_a_run_as_kill_does(project, tmp_path, program):
     root = clone_task(project, tmp_path, *([] if program == 'extract.py' else ['toy-00']))
-    there = root / ('data/toy/toy-00/index.bin' if program == 'extract.py' else 'out/toy/log.txt')
+    written = root / ('data/toy/toy-00/index.bin' if program == 'extract.py' else 'out/toy/log.txt')
     args = ['--extract_batch=1'] if program == 'extract.py' else ['--log_steps=1', '--max_epochs=50']
-    heed = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
-    process = subprocess.Popen([sys.executable, program, 'config/toy.py', *args], cwd=root, preexec_fn=heed,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None and not (there.exists() and there.stat().st_size > 100):
+    reset_hangup = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # if the tests run under nohup
+    process = subprocess.Popen([sys.executable, program, 'config/toy.py', *args], cwd=root,
+                               preexec_fn=reset_hangup, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not (written.exists() and written.stat().st_size > 100):
         time.sleep(0.005)
     process.send_signal(signal.SIGHUP)
     stdout, stderr = process.communicate()

@@ -1,4 +1,4 @@
-"""Decoding beside one token at a time, and text in, JSON out as a user runs it."""
+"""Decoding, compared with one token per pass; and text in, JSON out, as a user runs it."""
 import json
 import math
 import queue
@@ -28,7 +28,7 @@ many = hypothesis.settings(max_examples=25, deadline=None, derandomize=True,
 
 @many
 @hypothesis.given(st.data())
-def test_any_schema_and_student_gives_valid_answers_equal_to_one_token_at_a_time(tokenizer, data):
+def test_any_schema_and_student_give_valid_answers_equal_to_one_token_per_pass(tokenizer, data):
     constants = st.one_of(st.integers(-99, 99), st.booleans(), st.none(), st.text(max_size=6),
                           st.lists(st.integers(0, 9), max_size=2))
     values = st.lists(constants, min_size=1, max_size=5, unique_by=json.dumps)
@@ -51,51 +51,52 @@ def test_any_schema_and_student_gives_valid_answers_equal_to_one_token_at_a_time
         answers = list(decode(model, space, texts, batch_size, constrain))
         assert [outs for outs, _ in answers] == stepwise(model, space, texts, constrain)
         for outs, decisions in answers:
-            sure = confidence_of(fields, decisions)
-            assert all(0 < p <= 1 + 1e-6 for p in sure.values()) and list(sure) == list(fields)
+            confidence = confidence_of(fields, decisions)
+            assert all(0 < p <= 1 + 1e-6 for p in confidence.values()) and list(confidence) == list(fields)
             if constrain:
                 assert [json.dumps(v) for v in space.to_json(outs).values()] == [
                     json.dumps(v) for v in json.loads(
                         space.text(list(space.to_json(outs).values())).strip().removeprefix(
                             '```json').removesuffix('```')).values()
                 ]
-                assert space.from_json(
-                    space.to_json(outs)) == outs if space.end_id is None else space.state_after(outs) == space.done
+                if space.end_id is None:
+                    assert space.from_json(space.to_json(outs)) == outs
+                else:
+                    assert space.state_after(outs) == space.done
 
 
 @pytest.mark.parametrize('n_prompt', [0, 3])
-def test_in_bfloat16_the_answers_are_those_of_float32_but_for_rounding(space, n_prompt, monkeypatch):
+def test_in_bfloat16_the_answers_equal_those_of_float32_except_for_rounding(space, n_prompt, monkeypatch):
     model, rng = tiny_student(space, n_table=24, qk_norm=True, n_prompt=n_prompt), random.Random(0)
     for name, p in model.named_parameters():
         p.data = torch.randn_like(p) if name == 'prompt' else 4 * p.data if p.dim() == 2 else p.data
     texts = [[rng.randrange(4, 500) for _ in range(rng.randint(1, 20))] for _ in range(40)]
 
     def answers():
-        found = list(decode(model, space, texts, 16))
-        all_values = [value_probabilities(model, space, ids, *answer) for ids, answer in zip(texts, found)]
-        return found, [p for of_text in all_values for row in of_text.values() for p in row]
-    lower_precision(model, 'bfloat16')  # too small to gain by it
-    (before, p_before), reads = answers(), model.h[0].attn.c_attn
-    assert reads.weight.dtype == torch.float32 == before[0][1][0][1].dtype
+        decoded = list(decode(model, space, texts, 16))
+        all_values = [value_probabilities(model, space, ids, *answer) for ids, answer in zip(texts, decoded)]
+        return decoded, [p for of_text in all_values for row in of_text.values() for p in row]
+    lower_precision(model, 'bfloat16')  # without effect: the student is too small to gain
+    (before, p_before), layer = answers(), model.h[0].attn.c_attn
+    assert layer.weight.dtype == torch.float32 == before[0][1][0][1].dtype
     monkeypatch.setattr(distil.checkpoint, 'is_large', lambda student: True)
     lower_precision(model, 'bfloat16')
     after, p_after = answers()
-    assert reads.weight.dtype == torch.bfloat16 and after[0][1][0][1].dtype == torch.float32
-    first = [torch.stack([decisions[0][1].nan_to_num(neginf=0) for _, decisions in found])
-             for found in (before, after)]                      # (texts, V) of the first decision
+    assert layer.weight.dtype == torch.bfloat16 and after[0][1][0][1].dtype == torch.float32
+    first = [torch.stack([decisions[0][1].nan_to_num(neginf=0) for _, decisions in decoded])
+             for decoded in (before, after)]                    # (texts, V) of the first decision
     assert 0 < (first[0] - first[1]).norm() < 0.03 * first[0].norm()
     assert np.mean([a[0] == b[0] for a, b in zip(before, after)]) >= 0.9
     assert np.abs(np.subtract(p_before, p_after)).mean() < 0.02
     assert np.mean([a[0] == b for a, b in zip(after, stepwise(model, space, texts))]) >= 0.95
 
 
-def test_a_record_costs_a_pass_per_decision_and_no_row_waits(space):
+def test_a_record_costs_one_pass_per_decision_and_no_slot_is_idle(space):
     rng, model, calls = random.Random(0), tiny_student(space), []
     texts = [[rng.randrange(4, 500) for _ in range(rng.randint(1, 20))] for _ in range(40)]
     model.register_forward_pre_hook(lambda _, args: calls.append(args[0].numel()))
-    decisions = [
-        sum(space.forced[s] < 0 for s in space.states_before(outs)).item() for outs in generate(model, space, texts)
-    ]
+    decisions = [sum(space.forced[s] < 0 for s in space.states_before(outs)).item()
+                 for outs in generate(model, space, texts)]
     for constrain in (True, False):
         calls.clear()
         for text, n_decisions in zip(texts, decisions):
@@ -107,20 +108,20 @@ def test_a_record_costs_a_pass_per_decision_and_no_row_waits(space):
     calls.clear()
     generate(model, space, texts, batch_size=8)
     assert len(
-        calls) <= sum(decisions) / 8 + max(decisions) + 1  # the eight places are always taken, until the end
+        calls) <= sum(decisions) / 8 + max(decisions) + 1  # the eight slots are always in use, until the end
 
 
-def test_confidence_is_the_probability_of_the_value_among_all_allowed_ones(space):
+def test_confidence_is_the_probability_of_the_value_among_all_allowed_values(space):
     model, text = tiny_student(space), [5, 9, 77, 300]
     for p in model.parameters():
         p.data *= 3
     for temperature in (1.0, 2.5):
         (outs, decisions), = decode(model, space, [text])
-        sure, chosen = confidence_of(space.fields, decisions, dict.fromkeys(space.fields,
-                                                                            temperature)), space.to_json(outs)
+        confidence = confidence_of(space.fields, decisions, dict.fromkeys(space.fields, temperature))
+        chosen = space.to_json(outs)
         for field, values in space.fields.items():
             posterior = []
-            for value in values:  # each value's whole path, the fields before as they were chosen
+            for value in values:  # the whole path of each value, after the fields that were chosen
                 path = space.from_json({**chosen, field: value})
                 logits = model(torch.tensor([text + [1] + [space.output_ids[o]
                                                            for o in path[:-1]]]))[0, len(text):]
@@ -132,7 +133,7 @@ def test_confidence_is_the_probability_of_the_value_among_all_allowed_ones(space
                         if space.field[s] == field))
             posterior = np.exp(posterior)
             assert posterior.sum() == pytest.approx(1, rel=1e-4)
-            assert sure[field] == pytest.approx(
+            assert confidence[field] == pytest.approx(
                 posterior[[json.dumps(v) for v in values].index(json.dumps(chosen[field]))], rel=1e-3)
 
 
@@ -146,18 +147,17 @@ def test_constrained_answers_are_always_valid(space):
                 json.dumps(v) in map(json.dumps, space.fields[f]) for f, v in answer.items())
 
 
-def test_each_line_in_is_one_json_line_out_in_order(project, tmp_path):
+def test_each_input_line_gives_one_json_line_in_order(project, tmp_path):
     texts = ['hello my friend', '', 'the cat ' * 2000, '😀 été 日本', 'buy \0 now', 'مرحبا', 'hello my friend']
     content = '\n'.join(texts).encode() + b'\n\xff\xfe bad bytes'
     (tmp_path / 'texts.txt').write_bytes(content)
-    piped, filed = run(project, 'sample.py', '--sample_batch=3',
-                       stdin=content), run(project, 'sample.py', f'--input={tmp_path}/texts.txt')
-    answers = [json.loads(line) for line in piped.stdout.splitlines()]
-    assert piped.stdout == filed.stdout and len(answers) == 8 and answers[0] == answers[6] and answers[1] == {
-        'error': 'empty text'
-    }
+    from_pipe, from_file = run(project, 'sample.py', '--sample_batch=3',
+                               stdin=content), run(project, 'sample.py', f'--input={tmp_path}/texts.txt')
+    answers = [json.loads(line) for line in from_pipe.stdout.splitlines()]
+    assert from_pipe.stdout == from_file.stdout and len(answers) == 8
+    assert answers[0] == answers[6] and answers[1] == {'error': 'empty text'}
     assert all(list(a) == list(FIELDS) for a in answers[:1] + answers[2:])
-    assert '1 texts were longer' in piped.stderr
+    assert '1 texts were longer' in from_pipe.stderr
 
 
 def test_too_long_texts_can_be_refused_and_confidence_is_added(project):
@@ -170,25 +170,25 @@ def test_too_long_texts_can_be_refused_and_confidence_is_added(project):
     assert "must be 'cut' or 'refuse'" in one_line(run(project, 'sample.py', '--too_long=drop'))
 
 
-def test_records_the_student_is_unsure_of_are_marked_or_answered_by_the_teacher(project, teachers):
+def test_records_below_min_confidence_are_marked_or_answered_by_the_teacher(project, teachers):
     shards = data.Shards('toy', 'toy', project / 'data')
     checkpoint, model, space = load_checkpoint(project / 'out/toy', 'cpu')
     rows = shards.split()[1]
     content = '\n'.join(space.tokenizer.decode(shards.ids(i).tolist()) for i in rows).encode()
-    sure = [
+    confidence = [
         json.loads(line)['_confidence']
         for line in run(project, 'sample.py', '--confidence=True', stdin=content).stdout.splitlines()
     ]
-    least = np.unique([min(s.values()) for s in sure])
-    gap = np.diff(least).argmax()
-    limit = float(least[gap:gap + 2].mean())
+    lowest = np.unique([min(c.values()) for c in confidence])
+    gap = np.diff(lowest).argmax()
+    limit = float(lowest[gap:gap + 2].mean())
     marked = [
         json.loads(line)
         for line in run(project, 'sample.py', f'--min_confidence={limit}', stdin=content).stdout.splitlines()
     ]
     assert [m.get('_defer', False)
-            for m in marked] == [min(s.values()) < limit
-                                 for s in sure] and 0 < sum('_defer' in m for m in marked) < len(rows)
+            for m in marked] == [min(c.values()) < limit
+                                 for c in confidence] and 0 < sum('_defer' in m for m in marked) < len(rows)
     done = run(project, 'sample.py', f'--min_confidence={limit}', '--ask_teacher=True', '--sample_batch=7',
                stdin=content)
     assert done.returncode == 0, done.stderr  # the teacher of the config file
@@ -200,7 +200,7 @@ def test_records_the_student_is_unsure_of_are_marked_or_answered_by_the_teacher(
     refused = run(project, 'sample.py', '--min_confidence=1', '--ask_teacher=True', other, stdin=content)
     assert refused.returncode == 1 and 'is not the teacher this student learned from' in refused.stderr
     assert run(project, 'sample.py', other,
-               '--text=hello my friend').returncode == 0  # it is not asked, so it may be any
+               '--text=hello my friend').returncode == 0  # it is not used, so it may be any
     assert 'needs a min_confidence' in one_line(run(project, 'sample.py', '--ask_teacher=True', '--text=hi'))
 
 
@@ -215,7 +215,7 @@ def test_a_line_of_a_slow_pipe_is_answered_at_once(project):
         assert process.wait(60) == 0 and process.stdout.read() == b''
 
 
-def test_a_reader_that_goes_away_ends_it_quietly(project):
+def test_a_reader_that_closes_the_pipe_ends_the_program_quietly(project):
     done = subprocess.run(
         f'yes hello my friend | head -5000 | {sys.executable} sample.py config/toy.py 2>err.txt | head -1',
         shell=True, cwd=project, capture_output=True, timeout=100)
@@ -227,23 +227,24 @@ def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
     shutil.rmtree(root / 'data/toy')
     done = run(root, 'sample.py', '--text=hello my friend')
     assert list(json.loads(done.stdout)) == list(FIELDS) and done.stdout.count('\n') == 1
-    few = tmp_path / 'elsewhere'
+    copy = tmp_path / 'elsewhere'
     for path in ('sample.py', 'model.py', 'distil/space.py', 'distil/decode.py', 'distil/checkpoint.py',
                  'config/__init__.py', 'config/machine.py', 'out/toy/best.pt', 'out/toy/tokenizer.json'):
-        (few / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root / path, few / path)
+        (copy / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / path, copy / path)
     alone = subprocess.run(
-        [sys.executable, 'sample.py', '--name=toy', '--device=cpu', '--text=hello my friend'], cwd=few,
+        [sys.executable, 'sample.py', '--name=toy', '--device=cpu', '--text=hello my friend'], cwd=copy,
         capture_output=True)
     assert alone.stdout.decode() == done.stdout, alone.stderr.decode()
-    lost = subprocess.run([sys.executable, 'sample.py', '--name=other', '--text=hi'], cwd=few,
-                          capture_output=True, text=True)
-    assert lost.returncode == 1 and 'does not exist' in lost.stderr and 'Traceback' not in lost.stderr
+    missing = subprocess.run([sys.executable, 'sample.py', '--name=other', '--text=hi'], cwd=copy,
+                             capture_output=True, text=True)
+    assert missing.returncode == 1 and 'does not exist' in missing.stderr
+    assert 'Traceback' not in missing.stderr
     assert 'does not exist; run: python train.py' in one_line(
         run(root, 'sample.py', '--name=other', '--text=hi'))
 
 
-def test_without_a_text_and_without_a_terminal_it_says_what_is_missing(project):
+def test_without_a_text_and_without_a_terminal_the_message_names_what_is_missing(project):
     assert 'no text; give one: python sample.py config/toy.py' in one_line(
         run(project, 'sample.py'))
 
@@ -255,12 +256,12 @@ def test_a_checkpoint_of_another_version_is_refused_by_its_number(project, tmp_p
     assert 'has format 3, this version reads 4; train again' in one_line(run(root, 'sample.py', '--text=hi'))
 
 
-def test_the_last_answers_of_a_pause_are_not_held_back_for_the_teacher(project):
-    """with a teacher, results are gathered; but where nothing is under way, nobody must wait for the next
+def test_the_last_answers_before_a_pause_do_not_wait_for_more_texts(project):
+    """with a teacher, results are collected; but if no text is being decoded, they must not wait for the next
     line."""
     labeler = Labeler(project / 'out/toy', 'cpu', batch_size=2, confidence=False, min_confidence=2.0)
-    always = labeler.space.from_json({'tone': 'neutral', 'spam': True})
-    labeler.ask = lambda texts: [always for _ in texts]
+    teacher_outs = labeler.space.from_json({'tone': 'neutral', 'spam': True})
+    labeler.ask = lambda texts: [teacher_outs for _ in texts]
     lines = queue.Queue()
     for text in (b'hello my friend', b'buy now', b'the cat sat'):
         lines.put(text)
@@ -270,7 +271,7 @@ def test_the_last_answers_of_a_pause_are_not_held_back_for_the_teacher(project):
     assert list(records) == []
 
 
-def test_the_decoder_goes_on_while_there_is_no_next_text(space):
+def test_the_decoder_continues_while_no_next_text_is_available(space):
     student, texts = tiny_student(space), [[5, 9, 77], [300, 8], [4, 4, 4, 9]]
 
     def slowly():
@@ -279,7 +280,7 @@ def test_the_decoder_goes_on_while_there_is_no_next_text(space):
     assert [outs for outs, _ in decode(student, space, slowly())] == generate(student, space, texts)
 
 
-def test_an_empty_text_is_a_text_and_leaves_the_callers_input_alone(project):
+def test_an_empty_text_is_a_text_and_standard_input_is_not_read(project):
     done = run(project, 'sample.py', '--text=', stdin=b'the next line of a loop\n')
     assert done.stdout == '{"error": "empty text"}\n' and done.returncode == 0
     assert list(json.loads(run(project, 'sample.py', '--text=None').stdout)) == list(FIELDS)
@@ -294,15 +295,15 @@ def test_a_checkpoint_with_damaged_bytes_is_refused(project, tmp_path):
     assert 'best.pt is damaged' in one_line(run(root, 'sample.py', '--text=hi'))
 
 
-def test_a_config_that_changed_since_the_training_is_pointed_out(project):
-    for args, said in (([], ''), (["--fields={'tone': ['a', 'b']}"], 'note: fields changed'),
+def test_a_config_that_changed_since_the_training_is_reported(project):
+    for args, note in (([], ''), (["--fields={'tone': ['a', 'b']}"], 'note: fields changed'),
                        (['--prompt=say {text}'], 'note: prompt changed')):
         done = run(project, 'sample.py', '--text=hello my friend', *args)
         assert list(json.loads(
-            done.stdout)) == list(FIELDS) and said in done.stderr and ('note:' in done.stderr) == bool(said)
+            done.stdout)) == list(FIELDS) and note in done.stderr and ('note:' in done.stderr) == bool(note)
 
 
-def test_a_full_device_and_a_closed_input_end_in_one_line(project):
+def test_a_full_device_and_a_closed_input_end_with_a_message(project):
     done = subprocess.run(f'{sys.executable} sample.py config/toy.py --text=hi > /dev/full', shell=True,
                           cwd=project, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
@@ -312,7 +313,7 @@ def test_a_full_device_and_a_closed_input_end_in_one_line(project):
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith('no text'), done.stderr
 
 
-def test_a_pipe_is_an_input_and_a_text_beside_one_is_not(project, tmp_path):
+def test_input_may_be_a_pipe_but_not_set_together_with_text(project, tmp_path):
     piped = f'{sys.executable} sample.py config/toy.py --input=<(echo hello my friend)'
     done = subprocess.run(['bash', '-c', piped], cwd=project, capture_output=True, text=True)
     assert list(json.loads(done.stdout)) == list(FIELDS), done.stderr
@@ -321,16 +322,17 @@ def test_a_pipe_is_an_input_and_a_text_beside_one_is_not(project, tmp_path):
 
 
 @pytest.mark.parametrize('fields, indent, fence', SCHEMAS)
-def test_the_probabilities_of_all_values_are_those_of_a_slow_twin(tokenizer, fields, indent, fence):
-    """token by token, without a cache, every value written out."""
+def test_the_probabilities_of_all_values_equal_those_of_a_slow_computation(tokenizer, fields, indent, fence):
+    """the slow one: token by token, without a cache, every value in full."""
     space = OutputSpace(tokenizer, fields, indent, fence, auxiliary=range(4, 90))
     student = tiny_student(space, vocab_size=600, block_size=120)
     temperature = {name: 0.5 + n for n, name in enumerate(fields)}
     texts = [[5, 9, 77], [300, 8], [4, 4, 4, 9]]
     for ids, (outs, decisions) in zip(texts, decode(student, space, texts)):
-        answer, result = space.to_json(outs), value_probabilities(student, space, ids, outs, decisions, temperature)
+        answer = space.to_json(outs)
+        result = value_probabilities(student, space, ids, outs, decisions, temperature)
         for name, of_field in fields.items():
-            twin = []
+            expected = []
             for value in of_field:
                 written, log_p = space.from_json({**answer, name: value}), 0.0
                 for n, state in enumerate(space.states_before(written)):
@@ -341,46 +343,46 @@ def test_the_probabilities_of_all_values_are_those_of_a_slow_twin(tokenizer, fie
                         legal = list(space.transitions[state])
                         p = (logits[legal] / temperature[name]).log_softmax(0)
                         log_p += p[legal.index(written[n])].item()
-                twin.append(math.exp(log_p))
-            assert result[name] == pytest.approx(twin, abs=1e-5)
+                expected.append(math.exp(log_p))
+            assert result[name] == pytest.approx(expected, abs=1e-5)
             assert sum(result[name]) == pytest.approx(1, abs=1e-5)
             chosen = [json.dumps(value) for value in of_field].index(json.dumps(answer[name]))
-            sure = confidence_of(fields, decisions, temperature)[name]
-            assert result[name][chosen] == pytest.approx(sure, abs=1e-5)
+            confidence = confidence_of(fields, decisions, temperature)[name]
+            assert result[name][chosen] == pytest.approx(confidence, abs=1e-5)
 
 
-def test_from_python_the_answers_are_those_of_the_program(project):
+def test_from_python_the_answers_equal_those_of_the_program(project):
     texts = ['hello my friend', '', 'buy  the\ncat now', 'x\ud800y', 'the cat ' * 60]
     done = run(project, 'sample.py', '--confidence=True', stdin='\n'.join(
         ' '.join(text.split()) for text in texts).encode('utf-8', 'replace') + b'\n')
-    ours = Labeler(project / 'out/toy', 'cpu')(texts)
-    assert ours == [json.loads(line) for line in done.stdout.splitlines()]
-    assert ours[1] == {'error': 'empty text'}
-    assert set(ours[0]['_confidence']) == set(FIELDS)
+    records = Labeler(project / 'out/toy', 'cpu')(texts)
+    assert records == [json.loads(line) for line in done.stdout.splitlines()]
+    assert records[1] == {'error': 'empty text'}
+    assert set(records[0]['_confidence']) == set(FIELDS)
     full, = Labeler(project / 'out/toy', 'cpu', confidence='full')(texts[:1])
     for name, of_field in FIELDS.items():
         shares = full['_confidence'][name]
         assert list(shares) == [v if isinstance(v, str) else json.dumps(v) for v in of_field]
-        own = full[name] if isinstance(full[name], str) else json.dumps(full[name])
-        assert shares[own] == ours[0]['_confidence'][name] == max(shares.values())
-    said = run(project, 'sample.py', '--confidence=full', '--text=hello my friend')
-    assert json.loads(said.stdout) == full
+        chosen = full[name] if isinstance(full[name], str) else json.dumps(full[name])
+        assert shares[chosen] == records[0]['_confidence'][name] == max(shares.values())
+    done = run(project, 'sample.py', '--confidence=full', '--text=hello my friend')
+    assert json.loads(done.stdout) == full
     refused = run(project, 'sample.py', '--min_confidence=target', '--text=a')
     assert 'no target was set; run' in one_line(refused)
 
 
-def test_an_answer_that_breaks_the_schema_is_a_doubtful_one(project):
+def test_an_answer_that_breaks_the_schema_is_deferred(project):
     labeler = Labeler(project / 'out/toy', 'cpu', constrain=False, min_confidence=0.1)
     ids, broken = labeler.encode(b'hello my friend')[0], [0, 0]
     (record, _), = labeler.finish([(ids, '', 0, broken, [])])
     assert record['error'] == 'answer breaks the schema' and record['_defer'] is True
-    right = {'tone': 'neutral', 'spam': True}
-    labeler.ask = lambda texts: [labeler.space.from_json(right) for _ in texts]
-    assert labeler.finish([(ids, '', 0, broken, [])]) == [(right | {'_teacher': True}, 0)]
+    valid = {'tone': 'neutral', 'spam': True}
+    labeler.ask = lambda texts: [labeler.space.from_json(valid) for _ in texts]
+    assert labeler.finish([(ids, '', 0, broken, [])]) == [(valid | {'_teacher': True}, 0)]
 
 
 def test_answering_a_text_never_loads_torch_dynamo(project):
-    """which takes most of a second, and nothing here uses it."""
+    """loading it takes most of a second, and nothing here uses it."""
     program = (f'import sys; sys.path.insert(0, {str(ROOT)!r}); from sample import Labeler; '
                f'print(Labeler({str(project / "out/toy")!r}, "cpu")(["hello"])); '
                'sys.exit("torch._dynamo" in sys.modules)')

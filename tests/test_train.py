@@ -1,4 +1,4 @@
-"""Loss, schedule and the run: same steps however they are cut up, stopped or shared."""
+"""Loss, schedule and the run: the steps are the same when they are split, stopped or shared."""
 import fcntl
 import importlib.util
 import json
@@ -36,20 +36,21 @@ def test_loss_of_a_hand_computed_case():
             0.75 * kl.item() + 0.25 * ce.item(), rel=1e-5)
 
 
-def test_a_perfect_student_has_no_divergence_and_no_gradient():
+def test_a_perfect_student_has_no_kl_and_no_gradient():
     logits = torch.randn(5, 7, requires_grad=True)
     loss, kl, _, _ = train.distill_loss(logits, logits.detach() + 3, torch.tensor([0, 1, 2, -1, 3]), 1.0)
     loss.backward()
     assert abs(kl.item()) < 1e-6 and logits.grad.abs().max() < 1e-6
 
 
-def test_the_divergence_of_a_hand_computed_case():
+def test_kl_of_a_hand_computed_case():
     p, q = np.array([0.7, 0.2, 0.1]), np.array([0.2, 0.2, 0.6])
-    got = train.distill_loss(torch.tensor(q).log()[None], torch.tensor(p).log()[None], torch.tensor([0]), 1.0)[1]
-    assert got.item() == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
+    log_q, log_p = torch.tensor(q).log()[None], torch.tensor(p).log()[None]
+    kl = train.distill_loss(log_q, log_p, torch.tensor([0]), 1.0)[1]
+    assert kl.item() == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
 
 
-def test_the_loss_is_that_of_the_whole_vocabulary_where_the_teacher_gives_the_rest_nothing():
+def test_kl_equals_that_of_the_whole_vocabulary_if_the_other_tokens_have_no_probability():
     kept, teacher, student = [3, 17, 40], torch.full((4, 64), -math.inf), torch.randn(4, 64)
     teacher[:, kept] = torch.randn(4, 3)
     student[:, [i for i in range(64) if i not in kept]] = -math.inf
@@ -84,7 +85,7 @@ def test_ignored_positions_have_no_gradient_and_temperature_scales_by_its_square
     torch.testing.assert_close(results[0][2], results[1][2], rtol=0.1, atol=1e-5)
 
 
-def test_both_terms_are_always_in_the_gradient_and_the_schedule_ends_where_it_should():
+def test_both_terms_are_always_in_the_gradient_and_the_schedule_reaches_its_ends():
     at = lambda step: train.schedule(step, 100, 1.0, 0.1, 0.1, 0.9, 0.1, 1.0, False)
     assert at(0) == (pytest.approx(0.1), pytest.approx(0.9), 1) and at(99) == (pytest.approx(0.1),
                                                                                pytest.approx(0.1), 1)
@@ -98,13 +99,13 @@ def test_both_terms_are_always_in_the_gradient_and_the_schedule_ends_where_it_sh
 
 def test_a_low_temperature_gives_near_ties_a_larger_share_of_the_gradient():
     def share(tau):
-        """of the gradient: a near tie, beside a clear decision whose confidence alone is off."""
+        """share of a near tie in the gradient; the rest is of a clear decision with a wrong confidence."""
         logits = torch.tensor([[0.0, 0.0], [2.0, -2.0]], requires_grad=True)
         train.distill_loss(logits, torch.tensor([[0.1, -0.1], [1.5, -1.5]]), torch.tensor([0, 0]), 1.0,
                            tau)[0].backward()
         tie, clear = logits.grad.norm(dim=1)
         return (tie / (tie + clear)).item()
-    # by hand, two classes, tau = 1: sigmoid(the student's difference) - sigmoid(the teacher's)
+    # by hand, for two classes and tau = 1: sigmoid(student's difference) - sigmoid(teacher's difference)
     sigmoid = lambda x: 1 / (1 + math.exp(-x))
     tie, clear = abs(sigmoid(0) - sigmoid(0.2)), abs(sigmoid(4) - sigmoid(3))
     assert share(1.0) == pytest.approx(tie / (tie + clear), rel=1e-4) and share(0.1) > 0.99 > share(1.0)
@@ -125,7 +126,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(space, tmp_path):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_training_only_the_rows_seen_is_dense_adamw(space):
+def test_training_only_the_rows_seen_equals_dense_adamw(space):
     idx, targets = torch.randint(4, 60, (6, 12)), torch.randint(0, 20, (6, 12))
     results = []
     for cut in (False, True):
@@ -144,7 +145,7 @@ def test_training_only_the_rows_seen_is_dense_adamw(space):
         assert torch.equal(value, results[1][key]), key
 
 
-def test_a_teacher_start_trains_and_samples(project, tmp_path):
+def test_a_student_that_starts_from_the_teacher_trains_and_samples(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     for kind, frozen in (('first', False), ('none', True)):
         args = ('--init_from=teacher', f'--teacher_layers={kind}', f'--freeze_table={frozen}', '--n_layer=2',
@@ -159,24 +160,25 @@ def test_a_teacher_start_trains_and_samples(project, tmp_path):
 
 
 def test_two_processes_train_the_same_student(project, tmp_path):
-    root, one = (clone_task(project, tmp_path / name, 'toy-00') for name in 'ab')
+    root, single = (clone_task(project, tmp_path / name, 'toy-00') for name in 'ab')
     launch = [
         sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
         f'--master_port={random.randint(20000, 60000)}', 'train.py', 'config/toy.py'
     ]
     args = ['--max_epochs=2', '--save_steps=5']
-    assert run(one, 'train.py', *args).returncode == 0
+    assert run(single, 'train.py', *args).returncode == 0
     process = subprocess.Popen([*launch, *args, '--log_steps=1'], cwd=root, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     log = root / 'out/toy/log.txt'
     while process.poll() is None and not (log.exists() and 'train step=7 ' in log.read_text()):
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)                         # torchrun passes it on
+    process.send_signal(signal.SIGTERM)                         # torchrun forwards it
     process.wait()
-    assert 0 < torch.load(root / 'out/toy/ckpt.pt', weights_only=True)['step'] < 46  # what was saved goes on
+    # the next run continues from here
+    assert 0 < torch.load(root / 'out/toy/ckpt.pt', weights_only=True)['step'] < 46
     done = subprocess.run([*launch, *args], cwd=root, capture_output=True, timeout=100)
     assert done.returncode == 0, done.stderr.decode()
-    a, b = weights(root), weights(one)
+    a, b = weights(root), weights(single)
     for key in b:
         torch.testing.assert_close(a[key], b[key], atol=2e-3, rtol=1e-2)
 
@@ -200,7 +202,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_run(project, tmp_path):
                                     '--learning_rate=3e-2', '--kd_temperature=1').stdout
 
 
-def test_files_that_do_not_belong_together_are_found_at_the_start(project, teachers, tmp_path):
+def test_files_that_do_not_belong_together_are_detected_at_the_start(project, teachers, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     path = root / 'data/toy/toy-00/logits.bin'
     np.fromfile(path, '<f2').reshape(-1, 64)[::-1].tofile(path)
@@ -209,7 +211,7 @@ def test_files_that_do_not_belong_together_are_found_at_the_start(project, teach
         assert 'must be one of' in one_line(run(root, 'train.py', wrong))
     assert 'set init_from = teacher' in one_line(run(root, 'train.py', '--keep_prompt=True'))
     layers = '--init_from=teacher', '--n_layer=2', '--keep_prompt=True', '--block_size=70', '--overwrite=True'
-    assert 'see 24 tokens' in run(root, 'train.py', *layers).stderr  # this teacher's window
+    assert 'see 24 tokens' in run(root, 'train.py', *layers).stderr  # the sliding window of this teacher
     assert 'set init_from = teacher' in one_line(run(root, 'train.py', '--start_model=some.gguf'))
     other = tmp_path / 'other'
     shutil.copytree(teachers['llama'], other)
@@ -231,11 +233,11 @@ def test_hidden_text_tokens_are_text_tokens_only():
     assert changed[:, :12].float().mean().item() == pytest.approx(0.25, abs=0.07)
     train.hide_text(hidden, targets, 1.0, start_id=1)
     assert (hidden[:, :12] == 1).all() and torch.equal(hidden[:, 12:], idx[:, 12:])
-    train.hide_text(idx, targets, 1.0, start_id=1, n_start=3)  # what is between text and answer stays too
+    train.hide_text(idx, targets, 1.0, start_id=1, n_start=3)  # ids between text and answer stay too
     assert (idx[:, :10] == 1).all() and not (idx[:, 10:12] == 1).any()
 
 
-def test_a_student_that_never_sees_the_text_learns_less_of_it(project, tmp_path):
+def test_a_student_that_never_sees_the_text_agrees_less(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     field = []
     for args in (['--token_dropout=1.0'], ['--overwrite=True']):
@@ -245,7 +247,7 @@ def test_a_student_that_never_sees_the_text_learns_less_of_it(project, tmp_path)
     assert field[0] < field[1]
 
 
-def test_a_run_shorter_than_its_log_steps_ends_well(project, tmp_path):
+def test_a_run_shorter_than_its_log_steps_ends_without_error(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     done = run(root, 'train.py', '--max_epochs=1', '--log_steps=1000')
     assert done.returncode == 0, done.stderr
@@ -254,7 +256,7 @@ def test_a_run_shorter_than_its_log_steps_ends_well(project, tmp_path):
         assert (root / 'out/toy/report.png').stat().st_size > 1000
 
 
-def test_hints_name_the_task_and_the_run_they_were_given_for(project, tmp_path):
+def test_hints_name_the_task_and_the_run_of_the_command(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     done = run(root, 'train.py', '--max_epochs=1', '--run=other', '--name=toy')
     assert 'python tools/evaluate.py config/toy.py --run=other --name=toy' in done.stdout
@@ -265,7 +267,7 @@ def test_hints_name_the_task_and_the_run_they_were_given_for(project, tmp_path):
         run(root, 'tools/evaluate.py', '--name=nobody'))
 
 
-def test_a_curriculum_at_a_low_temperature_is_pointed_out(project, tmp_path):
+def test_a_curriculum_at_a_low_temperature_is_reported(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     shown = [
         run(root, 'train.py', '--max_epochs=1', '--overwrite=True', *args).stdout
@@ -275,8 +277,8 @@ def test_a_curriculum_at_a_low_temperature_is_pointed_out(project, tmp_path):
     assert ['for the curriculum set --kd_temperature=1' in text for text in shown] == [True, False, False]
 
 
-def test_beside_a_low_temperature_the_cross_entropy_takes_nearly_all_of_a_clear_decisions_gradient():
-    """what the note above claims: tau^2 KL_tau has the gradient tau (q - p)."""
+def test_at_a_low_temperature_the_cross_entropy_dominates_the_gradient_of_a_clear_decision():
+    """the reason for the note above: the gradient of tau^2 KL_tau is tau (q - p)."""
     teacher_logits, norms = torch.tensor([[6.0, 0.0, 0.0]]), []
     for tau in (1.0, 0.1):
         logits = torch.tensor([[1.0, 0.0, 0.0]], requires_grad=True)
@@ -286,14 +288,14 @@ def test_beside_a_low_temperature_the_cross_entropy_takes_nearly_all_of_a_clear_
     assert norms[0] == pytest.approx((q - p).norm().item(), rel=1e-4) and norms[1] < 0.1 * norms[0]
 
 
-def test_the_check_line_has_the_cross_entropy_no_student_gets_below(project):
+def test_the_check_line_has_the_cross_entropy_of_the_teacher(project):
     shown = next(line for line in (project / 'train.py.stdout').read_text().splitlines()
                  if line.startswith('check '))
     shards = data.Shards('toy', 'toy', project / 'data')
     nats = []
     for i in shards.split()[0]:
         state, biases = 0, []
-        for out in shards.answer(i).tolist():  # what calibration takes off at the state before each token
+        for out in shards.answer(i).tolist():  # the bias at the state before each token
             row = shards.meta['bias'].get(str(state), {})
             biases.append([row.get(str(v), 0.0) for v in range(64)])
             state = shards.space.transitions[state][out]
@@ -304,19 +306,19 @@ def test_the_check_line_has_the_cross_entropy_no_student_gets_below(project):
                                                          rel=1e-3) and figures['stored_tokens'] == '1'
 
 
-def test_train_lines_have_the_share_of_tokens_right(project, tmp_path):
-    """beside a slow twin: with a learning rate of nearly nothing the student of the first step is the one of
-    the last."""
+def test_train_lines_have_the_share_of_correct_tokens(project, tmp_path):
+    """compared with a slow computation. The learning rate is nearly 0, so the student hardly changes in the
+    run."""
     root = clone_task(project, tmp_path, 'toy-00')
     done = run(root, 'train.py', '--max_epochs=1', '--log_steps=23', '--learning_rate=1e-12',
                '--min_lr=1e-12')
     line = next(line for line in done.stdout.splitlines() if line.startswith('train '))
     _, student, _ = load_checkpoint(root / 'out/toy', 'cpu', 'last')
-    shards, right = data.Shards('toy', 'toy', root / 'data'), []
+    shards, hits = data.Shards('toy', 'toy', root / 'data'), []
     for i in shards.split()[0]:
         idx, targets, _ = shards.batch([i], student.config.start)
-        right += (student(idx, targets).argmax(-1) == targets[targets >= 0]).tolist()
-    assert float(line.split(' teacher_forced=')[1].split()[0]) == pytest.approx(np.mean(right), abs=1e-3)
+        hits += (student(idx, targets).argmax(-1) == targets[targets >= 0]).tolist()
+    assert float(line.split(' teacher_forced=')[1].split()[0]) == pytest.approx(np.mean(hits), abs=1e-3)
 
 
 def test_a_finished_or_foreign_checkpoint_is_not_overwritten(project, tmp_path):
@@ -324,10 +326,9 @@ def test_a_finished_or_foreign_checkpoint_is_not_overwritten(project, tmp_path):
     before = (project / 'out/toy/ckpt.pt').read_bytes()
     assert 'n_layer 2 there, 3 here' in one_line(run(project, 'train.py', '--n_layer=3'))
     shards = data.Shards('toy', 'toy', project / 'data')
-    needs = shards.meta['max_text'] + shards.meta[
-        'max_answer']  # more than any record here has, but not than a text may have
-    assert f'set block_size = {needs} or more' in one_line(
-        run(project, 'train.py', f'--block_size={needs - 1}', '--run=small'))
+    needed = shards.meta['max_text'] + shards.meta['max_answer']  # the limit of a text, not the longest one
+    assert f'set block_size = {needed} or more' in one_line(
+        run(project, 'train.py', f'--block_size={needed - 1}', '--run=small'))
     assert (project / 'out/toy/ckpt.pt').read_bytes() == before
     root = clone_task(project, tmp_path, 'toy-00', 'out')
     for content in (before[:1000], b'', b'\x80\x04\x95cos\nsystem\n(S"touch hacked"\ntR.'):
@@ -336,7 +337,7 @@ def test_a_finished_or_foreign_checkpoint_is_not_overwritten(project, tmp_path):
     assert not (root / 'hacked').exists()
 
 
-def test_lines_go_to_a_tracker_too(project, tmp_path):
+def test_data_lines_also_go_to_a_tracker(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     (root / 'trackio' / '__init__.py').parent.mkdir()
     (root / 'trackio' / '__init__.py').write_text(
@@ -345,12 +346,12 @@ def test_lines_go_to_a_tracker_too(project, tmp_path):
     done = subprocess.run(
         [sys.executable, 'train.py', 'config/toy.py', '--tracker=trackio', '--max_epochs=1'], cwd=root,
         capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(root)}, timeout=100)
-    for told in ('init toy', 'logged train/step', 'logged val/step', 'finished'):
-        assert told in done.stdout
+    for line in ('init toy', 'logged train/step', 'logged val/step', 'finished'):
+        assert line in done.stdout
     assert 'pip install wandb' in one_line(run(root, 'train.py', '--tracker=wandb'))
 
 
-def test_a_second_training_in_one_folder_says_so_and_stops(project, tmp_path):
+def test_a_second_training_in_one_folder_exits_with_a_message(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00', 'out')
     before = (root / 'out/toy/ckpt.pt').read_bytes()
     with open(root / 'out/toy/lock', 'w') as file:
@@ -358,10 +359,10 @@ def test_a_second_training_in_one_folder_says_so_and_stops(project, tmp_path):
         for args in ([], ['--overwrite=True']):
             assert 'another training is writing to out/toy' in one_line(run(root, 'train.py', *args))
     assert (root / 'out/toy/ckpt.pt').read_bytes() == before
-    assert 'trained already' in run(root, 'train.py').stdout  # a lock that nobody holds is none
+    assert 'trained already' in run(root, 'train.py').stdout  # a lock file that nobody holds does no harm
 
 
-def test_a_loss_that_is_no_number_stops_with_one_line_and_keeps_the_last_checkpoint(project, tmp_path):
+def test_a_loss_that_is_not_finite_exits_with_a_message_and_keeps_the_last_checkpoint(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     line = one_line(
         run(root, 'train.py', '--learning_rate=1e30', '--min_lr=1e30', '--grad_clip=0', '--save_steps=1',
@@ -371,14 +372,14 @@ def test_a_loss_that_is_no_number_stops_with_one_line_and_keeps_the_last_checkpo
     assert all(p.isfinite().all() for p in state['model'].values())
 
 
-def test_of_equally_good_epochs_the_one_of_lower_kl_is_kept(tmp_path, monkeypatch):
+def test_of_equally_good_epochs_the_one_with_lower_kl_is_kept(tmp_path, monkeypatch):
     results = iter([(0.9, 3.0), (0.9, 0.5), (0.9, 0.7), (0.8, 0.1)])
 
-    def fake(student, space, shards, rows, batch_size):
+    def fake_evaluate(student, space, shards, rows, batch_size):
         field, kl = next(results)
         return {'field': field, 'kl': kl}, {}, [], []
     training = Training(tmp_path, {}, None, None, linear={})
-    monkeypatch.setattr(train, 'evaluate', fake)
+    monkeypatch.setattr(train, 'evaluate', fake_evaluate)
     monkeypatch.setattr(Training, 'save', lambda *args, **options: None)
     enough = [train.end_epoch(training, epoch, None, [], 1, 'field', 2, False) for epoch in (1, 2, 3, 4)]
     assert training.best['epoch'] == 2 and enough == [False, False, False, True]
@@ -389,16 +390,17 @@ def test_a_large_student_is_evaluated_in_the_type_it_is_decoded_in(space, tmp_pa
     plain = training.set_precision('float32', 'False', 'cpu', 1000)
     assert plain is not training.precision and not training.compiled
     autocast = training.set_precision('bfloat16', 'False', 'cpu', 1000)
-    assert autocast.fast_dtype == torch.bfloat16 and training.precision is not autocast  # too small to gain by it
+    assert autocast.fast_dtype == torch.bfloat16
+    assert training.precision is not autocast  # the student is too small to gain from it
     monkeypatch.setattr(distil.resume, 'is_large', lambda student: True)
     assert training.set_precision('bfloat16', 'False', 'cpu', 1000) is training.precision
 
 
-def test_on_a_full_disk_the_checkpoint_before_is_whole(tmp_path):
+def test_on_a_full_disk_the_previous_checkpoint_is_intact(tmp_path):
     for file in ('best.pt', 'ckpt.pt'):
         path, tmp = tmp_path / file, tmp_path / file.replace('.pt', '.tmp')
         save_checkpoint(path, {'step': 1})
         tmp.symlink_to('/dev/full')
-        with pytest.raises(SystemExit, match=f'{file}: .*; the checkpoint before it is whole'):
+        with pytest.raises(SystemExit, match=f'{file}: .*; the previous checkpoint is intact'):
             save_checkpoint(path, {'step': 2, 'model': torch.zeros(10000)})
         assert torch.load(path, weights_only=True) == {'step': 1} and not os.path.lexists(tmp)

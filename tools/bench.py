@@ -1,11 +1,11 @@
-"""How fast is it? Our way beside the usual one, in one run, on the user's task.
+"""How fast is it? This project and the usual way, timed in one run on the user's task.
 
-    python tools/bench.py config/demo.py --what=extract    # the engine beside transformers' generate
-    python tools/bench.py config/demo.py --what=train      # a step of the student beside a plain Hugging Face loop
-    python tools/bench.py config/demo.py --what=decode     # the student beside one token at a time, and its teacher
+    python tools/bench.py config/demo.py --what=extract    # the engine and transformers' generate
+    python tools/bench.py config/demo.py --what=train      # a training step and that of a Hugging Face loop
+    python tools/bench.py config/demo.py --what=decode     # the student, one token per pass, and its teacher
 
-Needs the records that extract.py made of the task, all but `extract` also the student. Timings are medians
-of alternating rounds; a ratio holds on the machine and for the shapes it was measured with.
+Needs the records that extract.py made of the task; train and decode also need the student. Timings are
+medians of alternating rounds. A ratio holds for the machine and the shapes it was measured with.
 """
 import sys
 import time
@@ -38,20 +38,20 @@ from train import distill_loss
 name = ''            # word; data/<dataset>/<name>-* has the texts
 dataset = ''         # word
 run = ''             # word; out/<run> is the student; '': out/<name>
-what = 'extract'     # 'extract', 'train', 'decode'; see above
+what = 'extract'     # 'extract', 'train', 'decode'; what is timed, see above
 teacher = ''         # file; loaded as extract.py does
-device = 'auto'      # auto: cuda, mps or cpu, whichever is there
-dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; as the other programs have it
+device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; as in the other programs
 extract_batch = 128  # 1..; texts answered together
-compile = 'auto'     # 'auto', 'True', 'False', 'true', 'false'; auto: as they would in a long run
+compile = 'auto'     # 'auto', 'True', 'False', 'true', 'false'; auto: as in a long run
 batch_size = 64      # 1..; records per training step
 config = configure(globals())
 
-ROUNDS = 3  # that are timed; each figure is their median
+ROUNDS = 3  # timed rounds; each figure is their median
 
 
 def clock(work, device):
-    """seconds that a function takes, and what it returned."""
+    """calls work() and returns (the seconds it takes, its result)."""
     sync = torch.cuda.synchronize if device.startswith('cuda') else lambda: None
     sync()
     start = time.perf_counter()
@@ -64,14 +64,14 @@ def clock(work, device):
 # extraction
 
 
-def same_answer(ours, theirs, space, atol):
-    """whether generate's output indices are our engine's answer (outs, logits (n, V), lse, or why it has
-    none). Where they part at a token that our logits put within atol of our own choice, both are right: it is
-    a tie."""
-    if isinstance(ours, str):
-        return space.state_after(theirs[:-1]) < 0
-    outs, logits, _ = ours
-    for out, other, row in zip(outs, theirs, logits):
+def is_same_answer(engine_answer, generated, space, atol):
+    """True if the engine's answer (outs, logits (n, V), lse; or the reason why it has none) equals the output
+    indices of generate. If they first differ at a token whose logit is within atol of the engine's choice,
+    they count as equal: it is a near tie."""
+    if isinstance(engine_answer, str):
+        return space.state_after(generated[:-1]) < 0
+    outs, logits, _ = engine_answer
+    for out, other, row in zip(outs, generated, logits):
         if out != other:
             return bool(other >= 0 and row[out] - row[other] <= atol)
     return True
@@ -79,26 +79,26 @@ def same_answer(ours, theirs, space, atol):
 
 @torch.inference_mode()
 def bench_extract(engine, space, shards, n_texts, compiled, n_generate=32):
-    """a line with the records/s of answer() beside generate's on the same texts, and the speed that matrix
-    products alone would have if every token were read once. identical: in float32 token for token, else but
-    for ties (same_answer)."""
+    """returns a line with the records/s of the engine and of generate on the same texts, and the bound: the
+    speed if matrix products were all the work and every token were read once. identical: share of equal
+    answers, in float32 token for token, else except for near ties (is_same_answer)."""
     model, meta, drafts, device = engine.model, shards.meta, Drafts(space), engine.device.type
     size, whole = 8192 if device == 'cuda' else 2048, device == 'cuda'
     square, constrain = torch.randn(size, size, dtype=model.dtype, device=model.device), meta['constrain']
     atol = 0.0 if model.dtype == torch.float32 else rounding_tolerance(model.dtype)
     rates, totals, identical = {'engine': [], 'generate': [], 'products': []}, Counter(), []
-    for n in tqdm(range(ROUNDS + 1), desc='bench', unit='round'):  # the first warms up: drafts learn
-        some = [(n * 2 * n_texts + k) % len(shards) for k in range(2 * n_texts)]
-        texts = [shards.ids(i) for i in some]
+    for n in tqdm(range(ROUNDS + 1), desc='bench', unit='round'):  # the first one warms up: drafts learn
+        rows = [(n * 2 * n_texts + k) % len(shards) for k in range(2 * n_texts)]
+        texts = [shards.ids(i) for i in rows]
 
         def answer_all():
             answers, n_read = [], 0
             for part in (texts[:n_texts], texts[n_texts:]):
-                got, n_more = answer_batched(engine, space, drafts, part, meta['after'], constrain, whole)
-                for a in got:
+                new, n_more = answer_batched(engine, space, drafts, part, meta['after'], constrain, whole)
+                for a in new:
                     if not isinstance(a, str):
                         drafts.add(a[0])
-                answers, n_read = answers + got, n_read + n_more
+                answers, n_read = answers + new, n_read + n_more
             return answers, n_read
         if compiled:
             engine.compile()
@@ -110,10 +110,11 @@ def bench_extract(engine, space, shards, n_texts, compiled, n_generate=32):
         totals.update(read=n_read, texts=len(texts))
         for ids, a in zip(texts, answers):
             totals['needed'] += 0 if isinstance(a, str) else len(ids) + len(meta['after']) + len(a[0]) - 1
-        some = texts[:n_generate]
-        seconds, theirs = clock(lambda: generate_constrained(model, space, meta, some, constrain), device)
+        few_texts = texts[:n_generate]
+        work = lambda: generate_constrained(model, space, meta, few_texts, constrain)
+        seconds, generated = clock(work, device)
         rates['generate'].append(n_generate / seconds)
-        identical += [same_answer(a, outs, space, atol) for a, outs in zip(answers, theirs)]
+        identical += [is_same_answer(a, outs, space, atol) for a, outs in zip(answers, generated)]
         seconds, _ = clock(lambda: [square @ square for _ in range(8)], device)
         rates['products'].append(8 * 2 * size ** 3 / seconds)
     rec_s, generate_rec_s, flops = (float(np.median(values)) for values in rates.values())
@@ -121,7 +122,7 @@ def bench_extract(engine, space, shards, n_texts, compiled, n_generate=32):
     weights = sum(p.numel() for key, p in engine.body.named_parameters()
                   if p.dim() == 2 and 'embed' not in key)
     needed = totals['needed'] / totals['texts']                 # tokens of a record
-    context = len(meta['before']) + needed / 2                  # tokens a token looks at, on average
+    context = len(meta['before']) + needed / 2                  # tokens that a token attends to, on average
     head_size = getattr(shape, 'head_dim', None) or shape.hidden_size // shape.num_attention_heads
     attention = 4 * shape.num_hidden_layers * shape.num_attention_heads * head_size * context
     bound = flops / ((2 * weights + attention) * needed)
@@ -138,9 +139,9 @@ def bench_extract(engine, space, shards, n_texts, compiled, n_generate=32):
 
 
 def bench_train(student, shards, rows, batch_size, dtype, compiled, steps=12):
-    """a line with real tokens/s of a training step and its share of this machine's matrix product rate,
-    beside a plain loop around a Hugging Face Gemma 3 of the same width, depth and batch with the usual head
-    over the whole vocabulary."""
+    """returns a line with the tokens/s (without padding) of a training step, its share of this machine's
+    matrix product rate, and the tokens/s of a plain loop: a Hugging Face Gemma 3 of the same width, depth and
+    batch with the usual head over the whole vocabulary."""
     c, device = student.config, student.lm_head.weight.device
     plain = Gemma3ForCausalLM(
         Gemma3TextConfig(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_mlp,
@@ -148,7 +149,7 @@ def bench_train(student, shards, rows, batch_size, dtype, compiled, steps=12):
                          num_key_value_heads=c.n_kv_head, head_dim=c.head_size or c.n_embd // c.n_head,
                          attn_implementation='sdpa')).to(device).train()
     lookup = torch.arange(c.vocab_size, device=device)
-    if student.wte.weight.dtype == torch.float32:  # else it is a teacher's, frozen
+    if student.wte.weight.dtype == torch.float32:  # else it is the frozen table of a teacher
         ids = [shards.ids(i) for i in rows]
         seen = np.unique(np.concatenate([*ids, shards.meta['output_ids'], c.start]))
         lookup = SeenRows(student, seen).lookup
@@ -164,7 +165,7 @@ def bench_train(student, shards, rows, batch_size, dtype, compiled, steps=12):
             block.compile(dynamic=True)
 
     def step(model, part):
-        """one optimizer step of either; the number of positions, padding included."""
+        """makes one optimizer step of either model. Returns the number of positions, padding included."""
         idx, targets, teacher_logits = (x.to(device) for x in shards.batch(part, c.start))
         if model is student:
             with autocast:
@@ -186,7 +187,8 @@ def bench_train(student, shards, rows, batch_size, dtype, compiled, steps=12):
                    if p.dim() == 2 and 'wte' not in key and 'lm_head' not in key)
     shapes = [(c.n_embd, c.n_mlp), (c.n_mlp, c.n_embd), (c.n_embd, c.n_embd)]  # of the student's own products
     lengths = np.array([len(shards.ids(i)) + len(shards.answer(i)) for i in rows])
-    rates, order = {'ours': [], 'plain': [], 'products': [], 'used': []}, batches(lengths, batch_size, 0, 0)
+    rates = {'student': [], 'plain': [], 'products': [], 'used': []}
+    order = batches(lengths, batch_size, 0, 0)
     student.train()
     for n in tqdm(range(steps + 2), desc='bench', unit='step'):  # the first two warm up
         part = order[n % len(order)]
@@ -200,16 +202,16 @@ def bench_train(student, shards, rows, batch_size, dtype, compiled, steps=12):
             rates['products'].append(5 * 2 * n_positions * m * k / product_seconds)
         if n < 2:
             continue
-        attention = c.n_layer * c.n_embd * n_positions ** 2 / len(part)  # causal: half of the square
-        rates['ours'].append(n_tokens / seconds)
+        attention = c.n_layer * c.n_embd * n_positions ** 2 / len(part)  # causal: half the square
+        rates['student'].append(n_tokens / seconds)
         rates['used'].append((6 * matrices * n_positions + 6 * attention) / seconds)
         if plain_seconds:
             rates['plain'].append(n_tokens / plain_seconds)
-    ours, plain_tok_s, products, used = (float(np.median(values)) for values in rates.values())
+    student_tok_s, plain_tok_s, products, used = (float(np.median(values)) for values in rates.values())
     return data_line('bench', {
-        'what': 'train', 'dtype': str(dtype).removeprefix('torch.'), 'compiled': compiled, 'tok_s': ours,
-        'mfu': used / products, 'plain_tok_s': plain_tok_s, 'ratio': ours / plain_tok_s,
-        'matmul_gflops': products / 1e9})
+        'what': 'train', 'dtype': str(dtype).removeprefix('torch.'), 'compiled': compiled,
+        'tok_s': student_tok_s, 'mfu': used / products, 'plain_tok_s': plain_tok_s,
+        'ratio': student_tok_s / plain_tok_s, 'matmul_gflops': products / 1e9})
 
 
 # -----------------------------------------------------------------------------
@@ -217,36 +219,36 @@ def bench_train(student, shards, rows, batch_size, dtype, compiled, steps=12):
 
 
 def bench_style(style, student, space, texts, device, batch_size):
-    """a line: the student's decoding in a style of JSON, beside one token at a time."""
-    some, calls = texts if batch_size > 1 else texts[:32], []
-    parts = [some[i:i + batch_size] for i in range(0, len(some), batch_size)]
-    ways = {'rec_s': lambda: generate(student, space, some, True, batch_size),
-            'lossless_rec_s': lambda: generate(student, space, some, False, batch_size),
-            'stepwise_rec_s': lambda: [outs for part in parts for outs in stepwise(student, space, part)]}
-    times = [[clock(way, device)[0] for way in ways.values()] for _ in range(ROUNDS + 1)]
-    rates = dict(zip(ways, (len(some) / np.median(times[1:], axis=0)).tolist()))  # the first warms up
-    hook = student.register_forward_pre_hook(lambda *_: calls.append(1))
-    answers = ways['rec_s']()
+    """returns a line: the speed of the student's decoding in a style of JSON, and of one token per pass."""
+    texts, passes = texts if batch_size > 1 else texts[:32], []
+    parts = [texts[i:i + batch_size] for i in range(0, len(texts), batch_size)]
+    decoders = {'rec_s': lambda: generate(student, space, texts, True, batch_size),
+                'lossless_rec_s': lambda: generate(student, space, texts, False, batch_size),
+                'stepwise_rec_s': lambda: [outs for part in parts for outs in stepwise(student, space, part)]}
+    times = [[clock(decode, device)[0] for decode in decoders.values()] for _ in range(ROUNDS + 1)]
+    rates = dict(zip(decoders, (len(texts) / np.median(times[1:], axis=0)).tolist()))  # the first warms up
+    hook = student.register_forward_pre_hook(lambda *_: passes.append(1))
+    answers = decoders['rec_s']()
     hook.remove()
-    same = [a == b for a, b in zip(answers, ways['stepwise_rec_s']())]
+    identical = [a == b for a, b in zip(answers, decoders['stepwise_rec_s']())]
     return data_line('bench', {
         'what': 'decode', 'style': style, 'tokens': float(np.mean([len(a) for a in answers])),
         'batch': batch_size, **rates, 'ratio': rates['rec_s'] / rates['stepwise_rec_s'],
-        'passes': len(calls) / len(parts), 'identical': float(np.mean(same))})
+        'passes': len(passes) / len(parts), 'identical': float(np.mean(identical))})
 
 
 def bench_decode(student, space, task, texts, teacher, device, dtype, n_generate=32):
-    """prints bench lines: the student's decoding beside one token at a time, alone and in batches of 64, in
-    the task's style and fenced (there with a student of the same shape and random weights); its latency; and
-    records/s beside the teacher's, through generate and through our own engine."""
+    """prints bench lines: the student's decoding and one token per pass, alone and in batches of 64, in the
+    task's style and fenced (the latter with a student of the same shape and random weights); its latency; and
+    its records/s and those of the teacher, with generate and with the engine."""
     fenced = OutputSpace(space.tokenizer, space.fields, 2, True, space.end_id, space.output_ids)
     shape = asdict(student.config) | {'output_vocab': len(fenced.output_ids),
                                       'block_size': task['max_text'] + fenced.max_answer}
     random_student = Student(StudentConfig(**shape)).to(device).eval()
     lower_precision(random_student, dtype)
-    for style, its_student, its_space in (('own', student, space), ('fenced', random_student, fenced)):
-        for batch in (1, 64):
-            print(bench_style(style, its_student, its_space, texts, device, batch))
+    for style, of_style, its_space in (('own', student, space), ('fenced', random_student, fenced)):
+        for batch_size in (1, 64):
+            print(bench_style(style, of_style, its_space, texts, device, batch_size))
     times = [clock(lambda: generate(student, space, [text], True, 1), device)[0] * 1e3 for text in texts]
     print(data_line('bench', {'what': 'latency', 'records': len(times), 'median_ms': float(np.median(times)),
                               'p99_ms': float(np.quantile(times, 0.99))}))
@@ -254,15 +256,16 @@ def bench_decode(student, space, task, texts, teacher, device, dtype, n_generate
 
     large = load_model(teacher, pick_dtype(dtype, device), device)
     engine, drafts = Teacher(large, task['before'], space.output_ids), Drafts(space)
-    ask = lambda some: answer_batched(engine, space, drafts, some, task['after'])[0]
-    for outs, *_ in ask(texts[-64:]):
+    answer_texts = lambda batch: answer_batched(engine, space, drafts, batch, task['after'])[0]
+    for outs, *_ in answer_texts(texts[-64:]):
         drafts.add(outs)
-    some, few = texts[:64], texts[:n_generate]
-    ways = {'student_rec_s': (len(texts), lambda: generate(student, space, texts, True, 64)),
-            'engine_rec_s': (len(some), lambda: ask(some)),
-            'generate_rec_s': (len(few), lambda: generate_constrained(large, space, task, few))}
-    times = [[clock(way, device)[0] / n for n, way in ways.values()] for _ in range(ROUNDS + 1)]
-    rates = dict(zip(ways, (1 / np.median(times[1:], axis=0)).tolist()))
+    batch, small_batch = texts[:64], texts[:n_generate]
+    decoders = {
+        'student_rec_s': (len(texts), lambda: generate(student, space, texts, True, 64)),
+        'engine_rec_s': (len(batch), lambda: answer_texts(batch)),
+        'generate_rec_s': (len(small_batch), lambda: generate_constrained(large, space, task, small_batch))}
+    times = [[clock(decode, device)[0] / n for n, decode in decoders.values()] for _ in range(ROUNDS + 1)]
+    rates = dict(zip(decoders, (1 / np.median(times[1:], axis=0)).tolist()))
     print(data_line('bench', {
         'what': 'teacher', **rates, 'of_generate': rates['student_rec_s'] / rates['generate_rec_s'],
         'of_engine': rates['student_rec_s'] / rates['engine_rec_s'], 'student_peak_gb': student_gb,
@@ -281,7 +284,7 @@ if __name__ == '__main__':
         shards = Shards(dataset, name)
     except (FileNotFoundError, ValueError) as error:
         stop(f'{error}; run: {next_command("extract.py")}')
-    meta, chosen, dtype = shards.meta, dtype, pick_dtype(dtype, device)
+    meta, dtype_setting, dtype = shards.meta, dtype, pick_dtype(dtype, device)
     teacher = teacher or meta['teacher']
     compiled = compile in ('True', 'true')
     if compile == 'auto' and what in ('extract', 'train'):
@@ -293,11 +296,11 @@ if __name__ == '__main__':
         engine = Teacher(load_model(teacher, dtype, device), meta['before'], space.output_ids)
         print(bench_extract(engine, space, shards, extract_batch, compiled))
     else:
-        of_student = 'float32' if what == 'train' else chosen
-        checkpoint, student, space = load_checkpoint(Path('out', run or name), device, dtype=of_student)
+        student_dtype = 'float32' if what == 'train' else dtype_setting
+        checkpoint, student, space = load_checkpoint(Path('out', run or name), device, dtype=student_dtype)
         train_rows, val_rows = shards.split()
         if what == 'train':
             print(bench_train(student, shards, train_rows, batch_size, dtype, compiled))
         else:
             texts = [shards.ids(i).tolist() for i in val_rows[:256]]
-            bench_decode(student, space, checkpoint['task'], texts, teacher, device, chosen)
+            bench_decode(student, space, checkpoint['task'], texts, teacher, device, dtype_setting)

@@ -1,18 +1,18 @@
-r"""Students of one teacher answer together the texts that it was not asked about, for one more to learn from.
+r"""An ensemble of students answers the texts that their teacher did not, and one more student learns from it.
 
     for s in 1 2 3; do python train.py config/demo.py --run=demo_$s --seed=$s; done
     python tools/ensemble.py config/demo.py --students=out/demo_1,out/demo_2,out/demo_3
     python train.py config/demo.py --more=demo_more --run=demo_all --batch_size=64 --max_epochs=4 \
         --token_dropout=0
 
-Where records are few, what one student gets wrong by the chance of its start others get right: their mean
-agrees more with the teacher than any of them, and so does one that learns from it, as small and as fast as
-before (Bucila et al. 2006, "Model compression", https://doi.org/10.1145/1150402.1150464; figures:
-docs/results.md).
+If there are few records, students with different seeds make different errors. Their mean agrees with the
+teacher more often than any of them. So does a student that learns from the mean, and it is as small and as
+fast as one of them (Bucila et al. 2006, "Model compression", https://doi.org/10.1145/1150402.1150464).
+docs/results.md has the figures.
 
 Answers the texts of data/<dataset>/input.jsonl that extract.py would label and that have no answer yet, but
-for those held out: a student is only ever measured on what the teacher said. Writes data/<dataset>/<more>-00,
-in the format of extract.py.
+not those held out: a student is only measured on answers of the teacher. Writes data/<dataset>/<more>-00, in
+the format of extract.py.
 """
 import hashlib
 import sys
@@ -35,32 +35,32 @@ from distil.decode import generate
 
 name = ''            # word; data/<dataset>/<name>-* is what the students learned from ...
 dataset = ''         # word
-more = ''            # word; ... and data/<dataset>/<more>-00 gets what they say; '': <name>_more
-students = ''        # folders of runs, parted by commas
-max_more = 0         # 0..; stop after so many texts; 0: all
-too_long = 'refuse'  # 'refuse' or 'cut'; what becomes of longer texts, as in extract.py
+more = ''            # word; ... and data/<dataset>/<more>-00 gets their answers; '': <name>_more
+students = ''        # folders of runs, separated by commas
+max_more = 0         # 0..; stop after this number of texts; 0: all
+too_long = 'refuse'  # 'refuse' or 'cut'; what happens to longer texts, as in extract.py
 sample_batch = 128   # 1..; texts decoded together
-device = 'auto'      # auto: cuda, mps or cpu, whichever is there
+device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of large students' layers, as in sample.py
 config = configure(globals())
 
 # -----------------------------------------------------------------------------
-# several students as one
+# an ensemble as one model
 
 
-class PartOfCache:
-    """a decode.Cache as one of several students sees it: its layers come after those of the ones before."""
+class MemberCache:
+    """the layers of a decode.Cache that belong to one student of an ensemble, from first_layer on."""
 
-    def __init__(self, cache, first):
-        self.cache, self.first = cache, first
+    def __init__(self, cache, first_layer):
+        self.cache, self.first_layer = cache, first_layer
 
     def attend(self, layer, *new):
-        return self.cache.attend(self.first + layer, *new)
+        return self.cache.attend(self.first_layer + layer, *new)
 
 
 class Ensemble(nn.Module):
-    """students of one shape as one: its logits are the mean of their log-probabilities. decode.py decodes it
-    like a student, with a cache that has the layers of all of them."""
+    """students of one shape as one model: its logits are the mean of their log-probabilities. decode.py
+    decodes it like a student, with a cache that has the layers of all students."""
 
     def __init__(self, students):
         super().__init__()
@@ -71,62 +71,64 @@ class Ensemble(nn.Module):
         self.prompt = torch.cat([student.prompt for student in students]) if c.n_prompt else None
 
     def forward(self, idx, targets=None, cache=None, pos=None, keep=None):
-        """as Student.forward"""
+        """as Student.forward."""
         log_p = 0
         for n, student in enumerate(self.students):
-            part = PartOfCache(cache, n * student.config.n_layer) if cache else None
-            log_p = log_p + student(idx, targets, part, pos, keep).float().log_softmax(-1)
+            own_cache = MemberCache(cache, n * student.config.n_layer) if cache else None
+            log_p = log_p + student(idx, targets, own_cache, pos, keep).float().log_softmax(-1)
         return log_p / len(self.students)
 
 
 @torch.no_grad()
-def answer(model, space, texts):
-    """(output indices (n,), logits (n, V)) for each of texts, lists of ids: what the model answers, held to
-    the schema, and its logits at every token of that, with the bias of a calibrated teacher put on: it is
-    taken off again when a shard is read."""
+def answer_texts(model, space, texts):
+    """texts: lists of ids -> per text (output indices (n,), logits (n, V)): the model's answer, constrained
+    to the schema, and its logits at every token of it. The bias of a calibrated teacher is added to the
+    logits, because readers of a shard subtract it."""
     outs, device = generate(model, space, texts, batch_size=len(texts)), model.lm_head.weight.device
     idx, targets = pad_batch(texts, outs, space.output_ids, model.config.start)
     logits = model(idx.to(device), targets.to(device)).cpu()    # (answer tokens of all texts, V)
-    logits += space.bias[[state for one in outs for state in space.states_before(one)]]
-    return [(one, part.numpy()) for one, part in zip(outs, logits.split([len(one) for one in outs]))]
+    logits += space.bias[[state for answer in outs for state in space.states_before(answer)]]
+    parts = logits.split([len(answer) for answer in outs])
+    return [(answer, part.numpy()) for answer, part in zip(outs, parts)]
 
 
 # -----------------------------------------------------------------------------
-# what is read and written
+# input and output
 
 
-def open_students(folders, meta, device, dtype):
-    """the Ensemble of these runs, its OutputSpace, and who they are: [{run, weights, hours}]. Ends in one
-    line where they are not of the task that meta.json tells of, or not of one shape."""
-    members, who = [], []
+def load_ensemble(folders, meta, device, dtype):
+    """the Ensemble of these runs, its OutputSpace, and its members: [{run, weights: a hash, hours}]. Exits
+    with a message if a student has another task than meta (of a shard), or if their shapes differ."""
+    students, members = [], []
     for folder in folders:
         checkpoint, student, space = load_checkpoint(folder, device, dtype=dtype)
-        if differ := [key for key in TASK if checkpoint['task'].get(key) != meta.get(key)]:
-            stop(f'{folder} learned from another {", ".join(differ)}; train it on these records')
-        c, first = student.config, (members or [student])[0].config
-        if differ := [key for key, value in vars(c).items() if value != getattr(first, key)]:
-            stop(f'{folder} has another {", ".join(differ)} than {folders[0]}; students answer together '
-                 'where they are of one shape')
-        members.append(student)
+        if differing := [key for key in TASK if checkpoint['task'].get(key) != meta.get(key)]:
+            stop(f'{folder} learned from another {", ".join(differing)}; train it on these records')
+        c, first = student.config, (students or [student])[0].config
+        if differing := [key for key, value in vars(c).items() if value != getattr(first, key)]:
+            stop(f'{folder} has another {", ".join(differing)} than {folders[0]}; the students of an '
+                 'ensemble must have the same shape')
+        students.append(student)
         work, head = read_work(folder, checkpoint), student.lm_head.weight.detach().cpu().numpy()
-        weights = hashlib.blake2b(head.tobytes(), digest_size=8).hexdigest()  # no two trainings' are the same
-        if weights in [one['weights'] for one in who]:
-            stop(f'{folder} is the same student as one before it')
+        weights = hashlib.blake2b(head.tobytes(), digest_size=8).hexdigest()  # differs between trainings
+        if weights in [member['weights'] for member in members]:
+            stop(f'{folder} is the same student as one before it; name each student once')
         hours = work['train_hours'] + work.get('students_hours', 0.0)
-        who.append({'run': folder.name, 'weights': weights, 'hours': hours})
-    return Ensemble(members), space, who
+        members.append({'run': folder.name, 'weights': weights, 'hours': hours})
+    return Ensemble(students), space, members
 
 
-def open_shard(folder, shards, who):
-    """the Writer of a folder, new or gone on with, and its meta. Ends in one line where it cannot be written,
-    or has other answers. who: the students, see open_students."""
-    own = 'timed', 'dropped', 'missing', 'counts'               # figures of the teacher's extraction
-    meta = {key: value for key, value in shards.meta.items() if key not in own} | {'students': who}
+def open_shard(folder, shards, members):
+    """the Writer of a shard, which is created or continued, and its meta. Exits with a message if it cannot
+    be written or has the answers of another ensemble. members: see load_ensemble."""
+    excluded = 'timed', 'dropped', 'missing', 'counts'          # figures of the teacher's extraction
+    meta = {key: value for key, value in shards.meta.items() if key not in excluded} | {'students': members}
     try:
         if (folder / 'meta.json').exists():
             old = read_meta(folder)
-            if [one['weights'] for one in old.get('students', [])] != [one['weights'] for one in who]:
-                stop(f'{folder} has the answers of others; choose another --more=')
+            old_weights = [member['weights'] for member in old.get('students', [])]
+            if old_weights != [member['weights'] for member in members]:
+                stop(f'{folder} has answers that are not of these students; choose another --more=')
             meta = old
         elif (index := folder / 'index.bin').exists() and index.stat().st_size:
             stop(f'{folder} has records and no meta.json; choose another --more=')
@@ -142,32 +144,32 @@ def open_shard(folder, shards, who):
     return writer, meta
 
 
-def texts_left(groups, known, limit):
-    """yields lists of (hash, ids): of the groups of read_groups those texts that are not held out, and not in
-    any of the Hashes `known`. limit: so many in all; None: all of them."""
+def select_unanswered(groups, known, limit):
+    """yields lists of (hash, ids): the texts in groups (of read_groups) that are not held out and not in any
+    of the Hashes `known`. limit: number of texts in all; None: all of them."""
     n = 0
     for group in groups:
-        left = [(hash_, ids.tolist()) for hash_, ids, _ in group
-                if not held_out(hash_) and not any(hash_ in hashes for hashes in known)]
-        left = left if limit is None else left[:limit - n]
-        n += len(left)
-        if not left and n == limit:
+        selected = [(hash_, ids.tolist()) for hash_, ids, _ in group
+                    if not held_out(hash_) and not any(hash_ in hashes for hashes in known)]
+        selected = selected if limit is None else selected[:limit - n]
+        n += len(selected)
+        if not selected and n == limit:
             return
-        if left:
-            yield left
+        if selected:
+            yield selected
 
 
 # -----------------------------------------------------------------------------
 # main
 
 if __name__ == '__main__':
-    on_stop(lambda *_: stop('\nstopped; the answers written so far are safe, the same command goes on'))
+    on_stop(lambda *_: stop('\nstopped; the answers written so far are safe, the same command continues'))
     if not name or not dataset or not students:
         stop('no task or no students; run: python tools/ensemble.py config/demo.py '
              '--students=out/demo_1,out/demo_2')
     device, more, source = pick_device(device), more or f'{name}_more', Path('data', dataset, 'input.jsonl')
     if not source.is_file():
-        stop(f'{source} does not exist; bring it back: its texts are what students answer')
+        stop(f'{source} does not exist; restore it: the students answer its texts')
     try:
         shards = Shards(dataset, name)
     except FileNotFoundError as error:
@@ -175,9 +177,9 @@ if __name__ == '__main__':
     except ValueError as error:
         stop(str(error))
     runs = [Path(folder.strip()) for folder in students.split(',')]
-    model, space, who = open_students(runs, shards.meta, device, dtype)
+    model, space, members = load_ensemble(runs, shards.meta, device, dtype)
     folder = Path('data', dataset, f'{more}-00')
-    writer, meta = open_shard(folder, shards, who)
+    writer, meta = open_shard(folder, shards, members)
     known = Hashes(shards.hashes), stored_hashes([folder], meta)
     limit = max(0, max_more - writer.n_records) if max_more else None
     filters = meta['min_text'], meta['max_text'], 0, too_long == 'cut'
@@ -186,8 +188,8 @@ if __name__ == '__main__':
     start = time.perf_counter()
     with tqdm(desc='answer', unit='rec', smoothing=0.05) as bar:
         try:
-            for group in texts_left(groups, known, limit):
-                answers = answer(model, space, [ids for _, ids in group])
+            for group in select_unanswered(groups, known, limit):
+                answers = answer_texts(model, space, [ids for _, ids in group])
                 writer.append([(*text, outs, logits, np.full(len(outs), np.nan))
                                for text, (outs, logits) in zip(group, answers)])
                 bar.update(len(group))
@@ -197,12 +199,12 @@ if __name__ == '__main__':
                 write_json(folder / 'meta.json', meta)
         except OSError as error:
             stop(f'cannot write to {folder}: {error.strerror}; its {writer.n_records} answers are safe, '
-                 'the same command goes on')
+                 'the same command continues')
     writer.close()
     if not writer.n_records:
-        stop(f'no text of {source} is left to answer: the others have an answer, are held out or not worth '
-             'labelling; add texts')
+        stop(f'no text of {source} is left to answer: its texts have an answer, are held out or are not '
+             'worth labelling; add texts')
     n_train = len(shards.split()[0])
-    print(f'{folder} has {writer.n_records} answers of {len(who)} students; next: {next_command("train.py")} '
-          f'--more={more} --run={name}_all, with a smaller max_epochs: an epoch is now '
-          f'{(n_train + writer.n_records) / n_train:.1f} times as long')
+    print(f'{folder} has {writer.n_records} answers of {len(members)} students; next: '
+          f'{next_command("train.py")} --more={more} --run={name}_all, with a smaller max_epochs: an epoch '
+          f'is now {(n_train + writer.n_records) / n_train:.1f} times as long')

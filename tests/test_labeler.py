@@ -1,0 +1,104 @@
+"""A student used from Python: what is no text, iterables that fail, other processes."""
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from distil.checkpoint import CHECKPOINT, save_checkpoint
+from distil.space import OutputSpace, tokenizer_hash
+from sample import Labeler
+from tests.conftest import ROOT, one_line, run, tiny_student
+
+
+@pytest.fixture(scope='module')
+def labeler(project):
+    return Labeler(project / 'out/toy', 'cpu')
+
+
+@pytest.mark.parametrize('odd', [float('nan'), None, 5, ['hello'], {'text': 'hello'}])
+def test_what_is_no_text_gets_an_error_in_its_place(labeler, odd):
+    first, error, last = labeler(['good food', odd, 'bad film'])
+    assert [first, last] == labeler(['good food', 'bad film'])
+    assert error == {'error': f'not a text but {type(odd).__name__}'}
+
+
+def test_bytes_are_utf8_and_one_text_is_not_a_list_of_letters(labeler):
+    assert labeler([b'hello my friend', 'caf\xe9'.encode()]) == labeler(['hello my friend', 'caf\xe9'])
+    for text in ('hello', b'hello'):
+        with pytest.raises(TypeError, match='a list of texts, not one text'):
+            labeler(text)
+    with pytest.raises(TypeError):
+        labeler(5)
+
+
+@pytest.mark.parametrize('n', [0, 1, 70])
+def test_an_iterable_that_fails_gives_its_answers_and_then_its_exception(labeler, n):
+    def texts():
+        yield from ['hello my friend'] * n
+        raise ZeroDivisionError('of the caller')
+    records = []
+    with pytest.raises(ZeroDivisionError, match='of the caller'):
+        for record, _ in labeler.stream(texts()):
+            records.append(record)
+    assert records == labeler(['hello my friend'] * n)
+
+
+def test_values_that_print_alike_keep_a_probability_each(tokenizer, tmp_path):
+    fields = {'answer': [True, 'true', 'no']}
+    space = OutputSpace(tokenizer, fields, end_id=2)
+    student = tiny_student(space)
+    task = {'fields': fields, 'indent': None, 'fence': False, 'end_id': 2, 'output_ids': space.output_ids,
+            'tokenizer_hash': tokenizer_hash(tokenizer), 'prompt': '{text}', 'max_text': 18}
+    tokenizer.save(str(tmp_path / 'tokenizer.json'))
+    save_checkpoint(tmp_path / 'best.pt', {
+        'format': CHECKPOINT, 'student': vars(student.config), 'model': student.state_dict(), 'task': task,
+        'per_field': {'answer': {'temperature': 1.0}}})
+    record, = Labeler(tmp_path, 'cpu', confidence='full')(['hello'])
+    probabilities = record['_confidence']['answer']
+    assert list(probabilities) == ['true', '"true"', '"no"']
+    assert sum(probabilities.values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_an_input_that_cannot_be_read_exits_with_a_message(project):
+    # the memory of the process itself: it can be opened, but not read at its beginning
+    assert 'cannot read the texts: Input/output error' in one_line(run(project, 'sample.py', '--input=/proc/self/mem'))
+
+
+def test_a_labeler_can_be_pickled(labeler):
+    copy = pickle.loads(pickle.dumps(labeler))
+    assert copy(['hello my friend', '']) == labeler(['hello my friend', ''])
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        answers = pool.map(labeler, [['hello my friend'], ['the cat']])
+    assert answers == [labeler(['hello my friend']), labeler(['the cat'])]
+
+
+def test_a_forked_process_answers_too(project):
+    """torch's threads do not survive a fork: with more than one a large product in the child hangs."""
+    program = f'''
+import multiprocessing, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+from sample import Labeler
+torch.set_num_threads(2)
+labeler, texts = Labeler('out/toy', 'cpu'), ['hello my friend', 'the cat']
+expected = labeler(texts)
+torch.ones(3000, 3000) @ torch.ones(3000, 3000)  # starts the threads
+
+def child(results):
+    results.put(labeler(texts))
+    results.put((torch.ones(3000, 3000) @ torch.ones(3000, 3000))[0, 0].item())
+
+context = multiprocessing.get_context('fork')
+results = context.SimpleQueue()
+process = context.Process(target=child, args=(results,))
+process.start()
+process.join(60)
+alive = process.is_alive()
+process.kill()
+assert not alive and results.get() == expected and results.get() == 3000
+'''
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], cwd=project, capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '2'})
+    assert done.returncode == 0, done.stderr
