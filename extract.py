@@ -1,4 +1,4 @@
-"""Run the teacher once over unlabelled text and keep its logits on the few hundred tokens the task can need.
+"""Run the teacher once over unlabelled text and store its logits on the few hundred tokens an answer can need.
 
     python extract.py config/demo.py                            # about 2 minutes on 2 cores
     python extract.py config/demo.py --verify=50                # compare stored records with plain passes
@@ -52,7 +52,8 @@ compile = 'auto'     # 'auto', 'True', 'False', 'true', 'false'; torch.compile; 
                      # compiler, in runs of minutes, kept only if it is measured to be faster
 constrain = True     # hold answers to the schema; False drops the records whose free answer breaks it
 extract_batch = 128  # 1..; texts answered together; more do not help a CPU, a GPU wants 256
-# calibration (distil/calibrate.py) removes the bias that a teacher has whatever the text; for base models
+# calibration (distil/calibrate.py) subtracts the teacher's preference for some values that does not depend on the
+# text; for base and small models
 calibrate = 0        # 0..; texts on which the bias is measured first, 512 are enough; 0: off
 calibrate_fields = []  # names of the fields to calibrate; []: all
 prior = {}           # {'toxicity': {'toxic': 0.1}}: true shares of values, where they are not uniform; the
@@ -65,9 +66,9 @@ too_long = 'refuse'  # 'refuse' or 'cut'; skip longer texts, or label their firs
 output_vocab = 525   # 1..65535; tokens whose logits are kept: those of answers, then whitespace, the prompt,
                      # frequent words
 extra_vocab = []     # strings whose tokens are kept too; the coverage line says when some are missing
-min_coverage = 0.95  # 0..1; where the kept tokens have less of the teacher's probability than this, at any
-                     # field, advice is printed
-full_lse = -1        # -1..; of the first so many records also keep logsumexp over all tokens, for coverage.
+min_coverage = 0.95  # 0..1; print advice if, at some field, the kept tokens hold less than this share of the
+                     # teacher's probability
+full_lse = -1        # -1..; of the first so many records (of each process) also keep logsumexp over all tokens.
                      # -1: all on a GPU; 64 on a CPU, where Gemma 3 270M takes 2.7 times as long with it
 examples = 8         # 0..; texts shown with their answers at the end
 # instead of extracting
@@ -82,12 +83,12 @@ config = configure(globals())
 
 def choose_vocab(tokenizer, space, extra, prompt_ids, frequency, size):
     """ids of the auxiliary tokens: those of the strings in extra, whitespace, the prompt, then the most
-    frequent tokens of the corpus. frequency (n,): how often each id occurs; size: of the whole vocabulary."""
+    frequent tokens of the corpus. frequency (n,): how often each id occurs; size: V."""
     special = special_ids(tokenizer)                            # turns, padding: never part of an answer
     strings = [*extra, *(c * n for n in range(1, 9) for c in ' \n\t')]
     first = [i for s in strings for i in tokenizer.encode(s, add_special_tokens=False).ids]
     frequent = [i for i in np.argsort(-frequency, kind='stable').tolist() if frequency[i]]
-    chosen = dict.fromkeys([*first, *prompt_ids, *frequent])    # a dict: each once, in this order
+    chosen = dict.fromkeys([*first, *prompt_ids, *frequent])    # each once, in this order
     return [i for i in chosen if i not in space.output_index and i not in special][:size - space.n_required]
 
 
@@ -99,13 +100,13 @@ def new_task(task, wrapped, frequency):
     before, after, end_id = encode_prompt(wrapped, task['prompt'], task['chat'])  # ids around the text
     style = tokenizer, task['fields'], task['indent'], task['fence'], end_id
     try:
-        space = OutputSpace(*style)                             # the tokens of valid answers alone
+        space = OutputSpace(*style)                             # the automaton of all valid answers
         if not space.n_required <= task['output_vocab'] < 65536:
             sys.exit(f'output_vocab = {task["output_vocab"]}; this schema needs at least {space.n_required}, '
                      'the file format at most 65535')
         auxiliary = choose_vocab(tokenizer, space, task['extra_vocab'], before + after, frequency,
                                  task['output_vocab'])
-        space = OutputSpace(*style, auxiliary)                  # ... and those around them: V in all
+        space = OutputSpace(*style, auxiliary)                  # with all V tokens
     except ValueError as error:
         sys.exit(f'fields: {error}')
     for mismatch in islice(space.prompt_mismatches(task['prompt']), 3):
@@ -151,7 +152,7 @@ def scan_texts(task, dataset, name, source, filters):
     if not counts['kept']:
         sys.exit(f'no text of {source} passes the filter; see the filter line')
     if not folders:
-        meta = new_task(task, wrapped, frequency) | {'min_text': filters[0], 'max_text': filters[1]}
+        meta = new_task(task, wrapped, frequency) | {'min_text': filters[0]}
     V = len(meta['output_ids'])
     print(f'vocab required={meta["n_required"]} auxiliary={V - meta["n_required"]} total={V} '
           f'teacher={meta["vocab_size"]}')
@@ -162,13 +163,13 @@ def scan_texts(task, dataset, name, source, filters):
 # -----------------------------------------------------------------------------
 # asking the teacher
 
-DRAFT_TEXTS = 10000  # answers the drafts learn from: bounded, so that a continued run can learn the same again
+DRAFT_TEXTS = 10000  # the drafts learn from so many answers: few enough to read again when a run continues
 
 
 def label_group(engine, space, drafts, group, meta, full_lse):
     """asks the teacher about a group of texts. Returns its records for the Writer, the reason for each text
-    without an answer, the number of tokens read, and the number that one pass over each text and its answer
-    needs. full_lse: also logsumexp over the whole vocabulary."""
+    without an answer, the number of tokens read, and the number read if each text and answer were read once.
+    full_lse: also logsumexp over the whole vocabulary."""
     hashes, ids, given = zip(*group)                            # given: an answer, a label or None
     answers, n_read, n_needed, reasons = ['invalid'] * len(group), 0, 0, []
     asked, outs = list(range(len(group))), None
@@ -180,7 +181,7 @@ def label_group(engine, space, drafts, group, meta, full_lse):
         outs = [space.from_json(answer) for answer in given]
         asked = [i for i in asked if outs[i]]
         outs = [outs[i] for i in asked]
-    if asked:
+    if asked:  # greedy answers, held to the schema: drafted, then verified many tokens at a time (engine.py)
         got, n_read = answer_batched(engine, space, drafts, [ids[i] for i in asked], meta['after'],
                                      meta['constrain'], full_lse, outs, meta['missing'])
         for i, answer in zip(asked, got):                       # (outs, logits, lse), or a reason
@@ -265,8 +266,8 @@ if __name__ == '__main__':
 
     # the first process scans the texts and tells the others what there is to do
     task = {'teacher': teacher, 'prompt': prompt, 'chat': chat, 'fields': fields, 'indent': indent,
-            'fence': fence, 'constrain': constrain, 'output_vocab': output_vocab, 'extra_vocab': extra_vocab,
-            'score': 'labels' if labels else bool(score), 'calibrate': calibration}
+            'fence': fence, 'constrain': constrain, 'max_text': max_text, 'output_vocab': output_vocab,
+            'extra_vocab': extra_vocab, 'score': 'labels' if labels else bool(score), 'calibrate': calibration}
     filters = min_text, max_text, max_records, too_long == 'cut'
     meta, tokenizer, n_todo, sample = run_in_first(lambda: scan_texts(task, dataset, name, source, filters))
     meta['dtype'] = str(dtype).removeprefix('torch.')
@@ -297,7 +298,8 @@ if __name__ == '__main__':
             print(f'measuring the teacher\'s bias on {len(sample)} texts')
             meta['bias'], report = run_in_first(
                 lambda: learn_bias(engine, space, sample, meta['after'], priors, extract_batch))
-            space.set_bias(meta['bias'])                        # subtracted from logits, never from the file's
+            # subtracted where the teacher chooses and where the student learns; the stored logits stay raw
+            space.set_bias(meta['bias'])
             print_bias(report, space)
         done, drafts = stored_hashes(shard_folders(dataset, name), meta), Drafts(space)
         for outs in first_answers(folder, meta, DRAFT_TEXTS):   # of the run that is continued

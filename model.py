@@ -21,7 +21,7 @@ import torch.nn.functional as F
 class StudentConfig:
     vocab_size: int = 262144  # rows of the input embedding: the teacher's whole vocabulary, for any text
     output_vocab: int = 525                                 # V, rows of the head: only what an answer can need
-    block_size: int = 75                                    # text tokens + answer tokens
+    block_size: int = 75                                    # longest row: text + answer, + len(after) - 1
     n_layer: int = 16
     n_head: int = 16
     n_kv_head: int = 16  # fewer than n_head: grouped-query attention, https://arxiv.org/abs/2305.13245
@@ -32,7 +32,7 @@ class StudentConfig:
     start_id: int = 2                                       # the id between text and answer ...
     after: tuple = ()                                       # ... or these, as in the teacher's prompt
     n_prompt: int = 0                                       # P, prompt tokens kept as keys and values
-    # what a block needs to hold a layer of Gemma 3, Llama or Qwen 2; norm offsets and scales go into the weights
+    # what a block needs to hold a layer of Gemma 3, Llama or Qwen 2 (distil/start.py copies them)
     head_size: int = 0                                      # 0: n_embd // n_head
     n_table: int = 0                                        # width of the input embedding; 0: n_embd
     activation: str = 'gelu'                                # of the MLP: gelu (its tanh form) or silu
@@ -67,7 +67,7 @@ def attend_with_lse(q, k, v, mask, scale, softcap=None):
     logsumexp (B, n_kv, T). Scores are float32 even for bfloat16 inputs: where they reach hundreds, as in
     Qwen, bfloat16 scores would be whole units apart.
     """
-    if q.device.type == 'cpu' and softcap is None:          # what F.scaled_dot_product_attention calls
+    if q.device.type == 'cpu' and softcap is None:          # the kernel of F.scaled_dot_product_attention
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return flash(q, k, v, attn_mask=mask, scale=scale)
     scores = q.float() @ k.float().mT * scale               # (B, n_kv, T, S)
@@ -226,8 +226,8 @@ class Student(nn.Module):
             return self.lm_head(x)                          # (B, T, V), (n, V) or (M, V)
 
     def param_groups(self, weight_decay):
-        """AdamW groups: matrices decay; the embedding and the norms do not (a row that a batch does not
-        contain must not shrink)."""
+        """AdamW groups: matrices decay. The embedding does not (rows absent from a batch would shrink), nor do
+        norms, biases and a kept prompt."""
         learned = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         decay = [p for name, p in learned if p.dim() == 2 and name != 'wte.weight']
         rest = [p for name, p in learned if p.dim() != 2 or name == 'wte.weight']

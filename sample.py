@@ -2,7 +2,7 @@
 
     python sample.py config/demo.py --text="you are great"      # one JSON line
     python sample.py config/demo.py --input=texts.txt           # one JSON line per input line, in order
-    cat texts.txt | python sample.py config/demo.py | jq .tone
+    cat texts.txt | python sample.py config/demo.py | jq .topic
     python sample.py config/demo.py                             # on a terminal: asks for texts
     python sample.py config/demo.py --input=texts.txt --confidence=True
     python sample.py config/demo.py --input=texts.txt --min_confidence=0.4 --ask_teacher=True
@@ -41,7 +41,7 @@ confidence = False   # False, True or 'full'; add "_confidence": {field: probabi
 min_confidence = 0.0  # 0..1 or 'target'; a record with a field below it gets "_defer": true ... 'target': the
                       # threshold that tools/evaluate.py --target_agreement= found
 ask_teacher = False  # ... or, with this, the teacher's answer and "_teacher": true
-teacher = ''         # file; the one to ask, as in extract.py; '': the one the student learned from
+teacher = ''         # file; where the teacher to ask is now; '': where it was for extract.py
 device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of the layers of a student with many weights; auto:
                      # bfloat16 where that is faster
@@ -57,7 +57,7 @@ config = configure(globals())
 def load_teacher_to_ask(teacher, task, space, device):
     """a function from lists of ids to the teacher's answers, lists of output indices. Exits with a message if
     this is not the teacher that the student learned from."""
-    try:                                                        # a student that is copied leaves it behind
+    try:                                                        # it may be missing beside a copied student
         from distil.engine import load_answerer
     except ImportError as error:
         stop(f'ask_teacher needs distil/engine.py, distil/teacher.py and transformers here ({error})')
@@ -69,7 +69,7 @@ class Labeler:
     """A student, from Python: Labeler('out/demo')(['text', ...]) -> [{'sentiment': 'positive', ...,
     '_confidence': {'sentiment': 0.93, ...}}, ...].
 
-    folder: of a training run. confidence: as the setting. too_long: 'cut', or 'refuse' for {'error': ...} in
+    folder: of a training run. confidence, which, dtype, teacher: as the settings. too_long: 'cut', or 'refuse' for {'error': ...} in
     place of an answer. min_confidence: records with a field below it get '_defer': True, or, with
     ask_teacher, the teacher's answer and '_teacher': True. SystemExit with a message if the student cannot be
     loaded. It can be pickled (the copy loads the folder again), and used in a forked process (on one thread).
@@ -79,6 +79,8 @@ class Labeler:
                  confidence=True, min_confidence=0.0, ask_teacher=False, teacher='', dtype='auto'):
         self.arguments = (Path(folder).absolute(), device, which, batch_size, constrain, too_long, confidence,
                           min_confidence, ask_teacher, teacher, dtype)
+        if ask_teacher and not min_confidence:
+            stop('ask_teacher needs a min_confidence: the teacher answers the records with a field below it')
         self.process, device = os.getpid(), pick_device(device)
         self.checkpoint, self.student, self.space = load_checkpoint(folder, device, which, dtype)
         self.task = self.checkpoint['task']                     # fields, prompt, max_text, ... of meta.json
@@ -86,7 +88,7 @@ class Labeler:
         self.too_long, self.confidence = too_long, confidence
         self.min_confidence = find_threshold(self.checkpoint, min_confidence)
         self.temperature = {name: of_field['temperature']       # fitted on held-out records
-                            for name, of_field in self.checkpoint['per_field'].items()}
+                            for name, of_field in (self.checkpoint['per_field'] or {}).items()}
         self.ask = load_teacher_to_ask(teacher, self.task, self.space, device) if ask_teacher else None
 
     def __reduce__(self):                                       # for pickle: spawned processes, joblib
@@ -138,6 +140,7 @@ class Labeler:
                 waiting.append(self.encode(text))
                 yield waiting[-1][0]                            # [] for a text without answer: keeps the order
 
+        # answers in the order of the texts: output indices, and decisions [(field, logits (V,), choice)]
         for answer in decode(self.student, self.space, encoded(), self.batch_size, self.constrain):
             results.append((*waiting.popleft(), *answer))
             # the teacher is faster on many at once, so results are collected while more texts are coming
@@ -153,7 +156,7 @@ class Labeler:
         p_chosen = confidence_of(self.space.fields, decisions, self.temperature)  # {field: 0..1}
         if self.confidence != 'full':
             return p_chosen, {name: round(p, 4) for name, p in p_chosen.items()}
-        # the values that were not chosen: another forward pass where they part from the answer
+        # one more forward pass for the other values, from the token at which they differ from the answer
         p_values = value_probabilities(self.student, self.space, ids, outs, decisions, self.temperature)
         return p_chosen, {name: dict(zip(value_names(self.space.fields[name]), (round(p, 4) for p in row)))
                           for name, row in p_values.items()}
@@ -232,8 +235,6 @@ if __name__ == '__main__':
     if not name and not run:
         stop('no task; run: python sample.py config/demo.py')
     device = pick_device(device)
-    if ask_teacher and not min_confidence:
-        stop('ask_teacher needs a min_confidence: the teacher answers the records with a field below it')
     if input and (not Path(input).exists() or Path(input).is_dir()):
         stop(f'{input} is a directory' if Path(input).is_dir() else f'{input} does not exist')
     if input and text is not None:

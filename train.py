@@ -36,7 +36,7 @@ from distil.start import SeenRows
 name = ''              # word; data/<dataset>/<name>-* is read ...
 dataset = ''           # word
 run = ''               # word; ... and out/<run> written; '': out/<name>. One extraction, many students
-max_records = 0        # 0..; train on those of the first so many records that are not held out; 0: all
+max_records = 0        # 0..; use only the first so many records, without the held-out ones; 0: all
 more = ''              # word; train also on data/<dataset>/<more>-*: what students answered (tools/ensemble.py)
 init_from = 'scratch'  # 'scratch', 'teacher', 'resume'; how a new run starts; teacher: with its embedding
                        # table and some of its layers. An interrupted run continues anyway; resume demands it
@@ -61,8 +61,8 @@ token_dropout = 0.0    # 0..1; share of text tokens hidden at each step, against
 kl_start = 1.0         # 0..1; weight of the KL at the first step ...
 kl_end = 1.0           # 0..1; ... and at the last, on a cosine; the rest of 1 is the cross-entropy's
 kd_temperature = 0.1   # 0.001..; tau: divides the logits of both in the KL. Above 1 softens, below 1 sharpens
-                       # and gives near ties more weight, which agreed most (docs/results.md)
-kd_anneal = True       # tau rises linearly from kd_temperature to 1 over the run
+                       # and puts more weight on near ties, which agreed most (docs/results.md)
+kd_anneal = True       # tau goes linearly from kd_temperature to 1 over the run
 # optimizer
 max_epochs = 15        # 1..
 batch_size = 64        # 1..; records per optimizer step
@@ -99,9 +99,9 @@ def distill_loss(logits, teacher_logits, targets, kl_weight, temperature=1.0):
 
     loss = kl_weight * tau^2 * kl + (1 - kl_weight) * ce. kl is KL(p || q) of the distributions p (teacher) and
     q (student) over the output vocabulary at temperature tau; it is 0 when they are equal. ce is the
-    cross-entropy with the teacher's token. With tau^2 (Hinton et al. 2015, https://arxiv.org/abs/1503.02531)
-    the gradient of the kl is tau (q - p): near a tie it is about the same for every tau, at a clear decision
-    it is smaller, the lower tau is.
+    cross-entropy with the teacher's token. The gradient of tau^2 * kl is tau (q - p) (Hinton et al. 2015,
+    https://arxiv.org/abs/1503.02531): a lower tau leaves it as it is at near ties and shrinks it at clear
+    decisions.
     """
     keep = targets >= 0
     logits, targets = logits[keep].float(), targets[keep]       # (n, V), (n,)
@@ -160,8 +160,8 @@ def hide_text(idx, targets, share, start_id, n_start=1):
 
 
 def take_step(training, shards, rows, lr, grad_accum, grad_clip, token_dropout, autocast, **loss_options):
-    """one optimizer step on the records `rows`, divided among the processes and micro-batches; the result does
-    not depend on how. Returns sums over the step, (loss, kl, ce, answer tokens right, answer tokens), and the
+    """one optimizer step on the records `rows`, divided among the processes and micro-batches (the result does
+    not depend on how, but for dropout). Returns sums over the step, (loss, kl, ce, answer tokens right, answer tokens), and the
     norm of the gradient. FloatingPointError if the loss is nan or infinite."""
     learned = [p for group in training.optimizer.param_groups for p in group['params']]
     device, c = training.student.lm_head.weight.device, training.student.config
@@ -170,8 +170,8 @@ def take_step(training, shards, rows, lr, grad_accum, grad_clip, token_dropout, 
     for part in np.array_split(rows, grad_accum * WORLD)[RANK::WORLD]:
         if not len(part):
             continue
-        batch = shards.batch(part, c.start)                     # (B, T), (B, T), (n, V)
-        idx, targets, teacher_logits = (x.to(device) for x in batch)
+        # rows of text, start, answer: (B, T) ids, (B, T) targets, -1 but on the answer, (n, V) calibrated logits
+        idx, targets, teacher_logits = (x.to(device) for x in shards.batch(part, c.start))
         if token_dropout:
             hide_text(idx, targets, token_dropout, c.start_id, len(c.start))
         if training.seen:                                       # ids -> rows of the table that is trained
@@ -213,7 +213,7 @@ def end_epoch(training, epoch, shards, val_rows, batch_size, best_by, patience, 
     best = training.best
     if best is None or (value, -figures['kl']) > (best['value'], -best['kl']):  # equal: the lower kl wins
         training.best = {'value': value, 'kl': figures['kl'], 'epoch': epoch, 'step': training.step}
-        training.save('best.pt', finished=True)
+        training.save('best.pt', finished=True)                 # without the optimizer's state
     enough = bool(patience) and epoch - training.best['epoch'] >= patience
     training.save('ckpt.pt', finished=last or enough)
     if enough:
@@ -269,7 +269,7 @@ if __name__ == '__main__':
     print(f'records train={len(train_rows)} held_out={len(val_rows)} epochs={max_epochs} steps={n_steps} '
           f'longest={lengths.max()} from_step={first}')
     caught, enough, stopping = catch_signals(), False, False
-    sums, n_seen, seconds = np.zeros(5), 0, 0.0                 # since the last train line
+    sums, n_seen, seconds, n_logged = np.zeros(5), 0, 0.0, 0    # since the last train line
     total_seconds = 0.0                                         # of all steps of this process
     training.student.train()
     bar = tqdm(total=n_steps, initial=first, desc='train', unit='step', smoothing=0.05, disable=RANK > 0)
@@ -290,19 +290,20 @@ if __name__ == '__main__':
         step_seconds = time.time() - start
         sums, n_seen = sums + step_sums, n_seen + int(lengths[order[k]].sum())
         seconds, total_seconds = seconds + step_seconds, total_seconds + step_seconds
+        n_logged += 1
         bar.update()
         if training.step == min(first + 100, n_steps) and RANK == 0:
             hours = total_seconds / (training.step - first) * n_steps / 3600
             training.log('plan', {'epochs': max_epochs, 'hours': hours, 'records': len(train_rows)})
         if training.step % log_steps == 0:
             means = dict(zip(('loss', 'kl', 'ce', 'teacher_forced'), (sums[:4] / sums[4]).tolist()))
-            step_s = seconds / log_steps
+            step_s = seconds / n_logged
             if RANK == 0:
                 training.log('train', {
                     'step': training.step, **means, 'kl_weight': kl_weight, 'tau': tau, 'lr': lr,
                     'gnorm': gnorm, 'ms': step_s * 1e3, 'tok_s': n_seen / seconds,
                     'eta_min': step_s * (n_steps - training.step) / 60})
-            sums, n_seen, seconds = np.zeros(5), 0, 0.0
+            sums, n_seen, seconds, n_logged = np.zeros(5), 0, 0.0, 0
         if training.step % per_epoch == 0:
             last = training.step == n_steps
             arguments = training, epoch + 1, shards, val_rows, batch_size, best_by, patience, last

@@ -1,4 +1,4 @@
-"""device/: the exported folder beside sample.py, in Python without torch, in Node and in Chromium."""
+"""device/: the exported folder answers like sample.py, in Python without torch, in Node and in Chromium."""
 import json
 import os
 import shutil
@@ -26,8 +26,9 @@ import onnxruntime
 from data import write_json
 from device.export import RUNNERS, make_task, write_onnx
 from device.run import Student as Runner
-from device.shrink import Int8, choose_tokens, fold_table, pieces_of, round_to_int8, trim, trim_tokenizer
-from device.web import PARTS, Handler, fetch_parts
+from device.shrink import (Int8, choose_tokens, fold_table, list_pieces, round_to_int8, trim_student,
+                           trim_tokenizer)
+from device.web import PACKAGES, Handler, fetch_packages
 from distil.checkpoint import CHECKPOINT
 from distil.space import OutputSpace, tokenizer_hash
 from sample import Labeler
@@ -36,7 +37,7 @@ from tests.conftest import FIELDS, PROMPT, ROOT, SCHEMAS, one_line, run, tiny_st
 HOSTILE = ['', '  ', '\t\x1c\x85\xa0', 'hello ' * 20_000, 'x' * 100_000, 'a\0b \x01', '\ud800 half',
            'é日本 😀👩‍👩‍👧', 'שלום مرحبا',
            '<eos> <turn>', '\ufeffhello', '{"tone":"spam"}', "I'M it’s “so”…", '\u200b', '1234567890 ½']
-SAME = [f'hello my friend {n} was not there' for n in range(70)]  # more than a batch
+ALIKE = [f'hello my friend {n} was not there' for n in range(70)]  # more than a batch
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 
 
@@ -44,26 +45,27 @@ def as_lines(texts):
     return b'\n'.join(text.encode('utf-8', 'replace') for text in texts) + b'\n'
 
 
-def nearly(ours, theirs):
-    """whether two records are equal, probabilities up to their last figure."""
-    ours, theirs = dict(ours), dict(theirs)
-    a, b = ours.pop('_confidence', {}), theirs.pop('_confidence', {})
-    flat = lambda sure: {(field, value): p for field, of in sure.items()
-                         for value, p in (of.items() if isinstance(of, dict) else [('', of)])}
+def same_records(first, second):
+    """True if two records are equal; their probabilities may differ by less than 2e-4."""
+    first, second = dict(first), dict(second)
+    a, b = first.pop('_confidence', {}), second.pop('_confidence', {})
+    flat = lambda confidence: {(field, value): p for field, of_field in confidence.items()
+                               for value, p in (of_field.items() if isinstance(of_field, dict)
+                                                else [('', of_field)])}
     a, b = flat(a), flat(b)
-    return json.dumps(ours) == json.dumps(theirs) and a.keys() == b.keys() and all(
+    return json.dumps(first) == json.dumps(second) and a.keys() == b.keys() and all(
         abs(a[key] - b[key]) < 2e-4 for key in a)
 
 
 def make_student(folder, tokenizer, fields, indent=None, fence=False, seed=0, **sizes):
-    """a student of these fields in a folder as train.py leaves it, and exported as it is."""
+    """writes a random student of these fields as train.py does, and its export. Returns the folder."""
     space = OutputSpace(tokenizer, fields, indent, fence, end_id=2, auxiliary=range(4, 60))
     student = tiny_student(space, seed, block_size=space.max_answer + 20, **sizes)
     for weight in student.parameters():  # so that answers depend on the text
         weight.data *= 8 if weight.dim() == 2 else 1
     task = {'fields': fields, 'indent': indent, 'fence': fence, 'end_id': 2, 'output_ids': space.output_ids,
-            'tokenizer_hash': tokenizer_hash(tokenizer), 'prompt': PROMPT, 'max_text': 18, 'teacher': 'a/teacher',
-            'fingerprint': ''}
+            'tokenizer_hash': tokenizer_hash(tokenizer), 'prompt': PROMPT, 'max_text': 18,
+            'teacher': 'a/teacher', 'fingerprint': ''}
     checkpoint = {'format': CHECKPOINT, 'student': vars(student.config), 'model': student.state_dict(),
                   'task': task, 'per_field': {f: {'temperature': 0.7 + n / 3} for n, f in enumerate(fields)}}
     folder.mkdir()
@@ -72,7 +74,7 @@ def make_student(folder, tokenizer, fields, indent=None, fence=False, seed=0, **
     device = folder / 'device'
     device.mkdir()
     kept = choose_tokens(tokenizer, 0, Counter(), set())
-    small, small_space = trim(student, space, kept, trim_tokenizer(tokenizer, kept))
+    small, small_space = trim_student(student, space, kept, trim_tokenizer(tokenizer, kept))
     write_onnx(small, device / 'student.onnx')
     small_space.tokenizer.save(str(device / 'tokenizer.json'))
     sizes = {file: (device / file).stat().st_size for file in ('student.onnx', 'tokenizer.json')}
@@ -91,11 +93,11 @@ def students(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope='module')
 def npm(tmp_path_factory):
-    """what other people's packages a browser needs, fetched as a user would."""
+    """the folder npm/ with the packages that a browser needs, fetched as web.py does; axe.js is beside it."""
     if not shutil.which('npm') or not shutil.which('node'):
-        pytest.skip('Node.js is not here')
+        pytest.skip('Node.js is not installed')
     folder = tmp_path_factory.mktemp('npm') / 'npm'
-    fetch_parts(folder)
+    fetch_packages(folder)
     packed = subprocess.run(['npm', 'pack', '--silent', 'axe-core@4.14.1'], cwd=folder.parent,
                             capture_output=True, text=True)
     with tarfile.open(folder.parent / packed.stdout.split()[-1]) as parts:
@@ -104,7 +106,7 @@ def npm(tmp_path_factory):
 
 
 # -----------------------------------------------------------------------------
-# smaller
+# fewer tokens, fewer bits
 
 parts = st.sampled_from(['hello', ' friend', ' the cat', '"tone"', ' rained'])
 texts = st.lists(st.one_of(st.text(max_size=30), parts), max_size=6).map(''.join)
@@ -112,7 +114,7 @@ texts = st.lists(st.one_of(st.text(max_size=30), parts), max_size=6).map(''.join
 
 @hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
 @hypothesis.given(st.integers(265, 400), st.lists(st.integers(0, 999), max_size=200), texts)
-def test_a_trimmed_tokenizer_cuts_as_before_what_it_knows_and_still_cuts_all_else(tokenizer, n, seen, text):
+def test_a_trimmed_tokenizer_cuts_known_tokens_as_before_and_encodes_any_text(tokenizer, n, seen, text):
     seen = Counter(i % tokenizer.get_vocab_size() for i in seen)
     kept = choose_tokens(tokenizer, n, seen, {1, 2})
     small = trim_tokenizer(tokenizer, kept)
@@ -121,28 +123,29 @@ def test_a_trimmed_tokenizer_cuts_as_before_what_it_knows_and_still_cuts_all_els
     after = [kept[i] for i in small.encode(text, add_special_tokens=False).ids]
     if {*before} <= {*kept}:
         assert after == before
-    assert tokenizer.decode(after, skip_special_tokens=False) == tokenizer.decode(before, skip_special_tokens=False)
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+    assert decode(after) == decode(before)
 
 
-def test_what_was_seen_is_kept_first_and_with_the_pieces_it_is_made_of(tokenizer):
+def test_seen_tokens_are_kept_first_with_the_pieces_they_are_built_from(tokenizer):
     vocab = tokenizer.get_vocab()
     seen = tokenizer.encode(' friendly', add_special_tokens=False).ids
     kept = choose_tokens(tokenizer, 290, Counter(seen), {2})
     ranks = {tuple(pair): n for n, pair in enumerate(json.loads(tokenizer.to_str())['model']['merges'])}
     for i in seen:
-        pieces = pieces_of(tokenizer.id_to_token(i), ranks)
+        pieces = list_pieces(tokenizer.id_to_token(i), ranks)
         assert pieces[-1] == tokenizer.id_to_token(i) and {vocab[piece] for piece in pieces} <= {*kept}
     assert choose_tokens(tokenizer, 0, Counter(), set()) == sorted(vocab.values())
     with pytest.raises(ValueError, match='keep_tokens is 9'):
         choose_tokens(tokenizer, 9, Counter(), set())
-    words = Tokenizer(models.WordLevel({'a': 0, 'b': 1, '?': 2}, unk_token='?'))  # no BPE: whole or not at all
+    words = Tokenizer(models.WordLevel({'a': 0, 'b': 1, '?': 2}, unk_token='?'))  # not BPE: no pieces
     with pytest.raises(ValueError, match='set keep_tokens=0'):
         choose_tokens(words, 2, Counter(), set())
     kept = choose_tokens(words, 0, Counter(), set())
     assert trim_tokenizer(words, kept).encode('b').ids == words.encode('b').ids
 
 
-def test_int8_is_off_by_half_a_step_at_most_and_computes_what_its_weights_say(space):
+def test_int8_rounds_by_half_a_step_at_most_and_computes_with_the_rounded_weights(space):
     weight = torch.randn(20, 32) * torch.logspace(-3, 2, 20)[:, None]
     whole = Int8(torch.cat((weight, torch.zeros(1, 32))))
     step = weight.abs().amax(1, keepdim=True) / 127
@@ -168,9 +171,10 @@ def test_a_folded_table_gives_the_same_logits(space):
 
 
 @pytest.mark.parametrize('int8, shape', [
-    (False, dict()), (True, dict(n_kv_head=4, n_table=48, n_prompt=5)), (False, dict(qkv_bias=True, activation='silu')),
+    (False, dict()), (True, dict(n_kv_head=4, n_table=48, n_prompt=5)),
+    (False, dict(qkv_bias=True, activation='silu')),
     (True, dict(qk_norm=True, sandwich=True, head_size=6, rope_of_layer=(0, 0)))])
-def test_the_graph_computes_what_the_student_does(space, tmp_path, int8, shape):
+def test_the_graph_computes_the_students_logits(space, tmp_path, int8, shape):
     student = fold_table(tiny_student(space, **shape))
     if 'n_prompt' in shape:
         torch.nn.init.normal_(student.prompt)
@@ -188,7 +192,7 @@ def test_the_graph_computes_what_the_student_does(space, tmp_path, int8, shape):
     assert {node.domain for node in graph.node} == {''}
     table, = (init for init in graph.initializer if init.dims[:1] == [600] and init.dims[1] > 1)
     assert table.data_type == (onnx.TensorProto.INT8 if int8 else onnx.TensorProto.FLOAT)
-    assert str(ROOT).encode() not in (tmp_path / 'student.onnx').read_bytes()  # nothing of whose machine it was
+    assert str(ROOT).encode() not in (tmp_path / 'student.onnx').read_bytes()  # no path of this machine
 
 
 # -----------------------------------------------------------------------------
@@ -196,30 +200,30 @@ def test_the_graph_computes_what_the_student_does(space, tmp_path, int8, shape):
 
 
 @pytest.mark.parametrize('n', range(len(SCHEMAS)))
-def test_run_py_says_what_sample_py_says(students, n):
-    texts = [*SAME, *HOSTILE]
+def test_run_py_gives_the_answers_of_sample_py(students, n):
+    texts = [*ALIKE, *HOSTILE]
     for confidence in (False, True, 'full'):
-        theirs = Labeler(students[n], 'cpu', confidence=confidence, min_confidence=0.6)(texts)
-        ours = Runner(students[n] / 'device', confidence, 0.6)(texts)
-        assert all(map(nearly, ours, theirs)) and len(ours) == len(texts)
-    assert len({json.dumps(record) for record in theirs}) > 3  # they are not all alike
-    assert any('_defer' in record for record in theirs) and not all('_defer' in record for record in theirs)
+        expected = Labeler(students[n], 'cpu', confidence=confidence, min_confidence=0.6)(texts)
+        records = Runner(students[n] / 'device', confidence, 0.6)(texts)
+        assert all(map(same_records, records, expected)) and len(records) == len(texts)
+    assert len({json.dumps(record) for record in expected}) > 3  # they are not all equal
+    assert {'_defer' in record for record in expected} == {True, False}
 
 
-def test_run_py_answers_where_there_is_no_torch(students, tmp_path):
-    for package in ('numpy', 'numpy.libs', 'onnxruntime', 'tokenizers', 'huggingface_hub', 'flatbuffers', 'google',
-                    'packaging', 'ml_dtypes'):
-        there = Path(np.__file__).parent.parent / package
-        if there.exists():
-            os.symlink(there, tmp_path / package)
-    folder, texts = students[0] / 'device', [*HOSTILE, *SAME]
-    python = [sys.executable, '-S']  # without the packages of this environment but those linked
+def test_run_py_answers_without_torch(students, tmp_path):
+    for package in ('numpy', 'numpy.libs', 'onnxruntime', 'tokenizers', 'huggingface_hub', 'flatbuffers',
+                    'google', 'packaging', 'ml_dtypes'):
+        installed = Path(np.__file__).parent.parent / package
+        if installed.exists():
+            os.symlink(installed, tmp_path / package)
+    folder, texts = students[0] / 'device', [*HOSTILE, *ALIKE]
+    python = [sys.executable, '-S']  # of this environment's packages only those linked
     start = dict(env={'PYTHONPATH': str(tmp_path), 'PATH': os.environ['PATH']}, capture_output=True)
     assert subprocess.run([*python, '-c', 'import torch'], **start).returncode == 1
     done = subprocess.run([*python, folder / 'run.py', '--confidence'], input=as_lines(texts), **start)
     assert done.returncode == 0, done.stderr.decode()
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert all(map(nearly, records, Labeler(students[0], 'cpu')(texts)))
+    assert all(map(same_records, records, Labeler(students[0], 'cpu')(texts)))
     assert b'longer than the 18 tokens' in done.stderr
     (tmp_path / 't.txt').write_bytes(as_lines(texts) + b'\xff\xfe\xed\xa0\x80 no newline')
     done = subprocess.run([*python, folder / 'run.py', tmp_path / 't.txt'], **start)
@@ -228,32 +232,35 @@ def test_run_py_answers_where_there_is_no_torch(students, tmp_path):
     assert list(json.loads(done.stdout)['_confidence']['spam']) == ['true', 'false']
 
 
-def test_a_damaged_or_foreign_folder_ends_in_one_line(students, tmp_path):
+def test_run_py_exits_with_a_message_if_the_folder_is_damaged_or_of_another_format(students, tmp_path):
+    start = dict(capture_output=True, text=True)
     damages = {'student.onnx': lambda b: b[:len(b) // 2], 'task.json': lambda b: b[:-9],
                'tokenizer.json': lambda b: b'{}'}
     for file, damage in damages.items():
         folder = shutil.copytree(students[0] / 'device', tmp_path / file)
         (folder / file).write_bytes(damage((folder / file).read_bytes()))
-        done = subprocess.run([sys.executable, folder / 'run.py', '--text=hello'], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, folder / 'run.py', '--text=hello'], **start)
         assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'export it again' in done.stderr
     folder = shutil.copytree(students[0] / 'device', tmp_path / 'format')
     task = json.loads((folder / 'task.json').read_text()) | {'format': 2}
     (folder / 'task.json').write_text(json.dumps(task))
-    done = subprocess.run([sys.executable, folder / 'run.py', '--text=hello'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, folder / 'run.py', '--text=hello'], **start)
     assert done.stderr == f'{folder} has format 2, this run.py reads 1; export it again\n'
-    with pytest.raises(SystemExit, match='no whole student'):
+    with pytest.raises(SystemExit, match='does not hold a complete student'):
         Runner(tmp_path)
 
 
-def test_wrong_ways_to_call_end_in_one_line(students, npm, tmp_path):
+def test_wrong_arguments_and_another_exports_files_exit_with_a_message(students, npm, tmp_path):
     device = students[1] / 'device'
     shutil.copytree(npm, device / 'npm', dirs_exist_ok=True)
     os.symlink(device, tmp_path / 'link')
     start = dict(capture_output=True, text=True, input='hello\r\n')
-    for args, said in ((['nothing.txt'], 'nothing.txt cannot be read: No such file'), ([str(tmp_path)], 'Is a directory'),
-                       (['--min_confidence=7'], 'from 0 to 1'), (['--min_confidence=target'], 'no target')):
+    for args, message in ((['nothing.txt'], 'nothing.txt cannot be read: No such file'),
+                          ([str(tmp_path)], 'Is a directory'), (['--min_confidence=7'], 'from 0 to 1'),
+                          (['--min_confidence=target'], 'no target')):
         done = subprocess.run([sys.executable, device / 'run.py', *args], **start)
-        assert done.returncode == 1 and said in done.stderr and done.stderr.count('\n') == 1 and not done.stdout
+        assert done.returncode == 1 and message in done.stderr
+        assert done.stderr.count('\n') == 1 and not done.stdout
     for args in (['texts.txt'], ['--confidence=typo']):
         done = subprocess.run(['node', device / 'student.js', *args], **start)
         assert done.returncode == 1 and 'run: node student.js' in done.stderr and done.stderr.count('\n') == 1
@@ -265,30 +272,31 @@ def test_wrong_ways_to_call_end_in_one_line(students, npm, tmp_path):
     done = subprocess.run(['node', '--input-type=module', '-e', elsewhere], **start)
     assert json.loads(done.stdout) == [json.loads(piped)]
     mixed = shutil.copytree(device, tmp_path / 'mixed')
-    (mixed / 'tokenizer.json').write_bytes((mixed / 'tokenizer.json').read_bytes() + b' ')  # of another export
+    with open(mixed / 'tokenizer.json', 'ab') as file:
+        file.write(b' ')  # another size, as if from another export
     for program in ([sys.executable, mixed / 'run.py'], ['node', mixed / 'student.js']):
-        assert 'tokenizer.json is not of this export' in subprocess.run(program, **start).stderr
+        assert 'tokenizer.json is not from this export' in subprocess.run(program, **start).stderr
 
 
 @pytest.mark.parametrize('n', range(len(SCHEMAS)))
-def test_node_says_what_sample_py_says(students, npm, n):
-    device, texts = students[n] / 'device', [*SAME, *HOSTILE]
+def test_node_gives_the_answers_of_sample_py(students, npm, n):
+    device, texts = students[n] / 'device', [*ALIKE, *HOSTILE]
     shutil.copytree(npm, device / 'npm', dirs_exist_ok=True)
-    theirs = Labeler(students[n], 'cpu', confidence='full')(texts)
+    expected = Labeler(students[n], 'cpu', confidence='full')(texts)
     done = subprocess.run(['node', device / 'student.js', '--confidence=full'], input=as_lines(texts),
                           capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
-    ours = [json.loads(line) for line in done.stdout.splitlines()]
-    order = lambda record: dict(sorted(record.items()))  # JavaScript puts names that are numbers first
-    assert all(nearly(order(a), order(b)) for a, b in zip(ours, theirs, strict=True))
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    order = lambda record: dict(sorted(record.items()))  # JavaScript puts keys that are numbers first
+    assert all(same_records(order(a), order(b)) for a, b in zip(records, expected, strict=True))
 
 
-def test_node_ends_in_one_line_where_the_folder_is_damaged(students, npm, tmp_path):
+def test_node_exits_with_a_message_if_the_folder_is_damaged(students, npm, tmp_path):
     for file in ('student.onnx', 'task.json'):
         folder = shutil.copytree(students[0] / 'device', tmp_path / file)
         shutil.copytree(npm, folder / 'npm', dirs_exist_ok=True)
         (folder / file).write_bytes((folder / file).read_bytes()[:-500])
-        done = subprocess.run(['node', folder / 'student.js'], input=b'hello\n', capture_output=True, text=False)
+        done = subprocess.run(['node', folder / 'student.js'], input=b'hello\n', capture_output=True)
         assert done.returncode == 1 and b'export it again' in done.stderr and b' at ' not in done.stderr
 
 
@@ -298,43 +306,44 @@ def test_node_ends_in_one_line_where_the_folder_is_damaged(students, npm, tmp_pa
 
 @pytest.fixture
 def page(students, npm):
-    """the page of a student, opened in the system's Chromium; and what ends its server."""
+    """(the page of a student, opened in the system's Chromium; its server)."""
     api = pytest.importorskip('playwright.sync_api')
     if not CHROMIUM:
-        pytest.skip('Chromium is not here')
+        pytest.skip('Chromium is not installed')
     device = students[0] / 'device'
     shutil.copytree(npm, device / 'npm', dirs_exist_ok=True)
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=str(device)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    flags = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-             '--disable-component-update', '--disable-sync']
+    flags = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+             '--disable-background-networking', '--disable-component-update', '--disable-sync']
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
         page = browser.new_page(viewport={'width': 390, 'height': 844})
-        page.trouble, page.asked = [], []
-        page.on('pageerror', lambda error: page.trouble.append(str(error)))
-        page.on('console', lambda said: said.type == 'error' and page.trouble.append(said.text))
-        page.on('request', lambda request: page.asked.append(request.url))
+        page.errors, page.requests = [], []
+        page.on('pageerror', lambda error: page.errors.append(str(error)))
+        page.on('console', lambda line: line.type == 'error' and page.errors.append(line.text))
+        page.on('request', lambda request: page.requests.append(request.url))
         page.goto(f'http://127.0.0.1:{server.server_port}/')
         page.wait_for_selector('#text:enabled')
         yield page, server
-        assert not page.trouble
-        assert {url.split('/')[2] for url in page.asked if not url.startswith(('blob:', 'data:'))} == {
-            f'127.0.0.1:{server.server_port}'}  # and nobody else
+        assert not page.errors
+        assert {url.split('/')[2] for url in page.requests if not url.startswith(('blob:', 'data:'))} == {
+            f'127.0.0.1:{server.server_port}'}  # no other host
         browser.close()
     server.shutdown()
 
 
 def read_answers(page):
-    """[{field: {value: probability}}] as they stand on the page, and the values in bold."""
+    """[({field: {value: probability}}, [values in bold])] of the answers that the page shows."""
     return page.evaluate('''() => [...document.querySelectorAll("#answers > li")].map((card) => [
-        Object.fromEntries([...card.querySelectorAll("section")].map((part) => [part.querySelector("h2").textContent,
+        Object.fromEntries([...card.querySelectorAll("section")].map((part) => [
+            part.querySelector("h2").textContent,
             Object.fromEntries([...part.querySelectorAll("li")].map((row) => [row.children[1].textContent,
                 Number(row.querySelector(".number").textContent)]))])),
         [...card.querySelectorAll(".chosen")].map((row) => row.children[1].textContent)])''')
 
 
-def test_the_page_shows_what_sample_py_says_and_works_offline(page, students, tmp_path):
+def test_the_page_shows_the_answers_of_sample_py_and_works_offline(page, students, tmp_path):
     page, server = page
     expect = pytest.importorskip('playwright.sync_api').expect
     label = Labeler(students[0], 'cpu', confidence='full')
@@ -343,18 +352,18 @@ def test_the_page_shows_what_sample_py_says_and_works_offline(page, students, tm
     expect(page.locator('#answers > li')).to_have_count(3)
     for (shown, chosen), record in zip(read_answers(page), label(texts), strict=True):
         assert chosen == [record['tone'], json.dumps(record['spam'])]
-        for field, of in record['_confidence'].items():
-            assert shown[field].keys() == of.keys()
-            assert all(abs(shown[field][value] - p) < 0.006 for value, p in of.items())
+        for field, probabilities in record['_confidence'].items():
+            assert shown[field].keys() == probabilities.keys()
+            assert all(abs(shown[field][value] - p) < 0.006 for value, p in probabilities.items())
     assert page.evaluate('document.documentElement.scrollWidth') <= 390  # it fits a phone
 
-    (tmp_path / 'lines.txt').write_bytes(as_lines([*SAME * 5, '', 'é日']))
+    (tmp_path / 'lines.txt').write_bytes(as_lines([*ALIKE * 5, '', 'é日']))
     page.set_input_files('#file', tmp_path / 'lines.txt')
     with page.expect_download() as download:
         page.click('#done a')
     records = [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]
-    theirs = Labeler(students[0], 'cpu')([*SAME * 5, '', 'é日'])
-    assert all(map(nearly, records, theirs)) and len(records) == len(theirs)
+    expected = Labeler(students[0], 'cpu')([*ALIKE * 5, '', 'é日'])
+    assert all(map(same_records, records, expected)) and len(records) == len(expected)
 
     expect(page.locator('#status')).to_contain_text('without a network')
     server.shutdown()
@@ -364,7 +373,8 @@ def test_the_page_shows_what_sample_py_says_and_works_offline(page, students, tm
     page.fill('#text', '\n'.join(texts[:2]))
     expect(page.locator('#answers > li')).to_have_count(2)
     assert read_answers(page)[1][1][0] == label(texts)[1]['tone']
-    page.trouble = [line for line in page.trouble if 'ERR_CONNECTION_REFUSED' not in line]  # the worker tried
+    # the worker tries the network first
+    page.errors = [line for line in page.errors if 'ERR_CONNECTION_REFUSED' not in line]
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
@@ -380,28 +390,29 @@ def test_the_page_can_be_used_by_keyboard_and_screen_reader(page, npm, scheme):
     page.keyboard.press('Tab')
     assert page.evaluate('document.activeElement.id') == 'file'
     page.add_script_tag(path=npm.parent / 'axe.js')
-    faults = page.evaluate('axe.run()')['violations']
-    assert not [(fault['id'], fault['nodes'][0]['html']) for fault in faults], faults
+    violations = page.evaluate('axe.run()')['violations']
+    assert not [(rule['id'], rule['nodes'][0]['html']) for rule in violations], violations
 
 
 # -----------------------------------------------------------------------------
-# as a user
+# the programs
 
 
 @pytest.fixture(scope='module')
 def exported(project, tmp_path_factory):
-    """the project, and what device/export.py printed there."""
+    """(a copy of the project, the finished process of device/export.py in it)."""
     root = shutil.copytree(project, tmp_path_factory.mktemp('exported') / 'p', symlinks=True)
     return root, run(root, 'device/export.py', '--keep_tokens=380')
 
 
-def test_export_says_what_was_lost_and_leaves_a_folder_that_answers(exported):
+def test_export_prints_what_it_loses_and_makes_a_folder_that_answers(exported):
     root, done = exported
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: dict(pair.split('=') for pair in line.split()[1:])
              for line in done.stdout.splitlines() if '=' in line.split()[1]}
     shrink = {key: float(value) for key, value in lines['shrink'].items()}
-    assert shrink['tokens'] <= 380 < shrink['of'] and shrink['fields_same'] > 0.8 and shrink['ids_changed'] < 0.5
+    assert shrink['tokens'] <= 380 < shrink['of']
+    assert shrink['fields_same'] > 0.8 and shrink['ids_changed'] < 0.5
     assert abs(shrink['kl_int8'] - shrink['kl_float32']) < 0.002 and lines['onnx']['same_records'] == '1'
     folder = root / 'out/toy/device'
     assert sum(file.stat().st_size for file in folder.iterdir()) == int(lines['device']['bytes'])
@@ -416,7 +427,7 @@ def test_export_says_what_was_lost_and_leaves_a_folder_that_answers(exported):
     assert again.returncode == 0 and 'fields_same=1\n' in again.stdout and 'onnx texts=' in again.stdout
 
 
-def test_a_users_mistakes_end_in_one_line(exported):
+def test_wrong_settings_exit_with_a_message(exported):
     root, _ = exported
     assert 'no task' in one_line(run(root, 'device/export.py', '--name='))
     assert "did you mean 'keep_tokens'" in one_line(run(root, 'device/export.py', '--keep_token=9'))
@@ -426,4 +437,4 @@ def test_a_users_mistakes_end_in_one_line(exported):
     missing = one_line(run(root, 'device/export.py', '--dataset=nowhere'))
     assert 'data/nowhere/input.jsonl does not exist' in missing
     assert 'holds no student; run: python device/export.py' in one_line(run(root, 'device/web.py', '--run=x'))
-    assert all(kept for files in PARTS.values() for kept in files.values())
+    assert all(kept for files in PACKAGES.values() for kept in files.values())

@@ -274,3 +274,10 @@ def test_a_closed_terminal_ends_a_run_as_kill_does(project, tmp_path, program):
     process.send_signal(signal.SIGHUP)
     stdout, stderr = process.communicate()
     assert b'the same command continues' in stdout + stderr and b'Traceback' not in stderr
+
+
+def test_a_run_does_not_continue_with_another_max_text(project, tmp_path):
+    """longer texts than meta.json promises would not fit the student."""
+    root = clone_task(project, tmp_path, 'toy-00')
+    message = one_line(run(root, 'extract.py', '--max_text=40'))
+    assert 'was extracted with another max_text' in message

@@ -2,15 +2,17 @@
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from distil.checkpoint import CHECKPOINT, save_checkpoint
 from distil.space import OutputSpace, tokenizer_hash
 from sample import Labeler
-from tests.conftest import ROOT, one_line, run, tiny_student
+from tests.conftest import FIELDS, ROOT, one_line, run, tiny_student
 
 
 @pytest.fixture(scope='module')
@@ -102,3 +104,17 @@ assert not alive and results.get() == expected and results.get() == 3000
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], cwd=project, capture_output=True, text=True,
                           env={**os.environ, 'OMP_NUM_THREADS': '2'})
     assert done.returncode == 0, done.stderr
+
+
+def test_a_student_of_less_than_an_epoch_answers(project, tmp_path):
+    """ckpt.pt of the first epoch has no temperatures yet."""
+    folder = shutil.copytree(project / 'out/toy', tmp_path / 'early')
+    checkpoint = torch.load(folder / 'ckpt.pt', weights_only=True)
+    save_checkpoint(folder / 'ckpt.pt', checkpoint | {'per_field': None})
+    record, = Labeler(folder, 'cpu', which='last')(['hello my friend'])
+    assert list(record['_confidence']) == list(FIELDS)
+
+
+def test_to_ask_the_teacher_takes_a_threshold(project):
+    with pytest.raises(SystemExit, match='needs a min_confidence'):
+        Labeler(project / 'out/toy', 'cpu', ask_teacher=True)
