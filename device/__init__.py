@@ -1,2 +1,2 @@
-"""The student without torch: export.py makes a folder, shrink.py makes it small, run.py and student.js answer,
-web.py serves it as a page."""
+"""The student without torch: export.py makes a folder, shrink.py makes the student small, run.py and
+student.js answer, web.py serves the folder as a page."""

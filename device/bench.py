@@ -1,10 +1,11 @@
-"""The tables of docs/device.md: what trimming costs, and how fast the folder answers where.
+"""Measures the tables of docs/device.md: what trimming costs, and how fast the exported student is.
 
     python device/bench.py config/demo.py --what=tokens    # agreement and bytes by the number of tokens kept
     python device/bench.py config/demo.py --what=speed     # torch, ONNX in Python, Node, Chromium, in one run
 
-The second needs out/<name>/device with its npm parts (device/export.py, device/web.py --serve=False); Node and
-Chromium are passed over where they are not installed. Figures are medians of rounds that take turns.
+The second command needs out/<name>/device with its npm/ (device/export.py, device/web.py --serve=False). It
+skips Node and Chromium if they are not installed. Figures are medians over rounds in which the runners take
+turns.
 """
 import importlib.util
 import json
@@ -22,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure, data_line, stop
-from device.export import read_corpus, shrink, write_onnx
+from device.export import read_corpus, shrink_student, write_onnx
 from device.run import Student
 from device.web import Handler
 from distil.checkpoint import load_checkpoint
@@ -33,8 +34,8 @@ name = ''            # word; out/<name> is the student ...
 run = ''             # word; ... or out/<run>
 dataset = ''         # word; data/<dataset> has the texts
 what = 'tokens'      # 'tokens' or 'speed'; see above
-texts = 1000         # 1..; held-out texts that are answered in a round of speed
-rounds = 5           # 1..
+texts = 1000         # 1..; held-out texts per round of 'speed'
+rounds = 5           # 1..; of sample.py and run.py
 config = configure(globals())
 
 SIZES = 8192, 16384, 32768, 40960, 65536, 0
@@ -44,7 +45,11 @@ IN_JAVASCRIPT = '''async (url, texts) => {
     const student = await Student.load(url);
     const load_ms = performance.now() - began;
     await student.label(texts.slice(0, 200), {});
-    const clock = async (work) => { const t = performance.now(); await work(); return performance.now() - t; };
+    const clock = async (work) => {
+        const began = performance.now();
+        await work();
+        return performance.now() - began;
+    };
     const median = (x) => x.sort((a, b) => a - b)[Math.floor(x.length / 2)];
     const all = [], one = [];
     for (let n = 0; n < 3; n++) all.push(await clock(() => student.label(texts, {})));
@@ -56,35 +61,39 @@ IN_JAVASCRIPT = '''async (url, texts) => {
 
 
 def clock(work):
+    """seconds that work() takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
-def bench_python(answerers, texts, rounds):
-    """answerers {name: function of texts}, in turns -> {name: (texts a second, milliseconds of one)}."""
-    many, one = {who: [] for who in answerers}, {who: [] for who in answerers}
-    for answer in answerers.values():
-        answer(texts[:200])
+def bench_python(runners, texts, rounds):
+    """runners {name: function of texts}, which take turns -> {name: (texts per second, milliseconds for one
+    text)}."""
+    many, one = {runner: [] for runner in runners}, {runner: [] for runner in runners}
+    for label in runners.values():
+        label(texts[:200])
     for n in range(rounds):
-        for who, answer in answerers.items():
-            many[who].append(clock(lambda: answer(texts)))
-            one[who] += [clock(lambda: answer([text])) for text in texts[n::max(1, len(texts) // 40)]]
-    return {who: (len(texts) / np.median(many[who]), 1e3 * np.median(one[who])) for who in answerers}
+        for runner, label in runners.items():
+            many[runner].append(clock(lambda: label(texts)))
+            one[runner] += [clock(lambda: label([text])) for text in texts[n::max(1, len(texts) // 40)]]
+    return {runner: (len(texts) / np.median(many[runner]), 1e3 * np.median(one[runner]))
+            for runner in runners}
 
 
 def bench_node(folder, texts):
-    """None where there is no Node."""
+    """{figure: value} in Node; None if Node is not installed."""
     if not shutil.which('node'):
         return None
-    given = f'{json.dumps(folder.as_uri() + "/")}, {json.dumps(texts)}'
+    arguments = f'{json.dumps(folder.as_uri() + "/")}, {json.dumps(texts)}'
     done = subprocess.run(['node', '--input-type=module'], capture_output=True, text=True, check=True,
-                          input=f'console.log(JSON.stringify(await ({IN_JAVASCRIPT})({given})))')
+                          input=f'console.log(JSON.stringify(await ({IN_JAVASCRIPT})({arguments})))')
     return json.loads(done.stdout)
 
 
 def bench_chromium(folder, texts):
-    """None where there is no Chromium or no playwright."""
+    """{figure: value} in Chromium, also usable_s: seconds until the page can be used; None if Chromium or
+    playwright is not installed."""
     chromium = shutil.which('chromium') or shutil.which('chromium-browser')
     if not chromium or importlib.util.find_spec('playwright') is None:
         return None
@@ -94,17 +103,17 @@ def bench_chromium(folder, texts):
     url = f'http://127.0.0.1:{server.server_port}/'
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=['--no-sandbox', '--disable-gpu'])
-        usable = []
+        usable_s = []
         for _ in range(3):  # each with an empty cache
             page = browser.new_context().new_page()
             began = time.perf_counter()
             page.goto(url)
             page.wait_for_selector('#text:enabled')
-            usable.append(time.perf_counter() - began)
+            usable_s.append(time.perf_counter() - began)
         figures = page.evaluate(f'([url, texts]) => ({IN_JAVASCRIPT})(url, texts)', [url, texts])
         browser.close()
     server.shutdown()
-    return figures | {'usable_s': float(np.median(usable))}
+    return figures | {'usable_s': float(np.median(usable_s))}
 
 
 if __name__ == '__main__':
@@ -119,28 +128,29 @@ if __name__ == '__main__':
         for n in SIZES:
             if 0 < n >= student.config.vocab_size:
                 continue
-            small, small_space, figures = shrink(
+            small, small_space, figures = shrink_student(
                 student, space, seen, check[:2000], max_text, n, True, shards)
             with tempfile.TemporaryDirectory() as folder:
                 write_onnx(small, Path(folder, 'student.onnx'))
                 small_space.tokenizer.save(f'{folder}/tokenizer.json', pretty=False)
                 size = sum(file.stat().st_size for file in Path(folder).iterdir())
-            print(data_line('size', {'tokens': small.config.vocab_size, **figures, 'bytes': size}), flush=True)
+            figures = {'tokens': small.config.vocab_size, **figures, 'bytes': size}
+            print(data_line('size', figures), flush=True)
     else:
         folder, check = out / 'device', check[:texts]
         if not (folder / 'npm').is_dir():
-            stop(f'{folder}/npm is not there; run device/export.py and device/web.py --serve=False first')
+            stop(f'{folder}/npm does not exist; run device/export.py and device/web.py --serve=False first')
         with tempfile.TemporaryDirectory() as float32:
             shutil.copy(folder / 'tokenizer.json', float32)
             n = len(json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))['model']['vocab'])
-            small, _, _ = shrink(student, space, seen, [], max_text, n, False)
+            small, _, _ = shrink_student(student, space, seen, [], max_text, n, False)
             write_onnx(small, Path(float32, 'student.onnx'))
             task = json.loads((folder / 'task.json').read_text(encoding='utf-8')) | {'bytes': {}}
             Path(float32, 'task.json').write_text(json.dumps(task))
-            ways = {'sample.py': Labeler(out, 'cpu', confidence=False), 'run.py, int8': Student(folder),
-                    'run.py, float32': Student(float32)}
-            for who, (rec_s, ms) in bench_python(ways, check, rounds).items():
-                print(data_line('speed', {'who': who.replace(', ', '_'), 'rec_s': rec_s, 'one_ms': ms}), flush=True)
-        for who, figures in (('node', bench_node(folder, check)), ('chromium', bench_chromium(folder, check))):
-            if figures:
-                print(data_line('speed', {'who': who, **figures}), flush=True)
+            runners = {'sample.py': Labeler(out, 'cpu', confidence=False), 'run.py_int8': Student(folder),
+                       'run.py_float32': Student(float32)}
+            for runner, (rec_s, ms) in bench_python(runners, check, rounds).items():
+                print(data_line('speed', {'who': runner, 'rec_s': rec_s, 'one_ms': ms}), flush=True)
+        for runner, bench in (('node', bench_node), ('chromium', bench_chromium)):
+            if figures := bench(folder, check):
+                print(data_line('speed', {'who': runner, **figures}), flush=True)

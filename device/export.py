@@ -1,12 +1,12 @@
-"""A student without torch: one folder with everything that a phone, an edge box or a browser needs to answer.
+"""Exports a student as one folder that answers without torch: on a phone, on an edge box or in a browser.
 
     python device/export.py config/demo.py                      # out/demo/device
     python device/export.py config/demo.py --keep_tokens=0      # the teacher's whole vocabulary, for any text
-    python device/export.py config/demo.py --int8=False --keep_tokens=0    # and every bit of the weights
-    python out/demo/device/run.py --text="you are great"        # wants numpy, onnxruntime and tokenizers
+    python device/export.py config/demo.py --int8=False --keep_tokens=0    # and weights in float32
+    python out/demo/device/run.py --text="you are great"        # needs numpy, onnxruntime and tokenizers
 
-Reads out/<name>/, counts the tokens of data/<dataset>/input.jsonl, and measures what was lost on the tenth of
-those texts that nothing was trained on. Needs requirements-device.txt.
+It reads out/<name>/, counts the tokens of data/<dataset>/input.jsonl, and measures on the held-out tenth of
+those texts what the export loses. It needs requirements-device.txt.
 """
 import importlib.util
 import json
@@ -22,37 +22,37 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure, data_line, stop
 from data import held_out, read_texts, text_hash, write_json
-from device.shrink import choose_tokens, fold_table, round_to_int8, trim, trim_tokenizer
+from device.shrink import choose_tokens, fold_table, round_to_int8, trim_student, trim_tokenizer
 from distil.agreement import field_texts, same_values, teacher_forced_sums
 from distil.checkpoint import load_checkpoint
 from distil.decode import generate
 from distil.records import load_records
-from distil.space import value_name
+from distil.space import value_names
 
 name = ''            # word; out/<name> is the student ...
 run = ''             # word; ... or out/<run>
 which = 'best'       # 'best' or 'last'; the epoch to use: the best by train.py's best_by
-dataset = ''         # word; data/<dataset> has texts like those it will read
+dataset = ''         # word; data/<dataset> has texts like those that the student will read
 keep_tokens = 40960  # 0..; tokens that stay in the table, see docs/device.md; 0: all
-int8 = True          # table and matrices in 8 bits, else in float32
+int8 = True          # table and matrices in 8 bits; False: in float32
 corpus_texts = 200_000  # 1..; texts whose tokens are counted
 check_texts = 2000   # 0..; held-out texts on which the answers are compared
 config = configure(globals())
 
 HERE = Path(__file__).resolve().parent
 RUNNERS = 'run.py', 'student.js', 'index.html', 'worker.js', 'package.json'
-FORMAT = 1  # of the folder: the version in task.json that the runners look for
+FORMAT = 1  # of the folder; task.json has it, and the runners check it
 
 # -----------------------------------------------------------------------------
 # the graph
 
 
 def write_onnx(student, path):
-    """the student's forward pass as an ONNX graph of standard operators, which compute the same in every runtime:
-    ids (B, T) and which of the B * T positions are asked (M,) -> logits (M, V). 8-bit weights are stored as they
-    are, Cast and Mul make numbers of them when the graph is loaded or a row is looked up; activations are never
-    rounded, since runtimes differ in how. Operator set 23 has attention and RMSNorm as one operator each, an
-    eighth faster than set 20's."""
+    """writes the student's forward pass as an ONNX graph: ids (B, T), and asked (M,), the positions among the
+    B * T whose output is needed -> logits (M, V). All operators are standard ones, so every runtime computes
+    the same. 8-bit weights are stored as int8; Cast and Mul turn them into float32 when the graph is loaded
+    or a row is looked up. Activations are never rounded, since runtimes differ in how they do it. Operator
+    set 23 has attention and RMSNorm as one operator each, an eighth faster than set 20's."""
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
     dim = torch.export.Dim
     T = dim('T', min=2, max=student.config.block_size)
@@ -63,25 +63,26 @@ def write_onnx(student, path):
         program = torch.onnx.export(
             student, kwargs=example, dynamic_shapes=shapes, opset_version=23, optimize=False, verbose=False,
             input_names=['ids', 'asked'], output_names=['logits'], dynamo=True, external_data=False)
-        program.optimize()  # folds what is constant and small; the 8-bit matrices stay
+        program.optimize()  # folds small constants; the 8-bit matrices stay
     model = program.model_proto
     del model.metadata_props[:], model.graph.value_info[:]
-    for node in model.graph.node:  # where in which file of whose machine it came from: a megabyte
+    for node in model.graph.node:  # the source lines and paths that it came from: a megabyte
         del node.metadata_props[:]
         node.ClearField('doc_string')
     Path(path).write_bytes(model.SerializeToString())
 
 
 # -----------------------------------------------------------------------------
-# the schema, for a reader that has neither tokenizer tricks nor torch
+# the schema, as the runners read it
 
 
 def make_task(name, checkpoint, space, start):
-    """what a runner must know, see device/run.py: the automaton with nothing left but its decisions.
+    """the content of task.json, a dict: the automaton, reduced to its decisions. device/run.py uses it.
 
-    states: at each decision the rows of logits to choose among, what is to be read after each (ids), and the
-    decision that comes next, -1 where the answer is complete. ways: for each value of a field the decisions
-    that lead to it, [state, which of its choices].
+    states: for each decision its legal tokens (rows: of the logits), the ids to read after each choice (read:
+    the token itself and the forced tokens after it), and the next decision (next: -1 if the answer is
+    complete). ways: for each value of a field its path: the decisions that lead to it, each as [state, index
+    among its legal tokens].
     """
     task, numbers = checkpoint['task'], {}
     prefix, first = space.forced_runs[0]
@@ -92,27 +93,29 @@ def make_task(name, checkpoint, space, start):
             continue
         numbers[state] = len(numbers)
         states.append((state, list(space.transitions[state].items())))
-        todo += [space.forced_runs[after][1] for _, after in states[-1][1] if space.forced_runs[after][1] != space.done]
+        following = [space.forced_runs[after][1] for _, after in states[-1][1]]
+        todo += [state for state in following if state != space.done]
     numbers[space.done] = -1
     ids = lambda outs: [space.output_ids[o] for o in outs]
     table = [{'field': space.field[state], 'rows': [out for out, _ in moves],
               'read': [ids([out, *space.forced_runs[after][0]]) for out, after in moves],
-              'next': [numbers[space.forced_runs[after][1]] for _, after in moves]} for state, moves in states]
-    ways = {field: [[[numbers[state], table[numbers[state]]['rows'].index(out)] for state, out, _ in way]
-                    for way in of_values] for field, of_values in space.value_paths.items()}
-    names = {field: [value_name(value) for value in values] for field, values in space.fields.items()}
+              'next': [numbers[space.forced_runs[after][1]] for _, after in moves]}
+             for state, moves in states]
+    paths = {field: [[[numbers[state], table[numbers[state]]['rows'].index(out)] for state, out, _ in path]
+                     for path in of_values] for field, of_values in space.value_paths.items()}
+    names = {field: value_names(values) for field, values in space.fields.items()}
     return {'format': FORMAT, 'name': name, 'fields': space.fields, 'names': names,
-            'max_text': task['max_text'], 'start': [*start, *ids(prefix)], 'states': table, 'ways': ways,
+            'max_text': task['max_text'], 'start': [*start, *ids(prefix)], 'states': table, 'ways': paths,
             'temperature': {field: checkpoint['per_field'][field]['temperature'] for field in space.fields},
             'min_confidence': (checkpoint.get('target') or {}).get('min_confidence')}
 
 
 # -----------------------------------------------------------------------------
-# what was lost
+# what the export loses
 
 
 def read_corpus(path, n):
-    """the first n texts of an input.jsonl, as (those to count, those held out)."""
+    """the first n texts of an input.jsonl, as (texts to count, held-out texts)."""
     texts = ([], [])
     for text, _, _ in read_texts(path):
         if text:
@@ -122,99 +125,101 @@ def read_corpus(path, n):
     return texts
 
 
-def encode_all(tokenizer, texts, max_text):
-    """lists of ids, cut to max_text."""
+def encode_texts(tokenizer, texts, max_text):
+    """a list of ids for each text, cut to max_text."""
     return [e.ids[:max_text] for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def answer_texts(student, space, texts, max_text):
-    """{field: JSON text of its value for each text}."""
-    return field_texts(space, generate(student, space, encode_all(space.tokenizer, texts, max_text)))
+def label_texts(student, space, texts, max_text):
+    """{field: [the value for each text, as a JSON text]}."""
+    return field_texts(space, generate(student, space, encode_texts(space.tokenizer, texts, max_text)))
 
 
-def kl_of(student, shards):
-    """mean KL from the teacher, per answer token of the held-out records."""
+def measure_kl(student, shards):
+    """mean KL(teacher || student) per answer token of the held-out records, in nats."""
     with torch.no_grad():
         kl, _, _, steps = teacher_forced_sums(student, shards, shards.split()[1].tolist(), 64)
     return kl / steps
 
 
-def shrink(student, space, texts, check, max_text, keep_tokens, int8, shards=None):
-    """the student in as few bytes as asked for, its OutputSpace, and what that cost: figures on the held-out
-    texts of check. texts: those whose tokens are counted."""
+def shrink_student(student, space, texts, check, max_text, keep_tokens, int8, shards=None):
+    """(the student with keep_tokens tokens, in 8 bits if int8; its OutputSpace; figures of what that cost, on
+    the held-out texts `check`). The tokens of `texts` are counted. ValueError if keep_tokens is too small."""
     figures = {'texts': len(check)}
-    encode = lambda texts: encode_all(space.tokenizer, texts, max_text)
+    encode = lambda texts: encode_texts(space.tokenizer, texts, max_text)
     counts = Counter(i for ids in encode(texts) for i in ids)
     always = {*space.output_ids[:space.n_required], *student.config.start}
     kept = choose_tokens(space.tokenizer, keep_tokens, counts, always)
     folded = fold_table(student)
     rounded = round_to_int8(folded) if int8 else folded
     if shards and int8:
-        figures |= {'kl_float32': kl_of(folded, shards), 'kl_int8': kl_of(rounded, shards)}
+        figures |= {'kl_float32': measure_kl(folded, shards), 'kl_int8': measure_kl(rounded, shards)}
     tokenizer = trim_tokenizer(space.tokenizer, kept)
-    small, small_space = trim(rounded, space, kept, tokenizer)
+    small, small_space = trim_student(rounded, space, kept, tokenizer)
     if check:
-        whole = answer_texts(student, space, check, max_text)
-        trimmed = answer_texts(*trim(folded, space, kept, tokenizer), check, max_text)
-        ours = answer_texts(small, small_space, check, max_text)
-        cut = zip(encode(check), encode_all(tokenizer, check, max_text))
-        figures |= {'ids_changed': sum(a != [kept[i] for i in b] for a, b in cut) / len(check),
-                    'fields_trimmed': float(same_values(whole, trimmed).mean()),
-                    'fields_int8': float(same_values(trimmed, ours).mean()),
-                    'fields_same': float(same_values(whole, ours).mean())}
+        before = label_texts(student, space, check, max_text)
+        trimmed = label_texts(*trim_student(folded, space, kept, tokenizer), check, max_text)
+        after = label_texts(small, small_space, check, max_text)
+        encodings = zip(encode(check), encode_texts(tokenizer, check, max_text))
+        figures |= {'ids_changed': sum(a != [kept[i] for i in b] for a, b in encodings) / len(check),
+                    'fields_trimmed': float(same_values(before, trimmed).mean()),
+                    'fields_int8': float(same_values(trimmed, after).mean()),
+                    'fields_same': float(same_values(before, after).mean())}
     return small, small_space, figures
 
 
 # -----------------------------------------------------------------------------
-# the card
+# the model card
 
 
 CARD = '''# {name}: a student
 
-It turns a text into JSON, {n_fields} of these values, in place of `{teacher}`,
-whose answers it has learned.
+It turns a text into JSON with {n_fields}. It replaces `{teacher}`,
+its teacher, whose answers it was trained on.
 
-| field | values | agrees with its teacher | always the commonest value would |
+| field | values | agreement with the teacher | majority baseline |
 |---|---|---|---|
 {fields}
 
-Agreement is that of the student as trained, on {records} texts it was not trained on (whole answers:
-{exact:.3f}); it was trained on {trained}. Where the teacher is wrong, so is the student. `_confidence` is the
-probability that it says what its teacher would, made true on held-out records; it says nothing of texts
-unlike those it was trained on. It reads {max_text} tokens (a token is about three quarters of an English word)
-and overlooks the rest of a longer text.
+The agreement was measured before the export, on {records} held-out texts (whole answers: {exact:.3f}). The
+majority baseline always answers the commonest value. The student was trained on {trained} texts. Where the
+teacher is wrong, the student is wrong too. `_confidence` is the probability that its answer equals the
+teacher's, calibrated on held-out records. It is not reliable for texts unlike those it was trained on. The
+student reads the first {max_text} tokens of a text and ignores the rest (a token is about three quarters of
+an English word).
 
-What became of it on its way here: {keep_tokens} of {vocab} tokens kept, weights in {bits}; {check}
+The export kept {keep_tokens} of {vocab} tokens, and the weights in {bits}. {check}
 
     pip install numpy "onnxruntime>=1.24" tokenizers
-    python run.py --text="a text"     # or a file with a text on each line, or a pipe; --confidence
+    python run.py --text="a text"     # or a file with one text per line, or a pipe; --confidence
 
 | file | bytes | |
 |---|---|---|
 {files}
 
-The teacher's licence and those of the texts it was trained on hold for what was made of them. The prompt it replaces:
+The licences of the teacher and of the training texts also apply to the student. The prompt that it replaces:
 
 {prompt}
 '''
 
 
 def write_card(folder, checkpoint, figures, space, vocab):
-    """README.md of the folder. figures: of shrink."""
+    """writes the model card, README.md of the folder. figures: those of shrink_student. vocab: number of
+    tokens before the export."""
     task, per_field = checkpoint['task'], checkpoint['per_field']
-    what = {'student.onnx': 'its weights and what to do with them', 'task.json': 'its fields, as an automaton',
-            'tokenizer.json': 'how a text is cut into tokens', 'run.py': 'answers, in Python',
-            'student.js': 'answers, in a browser or in Node', 'index.html': 'a page to try it',
-            'worker.js': 'keeps the page for when there is no network',
-            'package.json': 'tells Node that student.js is a module'}
+    purpose = {'student.onnx': 'the network and its weights', 'task.json': 'the fields, as an automaton',
+               'tokenizer.json': 'cuts a text into tokens', 'run.py': 'answers, in Python',
+               'student.js': 'answers, in a browser or in Node', 'index.html': 'a page to try it',
+               'worker.js': 'stores the page, so that it works without a network',
+               'package.json': 'declares student.js as a module, for Node'}
     lines = [f'| `{field}` | {", ".join(json.dumps(v, ensure_ascii=False) for v in values)} | '
              f'{per_field[field]["agree"]:.3f} | {per_field[field]["majority"]:.3f} |'
              for field, values in space.fields.items()]
-    files = [f'| `{file}` | {(folder / file).stat().st_size:,} | {text} |' for file, text in what.items()]
-    check = 'not measured: there were no held-out texts.'
+    files = [f'| `{file}` | {(folder / file).stat().st_size:,} | {text} |' for file, text in purpose.items()]
+    check = 'What that changes was not measured: there were no held-out texts.'
     if 'fields_same' in figures:
-        check = (f'on {figures["texts"]:,} held-out texts\n{figures["ids_changed"]:.3f} are cut into other '
-                 f'tokens, and {figures["fields_same"]:.4f} of the fields are as before.')
+        check = (f'Of {figures["texts"]:,}\nheld-out texts, a share of {figures["ids_changed"]:.3f} is cut '
+                 f'into other tokens; {figures["fields_same"]:.4f} of their fields are unchanged.')
     best = checkpoint['figures']
     card = CARD.format(name=run or name, n_fields=f'{len(space.fields)} fields', teacher=task['teacher'],
                        fields='\n'.join(lines), records=best['records'], exact=best['exact'],
@@ -235,13 +240,13 @@ if __name__ == '__main__':
     checkpoint, student, space = load_checkpoint(out, 'cpu', which)
     corpus = Path('data', dataset, 'input.jsonl')
     if not corpus.is_file() and keep_tokens:
-        stop(f'{corpus} does not exist, so nothing says which tokens to keep; bring it, or set --keep_tokens=0')
+        stop(f'{corpus} does not exist; its tokens are the ones to keep: add it, or set --keep_tokens=0')
     texts, check = read_corpus(corpus, corpus_texts) if corpus.is_file() else ([], [])
-    shards = load_records(dataset, name, checkpoint['task'])  # None: they stayed behind
+    shards = load_records(dataset, name, checkpoint['task'])  # None if they are not here
     max_text, vocab = checkpoint['task']['max_text'], student.config.vocab_size
     try:
-        small, small_space, figures = shrink(student, space, texts, check[:check_texts], max_text, keep_tokens,
-                                             int8, shards)
+        small, small_space, figures = shrink_student(student, space, texts, check[:check_texts], max_text,
+                                                     keep_tokens, int8, shards)
     except ValueError as error:
         stop(str(error))
     print(data_line('shrink', {'tokens': small.config.vocab_size, 'of': vocab, **figures}))
@@ -260,12 +265,12 @@ if __name__ == '__main__':
 
     from device.run import Student
     runner, probe = Student(tmp), check[:check_texts] or ['one text', 'another']
-    theirs = answer_texts(small, small_space, probe, max_text)
-    same = sum(json.dumps(record) == json.dumps({field: json.loads(theirs[field][n]) for field in space.fields})
-               for n, record in enumerate(runner(probe)))
+    values = label_texts(small, small_space, probe, max_text)
+    expected = [{field: json.loads(values[field][n]) for field in space.fields} for n in range(len(probe))]
+    same = sum(json.dumps(a) == json.dumps(b) for a, b in zip(runner(probe), expected, strict=True))
     print(data_line('onnx', {'texts': len(probe), 'same_records': same / len(probe)}))
     if same < 0.99 * len(probe):
-        stop(f'the graph does not compute what the student does; it is left in {tmp}')
+        stop(f'the graph and the student give different answers; the export is left in {tmp}')
     if (folder / 'npm').is_dir():
         (folder / 'npm').rename(tmp / 'npm')
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""A smaller student of the same answers: fewer tokens in its table, 8 bits a weight. No settings, no files.
+"""Makes a student smaller: fewer tokens in its table, 8 bits per weight. No settings, no files.
 
-Most of a small student's bytes are its table: a row for each of the 150,000 or 260,000 tokens its teacher
-knows, of which a narrow job sees a tenth. `choose_tokens` says which to keep, `trim_tokenizer` makes a
-tokenizer that knows no others and still cuts any text into pieces, `trim` takes the rows.
+Most of a small student's bytes are its table: one row for each of the teacher's 150,000 or 260,000 tokens. A
+narrow task uses a tenth of them. `choose_tokens` chooses the ids to keep. `trim_tokenizer` makes a tokenizer
+that has only these tokens and still encodes any text. `trim_student` takes the rows of the kept tokens.
 """
 import copy
 import json
@@ -23,30 +23,31 @@ from model import StudentConfig
 
 
 def merge_ranks(model):
-    """{(left piece, right piece): rank} of the `model` of a tokenizer.json. ValueError where it is no BPE."""
+    """{(left piece, right piece): rank} of the `model` of a tokenizer.json. ValueError if it is not BPE."""
     if model['type'] != 'BPE':
-        raise ValueError(f'its tokenizer is {model["type"]}, not BPE, and cannot be trimmed: set keep_tokens=0')
+        raise ValueError(f'the tokenizer is {model["type"]}, only BPE can be trimmed: set keep_tokens=0')
     pairs = (pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges'])
     return {tuple(pair): rank for rank, pair in enumerate(pairs)}
 
 
-def pieces_of(token, ranks):
-    """all pieces that byte pair encoding makes on its way from the characters of a token to the token, which
-    is the last: without one of them it would never get there. (https://arxiv.org/abs/1508.07909)"""
+def list_pieces(token, ranks):
+    """the pieces from which byte pair encoding builds a token: its characters, then every merged piece; the
+    last is the token itself. Without one of them it cannot be built. (https://arxiv.org/abs/1508.07909)"""
     parts = list(token)
-    made = list(parts)
+    pieces = list(parts)
     while len(parts) > 1:
         rank, i = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(zip(parts, parts[1:])))
         if rank == len(ranks):
-            return [token]  # no merge leads there: it is found whole, or never
+            return [token]  # no merges build it: it is found whole, or never
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        made.append(parts[i])
-    return made
+        pieces.append(parts[i])
+    return pieces
 
 
-def kind_of(i, text):
-    """which tokens are alike: begun by a space or not, script and case, and about as common in the text that
-    the vocabulary was made from (BPE numbers the commonest first)."""
+def classify_token(i, text):
+    """id of a token and its text -> its kind, a tuple: whether it starts with a space; its script and case;
+    roughly how common it was in the texts that the vocabulary was made from (BPE numbers the commonest
+    first)."""
     word = text.strip()
     script = unicodedata.name(word[:1], '?').split()[0] if word else ''  # LATIN, CYRILLIC, CJK, DIGIT, ...
     case = word.islower(), word.isupper(), word.istitle(), word.isalpha(), word.isascii()
@@ -54,12 +55,13 @@ def kind_of(i, text):
 
 
 def choose_tokens(tokenizer, n, counts, always):
-    """the ids to keep, sorted: at most n, or all where n is 0.
+    """the ids to keep, sorted: at most n, or all if n is 0. ValueError if n is too small.
 
-    always: ids kept in any case, as are the pieces that any text can be cut into (the 256 bytes). Then come
-    those of counts {id: how often it was seen}, the commonest first, then the others: first those of kinds of
-    which most were seen. Each brings the pieces it is made of, so a text whose tokens are all kept is cut as
-    before: merging takes the best pair there is, and none of those is lost.
+    The ids in `always` are kept in any case, and the 256 bytes, with which any text can be encoded. Next
+    come the ids of counts {id: how often it was seen}, the commonest first. The other ids follow by their
+    kind: the larger the share of a kind that was seen, the earlier. Each id brings the pieces that it is
+    built from, so a text whose tokens are all kept is cut as before: at each step BPE merges the pair of the
+    lowest rank, and none of these merges is lost.
     """
     spec = json.loads(tokenizer.to_str())
     names = {i: token for token, i in tokenizer.get_vocab().items()}
@@ -70,55 +72,58 @@ def choose_tokens(tokenizer, n, counts, always):
     # byte-level BPE writes each byte as one character; with byte_fallback it is a token like <0x0A>
     fallback = spec['model'].get('byte_fallback')
     is_byte = lambda t: len(t) == 6 and t[:3] == '<0x' if fallback else len(t) == 1
-    pieces = lambda i: {vocab.get(piece, i) for piece in pieces_of(names[i], ranks)}
+    pieces = lambda i: {vocab.get(piece, i) for piece in list_pieces(names[i], ranks)}
     kept = {i for token, i in vocab.items() if is_byte(token) or token == unknown}.union(*map(pieces, always))
     if n < len(kept):
-        raise ValueError(f'keep_tokens is {n}; the bytes and the answers alone are {len(kept)}')
+        raise ValueError(f'keep_tokens is {n}; the bytes and the answers alone need {len(kept)}')
     ids = sorted(names)
-    kinds = {i: kind_of(i, text) for i, text in zip(ids, tokenizer.decode_batch([[i] for i in ids]))}
+    kinds = {i: classify_token(i, text) for i, text in zip(ids, tokenizer.decode_batch([[i] for i in ids]))}
     of_kind, seen = Counter(kinds.values()), Counter(kinds[i] for i in counts)
     share = {kind: seen[kind] / (total + 1) for kind, total in of_kind.items()}
-    for i in [*sorted(counts, key=lambda i: (-counts[i], i)), *sorted(ids, key=lambda i: (-share[kinds[i]], i))]:
+    by_count = sorted(counts, key=lambda i: (-counts[i], i))
+    by_kind = sorted(ids, key=lambda i: (-share[kinds[i]], i))
+    for i in [*by_count, *by_kind]:
         if i not in kept and len(kept) + len(new := pieces(i) - kept) <= n:
             kept |= new
     return sorted(kept)
 
 
 def trim_tokenizer(tokenizer, kept):
-    """a tokenizers.Tokenizer of the tokens kept alone, numbered in that order; merges whose parts or result
-    are gone go too. Where all are kept it is as it was."""
-    spec, number = json.loads(tokenizer.to_str()), {i: n for n, i in enumerate(kept)}
-    spec['post_processor'] = None  # it names tokens by their old numbers, and a student's text has none around
+    """a tokenizers.Tokenizer with only the tokens of the ids `kept`, numbered in that order. Merges whose
+    parts or result are not kept are removed. If all ids are kept, it encodes as before."""
+    spec, new_id = json.loads(tokenizer.to_str()), {i: n for n, i in enumerate(kept)}
+    spec['post_processor'] = None  # it adds tokens by their old ids, and a student's text gets none
     if kept != list(range(tokenizer.get_vocab_size())):
         model = spec['model']
-        there = model['vocab'] = {token: number[i] for token, i in model['vocab'].items() if i in number}
+        vocab = model['vocab'] = {token: new_id[i] for token, i in model['vocab'].items() if i in new_id}
         merges = merge_ranks(model)
-        model['merges'] = [[a, b] for a, b in merges if a in there and b in there and a + b in there]
-        spec['added_tokens'] = [t | {'id': number[t['id']]} for t in spec['added_tokens'] if t['id'] in number]
+        model['merges'] = [[a, b] for a, b in merges if a in vocab and b in vocab and a + b in vocab]
+        spec['added_tokens'] = [t | {'id': new_id[t['id']]}
+                                for t in spec['added_tokens'] if t['id'] in new_id]
     return Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
 
 
 @torch.no_grad()
-def trim(student, space, kept, tokenizer):
-    """the student with the rows kept of its table, and of its head those that an answer can need, and its
-    OutputSpace. tokenizer: of trim_tokenizer. What both answer is the same for a text of the same tokens."""
-    number = {i: n for n, i in enumerate(kept)}
+def trim_student(student, space, kept, tokenizer):
+    """(the student, its OutputSpace), trimmed: the table has only the rows `kept`, the head only those that
+    an answer can need. tokenizer: that of trim_tokenizer. A text of the same tokens gets the same answer."""
+    new_id = {i: n for n, i in enumerate(kept)}
     small = copy.copy(student)
-    small._modules = dict(student._modules)  # its own table and head; the layers between are shared
+    small._modules = dict(student._modules)  # table and head are its own; it shares the layers between them
     small.wte = take_rows(student.wte, kept)
     small.lm_head = take_rows(student.lm_head, range(space.n_required))
     small.config = StudentConfig(**asdict(student.config) | {
         'vocab_size': len(kept), 'output_vocab': space.n_required,
-        'start_id': number.get(student.config.start_id, 0),
-        'after': tuple(number[i] for i in student.config.after)})
-    end_id = None if space.end_id is None else number[space.end_id]
+        'start_id': new_id.get(student.config.start_id, 0),
+        'after': tuple(new_id[i] for i in student.config.after)})
+    end_id = None if space.end_id is None else new_id[space.end_id]
     trimmed = OutputSpace(tokenizer, space.fields, space.indent, space.fence, end_id)
-    assert trimmed.output_ids == [number[i] for i in space.output_ids[:space.n_required]]
+    assert trimmed.output_ids == [new_id[i] for i in space.output_ids[:space.n_required]]
     return small, trimmed
 
 
 def take_rows(part, rows):
-    """an embedding or a linear layer without bias, or one of the two in 8 bits, of these rows alone."""
+    """a copy of an embedding or of a linear layer without bias, with only these rows; it may be in 8 bits."""
     taken, rows = copy.copy(part), torch.tensor(list(rows))
     taken._parameters = {key: p if p is None else nn.Parameter(p[rows], requires_grad=False)
                          for key, p in part._parameters.items()}
@@ -131,7 +136,7 @@ def take_rows(part, rows):
 
 
 class Int8(nn.Module):
-    """a matrix as whole numbers from -127 to 127 and a scale for each row, symmetric and to the nearest."""
+    """a matrix as whole numbers from -127 to 127 with one scale per row; symmetric, rounded to nearest."""
 
     def __init__(self, weight):
         super().__init__()
@@ -160,12 +165,12 @@ class Int8Linear(Int8):
 
 @torch.no_grad()
 def fold_table(student):
-    """a copy of the student whose table has the projection worked in, where that makes it narrower: 128
-    numbers a row in place of the teacher's 896, and the same answers."""
+    """a copy of the student whose table is multiplied by the projection after it, if that makes it narrower:
+    128 numbers per row instead of the teacher's 896, and the same answers."""
     folded = copy.deepcopy(student)
     projection = folded.wte_proj
     if isinstance(projection, nn.Linear) and projection.out_features < projection.in_features:
-        rows = student.wte.weight.split(4096)  # a part at a time: the whole in float32 is half a gigabyte
+        rows = student.wte.weight.split(4096)  # in parts: the whole in float32 is half a gigabyte
         table = torch.cat([projection(part.to(projection.weight.dtype)) for part in rows])
         folded.wte, folded.wte_proj = nn.Embedding.from_pretrained(table), nn.Identity()
     return folded.eval()
@@ -174,7 +179,7 @@ def fold_table(student):
 @torch.no_grad()
 def round_to_int8(student):
     """a copy of the student with its table and every matrix in 8 bits; it computes in float32. The head stays
-    as it is: of its few rows each decides, and they are a thousandth of the bytes."""
+    as it is: each of its few rows matters for the choice, and they are a thousandth of the bytes."""
     rounded = copy.deepcopy(student)
     for name, part in list(rounded.named_modules()):
         parent, _, key = name.rpartition('.')

