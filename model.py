@@ -32,6 +32,7 @@ class StudentConfig:
     start_id: int = 2                                       # the id between text and answer ...
     after: tuple = ()                                       # ... or these, as in the teacher's prompt
     n_prompt: int = 0                                       # P, prompt tokens kept as keys and values
+    reader: dict = None                                     # sizes of an encoder in front, see Student
     # what a block needs to hold a layer of Gemma 3, Llama or Qwen 2 (distil/start.py copies them)
     head_size: int = 0                                      # 0: n_embd // n_head
     n_table: int = 0                                        # width of the input embedding; 0: n_embd
@@ -162,9 +163,13 @@ class Block(nn.Module):
 
 
 class Student(nn.Module):
-    """ValueError if the sizes do not fit together"""
+    """ValueError if the sizes do not fit together.
 
-    def __init__(self, config):
+    reader: a pre-trained encoder (distil/reader.py) or None. With one, the inputs are not the teacher's ids:
+    ids below vocab_size = V + 1 are output indices and the start token, vocab_size + i is the reader's id i.
+    """
+
+    def __init__(self, config, reader=None):
         super().__init__()
         head_size = config.head_size or config.n_embd / config.n_head
         if head_size % 2 or config.n_head % config.n_kv_head:
@@ -176,6 +181,9 @@ class Student(nn.Module):
         self.wte_proj = nn.Identity()
         if width != config.n_embd:                          # a teacher's embedding is projected
             self.wte_proj = nn.Linear(width, config.n_embd, bias=False)
+        self.reader = reader
+        if reader is not None:
+            self.reader_proj = nn.Linear(reader.config.n_embd, config.n_embd, bias=False)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         if config.n_prompt:
@@ -188,6 +196,8 @@ class Student(nn.Module):
         freq = freq.expand(max(self.rope_of_layer) + 1, -1).clone()  # (n_rope, D/2)
         self.register_buffer('rope_freq', freq)
         for name, p in self.named_parameters():
+            if name.startswith('reader.'):                  # it is pre-trained
+                continue
             if p.dim() == 2:
                 # residual projections start smaller, so that depth does not grow the stream (GPT-2, 2.3)
                 std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02
@@ -196,6 +206,8 @@ class Student(nn.Module):
                 nn.init.zeros_(p)
         if width != config.n_embd:
             nn.init.normal_(self.wte_proj.weight, std=width ** -0.5)  # keeps the variance
+        if reader is not None:
+            nn.init.normal_(self.reader_proj.weight, std=reader.config.n_embd ** -0.5)
 
     def forward(self, idx, targets=None, cache=None, pos=None, keep=None):
         """idx (B, T) ids, rows padded on the right -> logits over the output vocabulary, (B, T, V).
@@ -212,9 +224,7 @@ class Student(nn.Module):
         angle = pos[:, None, :, None] * self.rope_freq[:, None, None, None]  # (n_rope, 1, 1, T, D/2)
         angle = torch.cat((angle, angle), dim=-1)           # (n_rope, 1, 1, T, D)
         cos, sin = angle.cos(), angle.sin()
-        dtype = self.lm_head.weight.dtype                   # a frozen table is fp16
-        x = self.wte_proj(self.wte(idx).to(dtype))          # (B, T, n_table) -> (B, T, C)
-        x = self.drop(x.to(dtype))
+        x = self.drop(self.embed(idx))                      # (B, T, C)
         for i, block in enumerate(self.h):
             rope = self.rope_of_layer[i]
             prompt = self.prompt[i] if self.config.n_prompt else None
@@ -225,17 +235,34 @@ class Student(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 logits near 10 are 0.06 apart
             return self.lm_head(x)                          # (B, T, V), (n, V) or (M, V)
 
+    def embed(self, idx):
+        """idx (B, T) -> (B, T, C): the input embedding, or the reader's states where idx is the reader's"""
+        dtype = self.lm_head.weight.dtype                   # a frozen table is fp16
+        if self.reader is None:
+            return self.wte_proj(self.wte(idx).to(dtype)).to(dtype)  # (B, T, n_table) -> (B, T, C)
+        text = idx >= self.config.vocab_size                # (B, T)
+        x = self.wte(idx.masked_fill(text, 0))
+        if not text.any():                                  # decoding: the texts were read in an earlier pass
+            return x
+        states = self.reader.read(idx - self.config.vocab_size, text)  # (K, C of the reader)
+        return x.masked_scatter(text[..., None], self.reader_proj(states).to(dtype))
+
     def param_groups(self, weight_decay):
         """AdamW groups: matrices decay. The embedding does not (rows absent from a batch would shrink), nor do
         norms, biases and a kept prompt."""
-        learned = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        decay = [p for name, p in learned if p.dim() == 2 and name != 'wte.weight']
-        rest = [p for name, p in learned if p.dim() != 2 or name == 'wte.weight']
-        return [{'params': decay, 'weight_decay': weight_decay}, {'params': rest, 'weight_decay': 0.0}]
+        groups = {(of_reader, decays): [] for of_reader in (False, True) for decays in (True, False)}
+        for name, p in self.named_parameters():
+            if p.requires_grad:
+                decays = p.dim() == 2 and not name.endswith(('wte.weight', 'wpe.weight'))
+                groups[name.startswith('reader.'), decays].append(p)
+        return [{'params': params, 'weight_decay': weight_decay if decays else 0.0, 'of_reader': of_reader}
+                for (of_reader, decays), params in groups.items() if self.reader or not of_reader]
 
     def count_params(self):
         """{part: number of parameters}; `total` also counts the norms."""
         parts = {'total': '', 'embedding': 'wte', 'attention': '.attn.', 'mlp': '.mlp.', 'head': 'lm_head.'}
         parts |= {'prompt': 'prompt'} if self.config.n_prompt else {}
-        return {part: sum(p.numel() for name, p in self.named_parameters() if key in name)
+        parts |= {'reader': 'reader'} if self.reader else {}
+        return {part: sum(p.numel() for name, p in self.named_parameters()
+                          if key in name and (part in ('total', 'reader') or not name.startswith('reader')))
                 for part, key in parts.items()}

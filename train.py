@@ -27,6 +27,7 @@ from config import configure, data_line, next_command, stop
 from config.machine import RANK, WORLD, any_process, end_ranks, pick_device, run_in_first, start_ranks
 from data import batches
 from distil.agreement import evaluate, linear_baseline, report_lines
+from distil.decode import convert_records
 from distil.records import check_data, check_sizes, open_records
 from distil.report import draw_report
 from distil.resume import catch_signals, lock_folder, open_training
@@ -48,6 +49,10 @@ freeze_table = True    # with init_from teacher: the table is not trained, so wo
                        # their meaning
 start_model = ''       # file; with init_from teacher: table and layers of this model instead. It must have the
                        # teacher's tokenizer, such as a smaller model of its family
+# a pre-trained encoder that reads the text in place of the student's table (distil/reader.py)
+reader = ''            # file; or a Hugging Face id; '': none. With one, init_from is not used
+reader_layers = 0      # 0..; its first so many layers; 0: all
+reader_lr = 0.1        # 0..; its share of the learning rate: it has learned already
 # student
 n_layer = 16           # 1..
 n_head = 16            # 1..
@@ -137,7 +142,7 @@ def schedule(step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end, kd_
 def make_optimizer(training, shards, train_rows, weight_decay, learning_rate, betas, state):
     """gives the training its AdamW, with the state of a checkpoint if there is one. A table that is trained is
     cut down to the tokens that occur, see SeenRows."""
-    if training.student.wte.weight.requires_grad:
+    if training.student.wte.weight.requires_grad and not training.student.reader:
         c = training.student.config
         texts = [shards.ids(i) for i in train_rows]
         others = shards.meta['output_ids'], c.start, [c.start_id]
@@ -159,7 +164,15 @@ def hide_text(idx, targets, share, start_id, n_start=1):
     idx[(torch.rand(idx.shape, device=idx.device) < share) & text] = start_id
 
 
-def take_step(training, shards, rows, lr, grad_accum, grad_clip, token_dropout, autocast, **loss_options):
+def hidden_id(student):
+    """the id that stands for a hidden text token: the start token, or the reader's mask token."""
+    if student.reader is None:
+        return student.config.start_id
+    return student.config.vocab_size + student.reader.tokenizer.token_to_id('[MASK]')
+
+
+def take_step(training, shards, rows, lr, reader_lr, grad_accum, grad_clip, token_dropout, autocast,
+              **loss_options):
     """one optimizer step on the records `rows`, divided among the processes and micro-batches (the result does
     not depend on how, but for dropout). Returns sums over the step, (loss, kl, ce, answer tokens right, answer tokens), and the
     norm of the gradient. FloatingPointError if the loss is nan or infinite."""
@@ -173,7 +186,7 @@ def take_step(training, shards, rows, lr, grad_accum, grad_clip, token_dropout, 
         # rows of text, start, answer: (B, T) ids, (B, T) targets, -1 but on the answer, (n, V) calibrated logits
         idx, targets, teacher_logits = (x.to(device) for x in shards.batch(part, c.start))
         if token_dropout:
-            hide_text(idx, targets, token_dropout, c.start_id, len(c.start))
+            hide_text(idx, targets, token_dropout, hidden_id(training.student), len(c.start))
         if training.seen:                                       # ids -> rows of the table that is trained
             idx = training.seen.lookup[idx]
         with autocast:
@@ -194,7 +207,7 @@ def take_step(training, shards, rows, lr, grad_accum, grad_clip, token_dropout, 
         raise FloatingPointError(f'the loss of step {training.step} is nan or infinite: try a lower '
                                  f'learning_rate; {training.out} keeps its last checkpoint')
     for group in training.optimizer.param_groups:
-        group['lr'] = lr
+        group['lr'] = lr * (reader_lr if group.get('of_reader') else 1.0)
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
     training.step += 1
@@ -262,7 +275,8 @@ if __name__ == '__main__':
         training.tracker = importlib.import_module(tracker)
         training.tracker.init(project='distillation', name=out.name, config=training.facts['config'])
 
-    lengths = np.array([len(shards.ids(i)) + len(shards.answer(i)) for i in train_rows])  # tokens
+    convert_records(training.student, training.space, shards, [*train_rows, *val_rows])
+    lengths = np.array([len(shards.texts.get(i, shards.ids(i))) + len(shards.answer(i)) for i in train_rows])
     per_epoch = math.ceil(len(train_rows) / batch_size)
     n_steps, first = max_epochs * per_epoch, training.step
     autocast = training.set_precision(dtype, compile, device, max_epochs * int(lengths.sum()))
@@ -281,7 +295,7 @@ if __name__ == '__main__':
                                       kd_temperature, kd_anneal)
         torch.manual_seed((seed + training.step) * WORLD + RANK)  # and dropout is a function of the step
         try:
-            step_sums, gnorm = take_step(training, shards, train_rows[order[k]], lr, grad_accum, grad_clip,
+            step_sums, gnorm = take_step(training, shards, train_rows[order[k]], lr, reader_lr, grad_accum, grad_clip,
                                          token_dropout, autocast, kl_weight=kl_weight, temperature=tau)
         except FloatingPointError as error:
             bar.close()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from data import first_tokens, read_texts, text_hash
-from distil.decode import decode
+from distil.decode import convert_records, decode
 
 BROKEN = ''  # the value in an answer that breaks the schema: no JSON text is empty, so it equals no value
 
@@ -84,6 +84,7 @@ def evaluate(student, space, shards, rows, batch_size=64):
     """
     training = student.training
     student.eval()
+    convert_records(student, space, shards, rows)
     kl, ce, forced_hits, steps = teacher_forced_sums(student, shards, rows, batch_size)
     texts = (shards.ids(i).tolist() for i in rows)
     answers, decisions = map(list, zip(*decode(student, space, texts, batch_size, constrain=False)))

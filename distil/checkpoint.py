@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from config import next_command, stop
 from config.machine import pick_dtype
 from distil.space import OutputSpace, tokenizer_hash
+from distil.reader import Reader, ReaderConfig, read_tokenizer
 from model import Student, StudentConfig
 
 CHECKPOINT = 4  # version of the file
@@ -51,7 +52,8 @@ def checkpoint_path(folder, which='best'):
 
 def is_large(student):
     """True if matrix products take most of the decoding time; if not, lower precision would gain nothing."""
-    return sum(p.numel() for p in student.h.parameters()) > 1e7
+    blocks = [*student.h, *(student.reader.h if student.reader else ())]
+    return sum(p.numel() for block in blocks for p in block.parameters()) > 1e7
 
 
 def lower_precision(student, dtype):
@@ -60,9 +62,11 @@ def lower_precision(student, dtype):
     device = student.lm_head.weight.device.type
     if not is_large(student) or pick_dtype(dtype, device) != torch.bfloat16:
         return
-    for module in student.h.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.to(torch.bfloat16)
+    for blocks in (student.h, student.reader.h if student.reader else ()):
+        for block in blocks:
+            for module in block.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.to(torch.bfloat16)
     student.forward = torch.autocast(device, torch.bfloat16)(student.forward)
 
 
@@ -89,7 +93,9 @@ def load_checkpoint(folder, device, which='best', dtype='float32'):
     checkpoint = read_checkpoint(path, device)
     try:
         with NoInit():
-            student = Student(StudentConfig(**checkpoint['student']))
+            reader = checkpoint['student'].get('reader')
+            reader = reader and Reader(ReaderConfig(**reader))
+            student = Student(StudentConfig(**checkpoint['student']), reader)
         student.load_state_dict(checkpoint.pop('model'), assign=True)  # a frozen table stays fp16
         task = checkpoint['task']
     except LOAD_ERRORS as error:
@@ -97,6 +103,8 @@ def load_checkpoint(folder, device, which='best', dtype='float32'):
     try:
         tokenizer = Tokenizer.from_file(str(Path(folder, 'tokenizer.json')))
         space = OutputSpace.from_task(tokenizer, task)
+        if student.reader:
+            student.reader.tokenizer = read_tokenizer(folder)
     except Exception as error:  # tokenizers raises no narrower type
         stop(f'{folder}/tokenizer.json cannot be used: {error}; copy it from where the student was trained')
     if tokenizer_hash(tokenizer) != task['tokenizer_hash'] or space.output_ids != task['output_ids']:

@@ -102,7 +102,7 @@ class Row:
     outs: list = field(default_factory=list)
     decisions: list = field(default_factory=list)
 
-    def accept(self, space, picks, logits, constrain):
+    def accept(self, space, id_of, picks, logits, constrain):
         """extends the answer by what the student chose. Returns True if the answer is complete. picks: output
         indices chosen at the output positions; logits (V,) at the last of them, -inf where illegal."""
         accepted = accepted_prefix(self.draft, self.draft + picks if constrain else picks)
@@ -118,9 +118,36 @@ class Row:
             self.outs += self.draft
             return True
         self.n_read += len(self.feed)
-        ids = [space.output_ids[o] for o in (accepted[-1], *self.draft)]
+        ids = [id_of[o] for o in (accepted[-1], *self.draft)]
         self.feed = ids[:-1] if self.state == space.done else ids  # the end token need not be read
         return False
+
+
+def input_ids(student, space, texts):
+    """what a student reads of texts, given as lists of the teacher's ids: these, or the ids of its reader (see
+    model.Student). Lists of ids; a text longer than fits beside an answer is cut for the reader."""
+    if student.reader is None:
+        return [list(map(int, ids)) for ids in texts]
+    room = student.config.block_size - space.max_answer - len(student.config.start) + 1
+    strings = space.tokenizer.decode_batch([list(map(int, ids)) for ids in texts])
+    offset = student.config.vocab_size
+    return [[offset + i for i in ids] for ids in student.reader.encode(strings, room)]
+
+
+def answer_ids(student, space):
+    """for each output index the id at which the student reads it, (V,) list: the teacher's, or with a reader
+    the output index itself."""
+    return space.output_ids if student.reader is None else list(range(len(space.output_ids)))
+
+
+def convert_records(student, space, shards, rows):
+    """lets shards.batch give these records as the student reads them."""
+    if student.reader is None:
+        shards.texts, shards.answer_ids = {}, shards.meta['output_ids']
+        return
+    new = [i for i in map(int, rows) if i not in shards.texts]
+    shards.texts.update(zip(new, input_ids(student, space, [shards.ids(i) for i in new])))
+    shards.answer_ids = answer_ids(student, space)
 
 
 @torch.no_grad()
@@ -142,6 +169,7 @@ def decode(student, space, texts, batch_size=64, constrain=True):
     """
     device, start, n_prompt = student.lm_head.weight.device, student.config.start, student.config.n_prompt
     legal, texts, cache = space.next_state.to(device) >= 0, iter(texts), Cache(student)
+    id_of = answer_ids(student, space)                          # by output index
     rows, done = {}, {}  # rows by slot; done: answers by number, which wait for an earlier one
     n_in, n_out, more = 0, 0, True
     while more or rows:
@@ -153,10 +181,11 @@ def decode(student, space, texts, batch_size=64, constrain=True):
                 break
             if ids is None:
                 break
+            ids, = input_ids(student, space, [ids])
             room = student.config.block_size - space.max_answer - len(start) + 1
             assert len(ids) <= room, f'the text has {len(ids)} tokens; with an answer at most {room} fit'
             draft, state = space.forced_runs[0]
-            feed = [*ids, *start, *(space.output_ids[o] for o in draft)]
+            feed = [*ids, *start, *(id_of[o] for o in draft)]
             free_slot = next(slot for slot in range(batch_size) if slot not in rows)
             rows[free_slot] = Row(n_in, feed, draft, state, n_prompt)
             n_in += 1
@@ -174,7 +203,7 @@ def decode(student, space, texts, batch_size=64, constrain=True):
         masked = logits[last].masked_fill(~legal[[row.state for row in live]], -math.inf)  # (R, V)
         picks = np.split((masked if constrain else logits).argmax(-1).cpu().numpy(), last[:-1] + 1)
         for (slot, row), row_picks, row_logits in zip(list(rows.items()), picks, masked.cpu()):
-            if row.accept(space, row_picks.tolist(), row_logits, constrain):
+            if row.accept(space, id_of, row_picks.tolist(), row_logits, constrain):
                 done[row.number] = row.outs, row.decisions
                 del rows[slot]
         while n_out in done:
@@ -239,8 +268,8 @@ def value_probabilities(student, space, ids, outs, decisions, temperature=None):
     missing = {state: [*outs[:first[name]], *before] for name, of_values in paths.items()
                for path in of_values for state, _, before in path if state not in known}
     if missing:
-        rows = [[*ids, *student.config.start, *(space.output_ids[o] for o in answer)]
-                for answer in missing.values()]
+        (text,), id_of = input_ids(student, space, [ids]), answer_ids(student, space)
+        rows = [[*text, *student.config.start, *(id_of[o] for o in answer)] for answer in missing.values()]
         T, device = max(map(len, rows)), student.lm_head.weight.device
         idx = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)  # (rows, T)
         last = torch.tensor([n * T + len(row) - 1 for n, row in enumerate(rows)], device=device)

@@ -31,7 +31,8 @@ FREE = ('device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum',
         'tracker')
 
 # values of settings that older checkpoints lack, and of a setting that only older ones have
-MISSING = {'keep_prompt': False, 'start_model': '', 'divergence': 'forward', 'more': '', 'students': []}
+MISSING = {'keep_prompt': False, 'start_model': '', 'reader': '', 'reader_layers': 0, 'reader_lr': 0.1,
+            'divergence': 'forward', 'more': '', 'students': []}
 
 
 @dataclass
@@ -129,8 +130,7 @@ def open_training(out, config, shards, n_train, device):
         sizes = dict(vocab_size=meta['vocab_size'], output_vocab=len(meta['output_ids']),
                      start_id=meta['start_id'], n_kv_head=config['n_kv_head'] or config['n_head'],
                      **{key: config[key] for key in keys})
-        keys = 'init_from', 'start_model', 'teacher_layers', 'keep_prompt', 'freeze_table'
-        student = new_student(sizes, *(config[key] for key in keys), meta).to(device)
+        student = new_student(sizes, config, meta).to(device)
         training, optimizer_state = new_training(out, facts, student, shards), None
     if training.finished:
         print(f'{out} is trained already ({training.step} steps); train another beside it with --run=other, '
@@ -161,6 +161,8 @@ def new_training(out, facts, student, shards):
     space = OutputSpace.from_task(tokenizer, task)
     if RANK == 0:
         shutil.copy(shards.folder / 'tokenizer.json', out / 'tokenizer.json')
+        if student.reader:
+            student.reader.tokenizer.save(str(out / 'reader.json'))
         for file in ('ckpt.pt', 'best.pt'):
             (out / file).unlink(missing_ok=True)
         (out / 'log.txt').write_text('')
@@ -188,7 +190,7 @@ def resume_training(out, facts, freeze_table, device):
     if differ := describe_differences(checkpoint, facts):
         stop(f'{out} holds another run ({"; ".join(differ)}); keep both with --run=other, or replace it with '
              '--overwrite=True')
-    if checkpoint['config']['init_from'] == 'teacher' and freeze_table:
+    if checkpoint['config']['init_from'] == 'teacher' and freeze_table and not student.reader:
         student.wte.requires_grad_(False)
     keys = 'step', 'finished', 'figures', 'per_field', 'best', 'linear', 'work'
     kept = {key: checkpoint[key] for key in keys}

@@ -5,34 +5,42 @@
 Layers of a Gemma 3, Llama or Qwen 2 model can be taken over; of any other model its input embedding.
 """
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
 import torch.nn as nn
 
 from config import stop
+from distil.reader import load_reader
 from distil.space import tokenizer_hash
 from distil.teacher import load_model, load_tokenizer
 from model import Student, StudentConfig
 
 
-def new_student(sizes, init_from, start_model, teacher_layers, keep_prompt, freeze_table, meta):
-    """a Student at the start of a run, on the CPU. sizes: dict of StudentConfig fields; meta: the meta.json of
-    its records; the others: settings of train.py. Exits with a message if it cannot be made."""
+def new_student(sizes, config, meta):
+    """a Student at the start of a run, on the CPU. sizes: dict of StudentConfig fields; config: the settings of
+    train.py; meta: the meta.json of its records. Exits with a message if it cannot be made."""
     try:
-        if init_from != 'teacher':
+        if config['reader']:
+            print(f'loading {config["reader"]}, which reads for the student')
+            reader = load_reader(config['reader'], config['reader_layers'])
+            V = sizes['output_vocab']                           # the table has the output tokens and a start
+            sizes = {**sizes, 'vocab_size': V + 1, 'start_id': V, 'reader': asdict(reader.config)}
+            return Student(StudentConfig(**sizes), reader)
+        if config['init_from'] != 'teacher':
             return Student(StudentConfig(**sizes))
-        if start_model and tokenizer_hash(
+        start_model = config['start_model'] or meta['teacher']
+        if config['start_model'] and tokenizer_hash(
                 load_tokenizer(start_model).backend_tokenizer) != meta['tokenizer_hash']:
             stop(f'start_model = {start_model} has another tokenizer than {meta["teacher"]}, the teacher')
-        start_model = start_model or meta['teacher']
-        parts = 'table' if teacher_layers == 'none' else 'table and layers'
+        parts = 'table' if config['teacher_layers'] == 'none' else 'table and layers'
         print(f'loading {start_model} for its {parts}')
-        before, after = (meta['before'], meta['after']) if keep_prompt else ((), ())
-        student = student_from_teacher(load_model(start_model), sizes, meta['output_ids'], teacher_layers,
-                                       before, after)
+        around = (meta['before'], meta['after']) if config['keep_prompt'] else ()
+        student = student_from_teacher(load_model(start_model), sizes, meta['output_ids'],
+                                       config['teacher_layers'], *around)
     except ValueError as error:
         stop(str(error))
-    if freeze_table:  # it never changes, so fp16 is enough: half the memory and a smaller checkpoint
+    if config['freeze_table']:  # it never changes, so fp16 is enough: half the memory and a smaller checkpoint
         student.wte.requires_grad_(False).half()
     return student
 

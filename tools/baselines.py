@@ -5,7 +5,7 @@ import math
 import torch
 from transformers import LogitsProcessor
 
-from distil.decode import Cache
+from distil.decode import Cache, answer_ids, input_ids
 
 
 class SchemaProcessor(LogitsProcessor):
@@ -52,7 +52,8 @@ def stepwise(student, space, texts, constrain=True):
     device = student.lm_head.weight.device
     legal, cache, live = space.next_state.to(device) >= 0, Cache(student), list(range(len(texts)))
     states, outs, at = [0] * len(texts), [[] for _ in texts], [student.config.n_prompt] * len(texts)
-    feed = [[*text, *student.config.start] for text in texts]
+    id_of = answer_ids(student, space)
+    feed = [[*text, *student.config.start] for text in input_ids(student, space, texts)]
     while live:
         counts = [len(feed[i]) for i in live]
         pos, keep = cache.place_tokens(live, [at[i] for i in live], counts, [1] * len(live))
@@ -63,6 +64,6 @@ def stepwise(student, space, texts, constrain=True):
         for i, out in zip(live, logits.argmax(-1).tolist()):
             outs[i].append(out)
             at[i] += len(feed[i])
-            feed[i], states[i] = [space.output_ids[out]], space.state_after([out], states[i])
+            feed[i], states[i] = [id_of[out]], space.state_after([out], states[i])
         live = [i for i in live if states[i] not in (-1, space.done)]
     return outs

@@ -31,7 +31,7 @@ from config.machine import on_stop, pick_device
 from data import Hashes, Shards, Writer, held_out, pad_batch, read_meta, read_texts, stored_hashes, write_json
 from data.texts import read_groups
 from distil.checkpoint import TASK, load_checkpoint, read_work
-from distil.decode import generate
+from distil.decode import answer_ids, generate, input_ids
 
 name = ''            # word; data/<dataset>/<name>-* is what the students learned from ...
 dataset = ''         # word
@@ -67,7 +67,7 @@ class Ensemble(nn.Module):
         self.students, c = nn.ModuleList(students), students[0].config
         self.config = replace(c, n_layer=c.n_layer * len(students))
         self.h = [block for student in students for block in student.h]
-        self.lm_head = students[0].lm_head
+        self.lm_head, self.reader = students[0].lm_head, students[0].reader  # it cuts the texts for all
         self.prompt = torch.cat([student.prompt for student in students]) if c.n_prompt else None
 
     def forward(self, idx, targets=None, cache=None, pos=None, keep=None):
@@ -85,7 +85,7 @@ def answer_texts(model, space, texts):
     to the schema, and its logits at every token of it. The bias of a calibrated teacher is added to the
     logits, because readers of a shard subtract it."""
     outs, device = generate(model, space, texts, batch_size=len(texts)), model.lm_head.weight.device
-    idx, targets = pad_batch(texts, outs, space.output_ids, model.config.start)
+    idx, targets = pad_batch(input_ids(model, space, texts), outs, answer_ids(model, space), model.config.start)
     logits = model(idx.to(device), targets.to(device)).cpu()    # (answer tokens of all texts, V)
     logits += space.bias[[state for answer in outs for state in space.states_before(answer)]]
     parts = logits.split([len(answer) for answer in outs])

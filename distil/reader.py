@@ -1,0 +1,136 @@
+"""A pre-trained encoder in front of the student: it reads the text in both directions, then the student writes.
+
+    reader = load_reader('data/teachers/minilm', n_layer=3)  # Reader
+    states = reader(ids, mask)                               # (B, T) ids of its own vocabulary -> (B, T, C)
+
+The student's decoder gets these states in place of the embeddings of a text. The reader is part of the student: it is
+trained with it at a lower learning rate, and saved in its checkpoint. Its architecture is BERT's
+(https://arxiv.org/abs/1810.04805): MiniLM, bge, e5. B texts, T tokens, C channels, H heads.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+
+from config import stop
+
+
+@dataclass
+class ReaderConfig:
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_mlp: int
+    n_pos: int                                              # longest text it was trained with
+    norm_eps: float = 1e-12
+
+
+class ReaderBlock(nn.Module):
+    """post-norm residual block: attention in both directions, then MLP"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, C = config.n_head, config.n_embd
+        self.c_attn, self.c_proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.c_up, self.c_down = nn.Linear(C, config.n_mlp), nn.Linear(config.n_mlp, C)
+        self.norm_1, self.norm_2 = (nn.LayerNorm(C, eps=config.norm_eps) for _ in range(2))
+
+    def forward(self, x, mask):
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, C / H) each
+                   for part in self.c_attn(x).split(C, dim=2))
+        with torch.autocast(x.device.type, enabled=False):  # as in model.py
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = self.norm_1(x + self.c_proj(y.transpose(1, 2).flatten(2)))  # (B, T, C)
+        return self.norm_2(x + self.c_down(F.gelu(self.c_up(x))))
+
+
+class Reader(nn.Module):
+    """ids of its vocabulary -> hidden states of its last layer. tokenizer: a tokenizers.Tokenizer, see encode."""
+
+    def __init__(self, config, tokenizer=None):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_pos, config.n_embd)
+        self.norm_e = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.h = nn.ModuleList(ReaderBlock(config) for _ in range(config.n_layer))
+
+    def forward(self, ids, mask):
+        """ids (B, T), mask (B, T) bool, False on padding -> states (B, T, C)"""
+        x = self.norm_e(self.wte(ids) + self.wpe.weight[:ids.size(1)])  # (B, T, C)
+        for block in self.h:
+            x = block(x, mask[:, None, None])               # a token sees the whole text
+        return x
+
+    def read(self, ids, text):
+        """states (K, C) at the K positions where text (B, T) bool is True, in row-major order. ids (B, T).
+        Neighbouring positions are one text; between two texts there is a position that is none."""
+        where = text.flatten().nonzero()[:, 0]              # (K,)
+        first = where.diff(prepend=where[:1] - 2) > 1       # (K,) True at the first token of a text
+        row = first.cumsum(0) - 1                           # (K,) which text
+        col = where - where[first][row]                     # (K,) which token of it
+        padded = ids.new_zeros(int(row[-1]) + 1, int(col.max()) + 1)  # (texts, T)
+        mask = torch.zeros_like(padded, dtype=torch.bool)
+        padded[row, col], mask[row, col] = ids.flatten()[where], True
+        return self(padded, mask)[row, col]
+
+    def encode(self, texts, max_tokens):
+        """lists of ids of strings, each with its first and last special token and at most max_tokens long."""
+        self.tokenizer.enable_truncation(min(max_tokens, self.config.n_pos))
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]
+
+
+# -----------------------------------------------------------------------------
+# loading
+
+
+def load_reader(name, n_layer=0):
+    """a Reader with the weights of a pre-trained encoder. name: Hugging Face id or directory; n_layer: keep the
+    first so many layers, 0: all. Exits with a message if it cannot be loaded or is not of BERT's family."""
+    from transformers import AutoModel, AutoTokenizer  # needed only here: a trained student has its own copy
+    try:
+        model, wrapped = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        hint = '; run: python data/teachers/prepare.py minilm' if Path(name) == Path('data/teachers/minilm') else ''
+        stop(f'reader = {name} cannot be loaded: {str(error).strip().splitlines()[0]}{hint}')
+    c = model.config
+    absolute = getattr(c, 'position_embedding_type', None) in (None, 'absolute')
+    if c.model_type != 'bert' or c.hidden_act != 'gelu' or not absolute:
+        stop(f'reader = {name} is a {c.model_type} model; it must be of BERT\'s family, such as MiniLM, bge or e5')
+    if n_layer > c.num_hidden_layers:
+        stop(f'reader_layers = {n_layer}, but {name} has {c.num_hidden_layers}')
+    config = ReaderConfig(c.vocab_size, n_layer or c.num_hidden_layers, c.num_attention_heads, c.hidden_size,
+                          c.intermediate_size, c.max_position_embeddings, c.layer_norm_eps)
+    tokenizer = wrapped.backend_tokenizer
+    tokenizer.no_padding()
+    reader = Reader(config, tokenizer)
+    copy_bert(reader, model)
+    return reader
+
+
+@torch.no_grad()
+def copy_bert(reader, model):
+    """fills a Reader with the weights of a transformers BertModel."""
+    e = model.embeddings
+    reader.wte.weight.copy_(e.word_embeddings.weight)
+    reader.wpe.weight.copy_(e.position_embeddings.weight + e.token_type_embeddings.weight[0])
+    reader.norm_e.load_state_dict(e.LayerNorm.state_dict())
+    for block, layer in zip(reader.h, model.encoder.layer):
+        attention = layer.attention
+        qkv = attention.self.query, attention.self.key, attention.self.value
+        block.c_attn.weight.copy_(torch.cat([part.weight for part in qkv]))
+        block.c_attn.bias.copy_(torch.cat([part.bias for part in qkv]))
+        for ours, theirs in ((block.c_proj, attention.output.dense), (block.norm_1, attention.output.LayerNorm),
+                             (block.c_up, layer.intermediate.dense), (block.c_down, layer.output.dense),
+                             (block.norm_2, layer.output.LayerNorm)):
+            ours.load_state_dict(theirs.state_dict())
+
+
+def read_tokenizer(folder):
+    """the reader's tokenizer in the folder of a student."""
+    return Tokenizer.from_file(str(Path(folder, 'reader.json')))
