@@ -166,8 +166,9 @@ def configure(g):
     if WORLD > 1 and program not in ('extract.py', 'train.py'):
         stop(f'{program} is one process; run it without torchrun')
     limits, owners = read_limits(block), {}                     # owners: programs of the other settings
-    for other in PROGRAMS:
-        if (ROOT / other).is_file() and not os.path.samefile(ROOT / other, g['__file__']):
+    here = [other for other in PROGRAMS if (ROOT / other).is_file()]  # a copied student lacks some
+    for other in here:
+        if not os.path.samefile(ROOT / other, g['__file__']):
             owners = dict.fromkeys(settings_block(ROOT / other)[0], other) | owners  # the first one counts
     from_files, typed = [], []
     for arg in sys.argv[1:]:
@@ -184,7 +185,7 @@ def configure(g):
 
     for source, key, value in from_files + typed:
         if key not in defaults:
-            if key in owners and source != 'command line':
+            if source != 'command line' and (key in owners or len(here) < len(PROGRAMS)):
                 continue  # another program's setting: it reads the same file
             near = difflib.get_close_matches(key, [*defaults, *owners], 1)
             hint = f'did you mean {near[0]!r}?' if near else 'see -h'

@@ -82,7 +82,7 @@ def encode_prompt(tokenizer, prompt, chat):
     if chat:
         if not tokenizer.chat_template:
             sys.exit('this teacher has no chat template; set chat = False and write a few-shot prompt '
-                     '(see config/demo.py)')
+                     '(see config/reddit_270m.py)')
         turns = [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': 'ANSWER'}]
         prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
         after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition('ANSWER')[2]

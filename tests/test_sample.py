@@ -229,13 +229,16 @@ def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
     assert list(json.loads(done.stdout)) == list(FIELDS) and done.stdout.count('\n') == 1
     copy = tmp_path / 'elsewhere'
     for path in ('sample.py', 'model.py', 'distil/space.py', 'distil/decode.py', 'distil/checkpoint.py',
-                 'config/__init__.py', 'config/machine.py', 'out/toy/best.pt', 'out/toy/tokenizer.json'):
+                 'config/__init__.py', 'config/machine.py', 'config/toy.py', 'out/toy/best.pt', 'out/toy/tokenizer.json'):
         (copy / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / path, copy / path)
     alone = subprocess.run(
         [sys.executable, 'sample.py', '--name=toy', '--device=cpu', '--text=hello my friend'], cwd=copy,
         capture_output=True)
     assert alone.stdout.decode() == done.stdout, alone.stderr.decode()
+    with_config = subprocess.run([sys.executable, 'sample.py', 'config/toy.py', '--text=hello my friend'], cwd=copy,
+                                 capture_output=True)
+    assert with_config.stdout == alone.stdout, with_config.stderr.decode()
     missing = subprocess.run([sys.executable, 'sample.py', '--name=other', '--text=hi'], cwd=copy,
                              capture_output=True, text=True)
     assert missing.returncode == 1 and 'does not exist' in missing.stderr
