@@ -241,11 +241,9 @@ class Student(nn.Module):
         if self.reader is None:
             return self.wte_proj(self.wte(idx).to(dtype)).to(dtype)  # (B, T, n_table) -> (B, T, C)
         text = idx >= self.config.vocab_size                # (B, T)
+        states = self.reader.read(idx - self.config.vocab_size, text)  # (B, T, C of the reader)
         x = self.wte(idx.masked_fill(text, 0))
-        if not text.any():                                  # decoding: the texts were read in an earlier pass
-            return x
-        states = self.reader.read(idx - self.config.vocab_size, text)  # (K, C of the reader)
-        return x.masked_scatter(text[..., None], self.reader_proj(states).to(dtype))
+        return torch.where(text[..., None], self.reader_proj(states).to(dtype), x)
 
     def param_groups(self, weight_decay):
         """AdamW groups: matrices decay. The embedding does not (rows absent from a batch would shrink), nor do

@@ -62,22 +62,28 @@ class Reader(nn.Module):
 
     def forward(self, ids, mask):
         """ids (B, T), mask (B, T) bool, False on padding -> states (B, T, C)"""
-        x = self.norm_e(self.wte(ids) + self.wpe.weight[:ids.size(1)])  # (B, T, C)
+        x = self.norm_e(self.wte(ids) + self.wpe(torch.arange(ids.size(1), device=ids.device)))  # (B, T, C)
         for block in self.h:
             x = block(x, mask[:, None, None])               # a token sees the whole text
         return x
 
     def read(self, ids, text):
-        """states (K, C) at the K positions where text (B, T) bool is True, in row-major order. ids (B, T).
-        Neighbouring positions are one text; between two texts there is a position that is none."""
+        """states (B, T, C) of the texts in rows of ids (B, T), 0 elsewhere. text (B, T) bool: True at the tokens
+        of a text. Neighbouring tokens are one text; between two texts there is a position that is none."""
+        if torch.compiler.is_exporting():                   # one text at the start of each row
+            return self(ids.masked_fill(~text, 0), text)
         where = text.flatten().nonzero()[:, 0]              # (K,)
+        states = self.norm_e.weight.new_zeros(ids.numel(), self.config.n_embd)
+        if not len(where):                                  # the texts were read in an earlier pass
+            return states.view(*ids.shape, -1)
         first = where.diff(prepend=where[:1] - 2) > 1       # (K,) True at the first token of a text
         row = first.cumsum(0) - 1                           # (K,) which text
         col = where - where[first][row]                     # (K,) which token of it
         padded = ids.new_zeros(int(row[-1]) + 1, int(col.max()) + 1)  # (texts, T)
         mask = torch.zeros_like(padded, dtype=torch.bool)
         padded[row, col], mask[row, col] = ids.flatten()[where], True
-        return self(padded, mask)[row, col]
+        states = states.index_put((where,), self(padded, mask)[row, col].to(states.dtype))
+        return states.view(*ids.shape, -1)
 
     def encode(self, texts, max_tokens):
         """lists of ids of strings, each with its first and last special token and at most max_tokens long."""
