@@ -1,9 +1,10 @@
 """Measures the tables of docs/device.md: what trimming costs, and how fast the exported student is.
 
     python device/bench.py config/demo.py --what=tokens    # agreement and bytes by the number of tokens kept
+    python device/bench.py config/demo.py --check=FILE     # the same on texts from elsewhere
     python device/bench.py config/demo.py --what=speed     # torch, ONNX in Python, Node, Chromium, in one run
 
-The second command needs out/<name>/device with its npm/ (device/export.py, device/web.py --serve=False). It
+The last command needs out/<name>/device with its npm/ (device/export.py, device/web.py --serve=False). It
 skips Node and Chromium if they are not installed. Figures are medians over rounds in which the runners take
 turns.
 """
@@ -23,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure, data_line, stop
-from device.export import read_corpus, shrink_student, write_onnx
+from device.export import read_check, read_corpus, shrink_student, write_onnx
 from device.run import Student
 from device.web import Handler
 from distil.checkpoint import load_checkpoint
@@ -36,9 +37,10 @@ dataset = ''         # word; data/<dataset> has the texts
 what = 'tokens'      # 'tokens' or 'speed'; see above
 texts = 1000         # 1..; held-out texts per round of 'speed'
 rounds = 5           # 1..; of sample.py and run.py
+check = ''           # file; texts to measure 'tokens' on, one per line or a .jsonl; empty: held-out ones
 config = configure(globals())
 
-SIZES = 8192, 16384, 32768, 40960, 65536, 0
+SIZES = 16384, 32768, 40960, 65536, 98304, 0
 IN_JAVASCRIPT = '''async (url, texts) => {
     const { Student } = await import(url + 'student.js');
     const began = performance.now();
@@ -122,14 +124,15 @@ if __name__ == '__main__':
     out = Path('out', run or name).resolve()
     checkpoint, student, space = load_checkpoint(out, 'cpu')
     max_text = checkpoint['task']['max_text']
-    seen, check = read_corpus(Path('data', dataset, 'input.jsonl'), 200_000)
+    seen, checked = read_corpus(Path('data', dataset, 'input.jsonl'), 200_000)
     if what == 'tokens':
+        checked = read_check(check, seen, 2000) if check else checked[:2000]
         shards = load_records(dataset, name, checkpoint['task'])
         for n in SIZES:
             if 0 < n >= student.config.vocab_size:
                 continue
             small, small_space, figures = shrink_student(
-                student, space, seen, check[:2000], max_text, n, True, shards)
+                student, space, seen, checked, max_text, n, True, shards)
             with tempfile.TemporaryDirectory() as folder:
                 write_onnx(small, Path(folder, 'student.onnx'))
                 small_space.tokenizer.save(f'{folder}/tokenizer.json', pretty=False)
@@ -137,7 +140,7 @@ if __name__ == '__main__':
             figures = {'tokens': small.config.vocab_size, **figures, 'bytes': size}
             print(data_line('size', figures), flush=True)
     else:
-        folder, check = out / 'device', check[:texts]
+        folder, checked = out / 'device', checked[:texts]
         if not (folder / 'npm').is_dir():
             stop(f'{folder}/npm does not exist; run device/export.py and device/web.py --serve=False first')
         with tempfile.TemporaryDirectory() as float32:
@@ -149,8 +152,8 @@ if __name__ == '__main__':
             Path(float32, 'task.json').write_text(json.dumps(task))
             runners = {'sample.py': Labeler(out, 'cpu', confidence=False), 'run.py_int8': Student(folder),
                        'run.py_float32': Student(float32)}
-            for runner, (rec_s, ms) in bench_python(runners, check, rounds).items():
+            for runner, (rec_s, ms) in bench_python(runners, checked, rounds).items():
                 print(data_line('speed', {'who': runner, 'rec_s': rec_s, 'one_ms': ms}), flush=True)
         for runner, bench in (('node', bench_node), ('chromium', bench_chromium)):
-            if figures := bench(folder, check):
+            if figures := bench(folder, checked):
                 print(data_line('speed', {'who': runner, **figures}), flush=True)

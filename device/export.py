@@ -1,12 +1,13 @@
 """Exports a student as one folder that answers without torch: on a phone, on an edge box or in a browser.
 
     python device/export.py config/demo.py                      # out/demo/device
+    python device/export.py config/demo.py --check=texts.txt    # measures what it loses on these texts
     python device/export.py config/demo.py --keep_tokens=0      # the teacher's whole vocabulary, for any text
     python device/export.py config/demo.py --int8=False --keep_tokens=0    # and weights in float32
     python out/demo/device/run.py --text="you are great"        # needs numpy, onnxruntime and tokenizers
 
 It reads out/<name>/, counts the tokens of data/<dataset>/input.jsonl, and measures on the held-out tenth of
-those texts what the export loses. It needs requirements-device.txt.
+those texts, or on the texts of --check, what the export loses. It needs requirements-device.txt.
 """
 import importlib.util
 import json
@@ -15,6 +16,7 @@ import shutil
 import sys
 import warnings
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,16 +29,17 @@ from distil.agreement import field_texts, same_values, teacher_forced_sums
 from distil.checkpoint import load_checkpoint
 from distil.decode import generate
 from distil.records import load_records
-from distil.space import value_names
+from distil.space import clean, value_names
 
 name = ''            # word; out/<name> is the student ...
 run = ''             # word; ... or out/<run>
 which = 'best'       # 'best' or 'last'; the epoch to use: the best by train.py's best_by
 dataset = ''         # word; data/<dataset> has texts like those that the student will read
-keep_tokens = 40960  # 0..; tokens that stay in the table, see docs/device.md; 0: all
+keep_tokens = 65536  # 0..; tokens that stay in the table, see docs/device.md; 0: all
 int8 = True          # table and matrices in 8 bits; False: in float32
 corpus_texts = 200_000  # 1..; texts whose tokens are counted
-check_texts = 2000   # 0..; held-out texts on which the answers are compared
+check_texts = 2000   # 0..; texts on which the answers before and after are compared
+check = ''           # file; it has these texts, one per line or a .jsonl; empty: held-out ones of the dataset
 config = configure(globals())
 
 HERE = Path(__file__).resolve().parent
@@ -125,6 +128,23 @@ def read_corpus(path, n):
     return texts
 
 
+def read_check(path, counted, n):
+    """the first n texts of a file that are not among those counted. A .jsonl has {"text": ...} per line, any
+    other file a text. Exits with a message if the file has no such text."""
+    try:
+        with open(path, 'rb') as file:
+            texts = (text for text, _, _ in read_texts(path)) if path.endswith('.jsonl') else (
+                clean(line.decode('utf-8', 'replace')) for line in file)
+            skipped = {'', *counted}
+            checked = list(islice((text for text in texts if text not in skipped), n))
+    except OSError as error:
+        stop(f'{path} cannot be read: {error.strerror}')
+    if not checked and n:
+        stop(f'{path} has no text to check that was not counted; give it one text per line, or end its name '
+             'in .jsonl and give it one {"text": ...} per line')
+    return checked
+
+
 def encode_texts(tokenizer, texts, max_text):
     """a list of ids for each text, cut to max_text."""
     return [e.ids[:max_text] for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
@@ -144,7 +164,7 @@ def measure_kl(student, shards):
 
 def shrink_student(student, space, texts, check, max_text, keep_tokens, int8, shards=None):
     """(the student with keep_tokens tokens, in 8 bits if int8; its OutputSpace; figures of what that cost, on
-    the held-out texts `check`). The tokens of `texts` are counted. ValueError if keep_tokens is too small."""
+    the texts `check`). The tokens of `texts` are counted. ValueError if keep_tokens is too small."""
     figures = {'texts': len(check)}
     encode = lambda texts: encode_texts(space.tokenizer, texts, max_text)
     counts = Counter(i for ids in encode(texts) for i in ids)
@@ -188,7 +208,7 @@ teacher's, calibrated on held-out records. It is not reliable for texts unlike t
 student reads the first {max_text} tokens of a text and ignores the rest (a token is about three quarters of
 an English word).
 
-The export kept {keep_tokens} of {vocab} tokens, and the weights in {bits}. {check}
+The export kept {keep_tokens} of {vocab} tokens, and the weights in {bits}. {loss}
 
     pip install numpy "onnxruntime>=1.24" tokenizers
     python run.py --text="a text"     # or a file with one text per line, or a pipe; --confidence
@@ -203,9 +223,9 @@ The licences of the teacher and of the training texts also apply to the student.
 '''
 
 
-def write_card(folder, checkpoint, figures, space, vocab):
-    """writes the model card, README.md of the folder. figures: those of shrink_student. vocab: number of
-    tokens before the export."""
+def write_card(folder, checkpoint, figures, source, space, vocab):
+    """writes the model card, README.md of the folder. figures: those of shrink_student. source: the texts
+    that they were measured on, in words. vocab: number of tokens before the export."""
     task, per_field = checkpoint['task'], checkpoint['per_field']
     purpose = {'student.onnx': 'the network and its weights', 'task.json': 'the fields, as an automaton',
                'tokenizer.json': 'cuts a text into tokens', 'run.py': 'answers, in Python',
@@ -216,14 +236,16 @@ def write_card(folder, checkpoint, figures, space, vocab):
              f'{per_field[field]["agree"]:.3f} | {per_field[field]["majority"]:.3f} |'
              for field, values in space.fields.items()]
     files = [f'| `{file}` | {(folder / file).stat().st_size:,} | {text} |' for file, text in purpose.items()]
-    check = 'What that changes was not measured: there were no held-out texts.'
+    loss = 'What that changes was not measured: there were no texts to check.'
     if 'fields_same' in figures:
-        check = (f'Of {figures["texts"]:,}\nheld-out texts, a share of {figures["ids_changed"]:.3f} is cut '
-                 f'into other tokens; {figures["fields_same"]:.4f} of their fields are unchanged.')
+        loss = (f'This was measured\non {source}: a share of {figures["ids_changed"]:.3f} of them is cut '
+                f'into other tokens,\nand {figures["fields_same"]:.4f} of their fields are unchanged. '
+                'Texts from elsewhere may lose more:\n'
+                '`python device/export.py --check=FILE` measures it on yours.')
     best = checkpoint['figures']
     card = CARD.format(name=run or name, n_fields=f'{len(space.fields)} fields', teacher=task['teacher'],
                        fields='\n'.join(lines), records=best['records'], exact=best['exact'],
-                       trained=f'{checkpoint["n_train"]:,}', max_text=task['max_text'], check=check,
+                       trained=f'{checkpoint["n_train"]:,}', max_text=task['max_text'], loss=loss,
                        keep_tokens=f'{len(space.tokenizer.get_vocab()):,}', vocab=f'{vocab:,}',
                        bits='8 bits' if int8 else 'float32', files='\n'.join(files),
                        prompt='\n'.join('    ' + line for line in task['prompt'].splitlines()))
@@ -241,15 +263,23 @@ if __name__ == '__main__':
     corpus = Path('data', dataset, 'input.jsonl')
     if not corpus.is_file() and keep_tokens:
         stop(f'{corpus} does not exist; its tokens are the ones to keep: add it, or set --keep_tokens=0')
-    texts, check = read_corpus(corpus, corpus_texts) if corpus.is_file() else ([], [])
+    texts, checked = read_corpus(corpus, corpus_texts) if corpus.is_file() else ([], [])
+    checked = read_check(check, texts, check_texts) if check else checked[:check_texts]
+    # a path within the project, else only the file's name: the card may be published
+    path = Path(check).absolute()
+    file = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name
+    source = f'{len(checked):,} texts of {file}' if check else f'{len(checked):,} held-out texts of {corpus}'
     shards = load_records(dataset, name, checkpoint['task'])  # None if they are not here
     max_text, vocab = checkpoint['task']['max_text'], student.config.vocab_size
     try:
-        small, small_space, figures = shrink_student(student, space, texts, check[:check_texts], max_text,
-                                                     keep_tokens, int8, shards)
+        small, small_space, figures = shrink_student(student, space, texts, checked, max_text, keep_tokens,
+                                                     int8, shards)
     except ValueError as error:
         stop(str(error))
     print(data_line('shrink', {'tokens': small.config.vocab_size, 'of': vocab, **figures}))
+    if checked:
+        print(f'measured on {source}; texts from elsewhere may lose more: --check=FILE measures it on yours, '
+              '--keep_tokens=0 loses least')
 
     folder, tmp = out / 'device', out / 'device.tmp'
     shutil.rmtree(tmp, ignore_errors=True)
@@ -261,10 +291,10 @@ if __name__ == '__main__':
     write_json(tmp / 'task.json', task)
     for file in RUNNERS:
         shutil.copy(HERE / file, tmp)
-    write_card(tmp, checkpoint, figures, small_space, vocab)
+    write_card(tmp, checkpoint, figures, source, small_space, vocab)
 
     from device.run import Student
-    runner, probe = Student(tmp), check[:check_texts] or ['one text', 'another']
+    runner, probe = Student(tmp), checked or ['one text', 'another']
     values = label_texts(small, small_space, probe, max_text)
     expected = [{field: json.loads(values[field][n]) for field in space.fields} for n in range(len(probe))]
     same = sum(json.dumps(a) == json.dumps(b) for a, b in zip(runner(probe), expected, strict=True))

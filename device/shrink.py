@@ -58,10 +58,11 @@ def choose_tokens(tokenizer, n, counts, always):
     """the ids to keep, sorted: at most n, or all if n is 0. ValueError if n is too small.
 
     The ids in `always` are kept in any case, and the 256 bytes, with which any text can be encoded. Next
-    come the ids of counts {id: how often it was seen}, the commonest first. The other ids follow by their
-    kind: the larger the share of a kind that was seen, the earlier. Each id brings the pieces that it is
-    built from, so a text whose tokens are all kept is cut as before: at each step BPE merges the pair of the
-    lowest rank, and none of these merges is lost.
+    come the lowest n / 8 ids, the commonest tokens of the vocabulary: other texts have them (curly quotes,
+    say) even if the counted ones do not. Then come the ids of counts {id: how often it was seen}, the
+    commonest first. The other ids follow by their kind: the larger the share of a kind that was seen, the
+    earlier. Each id brings the pieces that it is built from, so a text whose tokens are all kept is cut as
+    before: at each step BPE merges the pair of the lowest rank, and none of these merges is lost.
     """
     spec = json.loads(tokenizer.to_str())
     names = {i: token for token, i in tokenizer.get_vocab().items()}
@@ -82,7 +83,7 @@ def choose_tokens(tokenizer, n, counts, always):
     share = {kind: seen[kind] / (total + 1) for kind, total in of_kind.items()}
     by_count = sorted(counts, key=lambda i: (-counts[i], i))
     by_kind = sorted(ids, key=lambda i: (-share[kinds[i]], i))
-    for i in [*by_count, *by_kind]:
+    for i in [*ids[:n // 8], *by_count, *by_kind]:
         if i not in kept and len(kept) + len(new := pieces(i) - kept) <= n:
             kept |= new
     return sorted(kept)

@@ -1,6 +1,7 @@
 """device/: the exported folder answers like sample.py, in Python without torch, in Node and in Chromium."""
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -16,14 +17,14 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, trainers
 
 for package in ('onnx', 'onnxscript', 'onnxruntime'):
     pytest.importorskip(package)  # optional: requirements-device.txt
 import onnx
 import onnxruntime
 
-from data import write_json
+from data import held_out, read_texts, text_hash, write_json
 from device.export import RUNNERS, make_task, write_onnx
 from device.run import Student as Runner
 from device.shrink import (Int8, choose_tokens, fold_table, list_pieces, round_to_int8, trim_student,
@@ -143,6 +144,15 @@ def test_seen_tokens_are_kept_first_with_the_pieces_they_are_built_from(tokenize
         choose_tokens(words, 2, Counter(), set())
     kept = choose_tokens(words, 0, Counter(), set())
     assert trim_tokenizer(words, kept).encode('b').ids == words.encode('b').ids
+
+
+def test_the_commonest_tokens_of_the_vocabulary_are_kept_even_if_they_were_not_seen():
+    rng, common = random.Random(0), Tokenizer(models.BPE())
+    common.train_from_iterator((''.join(rng.choices(letters, k=9)) for letters in ['abcd', 'WXYZ'] * 300),
+                               trainers.BpeTrainer(vocab_size=800, show_progress=False))
+    seen = Counter(i for token, i in common.get_vocab().items() if token.islower())
+    kept = choose_tokens(common, 200, seen, set())
+    assert {*range(200 // 8)} <= {*kept} and len(kept) == 200 < len(seen)
 
 
 def test_int8_rounds_by_half_a_step_at_most_and_computes_with_the_rounded_weights(space):
@@ -420,11 +430,35 @@ def test_export_prints_what_it_loses_and_makes_a_folder_that_answers(exported):
     card = (folder / 'README.md').read_text()
     assert '`tone` | "neutral", "friendly"' in card and 'hello there' in card
     assert '{' not in card.split('The prompt')[0]
+    source = f'measured on {lines["shrink"]["texts"]} held-out texts of data/toy/input.jsonl'
+    assert source in done.stdout and source in ' '.join(card.split())
     record, = Runner(folder)(['hello my friend'])
     assert [record] == Labeler(root / 'out/toy', 'cpu', confidence=False)(['hello my friend'])
     assert set(record) == {*FIELDS}
     again = run(root, 'device/export.py', '--keep_tokens=0', '--int8=False')
     assert again.returncode == 0 and 'fields_same=1\n' in again.stdout and 'onnx texts=' in again.stdout
+
+
+def test_check_measures_on_the_texts_of_a_file_and_names_it(exported, tmp_path):
+    root, _ = exported
+    counted = next(text for text, *_ in read_texts(root / 'data/toy/input.jsonl')
+                   if not held_out(text_hash(text)))
+    texts = ['un\u2019usual: “wörds”', 'buy  now', counted, '', 'hello']  # neither counted nor empty: three
+    (tmp_path / 'mine.txt').write_text('\r\n'.join(texts), encoding='utf-8')
+    (root / 'data/other.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    shares = []
+    for file, shown in ((tmp_path / 'mine.txt', 'mine.txt'), ('data/other.jsonl', 'data/other.jsonl')):
+        done = run(root, 'device/export.py', '--keep_tokens=380', f'--check={file}')
+        source = f'measured on 3 texts of {shown}'  # no folder of this machine in what may be published
+        card = (root / 'out/toy/device/README.md').read_text()
+        assert done.returncode == 0 and 'onnx texts=3 same_records=1' in done.stdout
+        assert f'\n{source};' in done.stdout and f'{source}:' in ' '.join(card.split())
+        shares.append([pair for pair in done.stdout.split() if pair.startswith(('ids_', 'fields_'))])
+    assert shares[0] == shares[1] and len(shares[0]) == 4
+    (tmp_path / 'empty.txt').write_text(f'\n{counted}\n')
+    for file, message in (('no.txt', 'No such file'), (tmp_path, 'Is a directory'),
+                          (tmp_path / 'empty.txt', 'has no text to check that was not counted')):
+        assert message in one_line(run(root, 'device/export.py', f'--check={file}'))
 
 
 def test_wrong_settings_exit_with_a_message(exported):
