@@ -27,7 +27,7 @@ from data import held_out, read_texts, text_hash, write_json
 from device.shrink import choose_tokens, fold_table, round_to_int8, trim_student, trim_tokenizer
 from distil.agreement import field_texts, same_values, teacher_forced_sums
 from distil.checkpoint import load_checkpoint
-from distil.decode import generate
+from distil.decode import answer_ids, generate
 from distil.records import load_records
 from distil.space import clean, value_names
 
@@ -44,7 +44,7 @@ config = configure(globals())
 
 HERE = Path(__file__).resolve().parent
 RUNNERS = 'run.py', 'student.js', 'index.html', 'worker.js', 'package.json'
-FORMAT = 1  # of the folder; task.json has it, and the runners check it
+FORMAT = 2  # of the folder; task.json has it, and the runners check it
 
 # -----------------------------------------------------------------------------
 # the graph
@@ -79,13 +79,14 @@ def write_onnx(student, path):
 # the schema, as the runners read it
 
 
-def make_task(name, checkpoint, space, start):
+def make_task(name, checkpoint, space, student):
     """the content of task.json, a dict: the automaton, reduced to its decisions. device/run.py uses it.
 
     states: for each decision its legal tokens (rows: of the logits), the ids to read after each choice (read:
     the token itself and the forced tokens after it), and the next decision (next: -1 if the answer is
     complete). ways: for each value of a field its path: the decisions that lead to it, each as [state, index
-    among its legal tokens].
+    among its legal tokens]. A row of ids is: before, the text's ids plus offset, start; before and offset are
+    those of a reader.
     """
     task, numbers = checkpoint['task'], {}
     prefix, first = space.forced_runs[0]
@@ -99,7 +100,13 @@ def make_task(name, checkpoint, space, start):
         following = [space.forced_runs[after][1] for _, after in states[-1][1]]
         todo += [state for state in following if state != space.done]
     numbers[space.done] = -1
-    ids = lambda outs: [space.output_ids[o] for o in outs]
+    id_of, start = answer_ids(student, space), student.config.start
+    ids = lambda outs: [id_of[o] for o in outs]
+    before, offset, max_text = [], 0, task['max_text']
+    if student.reader:  # its special tokens around the text, and room for them
+        offset, room = student.config.vocab_size, student.config.block_size - space.max_answer - len(start) + 1
+        cls, sep = student.reader.encode([''], room)[0]
+        before, start, max_text = [offset + cls], [offset + sep, *start], room - 2
     table = [{'field': space.field[state], 'rows': [out for out, _ in moves],
               'read': [ids([out, *space.forced_runs[after][0]]) for out, after in moves],
               'next': [numbers[space.forced_runs[after][1]] for _, after in moves]}
@@ -108,7 +115,8 @@ def make_task(name, checkpoint, space, start):
                      for path in of_values] for field, of_values in space.value_paths.items()}
     names = {field: value_names(values) for field, values in space.fields.items()}
     return {'format': FORMAT, 'name': name, 'fields': space.fields, 'names': names,
-            'max_text': task['max_text'], 'start': [*start, *ids(prefix)], 'states': table, 'ways': paths,
+            'max_text': max_text, 'before': before, 'offset': offset, 'start': [*start, *ids(prefix)],
+            'states': table, 'ways': paths,
             'temperature': {field: checkpoint['per_field'][field]['temperature'] for field in space.fields},
             'min_confidence': (checkpoint.get('target') or {}).get('min_confidence')}
 
@@ -146,7 +154,7 @@ def read_check(path, counted, n):
 
 
 def encode_texts(tokenizer, texts, max_text):
-    """a list of ids for each text, cut to max_text."""
+    """a list of ids for each text, cut to max_text (None: not cut)."""
     return [e.ids[:max_text] for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
@@ -155,10 +163,10 @@ def label_texts(student, space, texts, max_text):
     return field_texts(space, generate(student, space, encode_texts(space.tokenizer, texts, max_text)))
 
 
-def measure_kl(student, shards):
+def measure_kl(student, space, shards):
     """mean KL(teacher || student) per answer token of the held-out records, in nats."""
     with torch.no_grad():
-        kl, _, _, steps = teacher_forced_sums(student, shards, shards.split()[1].tolist(), 64)
+        kl, _, _, steps = teacher_forced_sums(student, space, shards, shards.split()[1].tolist(), 64)
     return kl / steps
 
 
@@ -166,6 +174,14 @@ def shrink_student(student, space, texts, check, max_text, keep_tokens, int8, sh
     """(the student with keep_tokens tokens, in 8 bits if int8; its OutputSpace; figures of what that cost, on
     the texts `check`). The tokens of `texts` are counted. ValueError if keep_tokens is too small."""
     figures = {'texts': len(check)}
+    if student.reader:                                          # its vocabulary is small: nothing to trim
+        small = round_to_int8(student) if int8 else student
+        if shards and int8:
+            figures |= {'kl_float32': measure_kl(student, space, shards), 'kl_int8': measure_kl(small, space, shards)}
+        if check:
+            before, after = (label_texts(model, space, check, None) for model in (student, small))
+            figures['fields_same'] = float(same_values(before, after).mean())
+        return small, space, figures
     encode = lambda texts: encode_texts(space.tokenizer, texts, max_text)
     counts = Counter(i for ids in encode(texts) for i in ids)
     always = {*space.output_ids[:space.n_required], *student.config.start}
@@ -173,7 +189,7 @@ def shrink_student(student, space, texts, check, max_text, keep_tokens, int8, sh
     folded = fold_table(student)
     rounded = round_to_int8(folded) if int8 else folded
     if shards and int8:
-        figures |= {'kl_float32': measure_kl(folded, shards), 'kl_int8': measure_kl(rounded, shards)}
+        figures |= {'kl_float32': measure_kl(folded, space, shards), 'kl_int8': measure_kl(rounded, space, shards)}
     tokenizer = trim_tokenizer(space.tokenizer, kept)
     small, small_space = trim_student(rounded, space, kept, tokenizer)
     if check:
@@ -223,9 +239,9 @@ The licences of the teacher and of the training texts also apply to the student.
 '''
 
 
-def write_card(folder, checkpoint, figures, source, space, vocab):
+def write_card(folder, checkpoint, figures, source, space, n_tokens, vocab):
     """writes the model card, README.md of the folder. figures: those of shrink_student. source: the texts
-    that they were measured on, in words. vocab: number of tokens before the export."""
+    that they were measured on, in words. n_tokens, vocab: number of tokens after and before the export."""
     task, per_field = checkpoint['task'], checkpoint['per_field']
     purpose = {'student.onnx': 'the network and its weights', 'task.json': 'the fields, as an automaton',
                'tokenizer.json': 'cuts a text into tokens', 'run.py': 'answers, in Python',
@@ -238,15 +254,17 @@ def write_card(folder, checkpoint, figures, source, space, vocab):
     files = [f'| `{file}` | {(folder / file).stat().st_size:,} | {text} |' for file, text in purpose.items()]
     loss = 'What that changes was not measured: there were no texts to check.'
     if 'fields_same' in figures:
-        loss = (f'This was measured\non {source}: a share of {figures["ids_changed"]:.3f} of them is cut '
-                f'into other tokens,\nand {figures["fields_same"]:.4f} of their fields are unchanged. '
+        cut = ''
+        if 'ids_changed' in figures:  # a reader's tokens are all kept
+            cut = f'a share of {figures["ids_changed"]:.3f} of them is cut into other tokens,\nand '
+        loss = (f'This was measured\non {source}: {cut}{figures["fields_same"]:.4f} of their fields are unchanged. '
                 'Texts from elsewhere may lose more:\n'
                 '`python device/export.py --check=FILE` measures it on yours.')
     best = checkpoint['figures']
     card = CARD.format(name=run or name, n_fields=f'{len(space.fields)} fields', teacher=task['teacher'],
                        fields='\n'.join(lines), records=best['records'], exact=best['exact'],
                        trained=f'{checkpoint["n_train"]:,}', max_text=task['max_text'], loss=loss,
-                       keep_tokens=f'{len(space.tokenizer.get_vocab()):,}', vocab=f'{vocab:,}',
+                       keep_tokens=f'{n_tokens:,}', vocab=f'{vocab:,}',
                        bits='8 bits' if int8 else 'float32', files='\n'.join(files),
                        prompt='\n'.join('    ' + line for line in task['prompt'].splitlines()))
     (folder / 'README.md').write_text(card, encoding='utf-8')
@@ -261,7 +279,7 @@ if __name__ == '__main__':
     out = Path('out', run or name)
     checkpoint, student, space = load_checkpoint(out, 'cpu', which)
     corpus = Path('data', dataset, 'input.jsonl')
-    if not corpus.is_file() and keep_tokens:
+    if not corpus.is_file() and keep_tokens and not student.reader:
         stop(f'{corpus} does not exist; its tokens are the ones to keep: add it, or set --keep_tokens=0')
     texts, checked = read_corpus(corpus, corpus_texts) if corpus.is_file() else ([], [])
     checked = read_check(check, texts, check_texts) if check else checked[:check_texts]
@@ -270,13 +288,16 @@ if __name__ == '__main__':
     file = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name
     source = f'{len(checked):,} texts of {file}' if check else f'{len(checked):,} held-out texts of {corpus}'
     shards = load_records(dataset, name, checkpoint['task'])  # None if they are not here
-    max_text, vocab = checkpoint['task']['max_text'], student.config.vocab_size
+    reader = student.reader  # it cuts the texts, by its own tokens
+    max_text = None if reader else checkpoint['task']['max_text']
+    vocab = reader.config.vocab_size if reader else student.config.vocab_size
     try:
         small, small_space, figures = shrink_student(student, space, texts, checked, max_text, keep_tokens,
                                                      int8, shards)
     except ValueError as error:
         stop(str(error))
-    print(data_line('shrink', {'tokens': small.config.vocab_size, 'of': vocab, **figures}))
+    n_tokens = vocab if reader else small.config.vocab_size
+    print(data_line('shrink', {'tokens': n_tokens, 'of': vocab, **figures}))
     if checked:
         print(f'measured on {source}; texts from elsewhere may lose more: --check=FILE measures it on yours, '
               '--keep_tokens=0 loses least')
@@ -285,13 +306,15 @@ if __name__ == '__main__':
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
     write_onnx(small, tmp / 'student.onnx')
-    small_space.tokenizer.save(str(tmp / 'tokenizer.json'), pretty=False)
+    tokenizer = reader.tokenizer if reader else small_space.tokenizer
+    tokenizer.no_truncation()  # the runners cut
+    tokenizer.save(str(tmp / 'tokenizer.json'), pretty=False)
     sizes = {file: (tmp / file).stat().st_size for file in ('student.onnx', 'tokenizer.json')}
-    task = make_task(run or name, checkpoint, small_space, small.config.start) | {'bytes': sizes}
+    task = make_task(run or name, checkpoint, small_space, small) | {'bytes': sizes}
     write_json(tmp / 'task.json', task)
     for file in RUNNERS:
         shutil.copy(HERE / file, tmp)
-    write_card(tmp, checkpoint, figures, source, small_space, vocab)
+    write_card(tmp, checkpoint, figures, source, small_space, n_tokens, vocab)
 
     from device.run import Student
     runner, probe = Student(tmp), checked or ['one text', 'another']

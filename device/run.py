@@ -51,8 +51,8 @@ class Student:
         self.pool = ThreadPoolExecutor(os.cpu_count())
         try:
             self.task = json.loads((folder / 'task.json').read_text(encoding='utf-8'))
-            if self.task['format'] != 1:
-                sys.exit(f'{folder} has format {self.task["format"]}, this run.py reads 1; export it again')
+            if self.task['format'] != 2:
+                sys.exit(f'{folder} has format {self.task["format"]}, this run.py reads 2; export it again')
             self.tokenizer = Tokenizer.from_file(str(folder / 'tokenizer.json'))
             for file, size in self.task['bytes'].items():
                 assert (folder / file).stat().st_size == size, f'{file} is not from this export'
@@ -90,7 +90,8 @@ class Student:
     def decide(self, texts):
         """lists of ids -> for each text {state: (ids read before the decision, logits of its legal tokens,
         index of the token chosen)}."""
-        rows, state = [[*ids, *self.task['start']] for ids in texts], [0] * len(texts)
+        before, offset, start = (self.task[key] for key in ('before', 'offset', 'start'))
+        rows, state = [[*before, *(offset + i for i in ids), *start] for ids in texts], [0] * len(texts)
         decisions = [{} for _ in texts]
         while unfinished := [n for n, s in enumerate(state) if s >= 0]:
             for n, row in zip(unfinished, self.compute_logits([rows[n] for n in unfinished])):

@@ -72,8 +72,8 @@ export class Student {
       readJson('task.json'), readJson('tokenizer.json'),
       readFile('student.onnx'), readFile('npm/ort-wasm-simd-threaded.wasm.gz'),
     ]);
-    if (task.format !== 1) {
-      throw new Error(`this folder has format ${task.format}, this student.js reads 1; export it again`);
+    if (task.format !== 2) {
+      throw new Error(`this folder has format ${task.format}, this student.js reads 2; export it again`);
     }
     sizes['student.onnx'] = graph.length;
     for (const [name, size] of Object.entries(task.bytes)) {
@@ -120,7 +120,8 @@ export class Student {
   /** lists of ids -> for each text Map(state -> { ids, logits, choice }): the ids read before the decision,
       the logits of its legal tokens, the index of the token chosen. */
   async decide(texts) {
-    const rows = texts.map((ids) => [...ids, ...this.task.start]);
+    const { before, offset, start } = this.task;
+    const rows = texts.map((ids) => [...before, ...ids.map((id) => offset + id), ...start]);
     const state = texts.map(() => 0);
     const decisions = texts.map(() => new Map());
     for (;;) {

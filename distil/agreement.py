@@ -57,10 +57,11 @@ def measure_agreement(student_values, teacher_values):
     return {key: float(value) for key, value in figures.items()}  # plain numbers, for checkpoints
 
 
-def teacher_forced_sums(student, shards, rows, batch_size):
+def teacher_forced_sums(student, space, shards, rows, batch_size):
     """[kl, ce, hits, steps], teacher-forced, summed over the answer tokens of the records `rows`. kl and ce
     are in nats."""
     device, sums = student.lm_head.weight.device, np.zeros(4)
+    convert_records(student, space, shards, rows)
     order = sorted(rows, key=lambda i: len(shards.ids(i)))      # similar lengths need little padding
     for start in range(0, len(rows), batch_size):
         batch = shards.batch(order[start:start + batch_size], student.config.start)
@@ -84,8 +85,7 @@ def evaluate(student, space, shards, rows, batch_size=64):
     """
     training = student.training
     student.eval()
-    convert_records(student, space, shards, rows)
-    kl, ce, forced_hits, steps = teacher_forced_sums(student, shards, rows, batch_size)
+    kl, ce, forced_hits, steps = teacher_forced_sums(student, space, shards, rows, batch_size)
     texts = (shards.ids(i).tolist() for i in rows)
     answers, decisions = map(list, zip(*decode(student, space, texts, batch_size, constrain=False)))
     student.train(training)

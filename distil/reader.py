@@ -63,8 +63,9 @@ class Reader(nn.Module):
     def forward(self, ids, mask):
         """ids (B, T), mask (B, T) bool, False on padding -> states (B, T, C)"""
         x = self.norm_e(self.wte(ids) + self.wpe(torch.arange(ids.size(1), device=ids.device)))  # (B, T, C)
+        mask = mask[:, None, None].expand(-1, 1, ids.size(1), -1)  # (B, 1, T, T): a token sees the whole text
         for block in self.h:
-            x = block(x, mask[:, None, None])               # a token sees the whole text
+            x = block(x, mask)
         return x
 
     def read(self, ids, text):

@@ -79,7 +79,7 @@ def make_student(folder, tokenizer, fields, indent=None, fence=False, seed=0, **
     write_onnx(small, device / 'student.onnx')
     small_space.tokenizer.save(str(device / 'tokenizer.json'))
     sizes = {file: (device / file).stat().st_size for file in ('student.onnx', 'tokenizer.json')}
-    task = make_task('toy', checkpoint, small_space, small.config.start)
+    task = make_task('toy', checkpoint, small_space, small)
     write_json(device / 'task.json', task | {'bytes': sizes})
     for file in RUNNERS:
         shutil.copy(ROOT / 'device' / file, device)
@@ -252,10 +252,10 @@ def test_run_py_exits_with_a_message_if_the_folder_is_damaged_or_of_another_form
         done = subprocess.run([sys.executable, folder / 'run.py', '--text=hello'], **start)
         assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'export it again' in done.stderr
     folder = shutil.copytree(students[0] / 'device', tmp_path / 'format')
-    task = json.loads((folder / 'task.json').read_text()) | {'format': 2}
+    task = json.loads((folder / 'task.json').read_text()) | {'format': 3}
     (folder / 'task.json').write_text(json.dumps(task))
     done = subprocess.run([sys.executable, folder / 'run.py', '--text=hello'], **start)
-    assert done.stderr == f'{folder} has format 2, this run.py reads 1; export it again\n'
+    assert done.stderr == f'{folder} has format 3, this run.py reads 2; export it again\n'
     with pytest.raises(SystemExit, match='does not hold a complete student'):
         Runner(tmp_path)
 

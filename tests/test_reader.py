@@ -12,6 +12,7 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from data import Shards
+from device.run import Student as Runner
 from distil.checkpoint import load_checkpoint
 from distil.decode import answer_ids, decode, generate, input_ids, value_probabilities
 from distil.reader import load_reader
@@ -124,7 +125,7 @@ def test_a_text_too_long_for_the_student_is_cut(student, space):
     assert len(cut) <= 48 and cut[-1] == last
 
 
-def test_a_student_with_a_reader_trains_and_its_folder_answers(project, bert, tmp_path):
+def test_a_student_with_a_reader_trains_and_its_folders_answer(project, bert, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     settings = [setting.format(bert) for setting in SETTINGS]
     done = run(root, 'train.py', *settings, '--token_dropout=0.1')
@@ -135,10 +136,12 @@ def test_a_student_with_a_reader_trains_and_its_folder_answers(project, bert, tm
     _, student, space = load_checkpoint(root / 'out/toy', 'cpu', 'last')
     shards = Shards('toy', 'toy', root / 'data')
     answers = generate(student, space, [shards.ids(i).tolist() for i in range(20)])
+    exported = run(root, 'device/export.py', '--check_texts=20', '--which=last')
+    assert exported.returncode == 0 and 'same_records=1' in exported.stdout, exported.stderr
     (root / 'data').rename(root / 'gone')                   # the folder of the run is enough
-    records = Labeler(root / 'out/toy', 'cpu', which='last', confidence=False)(
-        [space.tokenizer.decode(shards.ids(i).tolist()) for i in range(20)])
-    assert records == [space.to_json(answer) for answer in answers]
+    texts = [space.tokenizer.decode(shards.ids(i).tolist()) for i in range(20)]
+    records = Labeler(root / 'out/toy', 'cpu', which='last', confidence=False)(texts)
+    assert records == [space.to_json(answer) for answer in answers] == Runner(root / 'out/toy/device')(texts)
     assert all(list(record) == list(FIELDS) for record in records)
 
 
