@@ -8,6 +8,7 @@ labels.py          labels that exist already, in place of a teacher
 extraction.py      settings, shard and totals of extract.py
 teacher_report.py  is this teacher worth copying?
 start.py           a student at the start of its training, with parts of a teacher
+reader.py          a pre-trained encoder that reads the text for the student
 records.py         the records a student is trained on, opened and checked
 decode.py          greedy decoding of the student, and its confidence
 checkpoint.py      the file of a student

@@ -229,7 +229,8 @@ def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
     assert list(json.loads(done.stdout)) == list(FIELDS) and done.stdout.count('\n') == 1
     copy = tmp_path / 'elsewhere'
     for path in ('sample.py', 'model.py', 'distil/space.py', 'distil/decode.py', 'distil/checkpoint.py',
-                 'config/__init__.py', 'config/machine.py', 'config/toy.py', 'out/toy/best.pt', 'out/toy/tokenizer.json'):
+                 'distil/reader.py', 'config/__init__.py', 'config/machine.py', 'config/toy.py', 'out/toy/best.pt',
+                 'out/toy/tokenizer.json'):
         (copy / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / path, copy / path)
     alone = subprocess.run(
