@@ -182,7 +182,7 @@ class Student(nn.Module):
         if width != config.n_embd:                          # a teacher's embedding is projected
             self.wte_proj = nn.Linear(width, config.n_embd, bias=False)
         self.reader = reader
-        if reader is not None:
+        if reader is not None:                              # C of the reader -> C
             self.reader_proj = nn.Linear(reader.config.n_embd, config.n_embd, bias=False)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -206,7 +206,7 @@ class Student(nn.Module):
                 nn.init.zeros_(p)
         if width != config.n_embd:
             nn.init.normal_(self.wte_proj.weight, std=width ** -0.5)  # keeps the variance
-        if reader is not None:
+        if reader is not None:                              # keeps it, too
             nn.init.normal_(self.reader_proj.weight, std=reader.config.n_embd ** -0.5)
 
     def forward(self, idx, targets=None, cache=None, pos=None, keep=None):
@@ -240,7 +240,7 @@ class Student(nn.Module):
         dtype = self.lm_head.weight.dtype                   # a frozen table is fp16
         if self.reader is None:
             return self.wte_proj(self.wte(idx).to(dtype)).to(dtype)  # (B, T, n_table) -> (B, T, C)
-        text = idx >= self.config.vocab_size                # (B, T)
+        text = idx >= self.config.vocab_size                # (B, T) True where the reader reads
         states = self.reader.read(idx - self.config.vocab_size, text)  # (B, T, C of the reader)
         x = self.wte(idx.masked_fill(text, 0))
         return torch.where(text[..., None], self.reader_proj(states).to(dtype), x)
