@@ -9,6 +9,7 @@
 It reads out/<name>/, counts the tokens of data/<dataset>/input.jsonl, and measures on the held-out tenth of
 those texts, or on the texts of --check, what the export loses. It needs requirements-device.txt.
 """
+import fcntl
 import importlib.util
 import json
 import logging
@@ -278,6 +279,11 @@ if __name__ == '__main__':
         stop('no task; run: python device/export.py config/demo.py')
     out = Path('out', run or name)
     checkpoint, student, space = load_checkpoint(out, 'cpu', which)
+    lock = open(out / 'export.lock', 'w')  # until the program ends: both would write the same folder
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stop(f'another export is writing to {out}/device; wait for it')
     corpus = Path('data', dataset, 'input.jsonl')
     if not corpus.is_file() and keep_tokens and not student.reader:
         stop(f'{corpus} does not exist; its tokens are the ones to keep: add it, or set --keep_tokens=0')

@@ -1,4 +1,5 @@
 """device/: the exported folder answers like sample.py, in Python without torch, in Node and in Chromium."""
+import fcntl
 import json
 import os
 import random
@@ -472,3 +473,9 @@ def test_wrong_settings_exit_with_a_message(exported):
     assert 'data/nowhere/input.jsonl does not exist' in missing
     assert 'holds no student; run: python device/export.py' in one_line(run(root, 'device/web.py', '--run=x'))
     assert all(kept for files in PACKAGES.values() for kept in files.values())
+
+
+def test_a_second_export_of_a_student_is_refused(project):
+    with open(project / 'out/toy/export.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert 'another export is writing' in one_line(run(project, 'device/export.py'))
