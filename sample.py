@@ -50,6 +50,8 @@ fields = {}
 prompt = ''
 config = configure(globals())
 
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # torch's threads do not survive a fork
+
 # -----------------------------------------------------------------------------
 # text in, JSON out
 
@@ -81,7 +83,7 @@ class Labeler:
                           min_confidence, ask_teacher, teacher, dtype)
         if ask_teacher and not min_confidence:
             stop('ask_teacher needs a min_confidence: the teacher answers the records with a field below it')
-        self.process, device = os.getpid(), pick_device(device)
+        device = pick_device(device)
         self.checkpoint, self.student, self.space = load_checkpoint(folder, device, which, dtype)
         self.task = self.checkpoint['task']                     # fields, prompt, max_text, ... of meta.json
         self.batch_size, self.constrain = batch_size, constrain
@@ -119,8 +121,6 @@ class Labeler:
     def stream(self, texts):
         """yields (record, number of the text's tokens that were cut off) for each text, in order, as soon as
         it is known. What the iterable raises is raised after the answers to the texts before it."""
-        if os.getpid() != self.process:
-            torch.set_num_threads(1)                            # torch's threads do not survive a fork
         ahead, results, end = read_ahead(texts), [], None
         waiting = deque()                                       # encoded texts without an answer yet
         drained = False                                         # no text was there when the decoder last asked

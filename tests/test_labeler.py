@@ -80,7 +80,7 @@ def test_a_labeler_can_be_pickled(labeler):
 def test_a_forked_process_answers_too(project):
     """torch's threads do not survive a fork: with more than one a large product in the child hangs."""
     program = f'''
-import multiprocessing, sys, torch
+import multiprocessing, pickle, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 from sample import Labeler
 torch.set_num_threads(2)
@@ -91,6 +91,7 @@ torch.ones(3000, 3000) @ torch.ones(3000, 3000)  # starts the threads
 def child(results):
     results.put(labeler(texts))
     results.put((torch.ones(3000, 3000) @ torch.ones(3000, 3000))[0, 0].item())
+    results.put(pickle.loads(pickle.dumps(labeler))(texts))  # as a pool does
 
 context = multiprocessing.get_context('fork')
 results = context.SimpleQueue()
@@ -99,7 +100,7 @@ process.start()
 process.join(60)
 alive = process.is_alive()
 process.kill()
-assert not alive and results.get() == expected and results.get() == 3000
+assert not alive and results.get() == expected and results.get() == 3000 and results.get() == expected
 '''
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', program], cwd=project, capture_output=True, text=True,
                           env={**os.environ, 'OMP_NUM_THREADS': '2'})
