@@ -91,7 +91,7 @@ def encode_prompt(tokenizer, prompt, chat):
     before, after = (encode(part, add_special_tokens=False).ids for part in (before, after))
     if not chat and tokenizer.bos_token_id in encode('', add_special_tokens=True).ids:
         before = [tokenizer.bos_token_id] + before
-    if not before:
+    if not before and after:  # '{text}' alone: labels are given, and no teacher is asked
         sys.exit('the prompt begins with its {text}; this teacher needs a word before it')
     return before, after, end_id
 

@@ -165,3 +165,4 @@ def test_a_teacher_in_float16_is_read_correctly(teachers):
     with pytest.raises(SystemExit, match='needs a word before it'):
         tokenizer.bos_token = None
         encode_prompt(tokenizer, '{text} is', chat=False)
+    assert encode_prompt(tokenizer, '{text}', chat=False)[:2] == ([], [])  # given labels: no teacher is asked
