@@ -17,11 +17,11 @@ web: .venv/installed
 	python device/web.py config/demo.py
 
 test: .venv/installed
-	pytest -q -n 2 --dist worksteal
+	python -m pytest -q -n 2 --dist worksteal
 
 .venv/installed: requirements.txt requirements-serve.txt requirements-device.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q -r requirements.txt
+	.venv/bin/python -m pip install -q -r requirements.txt
 	touch $@
 
 clean:

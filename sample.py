@@ -71,10 +71,9 @@ class Labeler:
     """A student, from Python: Labeler('out/demo')(['text', ...]) -> [{'sentiment': 'positive', ...,
     '_confidence': {'sentiment': 0.93, ...}}, ...].
 
-    folder: of a training run. confidence, which, dtype, teacher: as the settings. too_long: 'cut', or 'refuse' for {'error': ...} in
-    place of an answer. min_confidence: records with a field below it get '_defer': True, or, with
-    ask_teacher, the teacher's answer and '_teacher': True. SystemExit with a message if the student cannot be
-    loaded. It can be pickled (the copy loads the folder again), and used in a forked process (on one thread).
+    folder: of a training run. confidence, which, dtype, teacher: as the settings. too_long: 'cut', or 'refuse'
+    for {'error': ...} in place of an answer. min_confidence: records with a field below it get '_defer': True,
+    or, with ask_teacher, the teacher's answer and '_teacher': True. SystemExit if it cannot be loaded. It can be pickled (the copy loads the folder again), and used in a forked process (on one thread).
     """
 
     def __init__(self, folder, device='auto', which='best', batch_size=64, constrain=True, too_long='cut',

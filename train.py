@@ -59,7 +59,7 @@ n_head = 16            # 1..
 n_kv_head = 0          # 0..; 0: as many as n_head; fewer is grouped-query attention
 n_embd = 1024          # 1..
 n_mlp = 4096           # 1..
-block_size = 75        # 2..; text + answer tokens; too few for the data ends with a message that says how many
+block_size = 75        # 2..; text + answer tokens; if it is too small, a message says what the data needs
 dropout = 0.0          # 0..1
 token_dropout = 0.0    # 0..1; share of text tokens hidden at each step, against overfitting on few texts
 # loss and curriculum
@@ -150,7 +150,7 @@ def make_optimizer(training, shards, train_rows, weight_decay, learning_rate, be
     groups = training.student.param_groups(weight_decay)
     learned = [p for group in groups for p in group['params']]
     trainable = [p for p in training.student.parameters() if p.requires_grad]
-    assert sorted(map(id, learned)) == sorted(map(id, trainable)), 'a parameter is learned twice, or not at all'
+    assert sorted(map(id, learned)) == sorted(map(id, trainable)), 'a parameter in no group, or in two'
     training.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     if state:
         training.optimizer.load_state_dict(state)
@@ -173,9 +173,9 @@ def hidden_id(student):
 
 def take_step(training, shards, rows, lr, reader_lr, grad_accum, grad_clip, token_dropout, autocast,
               **loss_options):
-    """one optimizer step on the records `rows`, divided among the processes and micro-batches (the result does
-    not depend on how, but for dropout). Returns sums over the step, (loss, kl, ce, answer tokens right, answer tokens), and the
-    norm of the gradient. FloatingPointError if the loss is nan or infinite."""
+    """one optimizer step on the records `rows`, divided among the processes and micro-batches (the result
+    does not depend on how, but for dropout). Returns sums over the step, (loss, kl, ce, answer tokens right,
+    answer tokens), and the norm of the gradient. FloatingPointError if the loss is nan or infinite."""
     learned = [p for group in training.optimizer.param_groups for p in group['params']]
     device, c = training.student.lm_head.weight.device, training.student.config
     n_tokens = sum(len(shards.answer(i)) for i in rows)         # one denominator for the whole step
@@ -183,7 +183,7 @@ def take_step(training, shards, rows, lr, reader_lr, grad_accum, grad_clip, toke
     for part in np.array_split(rows, grad_accum * WORLD)[RANK::WORLD]:
         if not len(part):
             continue
-        # rows of text, start, answer: (B, T) ids, (B, T) targets, -1 but on the answer, (n, V) calibrated logits
+        # rows of text, start, answer: (B, T) ids, (B, T) targets, -1 but on the answer, (n, V) logits
         idx, targets, teacher_logits = (x.to(device) for x in shards.batch(part, c.start))
         if token_dropout:
             hide_text(idx, targets, token_dropout, hidden_id(training.student), len(c.start))
@@ -290,13 +290,14 @@ if __name__ == '__main__':
     while training.step < n_steps and not (stopping or enough):
         start, (epoch, k) = time.time(), divmod(training.step, per_epoch)
         if k == 0 or training.step == first:
-            order = batches(lengths, batch_size, seed, epoch)   # a function of (seed, epoch): resume needs no more
+            order = batches(lengths, batch_size, seed, epoch)   # of (seed, epoch) alone: resume needs no more
         lr, kl_weight, tau = schedule(training.step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end,
                                       kd_temperature, kd_anneal)
         torch.manual_seed((seed + training.step) * WORLD + RANK)  # and dropout is a function of the step
         try:
-            step_sums, gnorm = take_step(training, shards, train_rows[order[k]], lr, reader_lr, grad_accum, grad_clip,
-                                         token_dropout, autocast, kl_weight=kl_weight, temperature=tau)
+            step_sums, gnorm = take_step(training, shards, train_rows[order[k]], lr, reader_lr, grad_accum,
+                                         grad_clip, token_dropout, autocast, kl_weight=kl_weight,
+                                         temperature=tau)
         except FloatingPointError as error:
             bar.close()
             stop(str(error))

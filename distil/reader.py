@@ -1,10 +1,10 @@
-"""A pre-trained encoder in front of the student: it reads the text in both directions, then the student writes.
+"""A pre-trained encoder in front of the student: it reads the text both ways, then the student writes.
 
     reader = load_reader('data/teachers/minilm', n_layer=3)  # Reader
     states = reader(ids, mask)                               # (B, T) ids of its own vocabulary -> (B, T, C)
 
-The student's decoder gets these states in place of the embeddings of a text. The reader is part of the student: it is
-trained with it at a lower learning rate, and saved in its checkpoint. Its architecture is BERT's
+The student's decoder gets these states in place of the embeddings of a text. The reader is part of the
+student: it is trained with it at a lower learning rate, and saved in its checkpoint. Its architecture is BERT's
 (https://arxiv.org/abs/1810.04805): MiniLM, bge, e5. B texts, T tokens, C channels, H heads.
 """
 from dataclasses import dataclass
@@ -130,10 +130,11 @@ def copy_bert(reader, model):
         qkv = attention.self.query, attention.self.key, attention.self.value
         block.c_attn.weight.copy_(torch.cat([part.weight for part in qkv]))
         block.c_attn.bias.copy_(torch.cat([part.bias for part in qkv]))
-        for ours, theirs in ((block.c_proj, attention.output.dense), (block.norm_1, attention.output.LayerNorm),
-                             (block.c_up, layer.intermediate.dense), (block.c_down, layer.output.dense),
-                             (block.norm_2, layer.output.LayerNorm)):
-            ours.load_state_dict(theirs.state_dict())
+        parts = ((block.c_proj, attention.output.dense), (block.norm_1, attention.output.LayerNorm),
+                 (block.c_up, layer.intermediate.dense), (block.c_down, layer.output.dense),
+                 (block.norm_2, layer.output.LayerNorm))
+        for part, of_bert in parts:
+            part.load_state_dict(of_bert.state_dict())
 
 
 def read_tokenizer(folder):
