@@ -28,7 +28,7 @@ from data import held_out, read_texts, text_hash, write_json
 from device.shrink import choose_tokens, fold_table, round_to_int8, trim_student, trim_tokenizer
 from distil.agreement import field_texts, same_values, teacher_forced_sums
 from distil.checkpoint import load_checkpoint
-from distil.decode import answer_ids, generate
+from distil.decode import answer_ids, generate, text_room
 from distil.records import load_records
 from distil.space import clean, value_names
 
@@ -105,7 +105,7 @@ def make_task(name, checkpoint, space, student):
     ids = lambda outs: [id_of[o] for o in outs]
     before, offset, max_text = [], 0, task['max_text']
     if student.reader:  # its special tokens around the text, and room for them
-        offset, room = student.config.vocab_size, student.config.block_size - space.max_answer - len(start) + 1
+        offset, room = student.config.vocab_size, text_room(student, space)
         cls, sep = student.reader.encode([''], room)[0]
         before, start, max_text = [offset + cls], [offset + sep, *start], room - 2
     table = [{'field': space.field[state], 'rows': [out for out, _ in moves],
@@ -178,7 +178,8 @@ def shrink_student(student, space, texts, check, max_text, keep_tokens, int8, sh
     if student.reader:                                          # its vocabulary is small: nothing to trim
         small = round_to_int8(student) if int8 else student
         if shards and int8:
-            figures |= {'kl_float32': measure_kl(student, space, shards), 'kl_int8': measure_kl(small, space, shards)}
+            figures |= {'kl_float32': measure_kl(student, space, shards),
+                        'kl_int8': measure_kl(small, space, shards)}
         if check:
             before, after = (label_texts(model, space, check, None) for model in (student, small))
             figures['fields_same'] = float(same_values(before, after).mean())
@@ -190,7 +191,8 @@ def shrink_student(student, space, texts, check, max_text, keep_tokens, int8, sh
     folded = fold_table(student)
     rounded = round_to_int8(folded) if int8 else folded
     if shards and int8:
-        figures |= {'kl_float32': measure_kl(folded, space, shards), 'kl_int8': measure_kl(rounded, space, shards)}
+        figures |= {'kl_float32': measure_kl(folded, space, shards),
+                    'kl_int8': measure_kl(rounded, space, shards)}
     tokenizer = trim_tokenizer(space.tokenizer, kept)
     small, small_space = trim_student(rounded, space, kept, tokenizer)
     if check:

@@ -123,15 +123,19 @@ class Row:
         return False
 
 
+def text_room(student, space):
+    """most ids of a text that fit into a row beside the longest answer."""
+    return student.config.block_size - space.max_answer - len(student.config.start) + 1
+
+
 def input_ids(student, space, texts):
     """what a student reads of texts, given as lists of the teacher's ids: these, or the ids of its reader (see
     model.Student). Lists of ids; a text longer than fits beside an answer is cut for the reader."""
     if student.reader is None:
         return [list(map(int, ids)) for ids in texts]
-    room = student.config.block_size - space.max_answer - len(student.config.start) + 1
     strings = space.tokenizer.decode_batch([list(map(int, ids)) for ids in texts])
     offset = student.config.vocab_size
-    return [[offset + i for i in ids] for ids in student.reader.encode(strings, room)]
+    return [[offset + i for i in ids] for ids in student.reader.encode(strings, text_room(student, space))]
 
 
 def answer_ids(student, space):
@@ -182,7 +186,7 @@ def decode(student, space, texts, batch_size=64, constrain=True):
             if ids is None:
                 break
             ids, = input_ids(student, space, [ids])
-            room = student.config.block_size - space.max_answer - len(start) + 1
+            room = text_room(student, space)
             assert len(ids) <= room, f'the text has {len(ids)} tokens; with an answer at most {room} fit'
             draft, state = space.forced_runs[0]
             feed = [*ids, *start, *(id_of[o] for o in draft)]

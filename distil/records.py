@@ -9,15 +9,20 @@ from config import next_command, stop
 from data import Shards
 
 
-def open_records(dataset, name, more, max_records, eval_records):
-    """(Shards, record numbers to train on, record numbers to evaluate on) of a task. Exits with a message if
-    there are none. The arguments are settings of train.py."""
+def open_shards(dataset, name, more=''):
+    """the Shards of a task. Exits with a message if there are none, or if they do not belong together."""
     try:
-        shards = Shards(dataset, name, more=more)
+        return Shards(dataset, name, more=more)
     except FileNotFoundError as error:
         stop(f'{error}; run: {next_command("extract.py")}')
     except ValueError as error:
         stop(str(error))
+
+
+def open_records(dataset, name, more, max_records, eval_records):
+    """(Shards, record numbers to train on, record numbers to evaluate on) of a task. Exits with a message if
+    there are none. The arguments are settings of train.py."""
+    shards = open_shards(dataset, name, more)
     if more and len(shards) == shards.n_teacher:
         stop(f'data/{dataset} has no answers of students in {more!r}; run: {next_command("tools/ensemble.py")} '
              f'--more={more} --students=...')

@@ -20,11 +20,11 @@ import numpy as np
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
-from config import configure, data_line, next_command, stop
+from config import configure, data_line, stop
 from config.machine import pick_device, pick_dtype
-from data import Shards
 from distil.checkpoint import load_checkpoint
-from distil.decode import decode, generate
+from distil.decode import decode, generate, text_room
+from distil.records import open_shards
 from distil.teacher import load_model
 from tools.baselines import generate_constrained
 
@@ -121,7 +121,7 @@ def bench_serve(args, student, space, texts, teacher_answer, n_requests=1500, ro
     """prints a line for the decoder, for each number of clients and texts per request, and for the teacher:
     medians of alternating rounds. args: of serve.py. texts: strings. teacher_answer: function of a text, or
     None."""
-    room = student.config.block_size - space.max_answer - len(student.config.start) + 1
+    room = text_room(student, space)
     ids = [space.tokenizer.encode(text, add_special_tokens=False).ids[:room] for text in texts]
 
     def time_single_texts():
@@ -160,10 +160,7 @@ if __name__ == '__main__':
     logging.set_verbosity_error()
     if not name or not dataset:
         stop('no task; run: python serve/bench.py config/demo.py')
-    try:
-        shards = Shards(dataset, name)
-    except (FileNotFoundError, ValueError) as error:
-        stop(f'{error}; run: {next_command("extract.py")}')
+    shards = open_shards(dataset, name)
     device = pick_device(device)
     checkpoint, student, space = load_checkpoint(Path('out', run or name), device, dtype=dtype)
     task = checkpoint['task']

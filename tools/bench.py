@@ -22,12 +22,13 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
-from config import configure, data_line, next_command, stop
+from config import configure, data_line, stop
 from config.machine import can_compile, pick_device, pick_dtype
-from data import Shards, batches
+from data import batches
 from distil.checkpoint import load_checkpoint, lower_precision
 from distil.decode import generate
 from distil.engine import Drafts, Teacher, answer_batched, peak_memory_gb
+from distil.records import open_shards
 from distil.space import OutputSpace
 from distil.start import SeenRows
 from distil.teacher import load_model, load_tokenizer, rounding_tolerance
@@ -280,10 +281,7 @@ if __name__ == '__main__':
     device = pick_device(device)
     if not name or not dataset:
         stop('no task; run: python tools/bench.py config/demo.py --what=extract')
-    try:
-        shards = Shards(dataset, name)
-    except (FileNotFoundError, ValueError) as error:
-        stop(f'{error}; run: {next_command("extract.py")}')
+    shards = open_shards(dataset, name)
     meta, dtype_setting, dtype = shards.meta, dtype, pick_dtype(dtype, device)
     teacher = teacher or meta['teacher']
     compiled = compile in ('True', 'true')
@@ -298,6 +296,8 @@ if __name__ == '__main__':
     else:
         student_dtype = 'float32' if what == 'train' else dtype_setting
         checkpoint, student, space = load_checkpoint(Path('out', run or name), device, dtype=student_dtype)
+        if student.reader:
+            stop('this student has a reader; only extraction and serve/bench.py time a task with one')
         train_rows, val_rows = shards.split()
         if what == 'train':
             print(bench_train(student, shards, train_rows, batch_size, dtype, compiled))

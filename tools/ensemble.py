@@ -28,10 +28,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure, next_command, stop
 from config.machine import on_stop, pick_device
-from data import Hashes, Shards, Writer, held_out, pad_batch, read_meta, read_texts, stored_hashes, write_json
+from data import Hashes, Writer, held_out, pad_batch, read_meta, read_texts, stored_hashes, write_json
 from data.texts import read_groups
 from distil.checkpoint import TASK, load_checkpoint, read_work
 from distil.decode import answer_ids, generate, input_ids
+from distil.records import open_shards
 
 name = ''            # word; data/<dataset>/<name>-* is what the students learned from ...
 dataset = ''         # word
@@ -170,12 +171,7 @@ if __name__ == '__main__':
     device, more, source = pick_device(device), more or f'{name}_more', Path('data', dataset, 'input.jsonl')
     if not source.is_file():
         stop(f'{source} does not exist; restore it: the students answer its texts')
-    try:
-        shards = Shards(dataset, name)
-    except FileNotFoundError as error:
-        stop(f'{error}; run: {next_command("extract.py")}')
-    except ValueError as error:
-        stop(str(error))
+    shards = open_shards(dataset, name)
     runs = [Path(folder.strip()) for folder in students.split(',')]
     model, space, members = load_ensemble(runs, shards.meta, device, dtype)
     folder = Path('data', dataset, f'{more}-00')
