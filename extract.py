@@ -141,7 +141,8 @@ def scan_texts(task, dataset, name, source, filters):
     frequency, n_todo = np.zeros(tokenizer.get_vocab_size(), np.int64), 0  # (whole vocabulary,)
     counts = Counter()                                          # what happened to each line
     n_sample, sample = (task['calibrate'] or {}).get('texts', 0), []  # for learn_bias
-    texts = tqdm(read_texts(source), desc='filter', unit=' texts', unit_scale=True, mininterval=1)
+    lines = read_texts(source, None if task['score'] == 'labels' else 'answer')
+    texts = tqdm(lines, desc='filter', unit=' texts', unit_scale=True, mininterval=1)
     for group in read_groups(texts, tokenizer, 1024, *filters, counts):
         np.add.at(frequency, np.concatenate([ids for _, ids, _ in group]), 1)  # counts tokens
         n_todo += sum(hash_ not in done for hash_, _, _ in group)
@@ -188,9 +189,10 @@ def label_group(engine, space, drafts, group, meta, full_lse):
             answers[i] = answer
     records, none = [], np.zeros((0, len(space.output_ids)), np.float32)
     for i, answer in enumerate(answers):
-        if isinstance(answer, str):                             # a reason: stored empty, so not asked again
+        if isinstance(answer, str):                             # a reason: stored empty, so not asked again ...
             reasons.append(answer)
-            records.append((hashes[i], [], [], none, none[:, 0]))
+            if meta['score'] != 'labels':                       # ... but a wrong label may be corrected
+                records.append((hashes[i], [], [], none, none[:, 0]))
         else:                                                   # outs (n,), logits (n, V), lse (n,)
             records.append((hashes[i], ids[i], *answer))
             n_needed += len(ids[i]) + len(meta['after']) + len(answer[0]) - 1

@@ -80,6 +80,7 @@ class Labeler:
                  confidence=True, min_confidence=0.0, ask_teacher=False, teacher='', dtype='auto'):
         self.arguments = (Path(folder).absolute(), device, which, batch_size, constrain, too_long, confidence,
                           min_confidence, ask_teacher, teacher, dtype)
+        assert confidence in (False, True, 'full'), f'confidence is {confidence!r}; it is False, True or \'full\''
         if ask_teacher and not min_confidence:
             stop('ask_teacher needs a min_confidence: the teacher answers the records with a field below it')
         device = pick_device(device)
@@ -255,5 +256,5 @@ if __name__ == '__main__':
         else:
             for line in typed_lines():
                 print_labels(labeler, [line])
-    except KeyboardInterrupt:                                   # Ctrl-C is a normal end here
-        pass
+    except KeyboardInterrupt:                                   # at the prompt it is a normal end
+        sys.exit(130 if text is not None or input or piped else 0)

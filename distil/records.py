@@ -1,5 +1,6 @@
 """The records a student is trained on: opened, and checked before the first step."""
 import math
+import re
 
 import numpy as np
 import torch
@@ -87,4 +88,16 @@ def check_data(shards, space, train_rows, val_rows, rng):
     overlap = len(texts[0] & texts[1])
     if overlap:
         stop(f'{overlap} held-out texts are also trained on; extract again')
-    return {'stored_tokens': 1 - n_wrong / n_steps, 'teacher_ce': ce / n_steps, 'overlap': overlap}
+    decode = lambda rows: map(simplify, space.tokenizer.decode_batch([shards.ids(i).tolist() for i in rows]))
+    trained, held_out = {*decode(train_rows)}, list(decode(val_rows))
+    near = sum(text in trained for text in held_out) / len(held_out)
+    if near > 0.05:
+        print(f'note: {near:.0%} of the held-out texts are also trained on, but for case and punctuation: the '
+              'figures flatter')
+    return {'stored_tokens': 1 - n_wrong / n_steps, 'teacher_ce': ce / n_steps, 'overlap': overlap,
+            'near_overlap': near}
+
+
+def simplify(text):
+    """a text without case and punctuation, to find near-duplicates."""
+    return re.sub(r'[\W_]+', ' ', text.lower()).strip()

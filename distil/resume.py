@@ -176,7 +176,8 @@ def work_before(shards):
     for meta in shards.metas:
         (students if 'students' in meta else timed).update(meta.get('timed', {}))
     teacher_rec_s = timed['records'] / timed['seconds'] if timed else math.nan
-    work = {'extract_hours': shards.n_teacher / teacher_rec_s / 3600, 'train_hours': 0.0,
+    hours = 0.0 if shards.meta.get('score') == 'labels' else shards.n_teacher / teacher_rec_s / 3600
+    work = {'extract_hours': hours, 'train_hours': 0.0,
             'teacher_rec_s': teacher_rec_s}
     if shards.students:
         hours = sum(one['hours'] for group in shards.students for one in group)

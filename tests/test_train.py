@@ -404,3 +404,17 @@ def test_on_a_full_disk_the_previous_checkpoint_is_intact(tmp_path):
         with pytest.raises(SystemExit, match=f'{file}: .*; the previous checkpoint is intact'):
             save_checkpoint(path, {'step': 2, 'model': torch.zeros(10000)})
         assert torch.load(path, weights_only=True) == {'step': 1} and not os.path.lexists(tmp)
+
+
+def test_near_duplicates_across_the_split_are_pointed_out(project, tmp_path):
+    root = clone_task(project, tmp_path)
+    rng, words = random.Random(0), 'cat sat on a mat hello my friend was there early today'.split()
+    texts = [' '.join(rng.choices(words, k=6)) for _ in range(150)]
+    lines = [{'text': variant, 'answer': {'tone': 'neutral', 'spam': n % 2 == 0}}
+             for n, text in enumerate(texts) for variant in (text, text + ' !')]
+    (root / 'labels.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    assert run(root, 'extract.py', '--labels=labels.jsonl', '--calibrate=0', '--prior={}').returncode == 0
+    done = run(root, 'train.py', '--max_epochs=1')
+    assert 'of the held-out texts are also trained on, but for case' in done.stdout, done.stderr
+    check = next(line for line in done.stdout.splitlines() if line.startswith('check '))
+    assert 0.5 < float(check.partition('near_overlap=')[2])

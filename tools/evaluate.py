@@ -81,7 +81,7 @@ def compute_cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
     hours = work['extract_hours'] + work.get('students_hours', 0.0) + work['train_hours']
     spent = hours * hour_price
     saved = teacher_million - student_million
-    calls = spent / saved * 1e6 if saved > 0 else math.inf
+    calls = math.inf if saved <= 0 else spent / saved * 1e6     # nan stays nan
     return {**work, 'student_rec_s': student_rec_s, 'teacher_million': teacher_million,
             'student_million': student_million, 'spent': spent, 'break_even': calls,
             'days': calls / calls_per_day}

@@ -13,6 +13,9 @@ import re
 import sys
 from pathlib import Path
 
+if {'-h', '--help'} & {*sys.argv}:
+    sys.exit(print(__doc__))
+
 WORDS = '''
 love loved lovely great awesome amazing thanks thank glad happy beautiful best fun nice cool sweet
 excited perfect welcome hate hated stupid idiot dumb ugly terrible awful horrible worst gross disgusting

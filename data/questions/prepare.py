@@ -12,6 +12,9 @@ import re
 import sys
 from pathlib import Path
 
+if {'-h', '--help'} & {*sys.argv}:
+    sys.exit(print(__doc__))
+
 if importlib.util.find_spec('chitchat_dataset') is None:
     sys.exit('the chat messages are in a Python package; run: pip install chitchat-dataset')
 source = Path(importlib.util.find_spec('chitchat_dataset').origin).parent / 'dataset.json'

@@ -14,6 +14,9 @@ import sys
 import urllib.request
 from pathlib import Path
 
+if {'-h', '--help'} & {*sys.argv}:
+    sys.exit(print(__doc__))
+
 HOME = 'https://raw.githubusercontent.com/google-research/google-research/master/goemotions/data/'
 FILES = 'train.tsv', 'dev.tsv', 'test.tsv'
 

@@ -17,6 +17,9 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+if {'-h', '--help'} & {*sys.argv}:
+    sys.exit(print(__doc__))
+
 SETS = 'tweets', 'movieReviewSnippets', 'amazonReviewSnippets', 'nytEditorialSnippets'
 
 
