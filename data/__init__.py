@@ -7,7 +7,7 @@
       stats.bin    float32   (steps, 2) that maximum, and logsumexp over all tokens (nan if not computed)
       index.bin    uint64    (records, 3) end offset in input.bin, end offset in output.bin, hash of the text
       meta.json              teacher, tokenizer hash, prompt, fields, output ids: what the output space needs;
-                             bias: what a reader subtracts from the logits, which are stored raw;
+                             bias: what is subtracted from the logits on reading; they are stored raw;
                              students: who answered, if not the teacher (tools/ensemble.py)
       tokenizer.json         the teacher's tokenizer
 

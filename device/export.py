@@ -246,6 +246,7 @@ def write_card(folder, checkpoint, figures, source, space, n_tokens, vocab):
     """writes the model card, README.md of the folder. figures: those of shrink_student. source: the texts
     that they were measured on, in words. n_tokens, vocab: number of tokens after and before the export."""
     task, per_field = checkpoint['task'], checkpoint['per_field']
+    max_text = json.loads((folder / 'task.json').read_text(encoding='utf-8'))['max_text']
     purpose = {'student.onnx': 'the network and its weights', 'task.json': 'the fields, as an automaton',
                'tokenizer.json': 'cuts a text into tokens', 'run.py': 'answers, in Python',
                'student.js': 'answers, in a browser or in Node', 'index.html': 'a page to try it',
@@ -260,13 +261,13 @@ def write_card(folder, checkpoint, figures, source, space, n_tokens, vocab):
         cut = ''
         if 'ids_changed' in figures:  # a reader's tokens are all kept
             cut = f'a share of {figures["ids_changed"]:.3f} of them is cut into other tokens,\nand '
-        loss = (f'This was measured\non {source}: {cut}{figures["fields_same"]:.4f} of their fields are unchanged. '
-                'Texts from elsewhere may lose more:\n'
+        loss = (f'This was measured\non {source}: {cut}{figures["fields_same"]:.4f} of their fields are '
+                'unchanged. Texts from elsewhere may lose more:\n'
                 '`python device/export.py --check=FILE` measures it on yours.')
     best = checkpoint['figures']
     card = CARD.format(name=run or name, n_fields=f'{len(space.fields)} fields', teacher=task['teacher'],
                        fields='\n'.join(lines), records=best['records'], exact=best['exact'],
-                       trained=f'{checkpoint["n_train"]:,}', max_text=task['max_text'], loss=loss,
+                       trained=f'{checkpoint["n_train"]:,}', max_text=max_text, loss=loss,
                        keep_tokens=f'{n_tokens:,}', vocab=f'{vocab:,}',
                        bits='8 bits' if int8 else 'float32', files='\n'.join(files),
                        prompt='\n'.join('    ' + line for line in task['prompt'].splitlines()))
@@ -307,8 +308,8 @@ if __name__ == '__main__':
     n_tokens = vocab if reader else small.config.vocab_size
     print(data_line('shrink', {'tokens': n_tokens, 'of': vocab, **figures}))
     if checked:
-        print(f'measured on {source}; texts from elsewhere may lose more: --check=FILE measures it on yours, '
-              '--keep_tokens=0 loses least')
+        print(f'measured on {source}; texts from elsewhere may lose more: --check=FILE measures it on yours'
+              + ('' if reader else ', --keep_tokens=0 loses least'))
 
     folder, tmp = out / 'device', out / 'device.tmp'
     shutil.rmtree(tmp, ignore_errors=True)

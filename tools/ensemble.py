@@ -84,7 +84,7 @@ class Ensemble(nn.Module):
 def answer_texts(model, space, texts):
     """texts: lists of ids -> per text (output indices (n,), logits (n, V)): the model's answer, constrained
     to the schema, and its logits at every token of it. The bias of a calibrated teacher is added to the
-    logits, because readers of a shard subtract it."""
+    logits, because it is subtracted again when the shard is read."""
     outs, device = generate(model, space, texts, batch_size=len(texts)), model.lm_head.weight.device
     idx, targets = pad_batch(input_ids(model, space, texts), outs, answer_ids(model, space), model.config.start)
     logits = model(idx.to(device), targets.to(device)).cpu()    # (answer tokens of all texts, V)
