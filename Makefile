@@ -1,9 +1,10 @@
-# make demo: teacher -> logits -> student -> JSON, for real, on two CPU cores.  make test: the behaviour tests.
+# make demo: teacher -> logits -> student -> JSON, for real, on two CPU cores.  make test: the behaviour tests;
+# make slow: those that take long.
 # make web, after make demo: the student as a page in a browser.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo web test clean
+.PHONY: demo web test slow clean
 
 demo: .venv/installed
 	python data/chitchat/prepare.py
@@ -17,7 +18,10 @@ web: .venv/installed
 	python device/web.py config/demo.py
 
 test: .venv/installed
-	python -m pytest -q -n 2 --dist worksteal
+	python -m pytest -q -n 2 --dist worksteal -m 'not slow'
+
+slow: .venv/installed
+	python -m pytest -q -n 2 --dist worksteal -m slow
 
 .venv/installed: requirements.txt requirements-serve.txt requirements-device.txt
 	$(PYTHON) -m venv .venv

@@ -9,6 +9,7 @@ import re
 import resource
 import runpy
 import shutil
+import socket
 import sys
 import tempfile
 from collections import defaultdict
@@ -201,6 +202,18 @@ def run(root, script, *args, stdin=b'', file_limit=0):
                                stderr=Path(files[2]).read_text())
 
 
+def free_port():
+    """a port that nobody listens on"""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        return server.getsockname()[1]
+
+
+def torchrun(ranks):
+    """the beginning of a command that starts so many processes of a script, on a port of its own choosing"""
+    return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local_addr=127.0.0.1',
+            f'--nproc_per_node={ranks}']
+
+
 def one_line(done):
     """the message of a failed run. Its stderr must have no other line but changed settings and progress
     bars."""
@@ -257,6 +270,10 @@ def weights(root):
 
 INSTALL = {'Chromium': 'apt install chromium', 'Node.js': 'apt install nodejs npm',
            'curl': 'apt install curl'}
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: several processes, or several seconds; `make slow` runs them')
 
 
 def describe_skips(skips):

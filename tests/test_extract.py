@@ -17,7 +17,8 @@ import torch
 import data
 from data.texts import prefetch, read_groups
 from distil.space import OutputSpace
-from tests.conftest import CHILDREN, FIELDS, clone_task, load_teacher, one_line, run, run_script
+from tests.conftest import (CHILDREN, FIELDS, clone_task, free_port, load_teacher, one_line, run, run_script,
+                            torchrun)
 
 
 def test_any_texts_are_filtered_and_counted(tokenizer, tmp_path):
@@ -78,6 +79,7 @@ def test_the_data_lines_of_extract_can_be_parsed(project):
     assert 0 < float(lines['coverage']['mass']) <= 1.0001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('moment', ['records', 'anywhere'])
 def test_a_killed_extraction_continues_to_identical_files(project, tmp_path, moment):
     """ten SIGKILLs after some more records, or five at any moment of a run."""
@@ -118,17 +120,15 @@ def test_a_full_disk_exits_with_a_message_and_loses_nothing(project, tmp_path):
         assert content and (project / f'data/toy/toy-00/{name}.bin').read_bytes().startswith(content)
 
 
+@pytest.mark.slow
 def test_two_ranks_killed_then_three_then_one_extract_every_text_once(project, tmp_path):
     root = clone_task(project, tmp_path)
-    ranks = lambda n: [
-        sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={n}',
-        f'--master_port={random.randint(20000, 60000)}', 'extract.py', 'config/toy.py', '--extract_batch=8'
-    ]
+    ranks = lambda n: [*torchrun(n), 'extract.py', 'config/toy.py', '--extract_batch=8']
     stored = lambda: [
         len(data.read_index(folder, 64)) for folder in data.shard_folders('toy', 'toy', root / 'data')
     ]
     env = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='localhost',
-               MASTER_PORT=str(random.randint(20000, 60000)))  # a kill of torchrun would not reach them
+               MASTER_PORT=str(free_port()))  # a kill of torchrun would not reach them
     pair = [
         subprocess.Popen([sys.executable, 'extract.py', 'config/toy.py', '--extract_batch=1'], cwd=root,
                          env={**env, 'RANK': str(r)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -261,6 +261,7 @@ def test_every_program_reports_a_damaged_meta_json(project, tmp_path):
             run(root, program, '--run=x') if program != 'extract.py' else run(root, program))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('program', ['extract.py', 'train.py'])
 def test_a_closed_terminal_ends_a_run_as_kill_does(project, tmp_path, program):
     root = clone_task(project, tmp_path, *([] if program == 'extract.py' else ['toy-00']))

@@ -703,6 +703,7 @@ def test_schemas_are_read_and_impossible_ones_are_refused(labeler):
     assert read_response_format({'type': 'json_schema', 'json_schema': form}, labeler.space) == ('tone',)
 
 
+@pytest.mark.slow
 def test_the_bench_prints_a_line_for_each_load(root, labeler, monkeypatch, capsys):
     monkeypatch.chdir(root)
     bench_serve(['--name=toy'], labeler.student, labeler.space, TEXTS, labeler.space.to_json, 8, 1)

@@ -24,7 +24,7 @@ from distil.checkpoint import load_checkpoint, save_checkpoint
 from distil.resume import Training
 from distil.start import SeenRows
 from tests.conftest import (FIELDS, clone_task, make_shards, one_line, random_records, run, tiny_student,
-                            weights)
+                            torchrun, weights)
 
 
 def test_loss_of_a_hand_computed_case():
@@ -159,19 +159,17 @@ def test_a_student_that_starts_from_the_teacher_trains_and_samples(project, tmp_
         assert 'trained already' in run(root, 'train.py', *args[:-1]).stdout
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_student(project, tmp_path):
     root, single = (clone_task(project, tmp_path / name, 'toy-00') for name in 'ab')
-    launch = [
-        sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
-        f'--master_port={random.randint(20000, 60000)}', 'train.py', 'config/toy.py'
-    ]
-    args = ['--max_epochs=2', '--save_steps=5']
+    launch, args = [*torchrun(2), 'train.py', 'config/toy.py'], ['--max_epochs=2', '--save_steps=5']
     assert run(single, 'train.py', *args).returncode == 0
-    process = subprocess.Popen([*launch, *args, '--log_steps=1'], cwd=root, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    log = root / 'out/toy/log.txt'
+    said, log = tmp_path / 'stderr', root / 'out/toy/log.txt'
+    with open(said, 'w') as file:
+        process = subprocess.Popen([*launch, *args, '--log_steps=1'], cwd=root, stdout=file, stderr=file)
     while process.poll() is None and not (log.exists() and 'train step=7 ' in log.read_text()):
         time.sleep(0.01)
+    assert process.poll() is None, said.read_text()
     process.send_signal(signal.SIGTERM)                         # torchrun forwards it
     process.wait()
     # the next run continues from here
