@@ -44,14 +44,18 @@ def pick_device(device):
     return device
 
 
-def matmuls_per_s(dtype, size=1024):
-    """matrix products (size, size) @ (size, size) per second on the CPU; the best of five."""
-    a, times = torch.ones(size, size, dtype=dtype), []
-    for _ in range(6):  # the first one warms up
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    return 1 / min(times[1:])
+def seconds_of_matmul(dtypes, size=512, rounds=20):
+    """seconds of a product (size, size) @ (size, size) on the CPU in each type: the best of some rounds, in turns,
+    because other programs run beside."""
+    squares = [torch.ones(size, size, dtype=dtype) for dtype in dtypes]
+    times = []
+    for _ in range(rounds):
+        times.append([])
+        for a in squares:
+            start = time.perf_counter()
+            a @ a
+            times[-1].append(time.perf_counter() - start)
+    return [min(of_dtype) for of_dtype in zip(*times)]
 
 
 def pick_dtype(dtype, device):
@@ -65,7 +69,8 @@ def pick_dtype(dtype, device):
         if device.startswith('cuda'):
             faster = torch.cuda.is_bf16_supported(including_emulation=False)
         elif device == 'cpu' and (cpu.get('amx_bf16') or cpu.get('avx512_bf16')):
-            faster = matmuls_per_s(torch.bfloat16) > 1.3 * matmuls_per_s(torch.float32)
+            in_bfloat16, in_float32 = seconds_of_matmul([torch.bfloat16, torch.float32])
+            faster = 1.3 * in_bfloat16 < in_float32
         dtype = 'bfloat16' if faster else 'float32'
     return getattr(torch, dtype)
 

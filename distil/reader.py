@@ -39,13 +39,17 @@ class ReaderBlock(nn.Module):
         self.c_up, self.c_down = nn.Linear(C, config.n_mlp), nn.Linear(config.n_mlp, C)
         self.norm_1, self.norm_2 = (nn.LayerNorm(C, eps=config.norm_eps) for _ in range(2))
 
-    def forward(self, x, mask):
-        B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, C / H) each
-                   for part in self.c_attn(x).split(C, dim=2))
+    def forward(self, x, mask, cell=None):
+        """x (B, T, C) rows, mask (B, 1, T, T); or x (K, C) tokens of B * T cells, at cell (K,). Either way only
+        the attention sees the padding: in a batch of texts of all lengths that is half of the cells."""
+        B, _, T, _ = mask.shape
+        qkv = self.c_attn(x)                                # (B, T, 3 C) or (K, 3 C)
+        if cell is not None:
+            qkv = qkv.new_zeros(B * T, qkv.size(-1)).index_put((cell,), qkv)
+        q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, C / H) each
         with torch.autocast(x.device.type, enabled=False):  # as in model.py
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = self.norm_1(x + self.c_proj(y.transpose(1, 2).flatten(2)))  # (B, T, C)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(B, T, -1)
+        x = self.norm_1(x + self.c_proj(y if cell is None else y.flatten(0, 1)[cell]))
         return self.norm_2(x + self.c_down(F.gelu(self.c_up(x))))
 
 
@@ -62,10 +66,14 @@ class Reader(nn.Module):
 
     def forward(self, ids, mask):
         """ids (B, T), mask (B, T) bool, False on padding -> states (B, T, C)"""
-        x = self.norm_e(self.wte(ids) + self.wpe(torch.arange(ids.size(1), device=ids.device)))  # (B, T, C)
-        mask = mask[:, None, None].expand(-1, 1, ids.size(1), -1)  # (B, 1, T, T): a token sees the whole text
+        return self.run(ids, torch.arange(ids.size(1), device=ids.device), mask)
+
+    def run(self, ids, pos, mask, cell=None):
+        """the states of ids at positions pos; mask (B, T), and cell if ids are K tokens: see ReaderBlock."""
+        x = self.norm_e(self.wte(ids) + self.wpe(pos))      # (B, T, C) or (K, C)
+        mask = mask[:, None, None].expand(-1, 1, mask.size(1), -1)  # (B, 1, T, T): a token sees the whole text
         for block in self.h:
-            x = block(x, mask)
+            x = block(x, mask, cell)
         return x
 
     def read(self, ids, text):
@@ -80,11 +88,10 @@ class Reader(nn.Module):
         first = where.diff(prepend=where[:1] - 2) > 1       # (K,) True at the first token of a text
         row = first.cumsum(0) - 1                           # (K,) which text
         col = where - where[first][row]                     # (K,) which token of it
-        padded = ids.new_zeros(int(row[-1]) + 1, int(col.max()) + 1)  # (texts, T)
-        mask = torch.zeros_like(padded, dtype=torch.bool)
-        padded[row, col], mask[row, col] = ids.flatten()[where], True
-        states = states.index_put((where,), self(padded, mask)[row, col].to(states.dtype))
-        return states.view(*ids.shape, -1)
+        mask = torch.zeros(int(row[-1]) + 1, int(col.max()) + 1, dtype=torch.bool, device=ids.device)  # (texts, T)
+        mask[row, col] = True
+        read = self.run(ids.flatten()[where], col, mask, row * mask.size(1) + col)  # (K, C)
+        return states.index_put((where,), read.to(states.dtype)).view(*ids.shape, -1)
 
     def encode(self, texts, max_tokens):
         """lists of ids of strings, each with its first and last special token and at most max_tokens long."""

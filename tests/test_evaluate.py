@@ -15,6 +15,7 @@ from distil.checkpoint import load_checkpoint
 from distil.decode import generate
 from distil.space import OutputSpace
 from tests.conftest import FIELDS, clone_task, one_line, run
+from tools.accuracy import area_under_roc
 from tools.evaluate import choose_threshold, compute_cost, share_lower_bound, simulate_cascade
 
 
@@ -191,3 +192,28 @@ def test_a_true_text_means_the_value_that_it_is_a_usual_way_to_write(tokenizer, 
     answers = {'teacher': [space.from_json({'f': values[0]})] * len(wrong)}
     (_, line), = truth_lines(space, wrong, answers)
     assert line['teacher'] == 0 and line['records'] == len(wrong)  # such a truth counts, and no answer is it
+
+
+def test_accuracy_counts_right_values_and_parts_texts_outside_by_confidence(project, tmp_path):
+    inside, outside = np.array([0.9, 0.7, 0.7, 0.2]), np.array([0.7, 0.1, 0.8])
+    pairs = [(a > b) + (a == b) / 2 for a in inside for b in outside]
+    assert area_under_roc(inside, outside) == pytest.approx(np.mean(pairs))
+    root = clone_task(project, tmp_path, 'out')
+    texts = ['hello my friend', 'buy now', 'the cat sat', 'good day']
+    answers = [json.loads(line) for line in run(
+        root, 'sample.py', stdin='\n'.join(texts).encode()).stdout.splitlines()]
+    field = next(iter(FIELDS))
+    other = next(value for value in FIELDS[field] if value != answers[3][field])
+    lines = [{'text': text, 'answer': {field: answer[field]}} for text, answer in zip(texts, answers)]
+    lines[3] = {'text': texts[3], 'truth': {field: other}}
+    write = lambda name, lines: (root / name).write_text('\n'.join(map(json.dumps, lines)) + '\nnot json\n\n')
+    write('known.jsonl', [*lines, {'text': 'no answer here'}])
+    write('others.jsonl', [{'text': 'zzz'}, {'text': 'qqq'}])
+    done = run(root, 'tools/accuracy.py', '--input=known.jsonl', '--outside=others.jsonl')
+    assert done.returncode == 0, done.stderr
+    line, = [line for line in done.stdout.splitlines() if line.startswith('accuracy ')]
+    figures = dict(pair.split('=') for pair in line.split()[1:])
+    assert (figures['name'], figures['texts'], float(figures['right'])) == (field, '4', 0.75)
+    assert figures['outside'] == '2' and 0 <= float(figures['auroc']) <= 1
+    assert 'has the answer to one of' in one_line(run(root, 'tools/accuracy.py', '--input=others.jsonl'))
+    assert 'gone.jsonl does not exist' in one_line(run(root, 'tools/accuracy.py', '--input=gone.jsonl'))

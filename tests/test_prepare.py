@@ -49,6 +49,22 @@ def test_a_comment_has_a_true_sentiment_if_all_its_emotions_belong_to_one_group(
     assert [r.get('truth', {}).get('sentiment') for r in records] == list(labels.values())
 
 
+def test_intents_take_turns_and_the_parts_lie_apart(tmp_path):
+    (tmp_path / 'clinc').mkdir()
+    rows = [['one', 'a'], ['two', 'a'], ['three', 'b'], ['four', 'c']]
+    (tmp_path / 'full.json').write_text(json.dumps({'train': rows, 'test': rows[2:], 'oos_val': [['hm', 'oos']]}))
+    records = run_source(tmp_path, 'clinc', 'full.json')
+    assert [record['text'] for record in records] == ['one', 'three', 'four', 'two']
+    assert records[1] == {'text': 'three', 'answer': {'intent': 'b'}}
+    assert len((tmp_path / 'clinc/test.jsonl').read_text().splitlines()) == 2
+    (tmp_path / 'train.jsonl').write_text(json.dumps(records[0]) + '\n')
+    assert run_source(tmp_path, 'clinc', 'train.jsonl') == records[:1]
+    done = subprocess.run([sys.executable, 'clinc/prepare.py', 'clinc/prepare.py'], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and 'neither data_full.json' in done.stderr and len(done.stderr.splitlines()) == 1
+    assert len((tmp_path / 'clinc/input.jsonl').read_text().splitlines()) == 1
+
+
 def test_rated_sentences_keep_the_share_of_each_sign(tmp_path):
     (tmp_path / 'tweets').mkdir()
     sets = 'movieReviewSnippets', 'amazonReviewSnippets', 'nytEditorialSnippets'

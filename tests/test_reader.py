@@ -136,6 +136,11 @@ def test_a_student_with_a_reader_trains_and_its_folders_answer(project, bert, tm
     _, student, space = load_checkpoint(root / 'out/toy', 'cpu', 'last')
     shards = Shards('toy', 'toy', root / 'data')
     answers = generate(student, space, [shards.ids(i).tolist() for i in range(20)])
+    baseline = run(root, 'tools/evaluate.py', '--baselines=encoder', '--which=last')
+    assert baseline.returncode == 0, baseline.stderr
+    line = next(line for line in baseline.stdout.splitlines() if line.startswith('encoder '))
+    figures = {key: float(value) for key, value in (pair.split('=') for pair in line.split()[1:])}
+    assert 0 <= figures['encoder_exact'] <= figures['encoder_field'] <= 1 and figures['minutes'] > 0
     exported = run(root, 'device/export.py', '--check_texts=20', '--which=last')
     assert exported.returncode == 0 and 'same_records=1' in exported.stdout, exported.stderr
     (root / 'data').rename(root / 'gone')                   # the folder of the run is enough

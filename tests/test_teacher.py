@@ -98,14 +98,14 @@ def test_a_fingerprint_depends_on_the_teacher_and_not_on_its_dtype(teachers, fam
 
 
 def test_bfloat16_is_chosen_only_if_it_is_measured_to_be_faster(monkeypatch):
-    rates = {torch.float32: 10.0, torch.bfloat16: 20.0}
-    monkeypatch.setattr(machine, 'matmuls_per_s', rates.__getitem__)
+    seconds = {torch.float32: 0.2, torch.bfloat16: 0.1}
+    monkeypatch.setattr(machine, 'seconds_of_matmul', lambda dtypes: [seconds[dtype] for dtype in dtypes])
     monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {'avx512_bf16': True})
     assert machine.pick_dtype('auto', 'cpu') == torch.bfloat16
-    rates[torch.bfloat16] = 5.0  # some processors have it and are slower
+    seconds[torch.bfloat16] = 0.3  # some processors have it and are slower
     assert machine.pick_dtype('auto', 'cpu') == torch.float32
     assert machine.pick_dtype('bfloat16', 'cpu') == torch.bfloat16
-    rates.clear()  # without hardware for it nothing is measured
+    seconds.clear()  # without hardware for it nothing is measured
     monkeypatch.setattr(torch.cpu, 'get_capabilities', dict)
     assert machine.pick_dtype('auto', 'cpu') == torch.float32
 

@@ -24,7 +24,7 @@ from distil.agreement import (calibration_error, evaluate, field_texts, read_tru
 from distil.checkpoint import (checkpoint_path, load_checkpoint, read_checkpoint, read_work, save_checkpoint,
                                warn_changed_task)
 from distil.decode import confidence_of, decode, generate
-from distil.records import load_records
+from distil.records import load_records, open_records
 from distil.report import draw_report, start_drawing
 
 name = ''            # word; data/<dataset>/<name>-* has the held-out records
@@ -33,6 +33,8 @@ run = ''             # word; out/<run> is the student; '': out/<name>
 which = 'best'       # 'best' or 'last'; the epoch to use: the best by train.py's best_by
 sample_batch = 128   # 1..; texts decoded together; of 16 to 512 the fastest on 2 CPU cores
 examples = 8         # 0..; held-out texts shown
+baselines = ''       # '', 'encoder'; also fine-tune the student's reader, else data/teachers/minilm, with a linear
+                     # head per field on the teacher's values: what people do without this project
 # deferral
 target_agreement = 0.0  # 0..1; find the lowest min_confidence at which at least this share of the kept
                         # answers is the teacher's as a whole, with 95 % certainty, and store it in the
@@ -286,6 +288,12 @@ if __name__ == '__main__':
     figures, per_field, answers, _ = evaluate(student, space, shards, rows, sample_batch)
     for line in report_lines(checkpoint['step'], figures, per_field, checkpoint['linear']):
         print(data_line(*line))
+    if baselines:
+        from tools.baselines import encoder_baseline  # needs transformers
+        settings = checkpoint['config']
+        train_rows = open_records(dataset, name, '', settings['max_records'], 0)[1]
+        encoder = settings.get('reader') or 'data/teachers/minilm'
+        print(data_line('encoder', encoder_baseline(shards, space, train_rows, rows, encoder, device, dtype)))
     source = Path('data', dataset, 'input.jsonl')
     if source.is_file():
         truth = read_truth(source, shards, rows)

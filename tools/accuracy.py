@@ -1,0 +1,91 @@
+"""How often is a student right on texts of your own whose answers are known? And is it unsure where none fits?
+
+    python tools/accuracy.py config/clinc.py --input=data/clinc/val.jsonl
+    python tools/accuracy.py config/clinc.py --input=data/clinc/val.jsonl --outside=data/clinc/oos_val.jsonl
+
+A line of `input` has a text and the true values of some fields: {"text": "...", "answer": {"intent": "translate"}},
+or under "truth". The lines of `outside` have texts that no value fits; `auroc` tells how well the student's
+confidence parts them from the others. tools/evaluate.py measures agreement with the teacher instead.
+"""
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+from config import configure, data_line, stop
+from config.machine import pick_device
+from data import read_texts
+from distil.agreement import find_value
+from sample import Labeler
+
+name = ''            # word; out/<name> is the student ...
+run = ''             # word; ... or out/<run>
+input = ''           # file; texts with answers
+outside = ''         # file; texts without
+which = 'best'       # 'best' or 'last'; the epoch to use
+sample_batch = 128   # 1..; texts decoded together
+device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of a large student's layers, as in sample.py
+config = configure(globals())
+
+
+def area_under_roc(inside, outside):
+    """the probability that a text inside gets a higher confidence than one outside, ties count half: the area
+    under the ROC curve (Hanley and McNeil 1982, https://doi.org/10.1148/radiology.143.1.7063747)."""
+    inside = np.sort(inside)
+    below, up_to = (np.searchsorted(inside, outside, side) for side in ('left', 'right'))
+    return float(1 - (below + up_to).mean() / 2 / len(inside))
+
+
+def read_lines(path):
+    """[(text, {field: true value}, {} if the line has none)] of a .jsonl. Exits if there is no such file."""
+    if not Path(path).is_file():
+        stop(f'{path} does not exist')
+    lines = []
+    for text, line, reason in read_texts(path, None):
+        known = {} if reason else line.get('answer') or line.get('truth')
+        if not reason:
+            lines.append((text, known if isinstance(known, dict) else {}))
+    return lines
+
+
+def measure(field, values, records, answers, others):
+    """the figures of a field's accuracy line, or None if no answer names the field. values: of the field;
+    records: of a Labeler with confidence, for the texts with answers [{field: true value}]; others: its records
+    for the texts outside."""
+    pairs = [(record, json.dumps(find_value(answer[field], values)))
+             for record, answer in zip(records, answers) if field in answer and 'error' not in record]
+    if not pairs:
+        return None
+    truth = np.array([value for _, value in pairs])
+    right = np.array([json.dumps(record[field]) for record, _ in pairs]) == truth
+    balanced = np.mean([right[truth == value].mean() for value in set(truth)])
+    figures = {'name': field, 'texts': len(right), 'right': float(right.mean()), 'balanced': float(balanced)}
+    confidence = lambda records: [record['_confidence'][field] for record in records if 'error' not in record]
+    if others:
+        figures |= {'outside': len(others),
+                    'auroc': area_under_roc(confidence(record for record, _ in pairs), confidence(others))}
+    return figures
+
+
+if __name__ == '__main__':
+    if not (name or run) or not input:
+        stop('no task or no texts; run: python tools/accuracy.py config/clinc.py --input=data/clinc/val.jsonl')
+    lines, others = read_lines(input), read_lines(outside) if outside else []
+    labeler = Labeler(Path('out', run or name), pick_device(device), which, sample_batch, dtype=dtype)
+    start = time.perf_counter()
+    records = labeler([text for text, _ in lines])
+    seconds = time.perf_counter() - start
+    others = labeler([text for text, _ in others])
+    fields = labeler.space.fields
+    found = [measure(field, fields[field], records, [answer for _, answer in lines], others) for field in fields]
+    if not any(found):
+        stop(f'no line of {input} has the answer to one of: {", ".join(fields)}')
+    for figures in filter(None, found):
+        print(data_line('accuracy', figures))
+    if errors := [record['error'] for record in records if 'error' in record]:
+        print(f'{len(errors)} texts have no answer: {errors[0]}')
+    print(f'the student answers {len(lines) / seconds:,.0f} texts per second here')
