@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 demo: .venv/installed
 	python data/chitchat/prepare.py
-	python data/teachers/prepare.py qwen2.5-coder-0.5b
+	python data/teachers/prepare.py qwen2.5-coder-0.5b minilm
 	python extract.py config/demo.py
 	python train.py config/demo.py
 	python tools/evaluate.py config/demo.py

@@ -23,7 +23,7 @@ import torch
 from config import configure, next_command, stop
 from config.machine import pick_device
 from distil.checkpoint import find_threshold, load_checkpoint, warn_changed_task
-from distil.decode import confidence_of, decode, read_ahead, value_probabilities
+from distil.decode import confidence_of, count_cut, decode, read_ahead, value_probabilities
 from distil.space import clean, value_names
 
 name = ''            # word; out/<name> is the student ...
@@ -111,12 +111,13 @@ class Labeler:
         line = text if isinstance(text, bytes) else text.encode('utf-8', 'replace')  # no lone surrogates
         string = clean(line.decode('utf-8', 'replace'))         # as the teacher's texts were
         ids = self.space.tokenizer.encode(string, add_special_tokens=False).ids  # of the whole vocabulary
-        n_cut = max(0, len(ids) - self.task['max_text'])
+        max_text = self.task['max_text']
+        n_cut = count_cut(self.student, self.space, ids, max_text)
         if not string:
             return [], 'empty text', 0
         if n_cut and self.too_long == 'refuse':
-            return [], f'text has {len(ids)} tokens, the student reads {self.task["max_text"]}', 0
-        return ids[:len(ids) - n_cut], '', n_cut
+            return [], f'text has {n_cut} tokens more than the student reads', 0
+        return ids[:max_text], '', n_cut
 
     def stream(self, texts):
         """yields (record, number of the text's tokens that were cut off) for each text, in order, as soon as
@@ -218,8 +219,7 @@ def print_labels(labeler, texts):
     except OSError as error:                                    # the texts before it are answered
         stop(f'cannot read the texts: {error.strerror}')
     if n_cut_texts:
-        print_note(f'{n_cut_texts} texts were longer than the {labeler.task["max_text"]} tokens the student '
-                   'reads; the rest of them was ignored')
+        print_note(f'{n_cut_texts} texts were longer than what the student reads; the rest of them was ignored')
 
 
 def typed_lines():

@@ -275,7 +275,9 @@ if __name__ == '__main__':
         training.tracker = importlib.import_module(tracker)
         training.tracker.init(project='distillation', name=out.name, config=training.facts['config'])
 
-    convert_records(training.student, training.space, shards, [*train_rows, *val_rows])
+    n_cut = convert_records(training.student, training.space, shards, [*train_rows, *val_rows])
+    if n_cut:
+        print(f'note: {n_cut} texts do not fit into block_size = {block_size} with their answers: their ends are not read')
     lengths = np.array([len(shards.texts.get(i, shards.ids(i))) + len(shards.answer(i)) for i in train_rows])
     per_epoch = math.ceil(len(train_rows) / batch_size)
     n_steps, first = max_epochs * per_epoch, training.step

@@ -28,13 +28,13 @@ _intents = '''
 '''
 fields = {'intent': _intents.split()}
 max_text = 40          # tokens
-# student: a pre-trained encoder reads, two small layers write
+# student: a pre-trained encoder reads the text, one layer writes the answer
 reader = 'data/teachers/minilm'  # python data/teachers/prepare.py minilm
-n_layer = 2
+n_layer = 1
 n_head = 6
 n_embd = 384
 n_mlp = 1536
-block_size = 64
+block_size = 64        # tokens of the encoder, and those of the answer
 # training
 max_epochs = 4
 batch_size = 32

@@ -21,17 +21,15 @@ calibrate = 256
 # the texts were selected by words of feeling, so more than a third of them are positive
 prior = {'sentiment': {'neutral': 0.3, 'positive': 0.4}, 'topic': {'other': 0.22}}
 max_records = 2000
-# student: the teacher's token table, frozen, and four small layers of 1 M parameters
-init_from = 'teacher'
-teacher_layers = 'none'
-n_layer = 4
-n_head = 4
-n_embd = 128
-n_mlp = 512
-block_size = 40        # 25 in + 15 out
-token_dropout = 0.15
+# student: a pre-trained encoder reads the text, one layer writes the answer
+reader = 'data/teachers/minilm'  # python data/teachers/prepare.py minilm
+n_layer = 1
+n_head = 6
+n_embd = 384
+n_mlp = 1536
+block_size = 64        # tokens of the encoder, and 15 of the answer
 # training
-max_epochs = 14
+max_epochs = 6
 batch_size = 32
 learning_rate = 1e-3
 min_lr = 1e-4

@@ -128,6 +128,14 @@ def text_room(student, space):
     return student.config.block_size - space.max_answer - len(student.config.start) + 1
 
 
+def count_cut(student, space, ids, max_text):
+    """how many of a text's ids a student does not read: those after the first max_text, or, if these still are
+    too many for its reader, tokens of the reader."""
+    if len(ids) > max_text or student.reader is None:
+        return max(0, len(ids) - max_text)
+    return student.reader.count_cut(space.tokenizer.decode(ids), text_room(student, space))
+
+
 def input_ids(student, space, texts):
     """what a student reads of texts, given as lists of the teacher's ids: these, or the ids of its reader (see
     model.Student). Lists of ids; a text longer than fits beside an answer is cut for the reader."""
@@ -145,13 +153,16 @@ def answer_ids(student, space):
 
 
 def convert_records(student, space, shards, rows):
-    """lets shards.batch give these records as the student reads them."""
+    """lets shards.batch give these records as the student reads them. Returns how many of the texts a reader
+    cannot read whole, because block_size is too small."""
     if student.reader is None:
         shards.texts, shards.answer_ids = {}, shards.meta['output_ids']
-        return
+        return 0
     new = [i for i in map(int, rows) if i not in shards.texts]
     shards.texts.update(zip(new, input_ids(student, space, [shards.ids(i) for i in new])))
     shards.answer_ids = answer_ids(student, space)
+    full = [i for i in new if len(shards.texts[i]) >= text_room(student, space)]
+    return sum(count_cut(student, space, shards.ids(i).tolist(), math.inf) > 0 for i in full)
 
 
 @torch.no_grad()

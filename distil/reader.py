@@ -95,8 +95,13 @@ class Reader(nn.Module):
 
     def encode(self, texts, max_tokens):
         """lists of ids of strings, each with its first and last special token and at most max_tokens long."""
-        self.tokenizer.enable_truncation(min(max_tokens, self.config.n_pos))
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]
+        longest = min(max_tokens, self.config.n_pos)
+        rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]
+        return [row if len(row) <= longest else row[:longest - 1] + row[-1:] for row in rows]
+
+    def count_cut(self, text, max_tokens):
+        """how many tokens of a text encode leaves out."""
+        return max(0, len(self.tokenizer.encode(text).ids) - min(max_tokens, self.config.n_pos))
 
 
 # -----------------------------------------------------------------------------
@@ -120,6 +125,7 @@ def load_reader(name, n_layer=0):
     config = ReaderConfig(c.vocab_size, n_layer or c.num_hidden_layers, c.num_attention_heads, c.hidden_size,
                           c.intermediate_size, c.max_position_embeddings, c.layer_norm_eps)
     wrapped.backend_tokenizer.no_padding()
+    wrapped.backend_tokenizer.no_truncation()               # encode cuts
     reader = Reader(config, wrapped.backend_tokenizer)
     copy_bert(reader, AutoModel.from_pretrained(name, add_pooling_layer=False, dtype=torch.float32))
     return reader
@@ -146,4 +152,6 @@ def copy_bert(reader, model):
 
 def read_tokenizer(folder):
     """the reader's tokenizer in the folder of a student."""
-    return Tokenizer.from_file(str(Path(folder, 'reader.json')))
+    tokenizer = Tokenizer.from_file(str(Path(folder, 'reader.json')))
+    tokenizer.no_truncation()                               # encode cuts
+    return tokenizer

