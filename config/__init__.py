@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STARTED_IN = os.getcwd()  # the user's folder; configure() leaves it
 # the programs that share one config file
 PROGRAMS = ('extract.py', 'train.py', 'sample.py', 'tools/evaluate.py', 'tools/ensemble.py', 'tools/bench.py',
-            'serve/serve.py', 'serve/bench.py', 'device/export.py')
+            'tools/accuracy.py', 'serve/serve.py', 'serve/bench.py', 'device/export.py')
 
 
 def data_line(tag, figures):

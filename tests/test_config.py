@@ -12,7 +12,7 @@ import pytest
 import config as configure_module
 from tests.conftest import CONFIGS, FIELDS, PROGRAMS, ROOT, clone_task, one_line, run
 
-ALL = (*PROGRAMS, 'tools/ensemble.py', 'serve/serve.py', 'serve/bench.py', 'device/export.py',
+ALL = (*PROGRAMS, 'tools/ensemble.py', 'tools/accuracy.py', 'serve/serve.py', 'serve/bench.py', 'device/export.py',
        'device/web.py', 'device/bench.py')
 
 
@@ -81,6 +81,10 @@ def test_shipped_configs_fit_every_script(script, monkeypatch):
                  __file__=str(ROOT / script))
         monkeypatch.setattr(sys, 'argv', [script, str(path)])
         assert configure_module.configure(g)['name'] == path.stem
+    monkeypatch.setattr(sys, 'argv', [script, 'config/demo.py', 'config/small.py'])
+    g = dict(runpy.run_path(str(ROOT / script), run_name='imported'), __name__='__main__', __file__=str(ROOT / script))
+    settings = configure_module.configure(g)
+    assert settings['name'] == 'demo' and not settings.get('reader')
 
 
 def test_documented_commands_name_files_and_settings_that_exist():
