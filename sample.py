@@ -116,7 +116,7 @@ class Labeler:
         if not string:
             return [], 'empty text', 0
         if n_cut and self.too_long == 'refuse':
-            return [], f'text has {n_cut} tokens more than the student reads', 0
+            return [], f'text has {len(ids)} tokens, {n_cut} more than the student reads', 0
         return ids[:max_text], '', n_cut
 
     def stream(self, texts):

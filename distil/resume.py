@@ -176,7 +176,8 @@ def work_before(shards):
     for meta in shards.metas:
         (students if 'students' in meta else timed).update(meta.get('timed', {}))
     teacher_rec_s = timed['records'] / timed['seconds'] if timed else math.nan
-    hours = 0.0 if shards.meta.get('score') == 'labels' else shards.n_teacher / teacher_rec_s / 3600
+    given = shards.meta.get('score') == 'labels' and 'server' not in shards.meta
+    hours = 0.0 if given else shards.n_teacher / teacher_rec_s / 3600
     work = {'extract_hours': hours, 'train_hours': 0.0,
             'teacher_rec_s': teacher_rec_s}
     if shards.students:

@@ -1,5 +1,6 @@
 """The benchmarks time programs that give the same answers."""
 import numpy as np
+import pytest
 
 from distil.space import OutputSpace
 from tests.conftest import FIELDS, one_line, run
@@ -41,6 +42,7 @@ def test_answers_that_differ_at_a_near_tie_count_as_equal(tokenizer):
     assert not is_same_answer('invalid', outs, space, 0.0)
 
 
+@pytest.mark.slow
 def test_all_ways_of_decoding_give_identical_answers(project):
     lines = figures_of(run(project, 'tools/bench.py', '--what=decode'))
     assert [line['what'] for line in lines] == ['decode'] * 4 + ['latency', 'teacher']

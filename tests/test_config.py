@@ -180,6 +180,7 @@ def test_programs_of_one_process_refuse_torchrun(project, monkeypatch):
                                         '__name__': '__main__', '__file__': str(ROOT / program)})
 
 
+@pytest.mark.slow
 def test_no_program_raises_a_warning(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     for program, args in (('train.py', ['--max_epochs=1']), ('tools/evaluate.py', []),

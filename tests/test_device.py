@@ -440,6 +440,7 @@ def test_export_prints_what_it_loses_and_makes_a_folder_that_answers(exported):
     assert again.returncode == 0 and 'fields_same=1\n' in again.stdout and 'onnx texts=' in again.stdout
 
 
+@pytest.mark.slow
 def test_check_measures_on_the_texts_of_a_file_and_names_it(exported, tmp_path):
     root, _ = exported
     counted = next(text for text, *_ in read_texts(root / 'data/toy/input.jsonl')

@@ -150,6 +150,7 @@ def test_a_student_with_a_reader_trains_and_its_folders_answer(project, bert, tm
     assert all(list(record) == list(FIELDS) for record in records)
 
 
+@pytest.mark.slow
 def test_a_stopped_training_resumes_bit_for_bit(project, bert, tmp_path):
     settings = [setting.format(bert) for setting in SETTINGS]
     straight = clone_task(project, tmp_path, 'toy-00')

@@ -243,8 +243,9 @@ def bench_decode(student, space, task, texts, teacher, device, dtype, n_generate
     task's style and fenced (the latter with a student of the same shape and random weights); its latency; and
     its records/s and those of the teacher, with generate and with the engine."""
     fenced = OutputSpace(space.tokenizer, space.fields, 2, True, space.end_id, space.output_ids)
-    longer = fenced.max_answer - space.max_answer
-    shape = asdict(student.config) | {'block_size': student.config.block_size + max(0, longer)}
+    V, longer = len(fenced.output_ids), max(0, fenced.max_answer - space.max_answer)
+    shape = asdict(student.config) | {'output_vocab': V, 'block_size': student.config.block_size + longer}
+    shape |= {'vocab_size': V + 1, 'start_id': V} if student.reader else {}
     random_student = Student(StudentConfig(**shape), student.reader).to(device).eval()
     lower_precision(random_student, dtype)
     for style, of_style, its_space in (('own', student, space), ('fenced', random_student, fenced)):

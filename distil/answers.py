@@ -1,0 +1,168 @@
+"""What an LLM server answered, as probabilities of values: from the text, and from the tokens' log probabilities.
+
+    answer, spans = find_object('Sure! {"tone": "friendly"}')        # {'tone': 'friendly'}, where its value stands
+    p, outside = value_probabilities(values, tokens, *spans['tone'])  # (number of values,), mass of other answers
+
+The server's tokens are those of an unknown tokenizer, so all of this works on bytes: an alternative to a token
+counts for the values that the text with it could still become.
+"""
+import json
+import re
+
+import numpy as np
+
+from distil.space import value_names
+
+SPACE = re.compile(r'[ \t\r\n]*')
+DECODER = json.JSONDecoder()
+
+
+def parse_object(text, at):
+    """(the JSON object that begins at text[at], {key: (start, end) of its value}, the end). ValueError if none
+    does."""
+    answer, spans = {}, {}
+    skip = lambda at: SPACE.match(text, at).end()
+    at = skip(at + 1)
+    while text[at:at + 1] != '}':
+        key, at = DECODER.raw_decode(text, at)
+        at = skip(at)
+        if not isinstance(key, str) or text[at:at + 1] != ':':
+            raise ValueError(f'no key at {at}')
+        start = skip(at + 1)
+        answer[key], at = DECODER.raw_decode(text, start)
+        spans[key] = start, at
+        at = skip(at)
+        if text[at:at + 1] == ',':
+            at = skip(at + 1)
+        elif text[at:at + 1] != '}':
+            raise ValueError(f'the object does not end at {at}')
+    return answer, spans, at + 1
+
+
+def find_object(text):
+    """(the last JSON object in a text, {key: (start, end) of its value, in characters}), or (None, {}). What a
+    model thinks before (<think> ... </think>), what it says around the object and a fence are left aside."""
+    at, found = text.rfind('</think>') + 1, (None, {})
+    while (at := text.find('{', at)) >= 0:
+        try:
+            *found, at = parse_object(text, at)
+        except (ValueError, RecursionError):
+            at += 1
+    return tuple(found)
+
+
+# -----------------------------------------------------------------------------
+# log probabilities
+
+
+def spellings(value):
+    """the ways in which a server may write a JSON value, as bytes."""
+    return {json.dumps(value, ensure_ascii=ascii, separators=separators).encode('utf-8', 'replace')
+            for ascii in (True, False) for separators in (None, (',', ':'))}
+
+
+def may_become(written, spelling):
+    """True if a value that begins with these bytes may be, or is, the one spelled so. A number goes on until
+    something else follows: 1 may become 11."""
+    if len(written) <= len(spelling):
+        return spelling.startswith(written)
+    return written.startswith(spelling) and written[len(spelling)] in b' \t\r\n,}]'
+
+
+def written_of(lead, token):
+    """what a token writes of a value, if first comes the `lead` before the value, in whatever whitespace: b'' if
+    the token ends before the value, None if it writes something else than the lead."""
+    lead, n = lead.translate(None, b' \t\r\n'), 0
+    for i, char in enumerate(token):
+        if char in b' \t\r\n':
+            continue
+        if n == len(lead):
+            return token[i:]
+        if char != lead[n]:
+            return None
+        n += 1
+    return b''
+
+
+def value_probabilities(values, tokens, start, end):
+    """the probability of each of a field's values at the place where the server wrote one, given what it wrote
+    before: (len(values),) with sum 1, and the share of probability that no value has.
+
+    tokens: list of (bytes, log probability, [(bytes, log probability) of alternatives]) that the answer consists
+    of; start, end: of the written value, in bytes. At each token the probability of an alternative goes to the
+    values that it begins. Values that it cannot tell apart share it as they share what can be told apart. What
+    is beyond the alternatives listed is spread over the values not begun by any, at most the smallest
+    probability listed for each.
+    """
+    content, texts = b''.join(token for token, *_ in tokens), [spellings(value) for value in values]
+    able = lambda written: [j for j, ways in enumerate(texts) if any(may_become(written, way) for way in ways)]
+    p, outside, shared, reached, at = np.zeros(len(values)), 0.0, [], 1.0, 0
+    for token, logprob, alternatives in tokens:
+        first, at = at, at + len(token)
+        if at <= start:
+            continue
+        if first > end:                                         # at the end: of 1 and 11 the next token decides
+            break
+        written, lead = content[start:max(start, first)], content[first:start]
+        if len(candidates := able(written)) < 2:                # decided
+            break
+        known = {other: float(np.exp(of_other)) for other, of_other in alternatives} | {token: float(np.exp(logprob))}
+        begun = set()
+        for other, q in known.items():
+            rest = other if written else written_of(lead, other)
+            leads = candidates if rest == b'' else able(written + rest) if rest else []
+            begun.update(leads if rest else ())
+            if other == token:
+                continue
+            if len(leads) == 1:
+                p[leads] += reached * q
+            elif leads:
+                shared.append((leads, reached * q))
+            else:
+                outside += reached * q
+        beyond, missing = max(0.0, 1 - sum(known.values())), [j for j in candidates if j not in begun]
+        if missing:
+            p[missing] += reached * min(beyond / len(missing), min(known.values()))
+            beyond = max(0.0, beyond - min(known.values()) * len(missing))
+        outside += reached * beyond
+        reached *= known[token]
+    chosen = able(content[start:end])
+    p[min(chosen, key=lambda j: min(map(len, texts[j])))] += reached  # of 1 and 11 it is the shorter one
+    for leads, mass in shared:
+        weights = p[leads] + 1e-9
+        p[leads] += mass * weights / weights.sum()
+    return p / p.sum(), float(outside / (outside + p.sum()))
+
+
+def label_from_answer(fields, content, tokens):
+    """the label of an answer, as distil/labels.py reads it: {'probabilities': {field: {value: probability}}}, or
+    {'answer': {field: value}} without tokens; and the largest share outside the values. (None, 0.0) if the
+    answer breaks the schema. content: the server's text; tokens: see value_probabilities, or []."""
+    answer, spans = find_object(content)
+    exact = lambda value: json.dumps(value, sort_keys=True)
+    if not answer or any(exact(answer.get(name)) not in map(exact, values) or name not in answer
+                         for name, values in fields.items()):
+        return None, 0.0
+    joined = b''.join(token for token, *_ in tokens)
+    offset = joined.find(content.encode('utf-8', 'replace'))    # a server may strip the text
+    if not tokens or offset < 0:
+        return {'answer': {name: answer[name] for name in fields}}, 0.0
+    place = lambda n: offset + len(content[:n].encode('utf-8', 'replace'))
+    probabilities, worst = {}, 0.0
+    for name, values in fields.items():
+        p, outside = value_probabilities(values, tokens, *map(place, spans[name]))
+        probabilities[name] = dict(zip(value_names(values), p.tolist()))
+        worst = max(worst, outside)
+    return {'probabilities': probabilities}, worst
+
+
+def label_from_samples(fields, contents):
+    """the label of several answers to one text, drawn at a temperature: the share of each value, with one answer
+    more spread over all of them (so that no value is impossible). None if none of them fits the schema."""
+    labels = [label for content in contents if (label := label_from_answer(fields, content, [])[0])]
+    if not labels:
+        return None
+    count = lambda name, value: sum(json.dumps(label['answer'][name]) == json.dumps(value) for label in labels)
+    return {'probabilities': {name: dict(zip(value_names(values), (
+        (count(name, value) + 1 / len(values)) / (len(labels) + 1) for value in values)))
+        for name, values in fields.items()}}

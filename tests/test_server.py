@@ -1,0 +1,340 @@
+"""A teacher behind a URL: its answers as probabilities, and a server that behaves well, differently and badly."""
+import json
+import math
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+import data
+from distil.answers import find_object, label_from_answer, label_from_samples, value_probabilities
+from distil.server import Server, Stopped
+from tests.conftest import FIELDS, clone_task, free_port, one_line, run
+
+KEY = 'sk-a-secret-that-nobody-may-read'
+pytest.importorskip('httpx')  # optional: requirements-serve.txt
+
+
+def as_tokens(*pieces):
+    """tokens of an answer. A piece: text, or (text, {text: probability of each alternative, itself included})."""
+    tokens = []
+    for piece in pieces:
+        text, p = piece if isinstance(piece, tuple) else (piece, {piece: 1.0})
+        tokens.append((text.encode(), math.log(p[text]), [(other.encode(), math.log(q)) for other, q in p.items()]))
+    return tokens
+
+
+# -----------------------------------------------------------------------------
+# reading an answer
+
+
+@pytest.mark.parametrize('text, answer', [
+    ('{"a": 1}', {'a': 1}), ('```json\n{\n  "a": "x{"\n}\n```', {'a': 'x{'}), ('no {object', None), ('', None),
+    ('<think>{"a": 1} or {"a": 2}?</think>{"a": 3}', {'a': 3}), ('{"a": 1} no: {"a": [1, {"b": 2}], "c": null}', {
+        'a': [1, {'b': 2}], 'c': None}), ('{"a": 1, "a" 2} {} {"b": tru', {}), ('{' * 5000, None),
+    ('{"a": "\\u00e9日"}', {'a': 'é日'})])
+def test_the_last_object_of_an_answer_counts(text, answer):
+    found, spans = find_object(text)
+    assert found == answer
+    for key, (start, end) in spans.items():
+        assert json.loads(text[start:end]) == answer[key]
+
+
+def test_where_values_part_an_alternative_counts_for_those_it_begins():
+    values = ['neutral', 'negative', 'positive']
+    tokens = as_tokens('{"', 'tone', '":', (' "', {' "': 0.9, '"': 0.1}), ('ne', {'ne': 0.6, 'pos': 0.3, 'x': 0.1}),
+                       ('utral', {'utral': 0.7, 'gative': 0.3}), '"}')
+    p, outside = value_probabilities(values, tokens, 9, 18)
+    assert p == pytest.approx([0.42 / 0.9, 0.18 / 0.9, 0.3 / 0.9]) and outside == pytest.approx(0.1 * 0.9)
+    label, worst = label_from_answer({'tone': values}, '{"tone": "neutral"}', tokens)
+    assert list(label['probabilities']['tone'].values()) == pytest.approx(p.tolist()) and worst == outside
+
+
+def test_values_that_are_prefixes_of_others_and_numbers_end_where_something_follows():
+    tokens = as_tokens('{"n":', ('1', {'1': 0.8, '2': 0.1, '11': 0.1}), ('1', {'1': 0.5, '}': 0.5}), '}')
+    p, _ = value_probabilities([1, 2, 11, 12], tokens, 5, 7)
+    assert p == pytest.approx([0.4, 0.1, 0.5, 0])
+    tokens = as_tokens('{"n":', ('1', {'1': 0.8, '2': 0.2}), ('}', {'1': 0.25, '}': 0.75}))
+    assert value_probabilities([1, 2, 11], tokens, 5, 6)[0] == pytest.approx([0.6, 0.2, 0.2])
+    tokens = as_tokens('{"s":"', ('a', {'a': 0.9, '"': 0.1}), ('"', {'"': 0.5, 'b"': 0.5}), '}')
+    assert value_probabilities(['a', 'ab', ''], tokens, 5, 8)[0] == pytest.approx([0.45, 0.45, 0.1])
+    for values, pieces in (([True, False, None], (('true', {'true': 0.5, 'false': 0.3, 'nu': 0.2}),)),
+                           ([[1, 2], [1], 'x'], (('[', {'[': 0.8, '"x"': 0.2}), '1', (',', {',': 0.625, ']': 0.375}), '2]'))):
+        text = ''.join(piece if isinstance(piece, str) else piece[0] for piece in pieces)
+        p, _ = value_probabilities(values, as_tokens('{"v": ', *pieces, '\n}'), 6, 6 + len(text))
+        assert p == pytest.approx([0.5, 0.3, 0.2])
+
+
+def test_what_is_beyond_the_listed_tokens_is_bounded_and_spread():
+    tokens = as_tokens('{"v":"', ('a', {'a': 0.6, 'b': 0.1}), '"}')
+    p, outside = value_probabilities(['a', 'b', 'c', 'd'], tokens, 5, 8)
+    assert p == pytest.approx(np.array([0.6, 0.1, 0.1, 0.1]) / 0.9) and outside == pytest.approx(0.1)
+
+
+def test_characters_cut_into_bytes_by_the_servers_tokens():
+    e, day = 'é'.encode(), '日'.encode()
+    tokens = [*as_tokens('{"v":"'), (e[:1], math.log(0.7), [(e[:1], math.log(0.7)), (day[:2], math.log(0.3))]),
+              (e[1:], 0.0, []), *as_tokens('"}')]
+    for values in (['é', '日'], ['日', 'é']):
+        p, _ = value_probabilities(values, tokens, 5, 9)
+        assert p[values.index('é')] == pytest.approx(0.7)
+    label, _ = label_from_answer({'v': ['é', '日']}, '{"v":"é"}', tokens)
+    assert label['probabilities']['v']['é'] == pytest.approx(0.7)
+
+
+def test_an_answer_without_log_probabilities_is_a_bare_label_and_samples_are_shares():
+    fields = {'a': ['x', 'y'], 'b': [True, False]}
+    assert label_from_answer(fields, 'so: {"b": true, "a": "x"}', []) == ({'answer': {'a': 'x', 'b': True}}, 0.0)
+    for wrong in ('{"a": "x"}', '{"a": "z", "b": true}', '{"a": "x", "b": 1}', '[]', ''):
+        assert label_from_answer(fields, wrong, []) == (None, 0.0)
+    label = label_from_samples(fields, ['{"a":"x","b":true}', '{"a":"x","b":false}', 'hm', '{"a":"y","b":true}'])
+    assert label['probabilities'] == {'a': {'x': pytest.approx(2.5 / 4), 'y': pytest.approx(1.5 / 4)},
+                                      'b': {'true': pytest.approx(2.5 / 4), 'false': pytest.approx(1.5 / 4)}}
+    assert label_from_samples(fields, ['hm']) is None
+
+
+# -----------------------------------------------------------------------------
+# a server
+
+
+class Fake(ThreadingHTTPServer):
+    """behaves like an OpenAI-compatible server. behave(n, body) -> None, or what the n-th request gets instead:
+    a status, (status, message, headers), 'cut', 'hang' or a content."""
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, behave=lambda n, body: None):
+        super().__init__(('127.0.0.1', free_port()), Handler)
+        self.behave, self.bodies, self.texts, self.keys, self.lock = behave, [], Counter(), set(), threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f'http://127.0.0.1:{self.server_address[1]}/v1'
+
+    def handle_error(self, *_):
+        """a client that was killed is no error."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+
+    def log_message(self, *_):
+        """silent"""
+
+    def do_POST(self):
+        body, fake = json.loads(self.rfile.read(int(self.headers['content-length']))), self.server
+        with fake.lock:
+            fake.bodies.append(body)
+            fake.keys.add(self.headers.get('authorization'))
+            n = len(fake.bodies)
+        odd = fake.behave(n, body)
+        if odd == 'hang':
+            time.sleep(3)
+        if odd == 'cut':
+            self.send_response(200)
+            self.send_header('content-length', '100')
+            self.end_headers()
+            self.wfile.write(b'{"choices"')
+            self.close_connection = True
+            return
+        if isinstance(odd, (int, tuple)):
+            status, message, headers = odd if isinstance(odd, tuple) else (odd, 'no', {})
+            return self.reply(status, {'error': {'message': message}}, headers)
+        text = body['messages'][0]['content'].removeprefix('label: ')
+        fake.texts[text] += 1
+        tone, spam = ('friendly', 'neutral')[len(text) % 2], 'true' if 'buy' in text else 'false'
+        content, usage = f'{{"tone": "{tone}", "spam": {spam}}}', {'prompt_tokens': 100, 'completion_tokens': 10}
+        other = {'friendly': 'neutral', 'neutral': 'friendly'}[tone]
+        tokens = as_tokens('{"', 'tone', '": "', (tone, {tone: 0.75, other: 0.25}), '", "spam": ', (
+            spam, {spam: 0.9, 'true' if spam == 'false' else 'false': 0.1}), '}')
+        choice = {'message': {'role': 'assistant', 'content': odd if isinstance(odd, str) and odd != 'hang' else content}}
+        if body.get('logprobs'):
+            entry = lambda token, p: {'token': token.decode(), 'logprob': p, 'bytes': list(token)}
+            choice['logprobs'] = {'content': [
+                {**entry(token, p), 'top_logprobs': [entry(*other) for other in others]} for token, p, others in tokens]}
+        self.reply(200, {'choices': [choice], 'usage': usage}, {})
+
+    def reply(self, status, content, headers):
+        content = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {'content-length': len(content), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def ask(fakes, texts, **settings):
+    """[(number of a text, its label or reason)] in order, of a Server in front of fakes."""
+    server = Server([fake.url for fake in fakes], 'm', FIELDS, 'label: {text}', **{'in_flight': 4, **settings})
+    groups = [[(n, np.array([n]), None)] for n in range(len(texts))]
+    found = [row for group in server.answered(groups, lambda ids: texts[ids[0]]) for row in group]
+    return server, [label for _, _, label in sorted(found, key=lambda row: row[0])]
+
+
+def test_a_server_that_behaves_is_asked_once_a_text_for_what_the_schema_says():
+    fake, texts = Fake(), [f'text {n} buy' if n % 3 else f'text {n}' for n in range(40)]
+    server, labels = ask([fake], texts, price_in=1.0, price_out=2.0)
+    assert len(fake.bodies) == 40 and set(fake.texts.values()) == {1}
+    body = fake.bodies[0]
+    assert body['temperature'] == 0 and body['top_logprobs'] == 20 and body['model'] == 'm'
+    assert body['response_format']['json_schema']['schema']['properties']['spam'] == {'enum': [True, False]}
+    for text, label in zip(texts, labels):
+        assert label['probabilities']['spam']['true'] == pytest.approx(0.9 if 'buy' in text else 0.1)
+        assert max(label['probabilities']['tone'].values()) == pytest.approx(0.75)
+    assert server.used == {'prompt_tokens': 4000, 'completion_tokens': 400}
+    assert server.cost() == pytest.approx(0.0048)
+
+
+@pytest.mark.parametrize('refused, kept', [
+    (['json_schema'], {'json_object', 'logprobs', 'temperature'}),
+    (['json_schema', 'json_object'], {'logprobs', 'temperature'}),
+    (['logprobs'], {'json_schema', 'temperature'}), (['temperature', 'logprobs'], {'json_schema'})])
+def test_what_a_server_refuses_is_left_out_by_name_and_said_once(refused, kept, capsys):
+    def behave(n, body):
+        for name in refused:
+            if name in json.dumps(body):
+                return 400, f'Unsupported parameter: {"response_format type " if "json" in name else ""}{name}', {}
+    fake = Fake(behave)
+    _, labels = ask([fake], [f'text {n}' for n in range(20)])
+    assert all(isinstance(label, dict) for label in labels)
+    assert all(('probabilities' in label) == ('logprobs' not in refused) for label in labels)
+    last = fake.bodies[-1]
+    assert {*last, last.get('response_format', {}).get('type')} & {
+        'json_schema', 'json_object', 'logprobs', 'temperature'} == kept
+    assert capsys.readouterr().out.count('the server refuses') == len(refused)
+
+
+def test_trouble_is_waited_out_and_no_text_is_lost():
+    def behave(n, body):
+        return {2: (429, 'slow down', {'retry-after': '1'}), 3: 500, 5: 'cut', 7: 503, 9: 'hang', 11: 408}.get(n)
+    fake = Fake(behave)
+    server, labels = ask([fake], [f'text {n}' for n in range(30)], timeout=1)
+    assert all(isinstance(label, dict) for label in labels) and len(labels) == 30
+
+
+def test_an_answer_that_breaks_the_schema_is_asked_for_once_more_and_a_refused_text_is_dropped():
+    fake = Fake(lambda n, body: 'I cannot.' if '"text 3"' in json.dumps(body).replace('label: ', '') else
+                (400, 'content filter', {}) if 'text 25' in json.dumps(body) else
+                '<think>{"tone": "?"}</think>{"tone":"friendly","spam":true}' if 'text 4' in json.dumps(body) else None)
+    _, labels = ask([fake], [f'text {n}' for n in range(30)])
+    assert labels[3] == 'invalid' and fake.texts['text 3'] == 2 and labels[25] == 'refused'
+    assert labels[4] == {'answer': {'tone': 'friendly', 'spam': True}}  # the tokens are not those of this text
+    assert sum(isinstance(label, str) for label in labels) == 2
+
+
+def test_without_log_probabilities_samples_are_drawn():
+    draws = iter(['{"tone":"friendly","spam":true}', '{"tone":"neutral","spam":true}'] * 50)
+    fake = Fake(lambda n, body: (400, 'logprobs are not supported', {}) if 'logprobs' in body else
+                next(draws) if body['temperature'] == 0.7 else None)
+    _, labels = ask([fake], ['a', 'b', 'c'], samples=4, sample_temperature=0.7, in_flight=1)
+    assert labels[0]['probabilities']['tone']['friendly'] == pytest.approx(2.5 / 5)
+    assert labels[0]['probabilities']['spam']['true'] == pytest.approx(4.5 / 5)
+
+
+def test_of_two_servers_one_may_die(monkeypatch):
+    monkeypatch.setenv('TEACHER_API_KEY', KEY)
+    good, dying = Fake(), Fake(lambda n, body: 502 if n > 5 else None)
+    _, labels = ask([dying, good], [f'text {n}' for n in range(60)])
+    assert len(labels) == 60 and all(isinstance(label, dict) for label in labels)
+    assert sum(good.texts.values()) + sum(dying.texts.values()) == 60 and sum(good.texts.values()) > 30
+    assert good.keys == {f'Bearer {KEY}'}
+
+
+@pytest.mark.parametrize('behave, settings, message', [
+    (lambda n, body: 401 if n > 3 else None, {}, 'says 401'), (lambda n, body: 500, {'patience': 1}, 'no answer for 1 seconds'),
+    (lambda n, body: 404, {}, 'says 404'),
+    (lambda n, body: None, {'price_in': 1e4, 'max_cost': 5.0}, 'max_cost = 5 is reached')])
+def test_a_server_that_cannot_be_used_ends_the_work_with_a_sentence(behave, settings, message):
+    with pytest.raises(Stopped, match=message):
+        ask([Fake(behave)], [f'text {n}' for n in range(30)], in_flight=2, **settings)
+
+
+# -----------------------------------------------------------------------------
+# extract.py
+
+
+def stored_answers(root):
+    """{text: answer} of what extract.py has stored, without the texts that have none."""
+    shards = data.Shards('toy', 'toy', root / 'data')
+    space = shards_space(shards)
+    return {space.tokenizer.decode(shards.ids(i).tolist()): space.to_json(shards.answer(i).tolist())
+            for i in range(len(shards))}
+
+
+def shards_space(shards):
+    from tokenizers import Tokenizer
+
+    from distil.space import OutputSpace
+    return OutputSpace.from_task(Tokenizer.from_file(str(shards.folder / 'tokenizer.json')), shards.meta)
+
+
+def arguments(fake, teachers, *more):
+    return [f'--teacher={fake.url}', '--teacher_model=m', f'--tokenizer={teachers["gemma"]}', '--prompt=label: {text}',
+            '--calibrate=0', *more]
+
+
+def test_extract_asks_a_server_trains_and_pays_no_text_twice(project, teachers, tmp_path, monkeypatch):
+    monkeypatch.setenv('TEACHER_API_KEY', KEY)
+    root, fake = clone_task(project, tmp_path), Fake()
+    first = run(root, 'extract.py', *arguments(fake, teachers, '--price_in=10', '--price_out=10', '--max_cost=0.06'))
+    assert 'max_cost = 0.06 is reached' in one_line(first) and 'plan ' in first.stdout + first.stderr
+    n_first = sum(fake.texts.values())
+    assert 50 <= n_first <= 55 + 16
+    done = run(root, 'extract.py', *arguments(fake, teachers))
+    assert done.returncode == 0, done.stderr
+    assert f'holds {n_first} texts' in done.stdout and set(fake.texts.values()) == {1}
+    figures = dict(pair.split('=') for pair in next(
+        line for line in done.stdout.splitlines() if line.startswith('server ')).split()[1:])
+    assert int(figures['answered']) + n_first == len(fake.texts) and float(figures['outside']) < 0.01
+    answers = stored_answers(root)
+    assert answers and {*answers} == {*fake.texts}
+    for text, answer in answers.items():
+        assert answer == {'tone': ('friendly', 'neutral')[len(text) % 2], 'spam': 'buy' in text}
+    shards = data.Shards('toy', 'toy', root / 'data')
+    space, probability = shards_space(shards), []
+    for i in range(20):
+        outs, logits = shards.answer(i).tolist(), shards.logits(i)
+        for state, out, row in zip(space.states_before(outs), outs, logits):
+            legal = [*space.transitions[state]]
+            if len(legal) > 1:
+                probability.append(float(np.exp(row[out]) / np.exp(row[legal]).sum()))
+    assert {round(p, 2) for p in probability} == {0.75, 0.9}
+    assert run(root, 'train.py', '--max_epochs=1').returncode == 0
+    assert all(KEY not in path.read_bytes().decode('latin-1') for path in root.rglob('*') if path.is_file())
+    assert KEY not in first.stdout + first.stderr + done.stdout + done.stderr
+    for args, message in (([*arguments(fake, teachers)[:1]], 'teacher_model is missing'),
+                          (arguments(fake, teachers, '--calibrate=9'), 'calibrate needs a teacher that runs here'),
+                          (arguments(fake, teachers, '--max_cost=1'), 'max_cost needs price_in')):
+        assert message in one_line(run(root, 'extract.py', *args, '--name=other'))
+
+
+def test_a_killed_run_loses_at_most_what_is_in_flight(project, teachers, tmp_path):
+    root = clone_task(project, tmp_path)
+    fake = Fake(lambda n, body: time.sleep(0.01))
+    command = [sys.executable, 'extract.py', 'config/toy.py', *arguments(fake, teachers, '--in_flight=8')]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and sum(fake.texts.values()) < 40:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    asked = sum(fake.texts.values())
+    assert 40 <= asked < 200
+    kept = {*fake.texts} - {text for text, n in fake.texts.items() if n > 1}
+    done = run(root, 'extract.py', *arguments(fake, teachers))
+    assert done.returncode == 0, done.stderr
+    twice = [text for text, n in fake.texts.items() if n > 1]
+    assert len(twice) <= 8 + 2 and set(fake.texts.values()) <= {1, 2} and kept
+    assert {*stored_answers(root)} == {*fake.texts}
+
+
+def test_a_server_that_is_gone_ends_the_run_and_the_records_stay(project, teachers, tmp_path):
+    root, dead = clone_task(project, tmp_path), Fake(lambda n, body: 503 if n > 30 else None)
+    done = run(root, 'extract.py', *arguments(dead, teachers, '--patience=1'))
+    assert done.returncode == 1 and 'no answer for 1 seconds' in one_line(done) and 'are safe' in done.stderr
+    assert len(stored_answers(root)) == 30
+    gone = run(root, 'extract.py', *arguments(dead, teachers, '--patience=1', '--teacher=http://127.0.0.1:9/v1'))
+    assert gone.returncode == 1 and '30 records are safe' in one_line(gone)
