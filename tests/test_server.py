@@ -64,8 +64,9 @@ def test_values_that_are_prefixes_of_others_and_numbers_end_where_something_foll
     assert value_probabilities([1, 2, 11], tokens, 5, 6)[0] == pytest.approx([0.6, 0.2, 0.2])
     tokens = as_tokens('{"s":"', ('a', {'a': 0.9, '"': 0.1}), ('"', {'"': 0.5, 'b"': 0.5}), '}')
     assert value_probabilities(['a', 'ab', ''], tokens, 5, 8)[0] == pytest.approx([0.45, 0.45, 0.1])
-    for values, pieces in (([True, False, None], (('true', {'true': 0.5, 'false': 0.3, 'nu': 0.2}),)),
-                           ([[1, 2], [1], 'x'], (('[', {'[': 0.8, '"x"': 0.2}), '1', (',', {',': 0.625, ']': 0.375}), '2]'))):
+    constants = [True, False, None], (('true', {'true': 0.5, 'false': 0.3, 'nu': 0.2}),)
+    lists = [[1, 2], [1], 'x'], (('[', {'[': 0.8, '"x"': 0.2}), '1', (',', {',': 0.625, ']': 0.375}), '2]')
+    for values, pieces in (constants, lists):
         text = ''.join(piece if isinstance(piece, str) else piece[0] for piece in pieces)
         p, _ = value_probabilities(values, as_tokens('{"v": ', *pieces, '\n}'), 6, 6 + len(text))
         assert p == pytest.approx([0.5, 0.3, 0.2])
@@ -151,11 +152,13 @@ class Handler(BaseHTTPRequestHandler):
         other = {'friendly': 'neutral', 'neutral': 'friendly'}[tone]
         tokens = as_tokens('{"', 'tone', '": "', (tone, {tone: 0.75, other: 0.25}), '", "spam": ', (
             spam, {spam: 0.9, 'true' if spam == 'false' else 'false': 0.1}), '}')
-        choice = {'message': {'role': 'assistant', 'content': odd if isinstance(odd, str) and odd != 'hang' else content}}
+        said = odd if isinstance(odd, str) and odd != 'hang' else content
+        choice = {'message': {'role': 'assistant', 'content': said}}
         if body.get('logprobs'):
             entry = lambda token, p: {'token': token.decode(), 'logprob': p, 'bytes': list(token)}
             choice['logprobs'] = {'content': [
-                {**entry(token, p), 'top_logprobs': [entry(*other) for other in others]} for token, p, others in tokens]}
+                {**entry(token, p), 'top_logprobs': [entry(*other) for other in others]}
+                for token, p, others in tokens]}
         self.reply(200, {'choices': [choice], 'usage': usage}, {})
 
     def reply(self, status, content, headers):
@@ -245,7 +248,8 @@ def test_of_two_servers_one_may_die(monkeypatch):
 
 
 @pytest.mark.parametrize('behave, settings, message', [
-    (lambda n, body: 401 if n > 3 else None, {}, 'says 401'), (lambda n, body: 500, {'patience': 1}, 'no answer for 1 seconds'),
+    (lambda n, body: 401 if n > 3 else None, {}, 'says 401'),
+    (lambda n, body: 500, {'patience': 1}, 'no answer for 1 seconds'),
     (lambda n, body: 404, {}, 'says 404'),
     (lambda n, body: None, {'price_in': 1e4, 'max_cost': 5.0}, 'max_cost = 5 is reached')])
 def test_a_server_that_cannot_be_used_ends_the_work_with_a_sentence(behave, settings, message):

@@ -100,7 +100,8 @@ class Classifier(nn.Module):
         return [head(mean) for head in self.heads]
 
 
-def encoder_baseline(shards, space, train_rows, rows, name, device, dtype, max_epochs=6, batch_size=32, lr=1e-4, seed=1337):
+def encoder_baseline(shards, space, train_rows, rows, name, device, dtype, max_epochs=6, batch_size=32, lr=1e-4,
+                     seed=1337):
     """fine-tunes the encoder `name` with a linear head per field on the teacher's values in train_rows, and
     measures its agreement in rows. Returns {field, exact, minutes}.
 
