@@ -50,7 +50,8 @@ class Server:
         # what makes answers better, and a server may refuse: the alternatives in order, the last is to do without
         self.options = {'response_format': [strict, {'type': 'json_object'}, None], 'logprobs': [True, None],
                         'temperature': [0, None]}
-        self.used, self.n_answered, self.outside, self.problem = Counter(), 0, 0.0, 'it never answered'
+        self.used, self.n_answered, self.n_invalid, self.outside = Counter(), 0, 0, 0.0
+        self.problem = 'it never answered'
         self.last_answer = self.started = time.monotonic()
         self.stopping = threading.Event()
         self.identity = model                               # of the task: a URL may change
@@ -118,9 +119,10 @@ class Server:
             status, reply = await self.post(client, self.body(text, sampled))
             if status == 200:
                 break
-            if self.n_answered or options == json.dumps(self.options) and not self.do_without(reply):
-                self.problem = reply
+            if self.n_answered:
                 return None                                 # it has answered others: this text is the reason
+            if options == json.dumps(self.options) and not self.do_without(reply):
+                raise Stopped(f'the server refuses every request: {reply}')
         try:
             choice, usage = reply['choices'][0], reply.get('usage') or {}
             content = choice['message'].get('content') or ''
@@ -147,6 +149,9 @@ class Server:
                 self.n_answered += 1
                 self.outside += outside
                 return label
+        self.n_invalid += 1
+        if self.n_invalid == 20 and not self.n_answered:
+            raise Stopped(f'of 20 texts none has an answer that fits the schema; the last one: {answer[0][:200]!r}')
         return 'invalid'
 
     # -----------------------------------------------------------------------------

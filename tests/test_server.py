@@ -250,7 +250,8 @@ def test_of_two_servers_one_may_die(monkeypatch):
 @pytest.mark.parametrize('behave, settings, message', [
     (lambda n, body: 401 if n > 3 else None, {}, 'says 401'),
     (lambda n, body: 500, {'patience': 1}, 'no answer for 1 seconds'),
-    (lambda n, body: 404, {}, 'says 404'),
+    (lambda n, body: 404, {}, 'says 404'), (lambda n, body: 400, {}, 'refuses every request'),
+    (lambda n, body: 'Sorry!', {}, "none has an answer that fits the schema; the last one: 'Sorry!'"),
     (lambda n, body: None, {'price_in': 1e4, 'max_cost': 5.0}, 'max_cost = 5 is reached')])
 def test_a_server_that_cannot_be_used_ends_the_work_with_a_sentence(behave, settings, message):
     with pytest.raises(Stopped, match=message):
