@@ -14,6 +14,7 @@ def figures_of(done):
             if line.startswith('bench ')]
 
 
+@pytest.mark.slow
 def test_extraction_is_compared_with_generate_on_the_same_answers(project):
     figures, = figures_of(run(project, 'tools/bench.py', '--what=extract', '--extract_batch=24',
                               '--compile=False'))

@@ -299,6 +299,7 @@ def test_curl_gets_answers_health_and_metrics(url, truth):
 # load, limits, and callers' mistakes
 
 
+@pytest.mark.slow
 def test_under_load_every_client_gets_the_answer_to_its_own_text(url, root, words):
     rng = random.Random(5)
     texts = [f'{" ".join(rng.choices(words, k=rng.randint(1, 5)))} {n}' for n in range(10_000)]

@@ -282,6 +282,7 @@ def arguments(fake, teachers, *more):
             '--calibrate=0', *more]
 
 
+@pytest.mark.slow
 def test_extract_asks_a_server_trains_and_pays_no_text_twice(project, teachers, tmp_path, monkeypatch):
     monkeypatch.setenv('TEACHER_API_KEY', KEY)
     root, fake = clone_task(project, tmp_path), Fake()
@@ -317,6 +318,7 @@ def test_extract_asks_a_server_trains_and_pays_no_text_twice(project, teachers, 
         assert message in one_line(run(root, 'extract.py', *args, '--name=other'))
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_at_most_what_is_in_flight(project, teachers, tmp_path):
     root = clone_task(project, tmp_path)
     fake = Fake(lambda n, body: time.sleep(0.01))
@@ -336,6 +338,7 @@ def test_a_killed_run_loses_at_most_what_is_in_flight(project, teachers, tmp_pat
     assert {*stored_answers(root)} == {*fake.texts}
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_ends_the_run_and_the_records_stay(project, teachers, tmp_path):
     root, dead = clone_task(project, tmp_path), Fake(lambda n, body: 503 if n > 30 else None)
     done = run(root, 'extract.py', *arguments(dead, teachers, '--patience=1'))

@@ -142,6 +142,7 @@ def test_attention_equals_its_plain_twin(masked):
     torch.testing.assert_close(lse, capped.logsumexp(-1))
 
 
+@pytest.mark.slow
 def test_compiled_layers_answer_the_same(teachers, words):
     tokenizer, model = load_teacher(teachers['gemma'])
     before, after, end_id = encode_prompt(tokenizer, PROMPT, chat=False)

@@ -335,6 +335,7 @@ def test_a_finished_or_foreign_checkpoint_is_not_overwritten(project, tmp_path):
     assert not (root / 'hacked').exists()
 
 
+@pytest.mark.slow
 def test_data_lines_also_go_to_a_tracker(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     (root / 'trackio' / '__init__.py').parent.mkdir()
