@@ -52,7 +52,7 @@ class Server:
                         'temperature': [0, None]}
         self.used, self.n_answered, self.n_invalid, self.outside = Counter(), 0, 0, 0.0
         self.problem = 'it never answered'
-        self.last_answer = self.started = time.monotonic()
+        self.last_answer = time.monotonic()
         self.stopping = threading.Event()
         self.identity = model                               # of the task: a URL may change
 
@@ -129,8 +129,8 @@ class Server:
             self.used.update({key: int(usage.get(key) or 0) for key in ('prompt_tokens', 'completion_tokens')})
             listed = (choice.get('logprobs') or {}).get('content') or []
             as_bytes = lambda token: bytes(token.get('bytes') or token['token'].encode('utf-8', 'replace'))
-            tokens = [(as_bytes(token), token['logprob'], [(as_bytes(other), other['logprob'])
-                                                           for other in token.get('top_logprobs') or []])
+            tokens = [(as_bytes(token), float(token['logprob']), [(as_bytes(other), float(other['logprob']))
+                                                                  for other in token.get('top_logprobs') or []])
                       for token in listed]
             return str(content), tokens
         except (LookupError, TypeError, AttributeError, ValueError):
@@ -203,7 +203,7 @@ class Server:
         decode: ids -> text. What stops the work is raised after the answers before it."""
         texts = ((hash_, ids, decode(ids.tolist())) for group in groups for hash_, ids, _ in group)
         results, end = queue.Queue(), []
-        self.last_answer = self.started = time.monotonic()
+        self.last_answer = time.monotonic()
 
         def run():
             try:
