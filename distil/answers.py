@@ -1,10 +1,11 @@
-"""What an LLM server answered, as probabilities of values: from the text, and from the tokens' log probabilities.
+"""What an LLM server answered, as probabilities of values: from the text, and from the tokens' log
+probabilities.
 
     answer, spans = find_object('Sure! {"tone": "friendly"}')        # {'tone': 'friendly'}, where its value stands
     p, outside = value_probabilities(values, tokens, *spans['tone'])  # (number of values,), mass of other answers
 
-The server's tokens are those of an unknown tokenizer, so all of this works on bytes: an alternative to a token
-counts for the values that the text with it could still become.
+The server's tokens are those of an unknown tokenizer, so all of this works on bytes: an alternative to a
+token counts for the values that the text with it could still become.
 """
 import json
 import re
@@ -18,8 +19,8 @@ DECODER = json.JSONDecoder()
 
 
 def parse_object(text, at):
-    """(the JSON object that begins at text[at], {key: (start, end) of its value}, the end). ValueError if none
-    does."""
+    """(the JSON object that begins at text[at], {key: (start, end) of its value}, the end). ValueError if
+    none does."""
     answer, spans = {}, {}
     skip = lambda at: SPACE.match(text, at).end()
     at = skip(at + 1)
@@ -40,8 +41,9 @@ def parse_object(text, at):
 
 
 def find_object(text):
-    """(the last JSON object in a text, {key: (start, end) of its value, in characters}), or (None, {}). What a
-    model thinks before (<think> ... </think>), what it says around the object and a fence are left aside."""
+    """(the last JSON object in a text, {key: (start, end) of its value, in characters}), or (None, {}).
+    What a model thinks before (<think> ... </think>), what it says around the object and a fence are left
+    aside."""
     at, found = text.rfind('</think>') + 1, (None, {})
     while (at := text.find('{', at)) >= 0:
         try:
@@ -62,16 +64,16 @@ def spellings(value):
 
 
 def may_become(written, spelling):
-    """True if a value that begins with these bytes may be, or is, the one spelled so. A number goes on until
-    something else follows: 1 may become 11."""
+    """True if a value that begins with these bytes may be, or is, the one spelled so. A number goes on
+    until something else follows: 1 may become 11."""
     if len(written) <= len(spelling):
         return spelling.startswith(written)
     return written.startswith(spelling) and written[len(spelling)] in b' \t\r\n,}]'
 
 
 def written_of(lead, token):
-    """what a token writes of a value, if first comes the `lead` before the value, in whatever whitespace: b'' if
-    the token ends before the value, None if it writes something else than the lead."""
+    """what a token writes of a value, if first comes the `lead` before the value, in whatever whitespace:
+    b'' if the token ends before the value, None if it writes something else than the lead."""
     lead, n = lead.translate(None, b' \t\r\n'), 0
     for i, char in enumerate(token):
         if char in b' \t\r\n':
@@ -85,14 +87,14 @@ def written_of(lead, token):
 
 
 def value_probabilities(values, tokens, start, end):
-    """the probability of each of a field's values at the place where the server wrote one, given what it wrote
-    before: (len(values),) with sum 1, and the share of probability that no value has.
+    """the probability of each of a field's values at the place where the server wrote one, given what it
+    wrote before: (len(values),) with sum 1, and the share of probability that no value has.
 
-    tokens: list of (bytes, log probability, [(bytes, log probability) of alternatives]) that the answer consists
-    of; start, end: of the written value, in bytes. At each token the probability of an alternative goes to the
-    values that it begins. Values that it cannot tell apart share it as they share what can be told apart. What
-    is beyond the alternatives listed is spread over the values not begun by any, at most the smallest
-    probability listed for each.
+    tokens: list of (bytes, log probability, [(bytes, log probability) of alternatives]) that the answer
+    consists of; start, end: of the written value, in bytes. At each token the probability of an
+    alternative goes to the values that it begins. Values that it cannot tell apart share it as they share
+    what can be told apart. What is beyond the alternatives listed is spread over the values not begun by
+    any, at most the smallest probability listed for each.
     """
     content, texts = b''.join(token for token, *_ in tokens), [spellings(value) for value in values]
     able = lambda written: [j for j, ways in enumerate(texts) if any(may_become(written, way) for way in ways)]
@@ -106,7 +108,7 @@ def value_probabilities(values, tokens, start, end):
         written, lead = content[start:max(start, first)], content[first:start]
         if len(candidates := able(written)) < 2:                # decided
             break
-        known = {other: float(np.exp(of_other)) for other, of_other in alternatives} | {token: float(np.exp(logprob))}
+        known = {other: float(np.exp(log_p)) for other, log_p in [*alternatives, (token, logprob)]}
         begun = set()
         for other, q in known.items():
             rest = other if written else written_of(lead, other)
@@ -135,9 +137,10 @@ def value_probabilities(values, tokens, start, end):
 
 
 def label_from_answer(fields, content, tokens):
-    """the label of an answer, as distil/labels.py reads it: {'probabilities': {field: {value: probability}}}, or
-    {'answer': {field: value}} without tokens; and the largest share outside the values. (None, 0.0) if the
-    answer breaks the schema. content: the server's text; tokens: see value_probabilities, or []."""
+    """the label of an answer, as distil/labels.py reads it: {'probabilities': {field: {value:
+    probability}}}, or {'answer': {field: value}} without tokens; and the largest share outside the
+    values. (None, 0.0) if the answer breaks the schema. content: the server's text; tokens: see
+    value_probabilities, or []."""
     answer, spans = find_object(content)
     exact = lambda value: json.dumps(value, sort_keys=True)
     if not answer or any(exact(answer.get(name)) not in map(exact, values) or name not in answer
@@ -157,8 +160,9 @@ def label_from_answer(fields, content, tokens):
 
 
 def label_from_samples(fields, contents):
-    """the label of several answers to one text, drawn at a temperature: the share of each value, with one answer
-    more spread over all of them (so that no value is impossible). None if none of them fits the schema."""
+    """the label of several answers to one text, drawn at a temperature: the share of each value, with one
+    answer more spread over all of them (so that no value is impossible). None if none of them fits the
+    schema."""
     labels = [label for content in contents if (label := label_from_answer(fields, content, [])[0])]
     if not labels:
         return None

@@ -330,7 +330,7 @@ def load_answerer(name, task, space, device):
     """a function from lists of ids to the answers, lists of output indices, of the teacher that a student
     learned from. task: from the student's checkpoint. Exits with a message if `name` is another teacher."""
     if task['fingerprint'] == 'labels':                         # extract.py ran without a teacher
-        sys.exit('this student learned from given labels: there is no teacher to ask')
+        sys.exit('this student learned from labels, given or asked of a server: there is no teacher here to ask')
     model = load_model(name, torch.float32 if device == 'cpu' else torch.bfloat16, device)
     if fingerprint(model) != task['fingerprint']:
         sys.exit(f'{name} is not the teacher this student learned from ({task["teacher"]})')

@@ -4,8 +4,8 @@
     states = reader(ids, mask)                               # (B, T) ids of its own vocabulary -> (B, T, C)
 
 The student's decoder gets these states in place of the embeddings of a text. The reader is part of the
-student: it is trained with it at a lower learning rate, and saved in its checkpoint. Its architecture is BERT's
-(https://arxiv.org/abs/1810.04805): MiniLM, bge, e5. B texts, T tokens, C channels, H heads.
+student: it is trained with it at a lower learning rate, and saved in its checkpoint. Its architecture is
+BERT's (https://arxiv.org/abs/1810.04805): MiniLM, bge, e5. B texts, T tokens, C channels, H heads.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +40,9 @@ class ReaderBlock(nn.Module):
         self.norm_1, self.norm_2 = (nn.LayerNorm(C, eps=config.norm_eps) for _ in range(2))
 
     def forward(self, x, mask, cell=None):
-        """x (B, T, C) rows, mask (B, 1, T, T); or x (K, C) tokens of B * T cells, at cell (K,). Either way only
-        the attention sees the padding: in a batch of texts of all lengths that is half of the cells."""
+        """x (B, T, C) rows, mask (B, 1, T, T); or x (K, C) tokens of B * T cells, at cell (K,). Either
+        way only the attention sees the padding: in a batch of texts of all lengths that is half of the
+        cells."""
         B, _, T, _ = mask.shape
         qkv = self.c_attn(x)                                # (B, T, 3 C) or (K, 3 C)
         if cell is not None:
@@ -54,7 +55,8 @@ class ReaderBlock(nn.Module):
 
 
 class Reader(nn.Module):
-    """ids of its vocabulary -> hidden states of its last layer. tokenizer: a tokenizers.Tokenizer, see encode."""
+    """ids of its vocabulary -> hidden states of its last layer. tokenizer: a tokenizers.Tokenizer, see
+    encode."""
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -69,7 +71,8 @@ class Reader(nn.Module):
         return self.run(ids, torch.arange(ids.size(1), device=ids.device), mask)
 
     def run(self, ids, pos, mask, cell=None):
-        """the states of ids at positions pos; mask (B, T), and cell if ids are K tokens: see ReaderBlock."""
+        """the states of ids at positions pos; mask (B, T), and cell if ids are K tokens: see
+        ReaderBlock."""
         x = self.norm_e(self.wte(ids) + self.wpe(pos))      # (B, T, C) or (K, C)
         mask = mask[:, None, None].expand(-1, 1, mask.size(1), -1)  # (B, 1, T, T): a token sees the whole text
         for block in self.h:
@@ -77,8 +80,9 @@ class Reader(nn.Module):
         return x
 
     def read(self, ids, text):
-        """states (B, T, C) of the texts in rows of ids (B, T), 0 elsewhere. text (B, T) bool: True at the tokens
-        of a text. Neighbouring tokens are one text; between two texts there is a position that is none."""
+        """states (B, T, C) of the texts in rows of ids (B, T), 0 elsewhere. text (B, T) bool: True at the
+        tokens of a text. Neighbouring tokens are one text; between two texts there is a position that is
+        none."""
         if torch.compiler.is_exporting():                   # one text at the start of each row
             return self(ids.masked_fill(~text, 0), text)
         where = text.flatten().nonzero()[:, 0]              # (K,)
@@ -94,7 +98,8 @@ class Reader(nn.Module):
         return states.index_put((where,), read.to(states.dtype)).view(*ids.shape, -1)
 
     def encode(self, texts, max_tokens):
-        """lists of ids of strings, each with its first and last special token and at most max_tokens long."""
+        """lists of ids of strings, each with its first and last special token and at most max_tokens
+        long."""
         longest = min(max_tokens, self.config.n_pos)
         rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]
         return [row if len(row) <= longest else row[:longest - 1] + row[-1:] for row in rows]
@@ -109,8 +114,9 @@ class Reader(nn.Module):
 
 
 def load_reader(name, n_layer=0):
-    """a Reader with the weights of a pre-trained encoder. name: Hugging Face id or directory; n_layer: keep the
-    first so many layers, 0: all. Exits with a message if it cannot be loaded or is not of BERT's family."""
+    """a Reader with the weights of a pre-trained encoder. name: Hugging Face id or directory; n_layer:
+    keep the first so many layers, 0: all. Exits with a message if it cannot be loaded or is not of BERT's
+    family."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer  # a trained student needs no transformers
     try:
         c, wrapped = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)

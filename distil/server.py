@@ -4,8 +4,9 @@
     for group in server.answered(groups, decode):    # [(hash, ids, label)], as the answers come
         ...
 
-The labels are those of distil/labels.py: probabilities if the server tells log probabilities, else the shares of
-some samples, or one bare answer. The key is read from the environment, TEACHER_API_KEY, and never written anywhere.
+The labels are those of distil/labels.py: probabilities if the server tells log probabilities, else the
+shares of some samples, or one bare answer. The key is read from the environment, TEACHER_API_KEY, and
+never written anywhere.
 """
 import asyncio
 import json
@@ -31,10 +32,11 @@ class Stopped(Exception):
 
 
 class Server:
-    """urls: base URLs, such as http://host:8000/v1, that share the work. model: its name there. fields: the
-    schema. prompt: the user message, with {text} in it. in_flight: requests at a time. samples: answers per text,
-    if the server tells no log probabilities, drawn at sample_temperature. patience: seconds without any answer
-    after which the run ends. prices are per million tokens; max_cost: the run ends before it costs more, 0: never.
+    """urls: base URLs, such as http://host:8000/v1, that share the work. model: its name there. fields:
+    the schema. prompt: the user message, with {text} in it. in_flight: requests at a time. samples:
+    answers per text, if the server tells no log probabilities, drawn at sample_temperature. patience:
+    seconds without any answer after which the run ends. prices are per million tokens; max_cost: the run
+    ends before it costs more, 0: never.
     """
 
     def __init__(self, urls, model, fields, prompt, in_flight=16, samples=1, sample_temperature=1.0, timeout=120,
@@ -51,7 +53,7 @@ class Server:
         self.options = {'response_format': [strict, {'type': 'json_object'}, None], 'logprobs': [True, None],
                         'temperature': [0, None]}
         self.used, self.n_answered, self.n_invalid, self.outside = Counter(), 0, 0, 0.0
-        self.problem = 'it never answered'
+        self.problem, self.under_way = 'it never answered', 0
         self.last_answer = time.monotonic()
         self.stopping = threading.Event()
         self.identity = model                               # of the task: a URL may change
@@ -68,8 +70,8 @@ class Server:
         return body | ({'top_logprobs': 20} if 'logprobs' in body else {})
 
     def do_without(self, message):
-        """after a refusal: gives up the option that the server's message names, else the first that is left.
-        False if there is none."""
+        """after a refusal: gives up the option that the server's message names, else the first that is
+        left. False if there is none."""
         words = {'response_format': ('format', 'schema', 'json', 'grammar'), 'logprobs': ('logprob',),
                  'temperature': ('temperature',)}
         able = [option for option, left in self.options.items() if left[0] is not None]
@@ -81,8 +83,8 @@ class Server:
         return bool(able)
 
     async def post(self, client, body):
-        """(status, the server's reply as a dict, or its message) of a request, which is repeated until a server
-        has read it. Stopped if none can be used."""
+        """(status, the server's reply as a dict, or its message) of a request, which is repeated until a
+        server has read it. Stopped if none can be used."""
         for tries in range(10 ** 9):
             now = time.monotonic()
             if now - self.last_answer > self.patience:
@@ -113,7 +115,8 @@ class Server:
             self.resting[url] = time.monotonic() + wait
 
     async def complete(self, client, text, sampled=False):
-        """(content, tokens as in value_probabilities) of an answer to a text, or None if the server refuses it."""
+        """(content, tokens as in value_probabilities) of an answer to a text, or None if the server
+        refuses it."""
         while True:
             options = json.dumps(self.options)
             status, reply = await self.post(client, self.body(text, sampled))
@@ -167,8 +170,8 @@ class Server:
         return self.cost() / max(1, self.n_answered) * n_texts
 
     def summary(self):
-        """the line at the end. outside: the mean, over answers, of the share of probability that no value has, in
-        the field where it is largest."""
+        """the line at the end. outside: the mean, over answers, of the share of probability that no value
+        has, in the field where it is largest."""
         return data_line('server', {
             'answered': self.n_answered, 'tokens_in': self.used['prompt_tokens'],
             'tokens_out': self.used['completion_tokens'], 'cost': float(self.cost()),
@@ -184,9 +187,11 @@ class Server:
             for hash_, ids, text in texts:                  # shared: each worker takes the next one
                 if self.stopping.is_set():
                     return
-                if self.max_cost and self.cost() >= self.max_cost:
-                    raise Stopped(f'max_cost = {self.max_cost:g} is reached')
+                if self.max_cost and self.cost_of(self.n_answered + self.under_way + 1) > self.max_cost:
+                    raise Stopped(f'one more text would exceed max_cost = {self.max_cost:g}')
+                self.under_way += 1
                 results.put((hash_, ids, await self.label(client, text)))
+                self.under_way -= 1
         async with httpx.AsyncClient(headers=headers, timeout=self.timeout, limits=limits) as client:
             tasks = [asyncio.create_task(worker(client)) for _ in range(self.in_flight)]
             done, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)

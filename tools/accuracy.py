@@ -1,11 +1,13 @@
-"""How often is a student right on texts of your own whose answers are known? And is it unsure where none fits?
+"""How often is a student right on texts of your own whose answers are known? And is it unsure where none
+fits?
 
     python tools/accuracy.py config/clinc.py --input=data/clinc/val.jsonl
     python tools/accuracy.py config/clinc.py --input=data/clinc/val.jsonl --outside=data/clinc/oos_val.jsonl
 
-A line of `input` has a text and the true values of some fields: {"text": "...", "answer": {"intent": "translate"}},
-or under "truth". The lines of `outside` have texts that no value fits; `auroc` tells how well the student's
-confidence parts them from the others. tools/evaluate.py measures agreement with the teacher instead.
+A line of `input` has a text and the true values of some fields: {"text": "...", "answer": {"intent":
+"translate"}}, or under "truth". The lines of `outside` have texts that no value fits; `auroc` tells how
+well the student's confidence parts them from the others. tools/evaluate.py measures agreement with the
+teacher instead.
 """
 import json
 import sys
@@ -33,15 +35,16 @@ config = configure(globals())
 
 
 def area_under_roc(inside, outside):
-    """the probability that a text inside gets a higher confidence than one outside, ties count half: the area
-    under the ROC curve (Hanley and McNeil 1982, https://doi.org/10.1148/radiology.143.1.7063747)."""
+    """the probability that a text inside gets a higher confidence than one outside, ties count half: the
+    area under the ROC curve (Hanley and McNeil 1982, https://doi.org/10.1148/radiology.143.1.7063747)."""
     inside = np.sort(inside)
     below, up_to = (np.searchsorted(inside, outside, side) for side in ('left', 'right'))
     return float(1 - (below + up_to).mean() / 2 / len(inside))
 
 
 def read_lines(path):
-    """[(text, {field: true value}, {} if the line has none)] of a .jsonl. Exits if there is no such file."""
+    """[(text, {field: true value}, {} if the line has none)] of a .jsonl. Exits if there is no such
+    file."""
     if not Path(path).is_file():
         stop(f'{path} does not exist')
     lines = []
@@ -54,8 +57,8 @@ def read_lines(path):
 
 def measure(field, values, records, answers, others):
     """the figures of a field's accuracy line, or None if no answer names the field. values: of the field;
-    records: of a Labeler with confidence, for the texts with answers [{field: true value}]; others: its records
-    for the texts outside."""
+    records: of a Labeler with confidence, for the texts with answers [{field: true value}]; others: its
+    records for the texts outside."""
     pairs = [(record, json.dumps(find_value(answer[field], values)))
              for record, answer in zip(records, answers) if field in answer and 'error' not in record]
     if not pairs:

@@ -1,5 +1,5 @@
-"""What people do without this project, for comparison: decode the teacher with transformers' generate, decode a
-student with one token per pass, fine-tune an encoder on the bare labels."""
+"""What people do without this project, for comparison: decode the teacher with transformers' generate,
+decode a student with one token per pass, fine-tune an encoder on the bare labels."""
 import math
 import time
 
@@ -35,9 +35,9 @@ class SchemaProcessor(LogitsProcessor):
 
 @torch.inference_mode()
 def generate_constrained(model, space, task, texts, constrain=True):
-    """what people do without this project: model.generate with the whole prompt, on all texts (lists of ids)
-    at once, constrained to the schema, with its logits kept. Returns lists of output indices, -1 for a token
-    outside the output vocabulary. task: dict with the ids before and after the text."""
+    """what people do without this project: model.generate with the whole prompt, on all texts (lists of
+    ids) at once, constrained to the schema, with its logits kept. Returns lists of output indices, -1 for
+    a token outside the output vocabulary. task: dict with the ids before and after the text."""
     end_ids, other_ids = set(), set()
     for row in space.transitions:
         for o, state in row.items():
@@ -102,12 +102,12 @@ class Classifier(nn.Module):
 
 def encoder_baseline(shards, space, train_rows, rows, name, device, dtype, max_epochs=6, batch_size=32, lr=1e-4,
                      seed=1337):
-    """fine-tunes the encoder `name` with a linear head per field on the teacher's values in train_rows, and
-    measures its agreement in rows. Returns {field, exact, minutes}.
+    """fine-tunes the encoder `name` with a linear head per field on the teacher's values in train_rows,
+    and measures its agreement in rows. Returns {field, exact, minutes}.
 
-    The usual recipe (Devlin et al. 2019, https://arxiv.org/abs/1810.04805): all weights are trained with AdamW
-    at a rate that rises for a tenth of the steps and then falls to 0; heads start from nothing, at ten times
-    that rate. The last epoch counts.
+    The usual recipe (Devlin et al. 2019, https://arxiv.org/abs/1810.04805): all weights are trained with
+    AdamW at a rate that rises for a tenth of the steps and then falls to 0; heads start from nothing, at
+    ten times that rate. The last epoch counts.
     """
     torch.manual_seed(seed)
     start, reader = time.perf_counter(), load_reader(name)
