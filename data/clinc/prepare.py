@@ -51,7 +51,9 @@ if len(sys.argv) == 1 and not paths[0].is_file():
 for path in paths:
     try:
         parts = read_parts(path)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except OSError as error:
+        sys.exit(f'{path} cannot be read: {error.strerror}')
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         sys.exit(f'{path} is neither data_full.json nor a part of it as .jsonl: {error!r}')
     for part, rows in parts.items():
         target = here / ('input.jsonl' if part == 'train' else f'{part}.jsonl')
