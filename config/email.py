@@ -24,17 +24,15 @@ prior = {'spam': {True: 0.3}, 'needs_reply': {True: 0.35}}  # about a third of t
 max_text = 64
 too_long = 'cut'
 max_records = 2000
-# student: the teacher's token table, frozen, and four small layers of its own
-init_from = 'teacher'
-teacher_layers = 'none'
-n_layer = 4
-n_head = 4
-n_embd = 192
-n_mlp = 768
-block_size = 100
-token_dropout = 0.15
+# student: a pre-trained encoder reads the text, one layer writes the answer
+reader = 'data/teachers/minilm'  # python data/teachers/prepare.py minilm
+n_layer = 1
+n_head = 6
+n_embd = 384
+n_mlp = 1536
+block_size = 160        # tokens of the encoder, and those of the answer
 # training
-max_epochs = 12
+max_epochs = 6
 batch_size = 32
 learning_rate = 1e-3
 min_lr = 1e-4

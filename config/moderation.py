@@ -22,17 +22,15 @@ calibrate = 256
 calibrate_fields = ['reason']  # `allowed` follows from it
 prior = {'reason': {'none': 0.6, 'insult': 0.15, 'profanity': 0.1, 'sexual': 0.05, 'threat': 0.05}}
 max_records = 3000
-# student: the teacher's token table, frozen, and four small layers of its own
-init_from = 'teacher'
-teacher_layers = 'none'
-n_layer = 4
-n_head = 4
-n_embd = 192
-n_mlp = 768
-block_size = 45
-token_dropout = 0.15
+# student: a pre-trained encoder reads the text, one layer writes the answer
+reader = 'data/teachers/minilm'  # python data/teachers/prepare.py minilm
+n_layer = 1
+n_head = 6
+n_embd = 384
+n_mlp = 1536
+block_size = 80         # tokens of the encoder, and those of the answer
 # training
-max_epochs = 8
+max_epochs = 4
 batch_size = 32
 learning_rate = 1e-3
 min_lr = 1e-4
