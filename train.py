@@ -5,7 +5,7 @@
     python train.py config/demo.py                              # again, after Ctrl-C: continues exactly
     torchrun --nproc_per_node=2 train.py config/demo.py         # the same steps, each shared by two processes
 
-Reads data/<dataset>/<name>-*, and with `more` what students answered (tools/ensemble.py). Writes out/<name>/:
+Reads data/<dataset>/<name>-*. Writes out/<name>/:
 ckpt.pt (the last epoch), best.pt (the best one), tokenizer.json, log.txt and, where matplotlib is installed,
 report.png.
 """
@@ -38,7 +38,6 @@ name = ''              # word; data/<dataset>/<name>-* is read ...
 dataset = ''           # word
 run = ''               # word; ... and out/<run> written; '': out/<name>. One extraction, many students
 max_records = 0        # 0..; use only the first so many records, without the held-out ones; 0: all
-more = ''              # word; train also on data/<dataset>/<more>-*: what students answered (tools/ensemble.py)
 init_from = 'scratch'  # 'scratch', 'teacher', 'resume'; how a new run starts; teacher: with its embedding
                        # table and some of its layers. An interrupted run continues anyway; resume demands it
 overwrite = False      # replace the run that out/<run> holds
@@ -259,7 +258,7 @@ if __name__ == '__main__':
     device = start_ranks(pick_device(device), 'nccl' if pick_device(device) == 'cuda' else 'gloo')
     check_settings(config)
     out = Path('out', run or name)
-    shards, train_rows, val_rows = open_records(dataset, name, more, max_records, eval_records)
+    shards, train_rows, val_rows = open_records(dataset, name, max_records, eval_records)
     check_sizes(config, shards.meta, len(train_rows), len(val_rows))
     torch.manual_seed(seed)
     lock = lock_folder(out) if RANK == 0 else None              # held until the program ends

@@ -23,7 +23,7 @@ from config.machine import RANK, WORLD, stop
 ROOT = Path(__file__).resolve().parent.parent
 STARTED_IN = os.getcwd()  # the user's folder; configure() leaves it
 # the programs that share one config file
-PROGRAMS = ('extract.py', 'train.py', 'sample.py', 'tools/evaluate.py', 'tools/ensemble.py', 'tools/bench.py',
+PROGRAMS = ('extract.py', 'train.py', 'sample.py', 'tools/evaluate.py', 'tools/bench.py',
             'tools/accuracy.py', 'serve/serve.py', 'serve/bench.py', 'device/export.py')
 
 

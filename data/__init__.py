@@ -2,13 +2,12 @@
 
     data/<dataset>/<name>-00/    one shard, little-endian, append-only
       input.bin    uint32    ids of each text, concatenated
-      output.bin   uint16    the teacher's (or students') answers as output-vocabulary indices, concatenated
+      output.bin   uint16    the teacher's answers as output-vocabulary indices, concatenated
       logits.bin   float16   (steps, V) raw logit minus the row's maximum over V: fp16 is exact enough near 0
       stats.bin    float32   (steps, 2) that maximum, and logsumexp over all tokens (nan if not computed)
       index.bin    uint64    (records, 3) end offset in input.bin, end offset in output.bin, hash of the text
       meta.json              teacher, tokenizer hash, prompt, fields, output ids: what the output space needs;
-                             bias: what is subtracted from the logits on reading; they are stored raw;
-                             students: who answered, if not the teacher (tools/ensemble.py)
+                             bias: what is subtracted from the logits on reading; they are stored raw
       tokenizer.json         the teacher's tokenizer
 
 A record exists if its row of index.bin exists. That row is written last, so a run that is killed loses at
@@ -179,48 +178,37 @@ def first_answers(folder, meta, n):
 
 
 class Shards:
-    """all records extracted for one task, memory-mapped, followed by those of `more`, which students answered
-    (tools/ensemble.py). FileNotFoundError if the task has no records. ValueError if the shards do not belong
-    together or have another format.
+    """all records extracted for one task, memory-mapped. FileNotFoundError if the task has no records.
+    ValueError if the shards do not belong together or have another format.
 
-    metas: dict of each meta.json; meta: the first. hashes (N,). Record i is `ids(i)` and `answer(i)`. The
-    first n_teacher answers are the teacher's, the others those of `students`.
+    metas: dict of each meta.json; meta: the first. hashes (N,). Record i is `ids(i)` and `answer(i)`.
     """
 
-    def __init__(self, dataset, name, root='data', more=''):
-        student_folders = shard_folders(dataset, more, root) if more else []
-        folders = shard_folders(dataset, name, root) + student_folders
+    def __init__(self, dataset, name, root='data'):
+        folders = shard_folders(dataset, name, root)
         self.metas = [read_meta(folder) for folder in folders]
-        self.students = [meta['students'] for meta in self.metas if 'students' in meta]
-        self.shards, spans, hashes, self.n_teacher = [], [], [], 0
+        self.shards, spans, hashes = [], [], []
         keys = 'output_ids', 'bias', 'fingerprint'
         for folder, meta in zip(folders, self.metas):
             matches = all(meta.get(key) == self.metas[0].get(key) for key in keys)
             if meta['format'] != FORMAT or not matches:
                 raise ValueError(f'{folder} has another format, teacher, output vocabulary or calibration '
                                  f'than {folders[0]}; make it again, or choose another name')
-            if folder in student_folders and 'students' not in meta:
-                raise ValueError(f'{folder} has no answers of students; choose another --more=')
-            if folder not in student_folders and 'students' in meta:
-                raise ValueError(f'{folder} has the answers of students; use it with --more=')
             V = len(meta['output_ids'])
             index = read_index(folder, V)
             ends = index[:, :2].astype(np.int64)
             starts = np.concatenate((np.zeros((1, 2), np.int64), ends))[:-1]
             answered = ends[:, 1] > starts[:, 1]  # False if the answer was dropped
-            if folder in student_folders:  # the teacher may have answered some of these texts since
-                answered &= ~np.isin(index[:, 2], np.concatenate([np.empty(0, np.uint64), *hashes]))
             if not answered.any():
                 continue
             spans.append(np.column_stack((np.full(len(index), len(self.shards)), starts, ends))[answered])
             hashes.append(index[answered, 2])
-            self.n_teacher += 0 if folder in student_folders else int(answered.sum())
             n_input, n_output = map(int, ends[-1])
             shapes = {'input': (n_input,), 'output': (n_output,), 'logits': (n_output, V),
                       'stats': (n_output, 2)}
             self.shards.append({key: np.memmap(folder / f'{key}.bin', DTYPES[key], 'r', shape=shape)
                                 for key, shape in shapes.items()})
-        if not self.n_teacher:
+        if not hashes:
             raise FileNotFoundError(f'data/{dataset} has no records extracted for {name!r}')
         self.folder, self.meta, self.hashes = folders[0], self.metas[0], np.concatenate(hashes)
         self.spans = np.concatenate(spans)  # (N, 5) shard, input start, output start, input end, output end

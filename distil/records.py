@@ -10,26 +10,23 @@ from config import next_command, stop
 from data import Shards
 
 
-def open_shards(dataset, name, more=''):
+def open_shards(dataset, name):
     """the Shards of a task. Exits with a message if there are none, or if they do not belong together."""
     try:
-        return Shards(dataset, name, more=more)
+        return Shards(dataset, name)
     except FileNotFoundError as error:
         stop(f'{error}; run: {next_command("extract.py")}')
     except ValueError as error:
         stop(str(error))
 
 
-def open_records(dataset, name, more, max_records, eval_records):
+def open_records(dataset, name, max_records, eval_records):
     """(Shards, record numbers to train on, record numbers to evaluate on) of a task. Exits with a message if
     there are none. The arguments are settings of train.py."""
-    shards = open_shards(dataset, name, more)
-    if more and len(shards) == shards.n_teacher:
-        stop(f'data/{dataset} has no answers of students in {more!r}; run: {next_command("tools/ensemble.py")} '
-             f'--more={more} --students=...')
+    shards = open_shards(dataset, name)
     train_rows, val_rows = shards.split()
     if max_records:
-        train_rows = train_rows[(train_rows < max_records) | (train_rows >= shards.n_teacher)]
+        train_rows = train_rows[train_rows < max_records]
     if eval_records:  # the same ones for every seed
         val_rows = val_rows[np.random.default_rng(0).permutation(len(val_rows))[:eval_records]]
     return shards, train_rows, val_rows
@@ -73,7 +70,7 @@ def check_data(shards, space, train_rows, val_rows, rng):
     teacher_ce is the cross-entropy of a student equal to its teacher, in nats per answer token.
     """
     n_wrong = n_steps = ce = 0
-    for i in rng.permutation(train_rows[train_rows < shards.n_teacher])[:1000]:
+    for i in rng.permutation(train_rows)[:1000]:
         outs = shards.answer(i).tolist()
         logits, targets = torch.from_numpy(shards.logits(i)), torch.tensor(outs)  # (n, V), (n,)
         legal = space.next_state[space.states_before(outs)] >= 0

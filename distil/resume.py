@@ -32,7 +32,7 @@ FREE = ('device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum',
 
 # values of settings that older checkpoints lack, and of a setting that only older ones have
 MISSING = {'keep_prompt': False, 'start_model': '', 'reader': '', 'reader_layers': 0, 'reader_lr': 0.1,
-            'divergence': 'forward', 'more': '', 'students': []}
+            'divergence': 'forward'}
 
 
 @dataclass
@@ -142,7 +142,7 @@ def open_training(out, config, shards, n_train, device):
 def run_facts(config, shards, n_train):
     """what identifies a training: it continues only with the same settings, task and records."""
     fixed = {key: value for key, value in config.items() if key not in FREE}
-    task = {key: shards.meta.get(key) for key in TASK} | {'students': shards.students}
+    task = {key: shards.meta.get(key) for key in TASK}
     return {'config': fixed, 'task': task, 'n_train': n_train}
 
 
@@ -171,19 +171,14 @@ def new_training(out, facts, student, shards):
 
 def work_before(shards):
     """what the labels have cost, for the cost line of tools/evaluate.py: {extract_hours, train_hours: 0,
-    teacher_rec_s}, and students_hours if students labelled some of them."""
-    timed, students = Counter(), Counter()
+    teacher_rec_s}."""
+    timed = Counter()
     for meta in shards.metas:
-        (students if 'students' in meta else timed).update(meta.get('timed', {}))
+        timed.update(meta.get('timed', {}))
     teacher_rec_s = timed['records'] / timed['seconds'] if timed else math.nan
     given = shards.meta.get('score') == 'labels' and 'server' not in shards.meta
-    hours = 0.0 if given else shards.n_teacher / teacher_rec_s / 3600
-    work = {'extract_hours': hours, 'train_hours': 0.0,
-            'teacher_rec_s': teacher_rec_s}
-    if shards.students:
-        hours = sum(one['hours'] for group in shards.students for one in group)
-        work['students_hours'] = students['seconds'] / 3600 + hours
-    return work
+    hours = 0.0 if given else len(shards) / teacher_rec_s / 3600
+    return {'extract_hours': hours, 'train_hours': 0.0, 'teacher_rec_s': teacher_rec_s}
 
 
 def resume_training(out, facts, freeze_table, device):

@@ -87,7 +87,7 @@ def test_temperature_calibration_error_cascade_and_cost_of_cases_computed_by_han
         {'deferred': 0, 'min_confidence': 0.3, 'field': 5 / 8, 'exact': 1 / 4, 'kept_field': 5 / 8},
         {'deferred': 0.5, 'min_confidence': 0.7, 'field': 7 / 8, 'exact': 3 / 4, 'kept_field': 3 / 4},
         {'deferred': 1, 'min_confidence': 1.0, 'field': 1, 'exact': 1, 'kept_field': 1.0}]
-    work = {'extract_hours': 0.75, 'students_hours': 0.25, 'train_hours': 0.5, 'teacher_rec_s': 10.0}
+    work = {'extract_hours': 1.0, 'train_hours': 0.5, 'teacher_rec_s': 10.0}
     cost = compute_cost(work, 1000.0, 3.6, 0.0, 1000)
     assert cost['teacher_million'] == pytest.approx(100) and cost['student_million'] == pytest.approx(1)
     assert cost['spent'] == pytest.approx(5.4) and cost['days'] == pytest.approx(5.4 / 99 * 1e3)

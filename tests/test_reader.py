@@ -20,7 +20,6 @@ from model import Student, StudentConfig
 from sample import Labeler
 from tests.conftest import FIELDS, clone_task, one_line, run, weights
 from tools.baselines import stepwise
-from tools.ensemble import Ensemble
 
 SETTINGS = '--init_from=scratch', '--reader={}', '--max_epochs=3', '--batch_size=16', '--block_size=60'
 
@@ -112,10 +111,6 @@ def test_probabilities_of_all_values_sum_to_1(student, space, texts):
     for ids, (outs, decisions) in zip(texts, decode(student, space, texts, 3)):
         for row in value_probabilities(student, space, ids, outs, decisions).values():
             assert sum(row) == pytest.approx(1, abs=1e-4)
-
-
-def test_an_ensemble_of_readers_answers_like_its_only_member(student, space, texts):
-    assert generate(Ensemble([student]), space, texts) == generate(student, space, texts)
 
 
 def test_a_text_too_long_for_the_student_is_cut(student, space):

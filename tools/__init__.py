@@ -1,1 +1,1 @@
-"""Programs around the four: evaluate.py (how good), bench.py (how fast), ensemble.py (more from few labels)."""
+"""Programs around the four: evaluate.py (how good), accuracy.py (how often right), bench.py (how fast)."""

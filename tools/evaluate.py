@@ -74,13 +74,12 @@ def simulate_cascade(confidence, hits, shares=(0, 0.05, 0.1, 0.2, 0.3, 0.5)):
 
 def compute_cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
     """the figures of the cost line: after how many calls a student has paid for itself. work: {extract_hours,
-    train_hours, teacher_rec_s}, and students_hours if it learned from other students (tools/ensemble.py).
-    Prices are per million calls. break_even is in calls: inf if a call of the student saves nothing, nan if
+    train_hours, teacher_rec_s}. Prices are per million calls. break_even is in calls: inf if a call of the student saves nothing, nan if
     the teacher was not timed."""
     price_of_million = lambda rec_s: 1e6 / rec_s / 3600 * hour_price
     teacher_million = teacher_price or price_of_million(work['teacher_rec_s'])
     student_million = price_of_million(student_rec_s)
-    hours = work['extract_hours'] + work.get('students_hours', 0.0) + work['train_hours']
+    hours = work['extract_hours'] + work['train_hours']
     spent = hours * hour_price
     saved = teacher_million - student_million
     calls = math.inf if saved <= 0 else spent / saved * 1e6     # nan stays nan
@@ -291,7 +290,7 @@ if __name__ == '__main__':
     if baselines:
         from tools.baselines import encoder_baseline  # needs transformers
         settings = checkpoint['config']
-        train_rows = open_records(dataset, name, '', settings['max_records'], 0)[1]
+        train_rows = open_records(dataset, name, settings['max_records'], 0)[1]
         encoder = settings.get('reader') or 'data/teachers/minilm'
         print(data_line('encoder', encoder_baseline(shards, space, train_rows, rows, encoder, device, dtype)))
     source = Path('data', dataset, 'input.jsonl')
