@@ -8,6 +8,7 @@ student: it is trained with it at a lower learning rate, and saved in its checkp
 BERT's (https://arxiv.org/abs/1810.04805): MiniLM, bge, e5. B texts, T tokens, C channels, H heads.
 """
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,19 +40,31 @@ class ReaderBlock(nn.Module):
         self.c_up, self.c_down = nn.Linear(C, config.n_mlp), nn.Linear(config.n_mlp, C)
         self.norm_1, self.norm_2 = (nn.LayerNorm(C, eps=config.norm_eps) for _ in range(2))
 
-    def forward(self, x, mask, cell=None):
-        """x (B, T, C) rows, mask (B, 1, T, T); or x (K, C) tokens of B * T cells, at cell (K,). Either
-        way only the attention sees the padding: in a batch of texts of all lengths that is half of the
-        cells."""
-        B, _, T, _ = mask.shape
-        qkv = self.c_attn(x)                                # (B, T, 3 C) or (K, 3 C)
-        if cell is not None:
-            qkv = qkv.new_zeros(B * T, qkv.size(-1)).index_put((cell,), qkv)
-        q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, C / H) each
-        with torch.autocast(x.device.type, enabled=False):  # as in model.py
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(B, T, -1)
-        x = self.norm_1(x + self.c_proj(y if cell is None else y.flatten(0, 1)[cell]))
+    def forward(self, x, attend):
+        """x (B, T, C) rows or (K, C) tokens; attend: attend_rows or attend_groups, for these texts."""
+        x = self.norm_1(x + self.c_proj(attend(self.c_attn(x), self.n_head)))
         return self.norm_2(x + self.c_down(F.gelu(self.c_up(x))))
+
+
+def attend_rows(qkv, n_head, mask):
+    """attention in both directions. qkv (B, T, 3 C): queries, keys and values of rows; mask (B, T) bool,
+    False on padding -> (B, T, C)."""
+    B, T, _ = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, C / H) each
+    mask = mask[:, None, None].expand(-1, 1, T, -1)         # (B, 1, T, T): a token sees the whole text
+    with torch.autocast(qkv.device.type, enabled=False):    # as in model.py
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(B, T, -1)
+
+
+def attend_groups(qkv, n_head, groups):
+    """the same for tokens (K, 3 C) that lie one after the other, group after group -> (K, C). groups: for
+    each (cell (n,) of its n tokens in its padded rows, mask (B, T)). Its texts have about one length, so that
+    there is little padding."""
+    parts = []
+    for part, (cell, mask) in zip(qkv.split([len(cell) for cell, _ in groups]), groups):
+        rows = part.new_zeros(mask.numel(), part.size(-1)).index_put((cell,), part)
+        parts.append(attend_rows(rows.view(*mask.shape, -1), n_head, mask).flatten(0, 1)[cell])
+    return torch.cat(parts)
 
 
 class Reader(nn.Module):
@@ -68,15 +81,14 @@ class Reader(nn.Module):
 
     def forward(self, ids, mask):
         """ids (B, T), mask (B, T) bool, False on padding -> states (B, T, C)"""
-        return self.run(ids, torch.arange(ids.size(1), device=ids.device), mask)
+        pos = torch.arange(ids.size(1), device=ids.device)
+        return self.run(ids, pos, partial(attend_rows, mask=mask))
 
-    def run(self, ids, pos, mask, cell=None):
-        """the states of ids at positions pos; mask (B, T), and cell if ids are K tokens: see
-        ReaderBlock."""
+    def run(self, ids, pos, attend):
+        """the states of ids (B, T) or (K,) at positions pos; attend: see ReaderBlock."""
         x = self.norm_e(self.wte(ids) + self.wpe(pos))      # (B, T, C) or (K, C)
-        mask = mask[:, None, None].expand(-1, 1, mask.size(1), -1)  # (B, 1, T, T): a token sees the whole text
         for block in self.h:
-            x = block(x, mask, cell)
+            x = block(x, attend)
         return x
 
     def read(self, ids, text):
@@ -92,9 +104,11 @@ class Reader(nn.Module):
         first = where.diff(prepend=where[:1] - 2) > 1       # (K,) True at the first token of a text
         row = first.cumsum(0) - 1                           # (K,) which text
         col = where - where[first][row]                     # (K,) which token of it
-        mask = torch.zeros(int(row[-1]) + 1, int(col.max()) + 1, dtype=torch.bool, device=ids.device)  # (texts, T)
-        mask[row, col] = True
-        read = self.run(ids.flatten()[where], col, mask, row * mask.size(1) + col)  # (K, C)
+        length = row.bincount()[row]                        # (K,) of its text
+        by_length = length.argsort(stable=True)
+        where, col, row, length = (x[by_length] for x in (where, col, row, length))
+        groups = make_groups(length, row, col)
+        read = self.run(ids.flatten()[where], col, partial(attend_groups, groups=groups))  # (K, C)
         return states.index_put((where,), read.to(states.dtype)).view(*ids.shape, -1)
 
     def encode(self, texts, max_tokens):
@@ -107,6 +121,20 @@ class Reader(nn.Module):
     def count_cut(self, text, max_tokens):
         """how many tokens of a text encode leaves out."""
         return max(0, len(self.tokenizer.encode(text).ids) - min(max_tokens, self.config.n_pos))
+
+
+def make_groups(length, row, col):
+    """the groups of attend_groups for K tokens in the order of their texts' lengths. length (K,) of its text,
+    row (K,) which text, col (K,) which token of it."""
+    sizes = ((length - 1) // 8).unique_consecutive(return_counts=True)[1].tolist()  # up to 8 tokens, 16, ...
+    groups = []
+    for T, row, col in zip(*(x.split(sizes) for x in (length, row, col))):
+        row, T = row.unique_consecutive(return_inverse=True)[1], int(T[-1])
+        cell = row * T + col                                # (n,)
+        mask = torch.zeros(int(row[-1]) + 1, T, dtype=torch.bool, device=row.device)
+        mask.view(-1)[cell] = True
+        groups.append((cell, mask))
+    return groups
 
 
 # -----------------------------------------------------------------------------

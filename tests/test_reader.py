@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -76,19 +77,28 @@ def test_a_reader_computes_what_transformers_does(bert, n_layer):
 
 
 def test_texts_are_found_in_a_long_row_and_in_padded_rows(bert):
+    """whatever their lengths: texts of about one length share a group, and each token gets its own state back."""
     reader = load_reader(str(bert)).eval()
-    texts = [torch.randint(5, 100, (n,)) for n in (4, 1, 7)]
-    with torch.no_grad():
-        alone = torch.cat([reader(text[None], torch.ones(1, len(text), dtype=torch.bool))[0] for text in texts])
-    for shape in ((1, 20), (4, 10)):
+    lengths = 4, 1, 17, 8, 9, 2, 30, 7                  # of four groups, in no order
+    texts = [torch.randint(5, 100, (n,)) for n in lengths]
+
+    def gradient(loss):
+        reader.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in reader.h.parameters()])
+
+    alone = torch.cat([reader(text[None], torch.ones(1, len(text), dtype=torch.bool))[0] for text in texts])
+    weight = torch.randn_like(alone)
+    expected = gradient((alone * weight).sum())
+    for shape in ((1, 100), (8, 32)):
         ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-        starts = [0, 6, 10] if shape[0] == 1 else [0, 10, 20]
+        starts = range(0, 256, 32) if shape[0] == 8 else np.cumsum([0, *(n + 2 for n in lengths[:-1])])
         for start, text in zip(starts, texts):
             ids.view(-1)[start:start + len(text)], mask.view(-1)[start:start + len(text)] = text, True
-        with torch.no_grad():
-            states = reader.read(ids, mask)
-            torch.testing.assert_close(states[mask], alone, atol=1e-5, rtol=1e-4)
-            assert states.shape == (*shape, 32) and not states[~mask].any()
+        states = reader.read(ids, mask)
+        assert states.shape == (*shape, 32) and not states[~mask].any()
+        torch.testing.assert_close(states[mask], alone, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(gradient((states[mask] * weight).sum()), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_decoding_equals_one_by_one_without_cache(student, space, texts):
