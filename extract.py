@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -26,11 +27,12 @@ from config import configure, stop
 from config.machine import RANK, WORLD, end_ranks, on_stop, pick_device, pick_dtype, run_in_first, start_ranks
 from data import FORMAT, Hashes, Shards, first_answers, read_texts, shard_folders, stored_hashes, write_json
 from data.texts import prefetch, read_groups
-from distil.calibrate import learn_bias, print_bias
+from distil.calibrate import calibrated_answers, learn_bias, print_bias
 from distil.engine import Drafts, Teacher, answer_batched, peak_memory_gb
 from distil.extraction import (check_calibration, check_source, open_writer, print_totals, read_task,
                                try_compiling, write_meta)
 from distil.labels import record_from_label
+from distil.prompts import prompt_text
 from distil.server import Stopped, open_server
 from distil.space import OutputSpace, special_ids, tokenizer_hash
 from distil.teacher import encode_prompt, load_model, load_tokenizer, verify_records
@@ -40,7 +42,8 @@ from distil.teacher_report import print_teacher_report
 name = ''            # word; names the shard data/<dataset>/<name>-00 and, in train.py, out/<name>
 dataset = ''         # word; folder under data/ whose input.jsonl is read
 fields = {}          # {'tone': ['neutral', ...], ...}: allowed JSON values, in output order
-prompt = ''          # a chat message, or a few-shot completion when chat = False; {text} stands for the text
+prompt = ''          # text or messages; of a chat, or a few-shot completion when chat = False; {text} stands
+                     # for the text; messages: [{'role': 'system', 'content': ...}, {'role': 'user', ...}]
 chat = True          # wrap the prompt in the teacher's chat template; base models have none
 indent = None        # None or 0..8; of the JSON: None is one line, the cheapest; chat models like to write 2
 fence = False        # ```json around it, as chat models like to write
@@ -109,7 +112,9 @@ def new_task(task, wrapped, frequency):
     a message if the schema cannot be compiled. wrapped: the teacher's transformers tokenizer; frequency (n,):
     how often each id occurs in the texts."""
     tokenizer = wrapped.backend_tokenizer
-    before, after, end_id = encode_prompt(wrapped, task['prompt'], task['chat'])  # ids around the text
+    shown = prompt_text(task['prompt'])
+    prompt = shown if 'server' in task else task['prompt']      # the server has its own chat template
+    before, after, end_id = encode_prompt(wrapped, prompt, task['chat'])  # ids around the text
     style = tokenizer, task['fields'], task['indent'], task['fence'], end_id
     try:
         space = OutputSpace(*style)                             # the automaton of all valid answers
@@ -121,7 +126,7 @@ def new_task(task, wrapped, frequency):
         space = OutputSpace(*style, auxiliary)                  # with all V tokens
     except ValueError as error:
         sys.exit(f'fields: {error}')
-    for mismatch in islice(space.prompt_mismatches(task['prompt']), 3):
+    for mismatch in islice(space.prompt_mismatches(shown), 3):
         print(f'check the prompt: {mismatch}')
     start_id = next((i for i in (wrapped.bos_token_id, wrapped.eos_token_id) if i is not None), 0)
     return {**task, 'format': FORMAT, 'tokenizer_hash': tokenizer_hash(tokenizer),
@@ -315,7 +320,7 @@ if __name__ == '__main__':
         engine = Teacher(model, meta['before'], space.output_ids) if model else None  # reads the prompt once
         if engine and compile in ('True', 'true'):
             engine.compile()
-        if calibration and 'bias' not in meta:
+        if engine and calibration and 'bias' not in meta:
             print(f'measuring the teacher\'s bias on {len(sample)} texts')
             meta['bias'], report = run_in_first(
                 lambda: learn_bias(engine, space, sample, meta['after'], priors, extract_batch))
@@ -330,10 +335,11 @@ if __name__ == '__main__':
         mine = ([text for text in group if text[0] not in done]
                 for n, group in enumerate(groups) if n % WORLD == RANK)
         todo = filter(None, mine)
-        if server:
-            todo = server.answered(todo, space.tokenizer.decode)  # groups of what has been answered
         try:
             meta = write_meta(folder, meta, model, tokenizer_json)
+            if server:                                          # groups of what has been answered
+                ask = partial(server.answered, decode=space.tokenizer.decode)
+                todo = calibrated_answers(ask, todo, folder, meta, priors) if calibration else ask(todo)
             try:
                 totals = extract(engine, server, space, drafts, todo, writer, meta, full_lse, n_todo,
                                  compile == 'auto' and engine and device == 'cpu')

@@ -41,13 +41,13 @@ confidence = False   # False, True or 'full'; add "_confidence": {field: probabi
 min_confidence = 0.0  # 0..1 or 'target'; a record with a field below it gets "_defer": true ... 'target': the
                       # threshold that tools/evaluate.py --target_agreement= found
 ask_teacher = False  # ... or, with this, the teacher's answer and "_teacher": true
-teacher = ''         # file; where the teacher to ask is now; '': where it was for extract.py
+teacher = ''         # file; where the teacher to ask is now, or its URL; '': where it was for extract.py
 device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of the layers of a student with many weights; auto:
                      # bfloat16 where that is faster
 # of the config file, to warn if the student was trained with others
 fields = {}
-prompt = ''
+prompt = ''          # text or messages
 config = configure(globals())
 
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # torch's threads do not survive a fork
@@ -60,11 +60,10 @@ def load_teacher_to_ask(teacher, task, space, device):
     """a function from lists of ids to the teacher's answers, lists of output indices. Exits with a message if
     this is not the teacher that the student learned from."""
     try:                                                        # it may be missing beside a copied student
-        from distil.engine import load_answerer
+        from distil.cascade import load_answerer
     except ImportError as error:
-        stop(f'ask_teacher needs distil/engine.py, distil/teacher.py and transformers here ({error})')
-    print_note(f'loading {teacher or task["teacher"]}')
-    return load_answerer(teacher or task['teacher'], task, space, device)
+        stop(f'ask_teacher needs distil/cascade.py and transformers here ({error})')
+    return load_answerer(teacher, task, space, device)
 
 
 class Labeler:
@@ -73,7 +72,8 @@ class Labeler:
 
     folder: of a training run. confidence, which, dtype, teacher: as the settings. too_long: 'cut', or 'refuse'
     for {'error': ...} in place of an answer. min_confidence: records with a field below it get '_defer': True,
-    or, with ask_teacher, the teacher's answer and '_teacher': True. SystemExit if it cannot be loaded. It can be pickled (the copy loads the folder again), and used in a forked process (on one thread).
+    or, with ask_teacher, the teacher's answer and '_teacher': True. SystemExit if it cannot be loaded. It can be
+    pickled (the copy loads the folder again), and used in a forked process (on one thread).
     """
 
     def __init__(self, folder, device='auto', which='best', batch_size=64, constrain=True, too_long='cut',

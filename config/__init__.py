@@ -50,7 +50,7 @@ def settings_block(program):
     return names, ''
 
 
-LIMIT = r"None|True|False|text|word|file|'[^']*'|-?[\d.e-]*\d|-?[\d.e-]*\.\.[\d.e-]*"
+LIMIT = r"None|True|False|text|messages|word|file|'[^']*'|-?[\d.e-]*\d|-?[\d.e-]*\.\.[\d.e-]*"
 
 
 def read_limits(block):
@@ -58,8 +58,8 @@ def read_limits(block):
     `batch_size = 64  # 1..; records per step`.
 
     The limits stand before the semicolon, separated by commas or `or`. Each is a constant, a range (1.. or
-    0..1, both ends included) or one of the words `text`, `word` (letters, digits, and . _ - between them) and
-    `file` (a path; on the command line it is relative to the user's folder). A comment that starts in any
+    0..1, both ends included) or one of the words `text`, `messages` (of a chat), `word` (letters, digits, and
+    . _ - between them) and `file` (a path; on the command line it is relative to the user's folder). A comment that starts in any
     other way sets no limit.
     """
     limits, name = {}, None
@@ -77,6 +77,10 @@ def allows(limit, value):
     """True if a value satisfies one limit."""
     if limit in ('text', 'file'):
         return isinstance(value, str)
+    if limit == 'messages':
+        return isinstance(value, list) and value != [] and all(
+            isinstance(message, dict) and set(message) == {'role', 'content'}
+            and all(isinstance(part, str) for part in message.values()) for message in value)
     if limit == 'word':
         return isinstance(value, str) and bool(re.fullmatch(r'(\w[\w.-]*)?', value, re.ASCII))
     if '..' not in limit:
@@ -89,7 +93,8 @@ def allows(limit, value):
 
 def describe_limits(limits):
     """the limits of a setting in words, for an error message."""
-    words = {'word': 'a word of letters, digits and . _ -', 'text': 'a text', 'file': 'a path'}
+    words = {'word': 'a word of letters, digits and . _ -', 'text': 'a text', 'file': 'a path',
+             'messages': "a list of {'role': ..., 'content': ...}"}
     described = []
     for limit in limits:
         low, dots, high = limit.partition('..')
@@ -117,7 +122,7 @@ def convert(value, default, limits=()):
         value = ast.literal_eval(value)
     if isinstance(default, float) and type(value) is int:
         value = float(value)
-    if default is None or type(value) is type(default):
+    if default is None or type(value) is type(default) or (type(value) is list and 'messages' in limits):
         return value
     raise ValueError
 

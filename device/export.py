@@ -29,6 +29,7 @@ from device.shrink import choose_tokens, fold_table, round_to_int8, trim_student
 from distil.agreement import field_texts, same_values, teacher_forced_sums
 from distil.checkpoint import load_checkpoint
 from distil.decode import answer_ids, generate, text_room
+from distil.prompts import prompt_text
 from distil.records import load_records
 from distil.space import clean, value_names
 
@@ -270,7 +271,7 @@ def write_card(folder, checkpoint, figures, source, space, n_tokens, vocab):
                        trained=f'{checkpoint["n_train"]:,}', max_text=max_text, loss=loss,
                        keep_tokens=f'{n_tokens:,}', vocab=f'{vocab:,}',
                        bits='8 bits' if int8 else 'float32', files='\n'.join(files),
-                       prompt='\n'.join('    ' + line for line in task['prompt'].splitlines()))
+                       prompt='\n'.join('    ' + line for line in prompt_text(task['prompt']).splitlines()))
     (folder / 'README.md').write_text(card, encoding='utf-8')
 
 

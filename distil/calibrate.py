@@ -12,11 +12,21 @@ anything. The bias is kept in meta.json and in space.bias; the stored logits are
 
 It is one step, as in the paper: the mean comes nearer to the prior without reaching it. (Repeated steps until
 the mean equals the prior were no better, docs/results.md, and depended more on which texts were used.)
+
+A teacher behind a URL tells probabilities of values, not logits: there the same is done value by value, before
+the answer is stored.
 """
 import json
+import math
+from collections import Counter
+from contextlib import suppress
+from itertools import chain
 
 import numpy as np
 import torch
+
+from data import write_json
+from distil.space import value_names
 
 # -----------------------------------------------------------------------------
 # the prior
@@ -125,3 +135,86 @@ def print_bias(report, space):
         shares = [','.join(f'{"|".join(names[out][:2])}:{share[out]:.2f}' for out in top).replace(' ', '_')
                   for share in (before, after)]
         print(f'calibrate field={field} texts={n} before={shares[0]} after={shares[1]}')
+
+
+# -----------------------------------------------------------------------------
+# of answers that are probabilities of values, from a server
+
+
+def calibrate_label(label, bias):
+    """a label (see labels.py) with the bias subtracted from the log probabilities of its values. bias:
+    {field: {value: bias}}. A bare answer stays what it is."""
+    if not bias or 'probabilities' not in label:
+        return label
+    return {'probabilities': label['probabilities'] | {
+        name: {value: p * math.exp(-bias[name][value]) for value, p in label['probabilities'][name].items()}
+        for name in bias}}
+
+
+def learn_value_bias(labels, fields, priors):
+    """{field: {value: log(mean probability / prior)}} of labels with probabilities. One text more, with the
+    prior's probabilities, counts among them: what was never seen has no infinite bias. priors: from
+    find_priors."""
+    bias = {}
+    for name, prior in priors.items():
+        names, prior = value_names(fields[name]), np.array(prior)
+        p = np.array([[label['probabilities'][name][value] for value in names] for label in labels])  # (n, values)
+        bias[name] = dict(zip(names, np.log((p.sum(0) + prior) / (len(p) + 1) / prior).tolist()))
+    return bias
+
+
+def calibrated_answers(ask, groups, folder, meta, priors):
+    """yields what ask(groups) yields, lists of (hash, ids, label or reason), with the bias subtracted that the
+    first meta['calibrate']['texts'] answers show. Sets meta['value_bias'].
+
+    Nothing can be stored before the bias is known. So the first answers are kept in the folder's
+    calibrate.jsonl as they come: a run that is killed does not pay for them twice.
+    """
+    path, bias, waiting, again = folder / 'calibrate.jsonl', meta.get('value_bias'), [], []
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = {line[0]: line for line in map(read_line, lines) if line}  # by hash
+
+    def unknown():                                              # the texts to ask about
+        for group in groups:
+            again.extend(kept[hash_] for hash_, *_ in group if hash_ in kept)
+            if rest := [text for text in group if text[0] not in kept]:
+                yield rest
+
+    first = list(kept.values())
+    with open(path, 'a') as file:
+        file.write('\n' if lines else '')                       # the last line may be cut off
+        for group in chain(ask(unknown()), [None]):             # None: the end
+            if group and bias is None:
+                file.writelines(json.dumps([hash_, list(map(int, ids)), label]) + '\n' for hash_, ids, label in group)
+                file.flush()
+                first += group
+            waiting += group or []
+            while again:
+                waiting.append(again.pop())
+            if bias is None and (group is None or len(first) >= meta['calibrate']['texts']):
+                labels = [label for _, _, label in first if 'probabilities' in label]
+                bias = meta['value_bias'] = learn_value_bias(labels, meta['fields'], priors) if labels else {}
+                write_json(folder / 'meta.json', meta)
+                print_value_bias(labels, bias)
+            if waiting and bias is not None:
+                yield [(hash_, ids, calibrate_label(label, bias)) for hash_, ids, label in waiting]
+                waiting = []
+
+
+def read_line(line):
+    """[hash, ids, label] of a line of calibrate.jsonl; None if a kill cut it off."""
+    with suppress(ValueError):
+        return json.loads(line)
+
+
+def print_value_bias(labels, bias):
+    """prints a line for each calibrated field: the share of labels in which each value is the likeliest one, before
+    and after calibration."""
+    if not bias:
+        print('calibrate: the server tells no probabilities, so there is nothing to calibrate')
+    for name in bias:
+        shares = []
+        for of in labels, [calibrate_label(label, bias) for label in labels]:
+            count = Counter(max(p, key=p.get) for p in (label['probabilities'][name] for label in of))
+            shares.append(','.join(f'{value}:{n / len(labels):.2f}' for value, n in count.most_common(8)).replace(' ', '_'))
+        print(f'calibrate field={name} texts={len(labels)} before={shares[0]} after={shares[1]}')

@@ -23,7 +23,6 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 
 from distil.space import accepted_prefix
-from distil.teacher import fingerprint, load_model
 from model import attend_with_lse
 
 # -----------------------------------------------------------------------------
@@ -324,24 +323,6 @@ def answer_batched(teacher, space, drafts, texts, after, constrain=True, full_ls
             teacher.store = None
             torch.cuda.empty_cache()
     return answers, n_read
-
-
-def load_answerer(name, task, space, device):
-    """a function from lists of ids to the answers, lists of output indices, of the teacher that a student
-    learned from. task: from the student's checkpoint. Exits with a message if `name` is another teacher."""
-    if task['fingerprint'] == 'labels':                         # extract.py ran without a teacher
-        sys.exit('this student learned from labels, given or asked of a server: there is no teacher here to ask')
-    model = load_model(name, torch.float32 if device == 'cpu' else torch.bfloat16, device)
-    if fingerprint(model) != task['fingerprint']:
-        sys.exit(f'{name} is not the teacher this student learned from ({task["teacher"]})')
-    teacher, drafts = Teacher(model, task['before'], space.output_ids), Drafts(space)
-
-    def answer_texts(texts):
-        answers = [outs for outs, _, _ in answer_batched(teacher, space, drafts, texts, task['after'])[0]]
-        for outs in answers:
-            drafts.add(outs)
-        return answers
-    return answer_texts
 
 
 # -----------------------------------------------------------------------------

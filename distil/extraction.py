@@ -15,6 +15,7 @@ from config import stop
 from config.machine import WORLD, can_compile
 from data import FORMAT, Writer, read_meta, write_json
 from distil.calibrate import find_priors
+from distil.prompts import prompt_text
 from distil.space import tokenizer_hash
 from distil.teacher import fingerprint, load_tokenizer
 
@@ -32,8 +33,8 @@ def check_source(given, dataset, prompt):
         if Path('data', dataset, 'prepare.py').is_file():
             advice = f'; run: python data/{dataset}/prepare.py'
         stop(f'{source} does not exist{"" if given else advice}')
-    if prompt.count('{text}') != 1:
-        stop(f'the prompt must hold {{text}} once, where the text goes, not {prompt.count("{text}")} times')
+    if (n := prompt_text(prompt).count('{text}')) != 1:
+        stop(f'the prompt must hold {{text}} once, where the text goes, not {n} times')
     return source
 
 

@@ -12,11 +12,14 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distil.prompts import prompt_messages
 
 # -----------------------------------------------------------------------------
 # loading
@@ -77,16 +80,22 @@ def load_model(teacher, dtype=torch.float32, device='cpu'):
 def encode_prompt(tokenizer, prompt, chat):
     """ids before the {text} of a prompt, ids after it, and the id that ends an answer (None: a newline ends
     it). tokenizer: of transformers; chat: apply its chat template. Exits with a message if the tokenizer has
-    no template, or if nothing precedes the {text}."""
+    no template or it refuses the prompt's messages, or if nothing precedes the {text}."""
     encode, end_id = tokenizer.backend_tokenizer.encode, None
     if chat:
         if not tokenizer.chat_template:
             sys.exit('this teacher has no chat template; set chat = False and write a few-shot prompt '
                      '(see config/reddit_270m.py)')
-        turns = [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': 'ANSWER'}]
-        prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition('ANSWER')[2]
+        turns = prompt_messages(prompt)
+        try:
+            prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            turns.append({'role': 'assistant', 'content': 'ANSWER'})
+            after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition('ANSWER')[2]
+        except jinja2.TemplateError as error:
+            sys.exit(f'this teacher\'s chat template refuses the messages of the prompt: {error}')
         end_id = encode(after, add_special_tokens=False).ids[0]
+    elif not isinstance(prompt, str):
+        sys.exit('a prompt of several messages needs chat = True')
     before, _, after = prompt.partition('{text}')
     before, after = (encode(part, add_special_tokens=False).ids for part in (before, after))
     if not chat and tokenizer.bos_token_id in encode('', add_special_tokens=True).ids:

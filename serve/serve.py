@@ -60,7 +60,7 @@ keep = False         # append upstream's answers to served.jsonl, for extract.py
 dataset = ''         # word; that file is data/<dataset>/served.jsonl
 # of the config file, to warn if the student was trained with others
 fields = {}
-prompt = ''
+prompt = ''          # text or messages
 config = configure(globals())
 
 

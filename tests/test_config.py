@@ -132,6 +132,15 @@ def test_limits_are_read_from_comments_and_checked_in_files_and_on_the_command_l
             settings([typed], script=script)
 
 
+def test_a_prompt_may_be_a_list_of_messages(settings):
+    script, message = "a = ''  # text or messages; a prompt\n", {'role': 'user', 'content': '{text}'}
+    assert settings([settings.file], f'a = {[message]!r}', script=script)['a'] == [message]
+    assert settings([settings.file], "a = '{text}'", script=script)['a'] == '{text}'
+    for wrong in [], [1], [{'role': 'user'}], [message | {'name': 'x'}], [{'role': 'user', 'content': 1}], {'a': 1}:
+        with pytest.raises(SystemExit, match='my.py: a is .*; it must be'):
+            settings([settings.file], f'a = {wrong!r}', script=script)
+
+
 def test_a_broken_config_file_exits_with_a_message(settings):
     assert settings([settings.file], 'import json\n_x = lambda: 1\nhelp_me = lambda: 2\na = 3\n')['a'] == 3
     for content, message in (('for i in range(3): pass', 'has no setting .i.; .*start a name with _'),

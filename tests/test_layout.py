@@ -117,7 +117,7 @@ def test_the_model_imports_none_of_our_files():
 
 
 def test_our_files_are_imported_at_the_top():
-    """but for what is optional: the teacher's engine in sample.py, and in device/."""
+    """but for what is optional: the teacher in sample.py, and in device/."""
     sources = [(script, (ROOT / script).read_text(encoding='utf-8')) for script in SCRIPTS]
     for path, source in sources + find_sources(*ROOMS):
         inside = set()
@@ -125,7 +125,7 @@ def test_our_files_are_imported_at_the_top():
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 inside |= {name for name in find_imports(node) if name.partition('.')[0] in OURS}
         if path == 'sample.py':
-            inside = {name for name in inside if not name.startswith('distil.engine.')}
+            inside = {name for name in inside if not name.startswith('distil.cascade.')}
         assert not inside or path.startswith('device/'), (path, inside)
 
 

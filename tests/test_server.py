@@ -11,10 +11,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 import data
 from distil.answers import find_object, label_from_answer, label_from_samples, value_probabilities
+from distil.calibrate import calibrate_label, calibrated_answers, learn_value_bias
+from distil.prompts import prompt_text
+from distil.cascade import ask_server
 from distil.server import Server, Stopped
+from distil.space import OutputSpace
 from tests.conftest import FIELDS, clone_task, free_port, one_line, run
 
 KEY = 'sk-a-secret-that-nobody-may-read'
@@ -101,6 +106,79 @@ def test_an_answer_without_log_probabilities_is_a_bare_label_and_samples_are_sha
 
 
 # -----------------------------------------------------------------------------
+# calibration of values
+
+
+PRIORS = {'tone': [0.5, 0.3, 0.2]}
+TONES = 'neutral', 'friendly', 'rude'
+
+
+def labelled(n, seed=0):
+    """n texts as (hash, ids, label): a teacher that likes the third tone too much."""
+    p = np.random.default_rng(seed).dirichlet([1, 1, 4], n)
+    return [(i, [i, 7], {'probabilities': {'tone': dict(zip(TONES, row.tolist())), 'spam': {'true': 1.0}}})
+            for i, row in enumerate(p)]
+
+
+def test_the_bias_of_values_is_the_log_of_mean_and_prior():
+    labels = [label for _, _, label in labelled(400)]
+    bias = learn_value_bias(labels, {'tone': TONES}, PRIORS)
+    p = np.array([[*label['probabilities']['tone'].values()] for label in labels])
+    mean = (p.sum(0) + PRIORS['tone']) / 401
+    assert [*bias['tone'].values()] == pytest.approx(np.log(mean / PRIORS['tone']).tolist())
+    changed = [calibrate_label(label, bias) for label in labels]
+    q = np.array([[*label['probabilities']['tone'].values()] for label in changed])
+    q /= q.sum(1, keepdims=True)
+    assert np.abs(q.mean(0) - PRIORS['tone']).max() < np.abs(p.mean(0) - PRIORS['tone']).max() / 2
+    assert q[0] == pytest.approx(p[0] / mean * PRIORS['tone'] / (p[0] / mean * PRIORS['tone']).sum())
+    assert all(label['probabilities']['spam'] == {'true': 1.0} for label in changed)
+    assert calibrate_label({'answer': {'tone': 'rude'}}, bias) == {'answer': {'tone': 'rude'}}
+    never = learn_value_bias(labels[:1], {'tone': TONES}, {'tone': [0.999998, 1e-6, 1e-6]})
+    assert all(map(math.isfinite, never['tone'].values()))
+
+
+def test_a_run_killed_before_the_bias_is_known_pays_for_no_answer_twice(tmp_path, capsys):
+    texts, asked = labelled(100), Counter()
+
+    def answers(groups):
+        for group in groups:
+            asked.update(hash_ for hash_, *_ in group)
+            yield [texts[hash_] for hash_, *_ in group]
+
+    def calibrated(folder, meta, todo):
+        folder.mkdir(exist_ok=True)
+        groups = ([(i, None, None) for i in todo[k:k + 7]] for k in range(0, len(todo), 7))
+        return calibrated_answers(answers, groups, folder, meta, PRIORS)
+    task = {'fields': {'tone': TONES, 'spam': [True]}, 'calibrate': {'texts': 40}}
+    whole = {h: label for group in calibrated(tmp_path / 'a', dict(task), range(100)) for h, _, label in group}
+    assert len(whole) == 100 and 'calibrate field=tone texts=42' in capsys.readouterr().out
+    expected = learn_value_bias([label for _, _, label in texts[:42]], task['fields'], PRIORS)
+    assert whole == {h: calibrate_label(label, expected) for h, _, label in texts}
+
+    asked.clear()
+    folder, meta = tmp_path / 'b', dict(task)
+    folder.mkdir()
+    (folder / 'calibrate.jsonl').write_text('\n'.join(json.dumps(text) for text in texts[:15]) + '\n[15, [15')
+    asked.update(range(15))
+    first = calibrated(folder, meta, range(100))
+    stored = {h: label for h, _, label in next(first)}
+    first.close()                                           # killed again, after the bias is known
+    meta = json.loads((folder / 'meta.json').read_text())
+    left = [i for i in range(100) if i not in {*list(stored)[:5]}]  # of these only five were stored
+    again = {h: label for group in calibrated(folder, meta, left) for h, _, label in group}
+    assert {*again} == {*left} and len(again) == 95
+    assert {**stored, **again} == {h: calibrate_label(label, meta['value_bias']) for h, _, label in texts}
+    assert max(asked[i] for i in range(15)) == 1
+
+
+def test_a_server_without_probabilities_is_not_calibrated(tmp_path, capsys):
+    bare = [[(i, [1], {'answer': {'tone': 'rude', 'spam': True}})] for i in range(9)]
+    meta = {'fields': {'tone': TONES}, 'calibrate': {'texts': 4}}
+    assert sum(calibrated_answers(lambda groups: bare, [], tmp_path, meta, PRIORS), []) == sum(bare, [])
+    assert 'nothing to calibrate' in capsys.readouterr().out and meta['value_bias'] == {}
+
+
+# -----------------------------------------------------------------------------
 # a server
 
 
@@ -145,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(odd, (int, tuple)):
             status, message, headers = odd if isinstance(odd, tuple) else (odd, 'no', {})
             return self.reply(status, {'error': {'message': message}}, headers)
-        text = body['messages'][0]['content'].removeprefix('label: ')
+        text = body['messages'][-1]['content'].removeprefix('label: ')
         fake.texts[text] += 1
         tone, spam = ('friendly', 'neutral')[len(text) % 2], 'true' if 'buy' in text else 'false'
         content, usage = f'{{"tone": "{tone}", "spam": {spam}}}', {'prompt_tokens': 100, 'completion_tokens': 10}
@@ -238,6 +316,29 @@ def test_without_log_probabilities_samples_are_drawn():
     assert labels[0]['probabilities']['spam']['true'] == pytest.approx(4.5 / 5)
 
 
+def test_a_prompt_of_messages_is_sent_as_they_are():
+    fake = Fake()
+    prompt = [{'role': 'system', 'content': 'label it'}, {'role': 'user', 'content': 'label: {text}'}]
+    server = Server([fake.url], 'm', FIELDS, prompt)
+    assert [label for group in server.answered([[(0, [0], None)]], lambda ids: 'say {text}') for _, _, label in group]
+    assert fake.bodies[0]['messages'] == [prompt[0], {'role': 'user', 'content': 'label: say {text}'}]
+    assert prompt_text(prompt) == 'label it\nlabel: {text}' and prompt_text('a {text}') == 'a {text}'
+
+
+def test_a_cascade_asks_the_server_that_the_student_learned_from(tokenizer, words, capsys):
+    space = OutputSpace(tokenizer, FIELDS)
+    fake = Fake(lambda n, body: (401, 'no key', {}) if n > 6 else None)
+    task = {'server': 'm', 'fields': FIELDS, 'prompt': 'label: {text}', 'value_bias': {
+        'tone': {'neutral': 5.0, 'friendly': 0.0}}}         # so strong that neutral is never the answer
+    answer = ask_server(fake.url, task, space)
+    ids = [space.tokenizer.encode(text, add_special_tokens=False).ids for text in (words[0], words[1], words[2])]
+    assert [space.to_json(outs)['tone'] for outs in answer(ids)] == ['friendly'] * 3
+    assert len(answer(ids)) == 3 and len(fake.bodies) == 6  # it can be asked again
+    assert answer(ids) == [None] * 3 and 'no key' in capsys.readouterr().err  # it refuses: the student's stay
+    with pytest.raises(SystemExit, match='--teacher=URL'):
+        ask_server('', task, space)
+
+
 def test_of_two_servers_one_may_die(monkeypatch):
     monkeypatch.setenv('TEACHER_API_KEY', KEY)
     good, dying = Fake(), Fake(lambda n, body: 502 if n > 5 else None)
@@ -271,9 +372,6 @@ def stored_answers(root):
 
 
 def shards_space(shards):
-    from tokenizers import Tokenizer
-
-    from distil.space import OutputSpace
     return OutputSpace.from_task(Tokenizer.from_file(str(shards.folder / 'tokenizer.json')), shards.meta)
 
 
@@ -310,10 +408,15 @@ def test_extract_asks_a_server_trains_and_pays_no_text_twice(project, teachers, 
                 probability.append(float(np.exp(row[out]) / np.exp(row[legal]).sum()))
     assert {round(p, 2) for p in probability} == {0.75, 0.9}
     assert run(root, 'train.py', '--max_epochs=1').returncode == 0
+    asked = run(root, 'sample.py', '--min_confidence=1', '--ask_teacher=True', f'--teacher={fake.url}', '--text=buy it now')
+    assert json.loads(asked.stdout) == {'tone': 'friendly', 'spam': True, '_teacher': True}
+    calibrated = run(root, 'extract.py', *arguments(Fake(), teachers), '--name=calibrated', '--calibrate=60',
+                     '--prior={"spam": {True: 0.5}}')
+    assert calibrated.returncode == 0 and 'calibrate field=tone texts=' in calibrated.stdout, calibrated.stderr
+    assert 'spam' in data.Shards('toy', 'calibrated', root / 'data').meta['value_bias']
     assert all(KEY not in path.read_bytes().decode('latin-1') for path in root.rglob('*') if path.is_file())
     assert KEY not in first.stdout + first.stderr + done.stdout + done.stderr
     for args, message in (([*arguments(fake, teachers)[:1]], 'teacher_model is missing'),
-                          (arguments(fake, teachers, '--calibrate=9'), 'calibrate needs a teacher that runs here'),
                           (arguments(fake, teachers, '--max_cost=1'), 'max_cost needs price_in')):
         assert message in one_line(run(root, 'extract.py', *args, '--name=other'))
 

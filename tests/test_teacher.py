@@ -46,6 +46,15 @@ def test_prompts_are_split_at_the_text(teachers):
     before, after, end_id = encode_prompt(tokenizer, 'say {text} !', chat=True)
     parts = decode(before), decode(after), decode([end_id])
     assert parts == ('<bos>user:say ', ' !<turn>assistant:', '<turn>')
+    messages = [{'role': 'system', 'content': 'be short'}, {'role': 'user', 'content': 'say {text} !'}]
+    before, after, end_id = encode_prompt(tokenizer, messages, chat=True)
+    parts = decode(before), decode(after), decode([end_id])
+    assert parts == ('<bos>system:be short<turn>user:say ', ' !<turn>assistant:', '<turn>')
+    with pytest.raises(SystemExit, match='needs chat = True'):
+        encode_prompt(tokenizer, messages, chat=False)
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(SystemExit, match='refuses the messages of the prompt: no system role'):
+        encode_prompt(tokenizer, messages, chat=True)
 
 
 def test_pip_teachers_are_found_without_running_their_package(tmp_path, monkeypatch):

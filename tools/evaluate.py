@@ -50,7 +50,7 @@ device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of a large student's layers, as in sample.py
 # of the config file, to warn if the student was trained with others
 fields = {}
-prompt = ''
+prompt = ''          # text or messages
 config = configure(globals())
 
 # -----------------------------------------------------------------------------

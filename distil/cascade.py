@@ -1,0 +1,60 @@
+"""The teacher that answers what its student is not sure of.
+
+    answer_texts = load_answerer('', task, space, 'cpu')    # task: of the student's checkpoint
+    answer_texts([[17, 4, 99], ...])                        # ids of texts -> output indices of their answers
+"""
+import sys
+
+import torch
+
+from config import stop
+from distil.calibrate import calibrate_label
+from distil.engine import Drafts, Teacher, answer_batched
+from distil.labels import record_from_label
+from distil.server import Server, Stopped, check_httpx
+from distil.teacher import fingerprint, load_model
+
+
+def load_answerer(name, task, space, device):
+    """a function from lists of ids to the answers, lists of output indices, of the teacher that a student
+    learned from. name: where it is, '': where it was for extract.py; task: from the student's checkpoint.
+    Exits with a message if it is another teacher."""
+    if task.get('server'):                                      # a model behind a URL
+        return ask_server(name, task, space)
+    if task['fingerprint'] == 'labels':                         # extract.py ran without a teacher
+        sys.exit('this student learned from given labels: there is no teacher to ask')
+    name = name or task['teacher']
+    print(f'loading {name}', file=sys.stderr, flush=True)
+    model = load_model(name, torch.float32 if device == 'cpu' else torch.bfloat16, device)
+    if fingerprint(model) != task['fingerprint']:
+        sys.exit(f'{name} is not the teacher this student learned from ({task["teacher"]})')
+    teacher, drafts = Teacher(model, task['before'], space.output_ids), Drafts(space)
+
+    def answer_texts(texts):
+        answers = [outs for outs, _, _ in answer_batched(teacher, space, drafts, texts, task['after'])[0]]
+        for outs in answers:
+            drafts.add(outs)
+        return answers
+    return answer_texts
+
+
+def ask_server(urls, task, space):
+    """a function from lists of ids to the answers, lists of output indices, of the server that a student
+    learned from, now at these URLs; None for a text that it does not answer. task: from the student's
+    checkpoint. Exits with a message if there is no URL or no httpx."""
+    check_httpx()
+    if not urls.startswith(('http://', 'https://')):
+        stop(f'this student learned from {task["server"]} behind a URL; say where it is now: --teacher=URL')
+    server = Server(urls.split(','), task['server'], task['fields'], task['prompt'], patience=30)
+
+    def answer_texts(texts):
+        outs = [None] * len(texts)
+        try:
+            for group in server.answered([[(n, ids, None) for n, ids in enumerate(texts)]], space.tokenizer.decode):
+                for n, _, label in group:
+                    if isinstance(label, dict):             # not a reason
+                        outs[n] = record_from_label(space, calibrate_label(label, task.get('value_bias') or {}))[0]
+        except Stopped as reason:                           # the student's answers stay
+            print(reason, file=sys.stderr)
+        return outs
+    return answer_texts
