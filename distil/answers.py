@@ -9,6 +9,7 @@ token counts for the values that the text with it could still become.
 """
 import json
 import re
+from functools import lru_cache
 
 import numpy as np
 
@@ -57,8 +58,10 @@ def find_object(text):
 # log probabilities
 
 
-def spellings(value):
-    """the ways in which a server may write a JSON value, as bytes."""
+@lru_cache(10000)
+def spellings(constant):
+    """the ways in which a server may write a JSON value, as bytes. constant: the value as JSON."""
+    value = json.loads(constant)
     return {json.dumps(value, ensure_ascii=ascii, separators=separators).encode('utf-8', 'replace')
             for ascii in (True, False) for separators in (None, (',', ':'))}
 
@@ -96,7 +99,7 @@ def value_probabilities(values, tokens, start, end):
     what can be told apart. What is beyond the alternatives listed is spread over the values not begun by
     any, at most the smallest probability listed for each.
     """
-    content, texts = b''.join(token for token, *_ in tokens), [spellings(value) for value in values]
+    content, texts = b''.join(token for token, *_ in tokens), [spellings(json.dumps(value)) for value in values]
     able = lambda written: [j for j, ways in enumerate(texts) if any(may_become(written, way) for way in ways)]
     p, outside, shared, reached, at = np.zeros(len(values)), 0.0, [], 1.0, 0
     for token, logprob, alternatives in tokens:
