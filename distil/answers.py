@@ -94,7 +94,8 @@ def value_probabilities(values, tokens, start, end):
     consists of; start, end: of the written value, in bytes. At each token the probability of an
     alternative goes to the values that it begins. Values that it cannot tell apart share it as they share
     what can be told apart. What is beyond the alternatives listed is spread over the values not begun by
-    any, at most the smallest probability listed for each.
+    any, at most the smallest probability listed for each. ValueError if the value is spelled in an unusual
+    way, or if nothing is probable.
     """
     content, texts = b''.join(token for token, *_ in tokens), [spellings(value) for value in values]
     able = lambda written: [j for j, ways in enumerate(texts) if any(may_become(written, way) for way in ways)]
@@ -130,6 +131,8 @@ def value_probabilities(values, tokens, start, end):
         reached *= known[token]
     chosen = able(content[start:end])
     p[min(chosen, key=lambda j: min(map(len, texts[j])))] += reached  # of 1 and 11 it is the shorter one
+    if not p.sum():
+        raise ValueError('no value has a probability')
     for leads, mass in shared:
         weights = p[leads] + 1e-9
         p[leads] += mass * weights / weights.sum()
@@ -153,7 +156,10 @@ def label_from_answer(fields, content, tokens):
     place = lambda n: offset + len(content[:n].encode('utf-8', 'replace'))
     probabilities, worst = {}, 0.0
     for name, values in fields.items():
-        p, outside = value_probabilities(values, tokens, *map(place, spans[name]))
+        try:
+            p, outside = value_probabilities(values, tokens, *map(place, spans[name]))
+        except ValueError:                                      # such as "\\u0061" for "a"
+            p, outside = np.array([float(exact(value) == exact(answer[name])) for value in values]), 0.0
         probabilities[name] = dict(zip(value_names(values), p.tolist()))
         worst = max(worst, outside)
     return {'probabilities': probabilities}, worst

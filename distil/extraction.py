@@ -24,7 +24,7 @@ from distil.teacher import fingerprint, load_tokenizer
 
 def check_source(given, dataset, prompt):
     """the path of the file of texts. Exits with a message if it is missing, or if the prompt does not hold
-    {text} once. given: the setting score or labels, '' for data/<dataset>/input.jsonl."""
+    {text} once. given: the setting score, or the first file of labels, '' for data/<dataset>/input.jsonl."""
     source = Path(given or Path('data', dataset, 'input.jsonl'))
     if not source.is_file():
         known = ', '.join(sorted(path.parent.name for path in Path('data').glob('*/prepare.py')))
