@@ -16,6 +16,7 @@ The text is what differs in the last user messages: it stands between their comm
 import gzip
 import json
 import re
+import zlib
 from dataclasses import dataclass
 
 FEW = 20  # so few different messages may begin alike by accident
@@ -143,7 +144,7 @@ def is_log(path):
     """True if the first line of a file is one of a log."""
     try:
         return split_call(next(read_lines(path), Line('', 0)).record) is not None
-    except (OSError, EOFError):
+    except (OSError, EOFError, zlib.error):
         return False
 
 

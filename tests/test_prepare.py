@@ -181,7 +181,8 @@ def test_mails_of_every_form_are_read(tmp_path):
 def run_prepare(folder, *args, stdin=b'', **env):
     """runs data/prepare.py. Returns the finished process, and the records of data/mine/input.jsonl or []."""
     (folder / 'data').mkdir(exist_ok=True)
-    shutil.copy(ROOT / 'data' / 'prepare.py', folder / 'data')
+    for name in ('prepare', 'tables', 'logs', 'objects', 'stub'):
+        shutil.copy(ROOT / f'data/{name}.py', folder / 'data')
     done = subprocess.run([sys.executable, 'data/prepare.py', 'mine', *args], cwd=folder, capture_output=True,
                           input=stdin, env={**os.environ, **env})
     target = folder / 'data/mine/input.jsonl'
