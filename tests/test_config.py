@@ -12,7 +12,7 @@ import pytest
 import config as configure_module
 from tests.conftest import CONFIGS, FIELDS, PROGRAMS, ROOT, clone_task, one_line, run
 
-ALL = (*PROGRAMS, 'tools/ensemble.py', 'tools/accuracy.py', 'serve/serve.py', 'serve/bench.py', 'device/export.py',
+ALL = (*PROGRAMS, 'tools/ensemble.py', 'tools/accuracy.py', 'tools/batch.py', 'serve/serve.py', 'serve/bench.py', 'device/export.py',
        'device/web.py', 'device/bench.py')
 
 
