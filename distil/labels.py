@@ -122,6 +122,9 @@ class Labels:
                 hash_, probabilities = text_hash(self.read_text(line)), self.read_label(line).values()
             except ValueError as error:
                 reason, what = error.args
+                if reason == 'request':                         # of a batch: its output has the label
+                    self.outcomes.append(None)
+                    continue
                 self.problems.setdefault(reason, []).append(f'{line.file} line {line.number}: {what}')
                 self.outcomes.append(reason)
                 continue
@@ -137,7 +140,7 @@ class Labels:
         for line, outcome in zip(self.log, self.outcomes):
             if outcome:
                 yield '', None, outcome
-            else:
+            elif outcome == '':
                 text = self.read_text(line)
                 yield text, self.label_of(text_hash(text)), ''
 
@@ -207,7 +210,7 @@ def open_labels(config):
     if RANK == 0:
         labels.log.print_template()
         for reason, lines in labels.problems.items():
-            if reason not in ('request', 'empty'):
+            if reason != 'empty':
                 print('\n'.join(lines[:3]) + (f'\n... and {len(lines) - 3} more' if len(lines) > 3 else ''))
         if labels.log.n_unanswered:
             print(f'{labels.log.n_unanswered} requests of the batch have no output')

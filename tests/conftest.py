@@ -92,7 +92,8 @@ def train_teachers(root, words):
     qwen = transformers.Qwen2Config(**sizes)
     for family, cls, cfg in (('gemma', transformers.Gemma3ForCausalLM, gemma),
                              ('llama', transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes)),
-                             ('qwen', transformers.Qwen2ForCausalLM, qwen), ('plain', transformers.Qwen2ForCausalLM, qwen)):
+                             ('qwen', transformers.Qwen2ForCausalLM, qwen),
+                             ('plain', transformers.Qwen2ForCausalLM, qwen)):
         if family == 'plain':                                   # adds no begin token, as the tokenizer of Qwen
             tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
             wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<eos>',
@@ -225,7 +226,7 @@ def one_line(done):
     bars."""
     lines = []
     for line in done.stderr.replace('\r', '\n').splitlines():
-        bar = line.startswith(('filter:', 'extract:', 'train:', 'answer:', 'verify:', 'bench:'))
+        bar = line.startswith(('filter:', 'extract:', 'train:', 'answer:', 'verify:', 'bench:', 'batch:'))
         bar = bar or 'it/s' in line
         if line.strip() and not bar and ' (command line; was' not in line and ' (config/' not in line:
             lines.append(line)

@@ -140,7 +140,7 @@ def test_files_that_are_no_labels_end_with_one_line_and_broken_lines_are_named(p
                           (['--labels=empty.jsonl'], 'no text of'), (['--labels=data'], 'is not a file'),
                           (['--labels=empty.jsonl,nowhere.jsonl'], 'nowhere.jsonl does not exist'),
                           (['--labels=empty.jsonl', '--template=x'], 'the template must hold {text} once'),
-                          (['--labels=empty.jsonl', "--fields={'f': [{'a': 1}, {'b': 1}]}"], 'has a JSON object in it')):
+                          (['--labels=empty.jsonl', "--fields={'f': [[{'a': 1}], 2]}"], 'has a JSON object in it')):
         assert message in one_line(extract(*args)), args
     write_lines(root / 'some.jsonl', [
         {'text': 'cat', 'answer': {'tone': 'neutral', 'spam': True}}, '{"text": "cut', '[]', '', {'body': 'x'},
