@@ -9,12 +9,14 @@ import runpy
 
 import numpy as np
 import pytest
+import torch
 
 import data
 from data.logs import FEW, Log, is_log, text_between
 from distil.answers import label_from_answer
 from distil.labels import Labels
 from distil.server import Server
+from serve.request import read_messages
 from tests.conftest import FIELDS, ROOT, clone_task, one_line, run
 from tests.test_labels import write_lines
 from tests.test_prepare import run_prepare
@@ -218,6 +220,10 @@ def test_from_a_log_to_a_student(project, tmp_path):
     shards = data.Shards('mine', 'mine', root / 'data')
     p = np.exp(shards.logits(0)) / np.exp(shards.logits(0)).sum(1, keepdims=True)
     assert p.max(1).min() == pytest.approx(max(friendly(texts[0]), 1 - friendly(texts[0])), abs=0.01)
+    done = run(root, 'train.py', '--name=mine', '--dataset=mine', '--max_epochs=1', '--block_size=100')
+    assert done.returncode == 0 and (root / 'out/mine/best.pt').exists(), done.stderr
+    task = torch.load(root / 'out/mine/best.pt', weights_only=True)['task']
+    assert read_messages(lines[0]['request']['messages'], task['prompt'], 'messages') == texts[0]  # as serve.py finds it
 
 
 def test_the_config_of_a_log_names_its_values_and_leaves_out_free_text(tmp_path):
