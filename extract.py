@@ -111,7 +111,7 @@ def new_task(task, wrapped, frequency):
     a message if the schema cannot be compiled. wrapped: the teacher's transformers tokenizer; frequency (n,):
     how often each id occurs in the texts."""
     tokenizer = wrapped.backend_tokenizer
-    asked = task['score'] != 'labels'
+    asked = task['score'] != 'labels'                           # our engine reads the prompt
     before, after, end_id = encode_prompt(wrapped, task['prompt'], task['chat'], asked)  # ids around the text
     style = tokenizer, task['fields'], task['indent'], task['fence'], end_id
     try:
@@ -124,7 +124,7 @@ def new_task(task, wrapped, frequency):
         space = OutputSpace(*style, auxiliary)                  # with all V tokens
     except ValueError as error:
         sys.exit(f'fields: {error}')
-    for mismatch in islice(space.prompt_mismatches(task['prompt'] if asked else ''), 3):
+    for mismatch in islice(space.prompt_mismatches(task['prompt'] if asked or 'server' in task else ''), 3):
         print(f'check the prompt: {mismatch}')
     start_id = next((i for i in (wrapped.bos_token_id, wrapped.eos_token_id) if i is not None), 0)
     return {**task, 'format': FORMAT, 'tokenizer_hash': tokenizer_hash(tokenizer),

@@ -67,6 +67,8 @@ def split_call(record):
         last = messages[-1] if messages else None
         if not record.get('response') and isinstance(last, dict) and last.get('role') == 'assistant':
             return {'messages': messages[:-1]}, {'choices': [{'message': last}]}  # a fine-tuning file
+        if isinstance(record.get('response'), str) and not response.keys() & {'choices', 'output', 'error'}:
+            response = {'choices': [{'message': {'content': record['response']}}]}  # the answer alone
         return request, response
     is_output = 'custom_id' in record and 'response' in record
     return ({}, response) if is_output or 'choices' in response or 'output' in response else None
@@ -91,7 +93,7 @@ def read_prompt(request):
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise ValueError('the request has no messages')
     last = max((n for n, m in enumerate(messages) if m.get('role') == 'user'), default=len(messages) - 1)
-    contents = [read_content(message.get('content')) for message in messages[:last + 1]]
+    contents = [read_content(message.get('content') or '') for message in messages[:last + 1]]
     return '\n\n'.join(contents[:-1]), contents[-1]
 
 
@@ -209,9 +211,9 @@ class Log:
     """
 
     def __init__(self, paths, template='', prompt=''):
-        self.paths, self.requests = paths, {}                   # requests: {custom_id: prompt, None if two differ}
+        self.paths, self.requests = paths, {}                   # {custom_id: prompt, None if two differ}
+        some, systems, answered, n_calls, n_fit = {}, set(), set(), 0, 0  # some: FEW different messages, one more
         before = after = None
-        some, systems, answered, n_calls, n_fit = {}, set(), set(), 0, 0  # some: FEW different messages and one more
         for line in (line for path in paths for line in read_lines(path)):
             call = None if line.problem else split_call(line.record)
             if not call:
@@ -263,6 +265,8 @@ class Log:
 
     def find_text(self, request, custom_id):
         """the text in a request, or in that of the same custom_id if it is empty. ValueError if there is none."""
+        if not request and custom_id == 'None':
+            raise ValueError('it has no request')
         if not request and self.requests.get(custom_id) is None:
             raise ValueError(f'two requests have its custom_id, {custom_id!r}' if custom_id in self.requests else
                              f'no request has its custom_id, {custom_id!r}: name the input of the batch too')

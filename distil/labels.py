@@ -39,7 +39,8 @@ MIN_PROBABILITY = 1e-6  # smallest probability of a legal token
 def read_value(name, value, values):
     """the probabilities of a field's values if one of them is the label: a list of 0 and 1. ValueError if it is
     none of them."""
-    found = [float(json.dumps(value) == json.dumps(other)) for other in values]
+    text = json.dumps(value)                                    # in Python 1 == True
+    found = [float(text == json.dumps(other)) for other in values]
     if not sum(found):
         shown = ', '.join(json.dumps(other, ensure_ascii=False) for other in values)
         raise ValueError(f'{name} is {json.dumps(value, ensure_ascii=False)[:80]}, not one of {shown[:200]}')

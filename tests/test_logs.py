@@ -32,7 +32,8 @@ def request(text, template=TEMPLATE, system='You label messages.'):
 def response(content, tokens=()):
     """tokens: (text, {text: probability of each alternative}) each."""
     as_json = lambda text, p: {'token': text, 'logprob': math.log(p), 'bytes': list(text.encode())}
-    listed = [{**as_json(text, p[text]), 'top_logprobs': [as_json(*other) for other in p.items()]} for text, p in tokens]
+    listed = [{**as_json(text, p[text]), 'top_logprobs': [as_json(*other) for other in p.items()]}
+              for text, p in tokens]
     return {'choices': [{'message': {'role': 'assistant', 'content': content},
                          'logprobs': {'content': listed} if listed else None}], 'usage': {'prompt_tokens': 5}}
 
@@ -72,6 +73,7 @@ KINDS = {
     'a second turn': {'request': {'messages': [
         *request('c d')['messages'], {'role': 'assistant', 'content': '{}'}, *request('a b', system='')['messages']]},
         'response': response(ANSWER)},
+    'the answer alone': {'request': request('a b'), 'response': ANSWER},
     'more keys': {'request': request('a b'), 'response': response('{"why": "so", "spam": true, "tone": "friendly"}')},
     'served.jsonl': {'text': 'a b', 'answer': {'tone': 'friendly', 'spam': True}},
 }
@@ -102,9 +104,11 @@ def test_other_lines_are_no_log(tmp_path, line):
     ({'request': request('a'), 'response': response('{"tone": "odd", "spam": true}')}, 'tone is "odd", not one of'),
     ({'request': request('a'), 'response': response('{"tone": "neutral"}')}, 'it has no spam'),
     ({'request': request('a', 'Other: {text}'), 'response': response(ANSWER)}, 'does not fit the template'),
+    ({'response': response(ANSWER)}, 'it has no request'),
     ({'custom_id': '7', 'response': {'body': response(ANSWER)}}, "no request has its custom_id, '7'"),
     ({'request': {'messages': []}, 'response': response(ANSWER)}, 'the request has no messages'),
-    ({'request': {'messages': [{'role': 'user', 'content': [{'type': 'image_url'}]}]}, 'response': {}}, 'is not a text'),
+    ({'request': {'messages': [{'role': 'user', 'content': [{'type': 'image_url'}]}]}, 'response': {}},
+     'is not a text'),
     ({'request': request('a \ud800'), 'response': response(ANSWER)}, 'half a character'),
     ({'request': request(' '), 'response': response(ANSWER)}, 'its text is empty'),
     ('{"request": {', 'it is not JSON')])
@@ -159,8 +163,8 @@ def log_of(tmp_path, messages, **how):
 
 
 @pytest.mark.parametrize('template', [
-    'Message: {text}\n', 'Label "{text}" now', '请分类：{text}', '<text>{text}</text>\nJSON:', '{text}', '{text}\n\nJSON:',
-    'Do it: now.\n\n```\n{text}\n```\n'])
+    'Message: {text}\n', 'Label "{text}" now', '请分类：{text}', '<text>{text}</text>\nJSON:', '{text}',
+    '{text}\n\nJSON:', 'Do it: now.\n\n```\n{text}\n```\n'])
 @pytest.mark.parametrize('texts', [
     ['I am here.', 'I am there.', 'I was here.'], ['the cat', 'the dog'], ['a', 'ab', 'abc'], ['我好', '我不好'],
     ['été', 'éte', '😀 x'], ['x' * 4000 + 'y', 'x' * 4000 + 'z', 'b']])
@@ -223,7 +227,8 @@ def test_from_a_log_to_a_student(project, tmp_path):
     done = run(root, 'train.py', '--name=mine', '--dataset=mine', '--max_epochs=1', '--block_size=100')
     assert done.returncode == 0 and (root / 'out/mine/best.pt').exists(), done.stderr
     task = torch.load(root / 'out/mine/best.pt', weights_only=True)['task']
-    assert read_messages(lines[0]['request']['messages'], task['prompt'], 'messages') == texts[0]  # as serve.py finds it
+    messages = lines[0]['request']['messages']
+    assert read_messages(messages, task['prompt'], 'messages') == texts[0]  # as serve.py finds it
 
 
 def test_the_config_of_a_log_names_its_values_and_leaves_out_free_text(tmp_path):
@@ -298,11 +303,13 @@ def test_a_batch_asks_what_a_server_is_asked_and_its_output_becomes_records(proj
 
 def test_a_batch_of_nothing_ends_in_one_line(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
-    for args, message in ((['--out='], 'no task or no file'), (['--out=a', '--teacher_model='], 'teacher_model is missing'),
+    for args, message in ((['--out='], 'no task or no file'),
+                          (['--out=a', '--teacher_model='], 'teacher_model is missing'),
                           (['--out=a'], 'has an answer already'), (['--out=data/toy/input.jsonl'], 'holds the texts'),
                           (['--out=no/where/a'], 'cannot write no/where/a'),
                           (['--out=a', '--dataset=other'], 'does not exist'),
-                          (['--out=a', "--fields={'a': 'x'}"], 'needs a list'), (['--out=a', '--prompt=x'], 'must hold')):
+                          (['--out=a', "--fields={'a': 'x'}"], 'needs a list'),
+                          (['--out=a', '--prompt=x'], 'must hold')):
         line = one_line(run(root, 'tools/batch.py', '--teacher_model=gpt', *args))
         assert message in line, (args, line)
     assert not list(root.glob('a*'))

@@ -82,7 +82,10 @@ if __name__ == '__main__':
     server = Server([], teacher_model, fields, prompt)
     if not logprobs:
         server.options |= {'logprobs': [None], 'temperature': [None]}
-    counter, done = choose_tokenizer()
+    try:
+        counter, done = choose_tokenizer()
+    except ValueError as error:                                 # a damaged meta.json
+        stop(str(error))
     count = lambda text: len(counter.encode(text, add_special_tokens=False).ids)
     longest = {field: max(values, key=lambda value: len(json.dumps(value))) for field, values in fields.items()}
     n_around, n_answer, n, n_in, size = count(prompt) - count('{text}'), count(json.dumps(longest)), 0, 0, 0
