@@ -86,7 +86,7 @@ examples = 8         # 0..; texts shown with their answers at the end
 # instead of extracting
 score = ''           # file; .jsonl of {"text": ..., "answer": {...}}: the teacher's logits on these answers
 labels = ''          # file; .jsonl of texts with "probabilities" or an "answer", or the log of an LLM; or several,
-                     # separated by commas: no teacher is run
+                     # with commas between them: no teacher is run
 template = ''        # text; the user messages of that log, with {text} in it; '': the prompt, or found
 verify = 0           # 0..; compare so many stored records with a plain forward pass; status 1 if they differ
 config = configure(globals())
@@ -298,8 +298,7 @@ if __name__ == '__main__':
         lambda: scan_texts(task, dataset, name, source, given or read_texts(source), filters))
     meta['dtype'] = str(dtype).removeprefix('torch.')
     space = OutputSpace.from_task(Tokenizer.from_str(tokenizer_json), meta)  # the automaton and the V tokens
-    if given and RANK == 0:
-        print_changed(given, dataset, name, space)
+    print_changed(given, dataset, name, space)
     try:
         shards = Shards(dataset, name) if verify else None
     except FileNotFoundError as error:

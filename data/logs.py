@@ -15,14 +15,14 @@ The text is what differs in the last user messages: it stands between their comm
 """
 import gzip
 import json
-import re
 import zlib
 from dataclasses import dataclass
+from itertools import islice
+from os.path import commonprefix
 
 FEW = 20  # so few different messages may begin alike by accident
 OPENING = ':>"\'`([{<|=#*-\n：「『“‘【（《'  # after which a prompt has its text
 CLOSING = '"\'`)]}<|=#*-\n」』”’】）》'
-LONE = re.compile('[\ud800-\udfff]')
 
 
 @dataclass
@@ -35,9 +35,9 @@ class Line:
     reply: dict | None = None       # the body of the response; None: not a line of a log
     problem: tuple | str = ''
 
-    def describe(self):
-        """'file line 3: what is wrong'."""
-        return f'{self.file} line {self.number}: {self.problem[1]}'
+    def say(self, what):
+        """'file line 3: what'."""
+        return f'{self.file} line {self.number}: {what}'
 
 
 # -----------------------------------------------------------------------------
@@ -143,9 +143,10 @@ def read_lines(path):
 
 
 def is_log(path):
-    """True if the first line of a file is one of a log."""
+    """True if the first line of a file that is JSON, of a hundred, is one of a log."""
     try:
-        return split_call(next(read_lines(path), Line('', 0)).record) is not None
+        lines = (line for line in islice(read_lines(path), 100) if not line.problem)
+        return split_call(next(lines, Line('', 0)).record) is not None
     except (OSError, EOFError, zlib.error):
         return False
 
@@ -190,17 +191,6 @@ def find_text(system, user, template):
     return text if text is not None or not system else text_between(f'{system} {user}', template)
 
 
-def shared(first, second, step=1):
-    """the common beginning of two texts; step -1: their common end."""
-    first, second, n = first[::step], second[::step], 0
-    while first[n:n + 64] == second[n:n + 64] and n < min(len(first), len(second)):
-        n += 64
-    n = min(n, len(first), len(second))
-    while n < min(len(first), len(second)) and first[n] == second[n]:
-        n += 1
-    return first[:n][::step]
-
-
 class Log:
     """the lines of some files, in their order; those of other kinds are left as they are (Line.record).
 
@@ -213,7 +203,7 @@ class Log:
     def __init__(self, paths, template='', prompt=''):
         self.paths, self.requests = paths, {}                   # {custom_id: prompt, None if two differ}
         some, systems, answered, n_calls, n_fit = {}, set(), set(), 0, 0  # some: FEW different messages, one more
-        before = after = None
+        before = after = None                                   # what all have in common
         for line in (line for path in paths for line in read_lines(path)):
             call = None if line.problem else split_call(line.record)
             if not call:
@@ -227,12 +217,15 @@ class Log:
             if 'custom_id' in line.record and not call[1]:      # the input of a batch
                 known = self.requests.setdefault(custom_id, (system, user))
                 self.requests[custom_id] = known if known == (system, user) else None
-            before = user if before is None else shared(before, user)
-            after = user if after is None else shared(after, user, -1)
+            before, after = (user, user) if before is None else (before, after)
+            if not user.startswith(before):
+                before = commonprefix([before, user])
+            if not user.endswith(after):
+                after = commonprefix([after[::-1], user[::-1]])[::-1]
             some |= {user: True} if len(some) <= FEW else {}
             systems |= {system} if len(systems) < 2 else set()
             n_calls += 1
-            n_fit += bool(prompt) and find_text(system, user, prompt) is not None
+            n_fit += prompt.strip() not in ('', '{text}') and find_text(system, user, prompt) is not None
         self.system = systems.pop() if len(systems) == 1 else ''
         self.template, self.n_unanswered = template, len(self.requests.keys() - answered)
         if not template and n_calls:
@@ -274,6 +267,4 @@ class Log:
         text = find_text(system, user, self.template)
         if text is None:
             raise ValueError(f'its prompt does not fit the template: {clean(user)[:80]!r}')
-        if LONE.search(text):
-            raise ValueError('its text has half a character')
         return text

@@ -186,7 +186,7 @@ def read_log(log, counts, problems):
     for line in log:
         if line.problem and line.problem[0] != 'request':       # the input of a batch has a text
             counts[line.problem[0]] += 1
-            problems += [f'{line.file} line {line.number}: {line.problem[1]}'] if len(problems) < 3 else []
+            problems += [line.say(line.problem[1])] if len(problems) < 3 else []
         else:
             is_text = line.reply is None and isinstance(line.record, dict)
             yield line.record.get('text') if is_text else line.text, {}

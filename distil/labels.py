@@ -117,7 +117,7 @@ class Labels:
     def __init__(self, paths, fields, template='', prompt=''):
         self.log, self.fields, self.problems = Log(paths, template, prompt), fields, {}
         self.outcomes = []      # of each line: '', or the reason why it has no record; None for the input of a batch
-        self.known = {}         # {hash of a text: [probabilities of all values of all fields, lines, best answer]}
+        self.known = {}         # {hash of a text: (mean probabilities of all values, labels, the first best answer)}
         for line in self.log:
             try:
                 hash_, probabilities = text_hash(self.read_text(line)), self.read_label(line).values()
@@ -126,16 +126,13 @@ class Labels:
                 if reason == 'request':                         # of a batch: its output has the label
                     self.outcomes.append(None)
                     continue
-                self.problems.setdefault(reason, []).append(f'{line.file} line {line.number}: {what}')
+                self.problems.setdefault(reason, []).append(line.say(what))
                 self.outcomes.append(reason)
                 continue
-            best, outcome = [int(np.argmax(p)) for p in probabilities], ''
-            p = np.concatenate([*probabilities], dtype=np.float32)
-            if hash_ in self.known:
-                mean, n, first = self.known[hash_]
-                p, best, outcome = mean + (p - mean) / (n + 1), first, 'duplicate' if best == first else 'conflicting'
-            self.known[hash_] = [p, self.known.get(hash_, (0, 0))[1] + 1, best]
-            self.outcomes.append(outcome)
+            p, best = np.concatenate([*probabilities], dtype=np.float32), [int(np.argmax(p)) for p in probabilities]
+            mean, n, first = self.known.get(hash_, (p, 0, best))
+            self.known[hash_] = mean + (p - mean) / (n + 1), n + 1, first
+            self.outcomes.append('' if not n else 'duplicate' if best == first else 'conflicting')
 
     def __iter__(self):
         for line, outcome in zip(self.log, self.outcomes):
@@ -156,8 +153,9 @@ class Labels:
         """the text of a line of the log. ValueError(reason, what is wrong) if it has none."""
         if line.problem:
             raise ValueError(*line.problem)
-        text = line.text if line.reply is not None or not isinstance(line.record, dict) else line.record.get('text')
-        if not isinstance(text, str) or line.reply is None and not isinstance(line.record, dict):
+        record = line.record if isinstance(line.record, dict) else {}
+        text = line.text if line.reply is not None else record.get('text')
+        if not isinstance(text, str):
             raise ValueError('bad_json', 'it has no text')
         if not (text := clean(text)):
             raise ValueError('empty', 'its text is empty')
@@ -219,8 +217,9 @@ def open_labels(config):
 
 
 def print_changed(labels, dataset, name, space):
-    """prints how many stored texts have another label now, if there are any."""
-    with suppress(FileNotFoundError):
-        if n := labels.count_changed(Shards(dataset, name), space):
-            print(f'{n} texts that are stored have another label now, and keep the stored one; to learn the new '
-                  'ones, choose another name')
+    """prints how many stored texts have another label now, if there are any. labels: None if none are given."""
+    if labels and RANK == 0:
+        with suppress(FileNotFoundError):
+            if n := labels.count_changed(Shards(dataset, name), space):
+                print(f'another label now: {n} of the stored texts, which keep the old one; to learn the new ones, '
+                      'choose another name')

@@ -100,8 +100,8 @@ def test_corrected_labels_are_read_again_and_changed_ones_are_counted(project, t
     assert 'line 31: tone is "Neutral", not one of "neutral", "friendly"' in first and '... and 7 more' in first
     again = label(['neutral'] * 40)                             # the first text's label is no longer a mean
     assert '10 are to do' in again and len(data.Shards('toy', 'toy', root / 'data')) == 40
-    assert '1 texts that are stored have another label now' in again
-    assert '6 texts that are stored have another label now' in label(['neutral'] * 35 + ['friendly'] * 5)
+    assert 'another label now: 1 of the stored texts' in again
+    assert 'another label now: 6 of the stored texts' in label(['neutral'] * 35 + ['friendly'] * 5)
 
 
 def test_the_labels_of_a_text_are_averaged_and_contradictions_counted(tmp_path):

@@ -86,6 +86,7 @@ def test_every_kind_of_line_gives_its_text_and_its_label(tmp_path, kind):
     assert (text, reason) == ('a b', '')
     assert label['probabilities'] == {'tone': {'neutral': 0, 'friendly': 1}, 'spam': {'true': 1, 'false': 0}}
     assert is_log(path) == (kind != 'served.jsonl')
+    assert is_log(write_lines(tmp_path / 'cut.jsonl', ['{"cut', KINDS[kind]])) == (kind != 'served.jsonl')
     (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(path.read_bytes()))
     assert list(Labels([tmp_path / 'a.jsonl.gz'], FIELDS, TEMPLATE)) == [(text, label, '')]
 
