@@ -168,9 +168,12 @@ class Labels:
     def read_label(self, line):
         """{field: probabilities} of a line. ValueError(reason, what is wrong) if it has none."""
         try:
+            content, tokens = ('', []) if line.reply is None else read_reply(line.reply)
+        except ValueError as error:                             # such as an error of the server
+            raise ValueError('unusable', str(error)) from None
+        try:
             if line.reply is None:                              # a text with its label
                 return read_label(self.fields, line.record)
-            content, tokens = read_reply(line.reply)
             label, (answer, _) = label_from_answer(self.fields, content, tokens)[0], find_object(content)
             if answer is None:
                 raise ValueError(f'its answer has no JSON object: {content[:80]!r}')

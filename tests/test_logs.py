@@ -147,7 +147,7 @@ def test_the_output_of_a_batch_is_joined_with_its_input_in_any_order(tmp_path):
     for paths in (files, files[::-1]):
         labels = Labels(paths, FIELDS)
         assert [line[0] for line in labels] == ['text 3', 'text 1', 'text 0', '']
-        assert labels.problems['dropped_invalid'] == [f'{files[0]} line 4: no answer: oh']
+        assert labels.problems == {'unusable': [f'{files[0]} line 4: no answer: oh']}
         assert labels.log.n_unanswered == 1
     write_lines(tmp_path / 'in.jsonl', [*inputs, {'custom_id': '3', 'body': request('another')}])
     labels = Labels(files, FIELDS)
@@ -221,7 +221,7 @@ def test_from_a_log_to_a_student(project, tmp_path):
     teacher = runpy.run_path(str(root / 'config/toy.py'))['teacher']
     done = run(root, 'extract.py', 'config/mine.py', f'--teacher={teacher}')
     assert done.returncode == 0, done.stderr
-    assert 'filter read=402 kept=400 bad_json=1 dropped_invalid=1' in done.stdout
+    assert 'filter read=402 kept=400 bad_json=1 unusable=1' in done.stdout
     shards = data.Shards('mine', 'mine', root / 'data')
     p = np.exp(shards.logits(0)) / np.exp(shards.logits(0)).sum(1, keepdims=True)
     assert p.max(1).min() == pytest.approx(max(friendly(texts[0]), 1 - friendly(texts[0])), abs=0.01)
