@@ -29,11 +29,11 @@ from data import FORMAT, Hashes, Shards, first_answers, read_texts, shard_folder
 from data.texts import prefetch, read_groups
 from distil.calibrate import calibrated_answers, learn_bias, print_bias
 from distil.engine import Drafts, Teacher, answer_batched, peak_memory_gb
-from distil.extraction import (check_calibration, check_source, open_writer, print_totals, read_task,
-                               try_compiling, write_meta)
-from distil.labels import record_from_label
+from distil.extraction import (check_calibration, check_settings, check_source, open_writer, print_totals,
+                               read_task, try_compiling, write_meta)
+from distil.labels import open_labels, print_changed, record_from_label
 from distil.prompts import prompt_text
-from distil.server import Stopped, open_server
+from distil.server import URL, Stopped, open_server
 from distil.space import OutputSpace, special_ids, tokenizer_hash
 from distil.teacher import encode_prompt, load_model, load_tokenizer, verify_records
 from distil.teacher_report import print_teacher_report
@@ -75,7 +75,7 @@ prior = {}           # {'toxicity': {'toxic': 0.1}}: true shares of values, wher
                      # values of a field that are not named share the rest
 # data
 max_records = 0      # 0..; stop after so many texts; 0: all of them
-min_text = 3         # 0..; tokens; shorter texts say too little to be labelled
+min_text = -1        # -1..; tokens; shorter texts say too little to be labelled; -1: 3, and 0 with `labels`
 max_text = 25        # 1..; tokens; also the longest text the student will read
 too_long = 'refuse'  # 'refuse' or 'cut'; skip longer texts, or label their first max_text tokens
 output_vocab = 525   # 1..65535; tokens whose logits are kept: those of answers, then whitespace, the prompt,
@@ -88,7 +88,9 @@ full_lse = -1        # -1..; of the first so many records (of each process) also
 examples = 8         # 0..; texts shown with their answers at the end
 # instead of extracting
 score = ''           # file; .jsonl of {"text": ..., "answer": {...}}: the teacher's logits on these answers
-labels = ''          # file; .jsonl of texts with "probabilities" or an "answer": no teacher is run
+labels = ''          # file; .jsonl of texts with "probabilities" or an "answer", or the log of an LLM; or several,
+                     # with commas between them: no teacher is run
+template = ''        # text; the user messages of that log, with {text} in it; '': the prompt, or found
 verify = 0           # 0..; compare so many stored records with a plain forward pass; status 1 if they differ
 config = configure(globals())
 
@@ -112,9 +114,8 @@ def new_task(task, wrapped, frequency):
     a message if the schema cannot be compiled. wrapped: the teacher's transformers tokenizer; frequency (n,):
     how often each id occurs in the texts."""
     tokenizer = wrapped.backend_tokenizer
-    shown = prompt_text(task['prompt'])
-    prompt = shown if 'server' in task else task['prompt']      # the server has its own chat template
-    before, after, end_id = encode_prompt(wrapped, prompt, task['chat'])  # ids around the text
+    shown, asked = prompt_text(task['prompt']), task['score'] != 'labels'  # asked: our engine reads the prompt
+    before, after, end_id = encode_prompt(wrapped, task['prompt'] if asked else shown, task['chat'], asked)
     style = tokenizer, task['fields'], task['indent'], task['fence'], end_id
     try:
         space = OutputSpace(*style)                             # the automaton of all valid answers
@@ -126,7 +127,7 @@ def new_task(task, wrapped, frequency):
         space = OutputSpace(*style, auxiliary)                  # with all V tokens
     except ValueError as error:
         sys.exit(f'fields: {error}')
-    for mismatch in islice(space.prompt_mismatches(shown), 3):
+    for mismatch in islice(space.prompt_mismatches(shown if asked or 'server' in task else ''), 3):
         print(f'check the prompt: {mismatch}')
     start_id = next((i for i in (wrapped.bos_token_id, wrapped.eos_token_id) if i is not None), 0)
     return {**task, 'format': FORMAT, 'tokenizer_hash': tokenizer_hash(tokenizer),
@@ -139,11 +140,12 @@ def new_task(task, wrapped, frequency):
 # which texts
 
 
-def scan_texts(task, dataset, name, source, filters):
+def scan_texts(task, dataset, name, source, lines, filters):
     """reads all texts once, before any is asked. Returns (meta, tokenizer as JSON, number of texts still to be
     labelled, ids of the texts to calibrate with). Prints the filter and vocab lines.
 
-    task: dict of the settings that define one; filters: arguments of read_groups.
+    task: dict of the settings that define one; lines: of the file source, as read_texts yields them; filters:
+    arguments of read_groups.
     """
     folders, done = shard_folders(dataset, name), Hashes()
     if folders:                                                 # an earlier run: its vocabulary stays
@@ -158,7 +160,6 @@ def scan_texts(task, dataset, name, source, filters):
     frequency, n_todo = np.zeros(tokenizer.get_vocab_size(), np.int64), 0  # (whole vocabulary,)
     counts = Counter()                                          # what happened to each line
     n_sample, sample = (task['calibrate'] or {}).get('texts', 0), []  # for learn_bias
-    lines = read_texts(source, None if task['score'] == 'labels' else 'answer')
     texts = tqdm(lines, desc='filter', unit=' texts', unit_scale=True, mininterval=1)
     for group in read_groups(texts, tokenizer, 1024, *filters, counts):
         np.add.at(frequency, np.concatenate([ids for _, ids, _ in group]), 1)  # counts tokens
@@ -272,16 +273,12 @@ def extract(engine, server, space, drafts, groups, writer, meta, n_full_lse, n_t
 if __name__ == '__main__':
     logging.set_verbosity_error()
     on_stop(lambda *_: stop('\nstopped; the records written so far are safe, the same command continues'))
-    if not name or not dataset:
-        stop('no task; run: python extract.py config/demo.py')
-    if not all(isinstance(string, str) for string in extra_vocab):
-        stop(f'extra_vocab is {extra_vocab!r}; it must be a list of texts')
-    if score and labels:
-        stop('set score or labels, not both')
+    check_settings(config)
     if labels:
-        prompt, chat = '{text}', False                          # no teacher is run, so there is no prompt
-    server = open_server(config) if teacher.startswith(('http://', 'https://')) else None
-    source = check_source(score or labels, dataset, prompt)
+        prompt, chat = prompt or '{text}', False                # not asked, but serve.py finds a text by it
+    server = open_server(config) if teacher.startswith(URL) else None
+    given = open_labels(config) if labels else None
+    source = check_source(given.log.paths[0] if given else score, dataset, prompt)
     calibration, priors = check_calibration(config)
     device = start_ranks(pick_device(device), 'gloo')
     dtype = run_in_first(lambda: pick_dtype(dtype, device))
@@ -294,16 +291,16 @@ if __name__ == '__main__':
             'extra_vocab': extra_vocab, 'score': 'labels' if labels else bool(score), 'calibrate': calibration}
     if server:                                                  # `teacher` is whose tokenizer is used
         task |= {'teacher': tokenizer, 'chat': False, 'score': 'labels', 'server': server.identity}
-    filters = min_text, max_text, max_records, too_long == 'cut'
-    meta, tokenizer_json, n_todo, sample = run_in_first(lambda: scan_texts(task, dataset, name, source, filters))
+    filters = (0 if labels else 3) if min_text < 0 else min_text, max_text, max_records, too_long == 'cut'
+    meta, tokenizer_json, n_todo, sample = run_in_first(
+        lambda: scan_texts(task, dataset, name, source, given or read_texts(source), filters))
     meta['dtype'] = str(dtype).removeprefix('torch.')
     space = OutputSpace.from_task(Tokenizer.from_str(tokenizer_json), meta)  # the automaton and the V tokens
+    print_changed(given, dataset, name, space)
     try:
         shards = Shards(dataset, name) if verify else None
     except FileNotFoundError as error:
         stop(f'{error}; there is nothing to verify yet')
-    if (labels or server) and verify:
-        stop('labels are not a teacher\'s logits: there is nothing to verify')
     model = None
     if (n_todo or verify) and not (labels or server):
         print(f'loading {teacher} as {meta["dtype"]} on {device}')
@@ -330,8 +327,7 @@ if __name__ == '__main__':
         done, drafts = stored_hashes(shard_folders(dataset, name), meta), Drafts(space)
         for outs in first_answers(folder, meta, DRAFT_TEXTS):   # of the run that is continued
             drafts.add(outs.tolist())
-        texts = read_texts(source, None if labels else 'answer')  # streamed: nothing is kept in memory
-        groups = prefetch(read_groups(texts, space.tokenizer, extract_batch, *filters))
+        groups = prefetch(read_groups(given or read_texts(source), space.tokenizer, extract_batch, *filters))
         mine = ([text for text in group if text[0] not in done]
                 for n, group in enumerate(groups) if n % WORLD == RANK)
         todo = filter(None, mine)
@@ -357,4 +353,4 @@ if __name__ == '__main__':
     writer.close()
     end_ranks()
     if RANK == 0:
-        print_teacher_report(dataset, name, space, source, min_coverage, examples, bool(labels or server))
+        print_teacher_report(dataset, name, space, source, min_coverage, examples, bool(labels))

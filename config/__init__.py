@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STARTED_IN = os.getcwd()  # the user's folder; configure() leaves it
 # the programs that share one config file
 PROGRAMS = ('extract.py', 'train.py', 'sample.py', 'tools/evaluate.py', 'tools/bench.py',
-            'tools/accuracy.py', 'serve/serve.py', 'serve/bench.py', 'device/export.py')
+            'tools/accuracy.py', 'tools/batch.py', 'serve/serve.py', 'serve/bench.py', 'device/export.py')
 
 
 def data_line(tag, figures):
@@ -206,8 +206,9 @@ def configure(g):
             stop(f'{source}: {key} is {value!r}; it must be {kind}, like its default {default!r}')
         if allowed and not any(allows(limit, value) for limit in allowed):
             stop(f'{source}: {key} is {value!r}; it must be {describe_limits(allowed)}')
-        if 'file' in allowed and source == 'command line' and value and Path(value).exists():
-            value = str(Path(value).absolute())
+        if 'file' in allowed and source == 'command line':      # or several, separated by commas
+            parts = [value] if Path(value).exists() else value.split(',')
+            value = ','.join(str(Path(part).absolute()) if part and Path(part).exists() else part for part in parts)
         if value != g[key] and RANK == 0:
             new, old = (t if len(t) < 60 else f'{t[:56]} ...' for t in (repr(value), repr(g[key])))
             new = '(a secret)' if key.endswith('_key') else new

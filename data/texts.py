@@ -51,7 +51,7 @@ def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut=False, 
             reason = reason or refusal_reason(text, ids, too_long and not cut, min_text, special)
             pair = hash_ if answer is None else text_hash(text + json.dumps(answer, sort_keys=True))
             if not reason and hash_ in seen:  # of two answers to a text the first one counts
-                reason = 'duplicate' if pair in pairs else 'other_answer'
+                reason = 'duplicate' if pair in pairs else 'conflicting'
             counts[reason or 'kept'] += 1
             if reason:
                 continue

@@ -8,51 +8,12 @@ The server's tokens are those of an unknown tokenizer, so all of this works on b
 token counts for the values that the text with it could still become.
 """
 import json
-import re
 from functools import lru_cache
 
 import numpy as np
 
+from data.objects import find_object
 from distil.space import value_names
-
-SPACE = re.compile(r'[ \t\r\n]*')
-DECODER = json.JSONDecoder()
-
-
-def parse_object(text, at):
-    """(the JSON object that begins at text[at], {key: (start, end) of its value}, the end). ValueError if
-    none does."""
-    answer, spans = {}, {}
-    skip = lambda at: SPACE.match(text, at).end()
-    at = skip(at + 1)
-    while text[at:at + 1] != '}':
-        key, at = DECODER.raw_decode(text, at)
-        at = skip(at)
-        if not isinstance(key, str) or text[at:at + 1] != ':':
-            raise ValueError(f'no key at {at}')
-        start = skip(at + 1)
-        answer[key], at = DECODER.raw_decode(text, start)
-        spans[key] = start, at
-        at = skip(at)
-        if text[at:at + 1] == ',':
-            at = skip(at + 1)
-        elif text[at:at + 1] != '}':
-            raise ValueError(f'the object does not end at {at}')
-    return answer, spans, at + 1
-
-
-def find_object(text):
-    """(the last JSON object in a text, {key: (start, end) of its value, in characters}), or (None, {}).
-    What a model thinks before (<think> ... </think>), what it says around the object and a fence are left
-    aside."""
-    at, found = text.rfind('</think>') + 1, (None, {})
-    while (at := text.find('{', at)) >= 0:
-        try:
-            *found, at = parse_object(text, at)
-        except (ValueError, RecursionError):
-            at += 1
-    return tuple(found)
-
 
 # -----------------------------------------------------------------------------
 # log probabilities
@@ -97,7 +58,8 @@ def value_probabilities(values, tokens, start, end):
     consists of; start, end: of the written value, in bytes. At each token the probability of an
     alternative goes to the values that it begins. Values that it cannot tell apart share it as they share
     what can be told apart. What is beyond the alternatives listed is spread over the values not begun by
-    any, at most the smallest probability listed for each.
+    any, at most the smallest probability listed for each. ValueError if the value is spelled in an unusual
+    way, or if nothing is probable.
     """
     content, texts = b''.join(token for token, *_ in tokens), [spellings(json.dumps(value)) for value in values]
     able = lambda written: [j for j, ways in enumerate(texts) if any(may_become(written, way) for way in ways)]
@@ -133,6 +95,8 @@ def value_probabilities(values, tokens, start, end):
         reached *= known[token]
     chosen = able(content[start:end])
     p[min(chosen, key=lambda j: min(map(len, texts[j])))] += reached  # of 1 and 11 it is the shorter one
+    if not p.sum():
+        raise ValueError('no value has a probability')
     for leads, mass in shared:
         weights = p[leads] + 1e-9
         p[leads] += mass * weights / weights.sum()
@@ -156,7 +120,10 @@ def label_from_answer(fields, content, tokens):
     place = lambda n: offset + len(content[:n].encode('utf-8', 'replace'))
     probabilities, worst = {}, 0.0
     for name, values in fields.items():
-        p, outside = value_probabilities(values, tokens, *map(place, spans[name]))
+        try:
+            p, outside = value_probabilities(values, tokens, *map(place, spans[name]))
+        except ValueError:                                      # such as "\\u0061" for "a"
+            p, outside = np.array([float(exact(value) == exact(answer[name])) for value in values]), 0.0
         probabilities[name] = dict(zip(value_names(values), p.tolist()))
         worst = max(worst, outside)
     return {'probabilities': probabilities}, worst

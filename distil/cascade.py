@@ -11,7 +11,7 @@ from config import stop
 from distil.calibrate import calibrate_label
 from distil.engine import Drafts, Teacher, answer_batched
 from distil.labels import record_from_label
-from distil.server import Server, Stopped, check_httpx
+from distil.server import URL, Server, Stopped, check_httpx
 from distil.teacher import fingerprint, load_model
 
 
@@ -43,7 +43,7 @@ def ask_server(urls, task, space):
     learned from, now at these URLs; None for a text that it does not answer. task: from the student's
     checkpoint. Exits with a message if there is no URL or no httpx."""
     check_httpx()
-    if not urls.startswith(('http://', 'https://')):
+    if not urls.startswith(URL):
         stop(f'this student learned from {task["server"]} behind a URL; say where it is now: --teacher=URL')
     server = Server(urls.split(','), task['server'], task['fields'], task['prompt'], patience=30)
 

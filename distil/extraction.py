@@ -16,6 +16,7 @@ from config.machine import WORLD, can_compile
 from data import FORMAT, Writer, read_meta, write_json
 from distil.calibrate import find_priors
 from distil.prompts import prompt_text
+from distil.server import URL
 from distil.space import tokenizer_hash
 from distil.teacher import fingerprint, load_tokenizer
 
@@ -23,9 +24,21 @@ from distil.teacher import fingerprint, load_tokenizer
 # checks of settings
 
 
+def check_settings(config):
+    """exits with a message if settings of extract.py do not fit together."""
+    if not config['name'] or not config['dataset']:
+        stop('no task; run: python extract.py config/demo.py')
+    if not all(isinstance(string, str) for string in config['extra_vocab']):
+        stop(f'extra_vocab is {config["extra_vocab"]!r}; it must be a list of texts')
+    if config['score'] and config['labels']:
+        stop('set score or labels, not both')
+    if config['verify'] and (config['labels'] or config['teacher'].startswith(URL)):
+        stop('labels are not a teacher\'s logits: there is nothing to verify')
+
+
 def check_source(given, dataset, prompt):
     """the path of the file of texts. Exits with a message if it is missing, or if the prompt does not hold
-    {text} once. given: the setting score or labels, '' for data/<dataset>/input.jsonl."""
+    {text} once. given: the setting score, or the first file of labels, '' for data/<dataset>/input.jsonl."""
     source = Path(given or Path('data', dataset, 'input.jsonl'))
     if not source.is_file():
         known = ', '.join(sorted(path.parent.name for path in Path('data').glob('*/prepare.py')))

@@ -1,12 +1,17 @@
-"""Records from labels that exist already: from people, from a panel, from an API that returns probabilities.
+"""Records from labels that exist already: from people, from a panel, from the log of an API.
 
     python extract.py config/tweets.py                      # it sets labels = 'data/tweets/input.jsonl'
     python extract.py config/mine.py --labels=mine.jsonl
+    python extract.py config/mine.py --labels=log.jsonl     # what an LLM answered: data/logs.py has the forms
+    python extract.py config/mine.py --labels=output.jsonl,requests.jsonl  # of a batch: joined by custom_id
 
 No teacher is run, only its tokenizer is needed. A line has the probability of each value, or the answer:
 
     {"text": "...", "probabilities": {"sentiment": {"positive": 0.7, "neutral": 0.2, "negative": 0.1}}}
     {"text": "...", "answer": {"sentiment": "positive"}}
+
+or is a call to an LLM. Its probabilities are used if it has the answer's log probabilities. Several labels of
+one text are averaged.
 
 The stored logits are those of a teacher with exactly these probabilities: at each decision, the probability
 of a token is the sum over the values that it leads to. Only each field's own (marginal) probabilities are
@@ -14,39 +19,76 @@ known, so a field is assumed to be independent of the fields before it.
 """
 import json
 import math
+import zlib
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 
-from distil.space import value_names
+from config import stop
+from config.machine import RANK
+from data import Shards, text_hash
+from data.logs import Log, read_reply
+from distil.answers import find_object, label_from_answer
+from distil.prompts import prompt_text
+from distil.space import check_fields, clean, value_names
 
 ILLEGAL_LOGIT = -30.0   # logit of a token that the schema forbids: a probability of 1e-13
 MIN_PROBABILITY = 1e-6  # smallest probability of a legal token
 
 
-def read_probabilities(given, values):
-    """probabilities of a field's values, in their order: a list with sum 1. given: {value: weight >= 0}, or
-    one of the values. ValueError if it is neither."""
+def read_value(name, value, values):
+    """the probabilities of a field's values if one of them is the label: a list of 0 and 1. ValueError if it is
+    none of them."""
+    text = json.dumps(value)                                    # in Python 1 == True
+    found = [float(text == json.dumps(other)) for other in values]
+    if not sum(found):
+        shown = ', '.join(json.dumps(other, ensure_ascii=False) for other in values)
+        raise ValueError(f'{name} is {json.dumps(value, ensure_ascii=False)[:80]}, not one of {shown[:200]}')
+    return found
+
+
+def read_weights(name, weights, values):
+    """the probabilities of a field's values, in their order: a list with sum 1. weights: {value: weight >= 0}.
+    ValueError if that is not what it is."""
     names = value_names(values)
-    if not isinstance(given, dict):  # one of the values
-        given = {name: 1 for name, value in zip(names, values) if json.dumps(value) == json.dumps(given)}
-    valid = all(name in names and type(p) in (int, float) and 0 <= p < math.inf for name, p in given.items())
-    if not valid or not sum(given.values()):
-        raise ValueError
-    total = sum(given.values())
-    return [given.get(name, 0) / total for name in names]
+    for key, weight in weights.items():
+        if key not in names:
+            raise ValueError(f'{name} has a probability of {key!r}, which is not one of {", ".join(names)[:200]}')
+        if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+            raise ValueError(f'{name}: {weight!r} is not the probability of {key!r}')
+    if not (total := sum(weights.values())):
+        raise ValueError(f'{name} has no probability above 0')
+    return [weights.get(key, 0) / total for key in names]
+
+
+def read_label(fields, label):
+    """{field: probabilities of its values, in their order} of a label, a dict with "probabilities" or "answer".
+    If a field is in both, its probabilities are used. ValueError, which names the field, if one is missing or
+    has a value that the schema does not have."""
+    answer, weights = ({} if label.get(part) is None else label[part] for part in ('answer', 'probabilities'))
+    if not isinstance(answer, dict) or not isinstance(weights, dict):
+        raise ValueError('its answer is not an object with a value for each field')
+    probabilities = {}
+    for name, values in fields.items():
+        known = weights.get(name, answer.get(name, ''))
+        if len(values) == 1:                                    # a constant
+            probabilities[name] = [1.0]
+        elif name not in weights and name not in answer:
+            raise ValueError(f'it has no {name}')
+        elif name in weights and isinstance(known, dict):
+            probabilities[name] = read_weights(name, known, values)
+        else:
+            probabilities[name] = read_value(name, known, values)
+    return probabilities
 
 
 def record_from_label(space, label):
-    """a line as dict -> output indices (n,) of its most probable answer, and logits (n, V) float32. None if a
-    field is missing or has a value that the schema does not have. If a field is in "probabilities" and in
-    "answer", its probabilities are used."""
-    known = {}
-    for part in ('answer', 'probabilities'):
-        known |= label.get(part) if isinstance(label.get(part), dict) else {}
+    """a label as dict -> output indices (n,) of its most probable answer, and logits (n, V) float32. None if a
+    field is missing or has a value that the schema does not have."""
     try:
-        probabilities = {name: read_probabilities(known[name] if len(values) > 1 else values[0], values)
-                         for name, values in space.fields.items()}
-    except (KeyError, ValueError):
+        probabilities = read_label(space.fields, label)
+    except ValueError:
         return None
     outs = space.from_json({name: values[int(np.argmax(probabilities[name]))]
                             for name, values in space.fields.items()})
@@ -58,3 +100,130 @@ def record_from_label(space, label):
         for token, p in rows.get(state, {out: 1.0}).items():
             logits[n, token] = math.log(max(p, MIN_PROBABILITY))
     return outs, logits
+
+
+# -----------------------------------------------------------------------------
+# files
+
+
+class Labels:
+    """the labelled texts of some files. Each iteration yields (text, label, '') or ('', None, reason) for each
+    line, as data.read_texts does.
+
+    paths: files of labelled texts and of calls to an LLM. template, prompt: see data.logs.Log. The labels of a
+    text that comes several times are averaged; `conflicting` counts those with another answer than the first
+    one. Keeps the labels in memory, not the texts. problems: {reason: [which line, and what is wrong with it]}.
+    """
+
+    def __init__(self, paths, fields, template='', prompt=''):
+        self.log, self.fields, self.problems = Log(paths, template, prompt), fields, {}
+        self.outcomes = []      # of each line: '', or the reason why it has no record; None for the input of a batch
+        self.known = {}         # {hash of a text: (mean probabilities of all values, labels, the first best answer)}
+        for line in self.log:
+            try:
+                hash_, probabilities = text_hash(self.read_text(line)), self.read_label(line).values()
+            except ValueError as error:
+                reason, what = error.args
+                if reason == 'request':                         # of a batch: its output has the label
+                    self.outcomes.append(None)
+                    continue
+                self.problems.setdefault(reason, []).append(line.say(what))
+                self.outcomes.append(reason)
+                continue
+            p, best = np.concatenate([*probabilities], dtype=np.float32), [int(np.argmax(p)) for p in probabilities]
+            mean, n, first = self.known.get(hash_, (p, 0, best))
+            self.known[hash_] = mean + (p - mean) / (n + 1), n + 1, first
+            self.outcomes.append('' if not n else 'duplicate' if best == first else 'conflicting')
+
+    def __iter__(self):
+        for line, outcome in zip(self.log, self.outcomes):
+            if outcome:
+                yield '', None, outcome
+            elif outcome == '':
+                text = self.read_text(line)
+                yield text, self.label_of(text_hash(text)), ''
+
+    def label_of(self, hash_):
+        """the label of a text, the mean of all that it has."""
+        ends = np.cumsum([len(values) for values in self.fields.values()])
+        parts = np.split(self.known[hash_][0], ends[:-1])
+        return {'probabilities': {name: dict(zip(value_names(values), part.tolist()))
+                                  for (name, values), part in zip(self.fields.items(), parts)}}
+
+    def read_text(self, line):
+        """the text of a line of the log. ValueError(reason, what is wrong) if it has none."""
+        if line.problem:
+            raise ValueError(*line.problem)
+        record = line.record if isinstance(line.record, dict) else {}
+        text = line.text if line.reply is not None else record.get('text')
+        if not isinstance(text, str):
+            raise ValueError('bad_json', 'it has no text')
+        if not (text := clean(text)):
+            raise ValueError('empty', 'its text is empty')
+        try:
+            text.encode()
+        except UnicodeError:
+            raise ValueError('bad_utf8', 'its text has half a character') from None
+        return text
+
+    def read_label(self, line):
+        """{field: probabilities} of a line. ValueError(reason, what is wrong) if it has none."""
+        try:
+            content, tokens = ('', []) if line.reply is None else read_reply(line.reply)
+        except ValueError as error:                             # such as an error of the server
+            raise ValueError('unusable', str(error)) from None
+        try:
+            if line.reply is None:                              # a text with its label
+                return read_label(self.fields, line.record)
+            label, (answer, _) = label_from_answer(self.fields, content, tokens)[0], find_object(content)
+            if answer is None:
+                raise ValueError(f'its answer has no JSON object: {content[:80]!r}')
+            return read_label(self.fields, label or {'answer': answer})
+        except ValueError as error:
+            raise ValueError('dropped_invalid', str(error)) from None
+
+    def count_changed(self, shards, space):
+        """number of the records in shards whose label differs now from the stored one."""
+        n_changed = 0
+        for i, hash_ in enumerate(map(int, shards.hashes)):
+            if hash_ in self.known:
+                outs, logits = record_from_label(space, self.label_of(hash_))
+                logits -= logits.max(1, keepdims=True)
+                n_changed += not (np.array_equal(outs, shards.answer(i))
+                                  and np.allclose(logits, shards.logits(i), atol=0.05))
+        return n_changed
+
+
+def open_labels(config):
+    """the Labels of extract.py's settings. Prints the template of a log, and which lines cannot be used. Exits
+    with a message if the files cannot be read."""
+    paths = [config['labels']] if Path(config['labels']).exists() else config['labels'].split(',')
+    for path in paths:
+        if not Path(path).is_file():
+            stop(f'{path} is not a file' if Path(path).exists() else f'{path} does not exist')
+    if config['template'] and config['template'].count('{text}') != 1:
+        stop('the template must hold {text} once, where the text goes')
+    try:
+        check_fields(config['fields'])
+        labels = Labels(paths, config['fields'], config['template'], prompt_text(config['prompt']))
+    except ValueError as error:
+        stop(f'fields: {error}')
+    except (OSError, EOFError, zlib.error) as error:
+        stop(f'{config["labels"]} cannot be read: {error}')
+    if RANK == 0:
+        labels.log.print_template()
+        for reason, lines in labels.problems.items():
+            if reason != 'empty':
+                print('\n'.join(lines[:3]) + (f'\n... and {len(lines) - 3} more' if len(lines) > 3 else ''))
+        if labels.log.n_unanswered:
+            print(f'{labels.log.n_unanswered} requests of the batch have no output')
+    return labels
+
+
+def print_changed(labels, dataset, name, space):
+    """prints how many stored texts have another label now, if there are any. labels: None if none are given."""
+    if labels and RANK == 0:
+        with suppress(FileNotFoundError):
+            if n := labels.count_changed(Shards(dataset, name), space):
+                print(f'another label now: {n} of the stored texts, which keep the old one; to learn the new ones, '
+                      'choose another name')

@@ -19,6 +19,7 @@ from collections import Counter
 
 from config import data_line, stop
 from config.machine import WORLD
+from data.logs import read_reply
 from distil.answers import label_from_answer, label_from_samples
 from distil.prompts import answer_format, prompt_messages
 
@@ -27,6 +28,7 @@ try:
 except ImportError:                                         # extract.py says so
     httpx = None
 
+URL = 'http://', 'https://'
 WAITING = 4096  # answers that wait to be stored, before no more texts are asked about
 
 
@@ -127,16 +129,10 @@ class Server:
             if options == json.dumps(self.options) and not self.do_without(reply):
                 raise Stopped(f'the server refuses every request: {reply}')
         try:
-            choice, usage = reply['choices'][0], reply.get('usage') or {}
-            content = choice['message'].get('content') or ''
+            usage = reply.get('usage') or {}
             self.used.update({key: int(usage.get(key) or 0) for key in ('prompt_tokens', 'completion_tokens')})
-            listed = (choice.get('logprobs') or {}).get('content') or []
-            as_bytes = lambda token: bytes(token.get('bytes') or token['token'].encode('utf-8', 'replace'))
-            tokens = [(as_bytes(token), float(token['logprob']), [(as_bytes(other), float(other['logprob']))
-                                                                  for other in token.get('top_logprobs') or []])
-                      for token in listed]
-            return str(content), tokens
-        except (LookupError, TypeError, AttributeError, ValueError):
+            return read_reply(reply)
+        except (TypeError, AttributeError, ValueError):
             return '', []                                   # nonsense, which breaks the schema
 
     async def label(self, client, text):

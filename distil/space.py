@@ -54,6 +54,31 @@ def value_names(values):
     return names if len(set(names)) == len(names) else [json.dumps(value) for value in values]
 
 
+def check_fields(fields):
+    """ValueError if a dict is not a schema: {name: [different JSON values]}, with something to decide."""
+    for name, values in fields.items():
+        if not isinstance(name, str):
+            raise ValueError(f'field names must be strings, not {name!r}')
+        for constant in [name, *values] if isinstance(values, list) else [name]:
+            try:
+                text = json.dumps(constant, ensure_ascii=False, allow_nan=False)
+                text.encode()  # raises on a lone surrogate
+            except (TypeError, ValueError, RecursionError):
+                raise ValueError(f'field {name!r}: {constant!r} cannot be written as JSON') from None
+            if has_object(constant):
+                raise ValueError(f'field {name!r}: {constant!r} has a JSON object in it; values are strings, numbers, '
+                                 'true, false, null and lists of them')
+        if not isinstance(values, list) or not values or len(set(map(json.dumps, values))) < len(values):
+            raise ValueError(f'field {name!r} needs a list of different values, not {values!r}')
+    if not any(len(values) > 1 for values in fields.values()):
+        raise ValueError("nothing to decide; a task needs fields = {'name': [two or more values], ...}")
+
+
+def has_object(value):
+    """True if a JSON value is an object or a list with one in it."""
+    return isinstance(value, dict) or isinstance(value, list) and any(map(has_object, value))
+
+
 def accepted_prefix(draft, chosen):
     """the accepted prefix of a draft that a model has read in one pass: the draft's tokens up to the first
     that the model would not have chosen, then the model's own choice. Greedy decoding with it gives the same
@@ -103,12 +128,8 @@ class OutputSpace:
     def __init__(self, tokenizer, fields, indent=None, fence=False, end_id=None, auxiliary=(), bias=None):
         self.tokenizer, self.fields, self.end_id = tokenizer, fields, end_id
         self.indent, self.fence = indent, fence
-        for name, values in fields.items():
-            self.check_constants(name, [name, *values] if isinstance(values, list) else [name])
-            if not isinstance(values, list) or not values or len(set(map(json.dumps, values))) < len(values):
-                raise ValueError(f'field {name!r} needs a list of different values, not {values!r}')
-        if not any(len(values) > 1 for values in fields.values()):
-            raise ValueError("nothing to decide; a task needs fields = {'name': [two or more values], ...}")
+        check_fields(fields)
+        self.check_constants()
         self.segments = self.find_segments()
         required = dict.fromkeys(t for alternatives in self.segments for a in alternatives for t in a)
         self.n_required = len(required)
@@ -125,20 +146,14 @@ class OutputSpace:
         keys = 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'bias'  # output_ids as auxiliary
         return cls(tokenizer, *(task.get(key) for key in keys))
 
-    def check_constants(self, name, constants):
-        """raises ValueError if a constant of a field cannot be written as JSON, or if it contains a special
-        token of the tokenizer."""
-        if not isinstance(name, str):
-            raise ValueError(f'field names must be strings, not {name!r}')
+    def check_constants(self):
+        """raises ValueError if a name or a value contains a special token of the tokenizer."""
         special = special_ids(self.tokenizer)
-        for constant in constants:
-            try:
-                text = json.dumps(constant, ensure_ascii=False, allow_nan=False)
-                text.encode()  # raises on a lone surrogate
-            except (TypeError, ValueError, RecursionError):
-                raise ValueError(f'field {name!r}: {constant!r} cannot be written as JSON') from None
-            if special.intersection(self.tokenizer.encode(text, add_special_tokens=False).ids):
-                raise ValueError(f'field {name!r}: {constant!r} has a special token of the tokenizer in it')
+        for name, values in self.fields.items():
+            for constant in [name, *values]:
+                text = json.dumps(constant, ensure_ascii=False)
+                if special.intersection(self.tokenizer.encode(text, add_special_tokens=False).ids):
+                    raise ValueError(f'field {name!r}: {constant!r} has a special token of the tokenizer in it')
 
     def text(self, values):
         """the canonical text of an answer. values: one per field, in order."""

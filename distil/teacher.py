@@ -77,10 +77,11 @@ def load_model(teacher, dtype=torch.float32, device='cpu'):
     return from_pretrained(AutoModelForCausalLM, teacher, **options).to(device).eval()
 
 
-def encode_prompt(tokenizer, prompt, chat):
+def encode_prompt(tokenizer, prompt, chat, asked=True):
     """ids before the {text} of a prompt, ids after it, and the id that ends an answer (None: a newline ends
-    it). tokenizer: of transformers; chat: apply its chat template. Exits with a message if the tokenizer has
-    no template or it refuses the prompt's messages, or if nothing precedes the {text}."""
+    it). tokenizer: of transformers; chat: apply its chat template; asked: False if labels are given and no
+    teacher reads the prompt. Exits with a message if the tokenizer has no template or it refuses the prompt's
+    messages, or if a teacher is asked and nothing precedes the {text}."""
     encode, end_id = tokenizer.backend_tokenizer.encode, None
     if chat:
         if not tokenizer.chat_template:
@@ -100,7 +101,7 @@ def encode_prompt(tokenizer, prompt, chat):
     before, after = (encode(part, add_special_tokens=False).ids for part in (before, after))
     if not chat and tokenizer.bos_token_id in encode('', add_special_tokens=True).ids:
         before = [tokenizer.bos_token_id] + before
-    if not before and after:  # '{text}' alone: labels are given, and no teacher is asked
+    if not before and asked:
         sys.exit('the prompt begins with its {text}; this teacher needs a word before it')
     return before, after, end_id
 

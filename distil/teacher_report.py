@@ -75,8 +75,9 @@ def print_near_ties(shards, space):
               'this too: show the form of the answer in the prompt')
 
 
-def print_answers(shards, space, examples):
-    """prints the share of each value among the answers, and a number of texts with their answers."""
+def print_answers(shards, space, examples, given):
+    """prints the share of each value among the answers, and a number of texts with their answers. given: whether
+    they are labels."""
     shown = lambda value: json.dumps(value, ensure_ascii=False)
     rows = np.linspace(0, len(shards) - 1, min(len(shards), 10000)).astype(int)
     answers = [space.to_json(shards.answer(i).tolist()) for i in rows]
@@ -84,11 +85,12 @@ def print_answers(shards, space, examples):
         counts = Counter(shown(answer[field]) for answer in answers).most_common(12)
         print(f'{field}:', ', '.join(f'{value} {n / len(answers):.2f}' for value, n in counts))
         if counts[0][1] > 0.9 * len(answers) and len(space.fields[field]) > 1:
-            print(f'  {field} is nearly always {counts[0][0]}, so a student can learn nothing from it: try '
-                  'other examples in the prompt, another order of them, or other values')
+            print(f'  {field} is nearly always {counts[0][0]}, so a student can learn nothing from it: '
+                  + ('it needs texts with other labels' if given else
+                     'try other examples in the prompt, another order of them, or other values'))
     for i in random.Random(0).sample(range(len(shards)), min(examples, len(shards))):
         print(space.tokenizer.decode(shards.ids(i).tolist()))
-        print(f'  teacher {shown(space.to_json(shards.answer(i).tolist()))}')
+        print(f'  {"label" if given else "teacher"} {shown(space.to_json(shards.answer(i).tolist()))}')
 
 
 def print_teacher_report(dataset, name, space, source, min_coverage, examples, given):
@@ -103,6 +105,7 @@ def print_teacher_report(dataset, name, space, source, min_coverage, examples, g
     if not shards.meta['score']:
         print_near_ties(shards, space)
     truth = read_truth(source, shards, range(len(shards)))
-    for line in truth_lines(space, truth, {'teacher': [shards.answer(i).tolist() for i in truth]}):
+    outs = [shards.answer(i).tolist() for i in truth]
+    for line in truth_lines(space, truth, {'labels' if given else 'teacher': outs}):
         print(data_line(*line))
-    print_answers(shards, space, examples)
+    print_answers(shards, space, examples, given)

@@ -65,7 +65,8 @@ def teachers(tmp_path_factory, words):
 
 
 def train_teachers(root, words):
-    """trains a tiny teacher of each family and writes it to root/<family>."""
+    """trains a tiny teacher of each family and writes it to root/<family>; 'plain' is a Qwen whose tokenizer adds no
+    begin token and has no chat template."""
     rng = random.Random(0)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -88,9 +89,15 @@ def train_teachers(root, words):
         **sizes, head_dim=8, sliding_window=24, query_pre_attn_scalar=8,
         layer_types=['sliding_attention', 'sliding_attention', 'full_attention'])
     json_style = SimpleNamespace(fields=FIELDS, indent=None, fence=False, end_id=None)
+    qwen = transformers.Qwen2Config(**sizes)
     for family, cls, cfg in (('gemma', transformers.Gemma3ForCausalLM, gemma),
                              ('llama', transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes)),
-                             ('qwen', transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**sizes))):
+                             ('qwen', transformers.Qwen2ForCausalLM, qwen),
+                             ('plain', transformers.Qwen2ForCausalLM, qwen)):
+        if family == 'plain':                                   # adds no begin token, as the tokenizer of Qwen
+            tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+            wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<eos>',
+                                                           pad_token='<pad>')
         torch.manual_seed(1)
         model = cls(cfg)
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
@@ -219,7 +226,7 @@ def one_line(done):
     bars."""
     lines = []
     for line in done.stderr.replace('\r', '\n').splitlines():
-        bar = line.startswith(('filter:', 'extract:', 'train:', 'answer:', 'verify:', 'bench:'))
+        bar = line.startswith(('filter:', 'extract:', 'train:', 'answer:', 'verify:', 'bench:', 'batch:'))
         bar = bar or 'it/s' in line
         if line.strip() and not bar and ' (command line; was' not in line and ' (config/' not in line:
             lines.append(line)

@@ -12,8 +12,8 @@ import pytest
 import config as configure_module
 from tests.conftest import CONFIGS, FIELDS, PROGRAMS, ROOT, clone_task, one_line, run
 
-ALL = (*PROGRAMS, 'tools/accuracy.py', 'serve/serve.py', 'serve/bench.py', 'device/export.py',
-       'device/web.py', 'device/bench.py')
+ALL = (*PROGRAMS, 'tools/accuracy.py', 'tools/batch.py', 'serve/serve.py', 'serve/bench.py',
+       'device/export.py', 'device/web.py', 'device/bench.py')
 
 
 @pytest.fixture
@@ -46,6 +46,16 @@ def test_values_keep_the_type_of_their_default(settings):
             settings([wrong])
     with pytest.raises(SystemExit, match="e is 'x'; it must be a Python constant, like its default None"):
         settings(['--e=x'])
+
+
+def test_a_path_may_be_several_each_relative_to_the_folder_it_is_typed_in(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in ('a', 'b', 'c,d'):
+        (tmp_path / file).write_text('')
+    for typed, read in (('a,b', f'{tmp_path}/a,{tmp_path}/b'), ('c,d', f'{tmp_path}/c,d'), ('', ''),
+                        ('a,no,', f'{tmp_path}/a,no,'), ('http://a,http://b', 'http://a,http://b')):
+        monkeypatch.chdir(tmp_path)
+        assert settings([f'--c={typed}'], script="c = 'x'  # file\n")['c'] == read
 
 
 def test_a_constant_for_a_text_setting_becomes_the_same_text_in_a_file_and_on_the_command_line(settings):

@@ -1,13 +1,14 @@
 """Labels that exist already: probabilities and answers in place of a teacher."""
 import json
+import re
 
 import numpy as np
 import pytest
 
 import data
-from distil.labels import record_from_label
+from distil.labels import Labels, read_label, record_from_label
 from distil.space import OutputSpace, value_names
-from tests.conftest import FIELDS, SCHEMAS, clone_task, run
+from tests.conftest import FIELDS, PROMPT, SCHEMAS, clone_task, one_line, run
 
 
 @pytest.mark.parametrize('fields, indent, fence', SCHEMAS)
@@ -62,13 +63,14 @@ def test_a_student_learns_from_given_labels_without_a_teacher(project, tmp_path)
     assert done.returncode == 0, done.stderr
     assert 'dropped_invalid=1' in done.stdout and 'loading the tok' in done.stdout
     lines = done.stdout.splitlines()
-    assert 'teacher=1' in next(line for line in lines if line.startswith('truth name=tone'))
+    assert "labels.jsonl line 401: tone is \"odd\", not one of" in done.stdout and '  label {' in done.stdout
+    assert 'labels=1' in next(line for line in lines if line.startswith('truth name=tone'))
     shards = data.Shards('toy', 'given', root / 'data')
     assert len(shards) == len(texts) and not shards.meta.get('bias')
     p = np.exp(shards.logits(0)) / np.exp(shards.logits(0)).sum(1, keepdims=True)
     assert p.max(1).min() < 0.91                                # the labels' probabilities, not 0 and 1
     again = run(root, 'extract.py', '--labels=labels.jsonl', '--name=given')
-    assert again.returncode == 0 and ', 1 are to do' in again.stdout  # the invalid one: it may be corrected
+    assert again.returncode == 0 and ', 0 are to do' in again.stdout and 'another label' not in again.stdout
     done = run(root, 'train.py', '--name=given')
     assert done.returncode == 0, done.stderr
     best = max(float(line.split('agree=')[1].split()[0]) for line in done.stdout.splitlines()
@@ -80,14 +82,89 @@ def test_a_student_learns_from_given_labels_without_a_teacher(project, tmp_path)
     assert refused.returncode == 1 and 'no teacher' in refused.stderr
 
 
-def test_corrected_labels_are_read_again_and_a_second_answer_is_counted(project, tmp_path):
+def write_lines(path, lines):
+    path.write_text(''.join((line if isinstance(line, str) else json.dumps(line)) + '\n' for line in lines))
+    return path
+
+
+def test_corrected_labels_are_read_again_and_changed_ones_are_counted(project, tmp_path):
     root = clone_task(project, tmp_path)
     texts = [json.loads(line)['text'] for line in open(root / 'data/toy/input.jsonl')][:40]
 
     def label(tones, *more):
         lines = [{'text': text, 'answer': {'tone': tone, 'spam': True}} for text, tone in zip(texts, tones)]
-        (root / 'labels.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in [*lines, *more]))
+        write_lines(root / 'labels.jsonl', [*lines, *more])
         return run(root, 'extract.py', '--labels=labels.jsonl', '--calibrate=0', '--prior={}').stdout
     first = label(['neutral'] * 30 + ['Neutral'] * 10, {'text': texts[0], 'answer': {'tone': 'friendly', 'spam': True}})
-    assert 'other_answer=1' in first and 'dropped_invalid=10' in first
-    assert '10 are to do' in label(['neutral'] * 40) and len(data.Shards('toy', 'toy', root / 'data')) == 40
+    assert 'conflicting=1' in first and 'dropped_invalid=10' in first
+    assert 'line 31: tone is "Neutral", not one of "neutral", "friendly"' in first and '... and 7 more' in first
+    again = label(['neutral'] * 40)                             # the first text's label is no longer a mean
+    assert '10 are to do' in again and len(data.Shards('toy', 'toy', root / 'data')) == 40
+    assert 'another label now: 1 of the stored texts' in again
+    assert 'another label now: 6 of the stored texts' in label(['neutral'] * 35 + ['friendly'] * 5)
+
+
+def test_the_labels_of_a_text_are_averaged_and_contradictions_counted(tmp_path):
+    answer = lambda text, tone: {'text': text, 'answer': {'tone': tone, 'spam': True}}
+    soft = {'text': 'a', 'probabilities': {'tone': {'friendly': 1, 'neutral': 3}, 'spam': {'true': 1}}}
+    path = write_lines(tmp_path / 'a.jsonl', [
+        answer('a', 'odd'), answer('a', 'friendly'), answer('b', 'neutral'), answer(' a ', 'neutral'), soft,
+        answer('b', 'neutral'), answer('a', 'friendly')])
+    labels = Labels([path], FIELDS)
+    lines = list(labels)
+    assert [reason for *_, reason in lines] == ['dropped_invalid', '', '', 'conflicting', 'conflicting', 'duplicate',
+                                                'duplicate']
+    assert lines[1][0] == 'a' and lines[1][1]['probabilities']['tone'] == pytest.approx(
+        {'friendly': 2.25 / 4, 'neutral': 1.75 / 4})
+    assert lines[2][1]['probabilities'] == {'tone': {'neutral': 1, 'friendly': 0}, 'spam': {'true': 1, 'false': 0}}
+
+
+@pytest.mark.parametrize('label, message', [
+    ({'answer': {'tone': 'Friendly', 'spam': True}}, 'tone is "Friendly", not one of "neutral", "friendly"'),
+    ({'answer': {'tone': 'friendly', 'spam': 'true'}}, 'spam is "true", not one of true, false'),
+    ({'answer': {'tone': 'friendly'}}, 'it has no spam'), ({}, 'it has no tone'), ({'answer': 'x'}, 'not an object'),
+    ({'answer': {'tone': {'friendly': 1}, 'spam': True}}, 'tone is {"friendly": 1}, not one of'),
+    ({'probabilities': {'tone': {'odd': 1}}}, "tone has a probability of 'odd', which is not one of neutral"),
+    ({'probabilities': {'tone': {'friendly': -1}}}, "tone: -1 is not the probability of 'friendly'"),
+    ({'probabilities': {'tone': {'friendly': 0}}}, 'tone has no probability above 0')])
+def test_a_wrong_label_says_what_is_wrong(label, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_label(FIELDS, label)
+
+
+def test_files_that_are_no_labels_end_with_one_line_and_broken_lines_are_named(project, tmp_path):
+    root = clone_task(project, tmp_path)
+    extract = lambda *args: run(root, 'extract.py', '--name=given', *args)
+    (root / 'empty.jsonl').write_text('')
+    for args, message in ((['--labels=nowhere.jsonl'], 'nowhere.jsonl does not exist'),
+                          (['--labels=empty.jsonl'], 'no text of'), (['--labels=data'], 'is not a file'),
+                          (['--labels=empty.jsonl,nowhere.jsonl'], 'nowhere.jsonl does not exist'),
+                          (['--labels=empty.jsonl', '--template=x'], 'the template must hold {text} once'),
+                          (['--labels=empty.jsonl', "--fields={'f': [[{'a': 1}], 2]}"], 'has a JSON object in it')):
+        assert message in one_line(extract(*args)), args
+    write_lines(root / 'some.jsonl', [
+        {'text': 'cat', 'answer': {'tone': 'neutral', 'spam': True}}, '{"text": "cut', '[]', '', {'body': 'x'},
+        {'text': '😀 été 日本 ' * 400, 'answer': {'tone': 'neutral', 'spam': True}}, {'text': ''},
+        {'text': 'half \ud800', 'answer': {}}, {'text': '你好', 'answer': {'tone': 'friendly', 'spam': False}}])
+    done = extract('--labels=some.jsonl', '--prompt=')          # nobody is asked: no prompt is needed
+    assert done.returncode == 0, done.stderr
+    assert 'filter read=8 kept=2 bad_json=3 bad_utf8=1 empty=1 long=1' in done.stdout  # "cat" is not too short
+    for line in ('some.jsonl line 2: it is not JSON', 'some.jsonl line 5: it has no text', 'line 8: its text has half'):
+        assert line in done.stdout
+    short = extract('--labels=some.jsonl', '--name=longer', '--min_text=3')
+    assert ' short=1' in short.stdout
+
+
+@pytest.mark.parametrize('family', ['gemma', 'plain'])
+@pytest.mark.parametrize('prompt', ['', '{text} is', PROMPT])
+def test_given_labels_need_no_begin_token_and_no_prompt(project, teachers, tmp_path, family, prompt):
+    root = clone_task(project, tmp_path)
+    texts = [json.loads(line)['text'] for line in open(root / 'data/toy/input.jsonl')]
+    write_lines(root / 'labels.jsonl', [
+        {'text': text, 'answer': {'tone': 'friendly' if 'cat' in text else 'neutral', 'spam': True}} for text in texts])
+    done = run(root, 'extract.py', f'--teacher={teachers[family]}', '--labels=labels.jsonl', f'--prompt={prompt}',
+               '--name=given', '--chat=True')
+    assert done.returncode == 0 and 'extract records=400' in done.stdout, done.stderr
+    assert json.loads((root / 'data/toy/given-00/meta.json').read_text())['prompt'] == (prompt or '{text}')
+    done = run(root, 'train.py', '--name=given', '--max_epochs=1')
+    assert done.returncode == 0, done.stderr

@@ -181,7 +181,8 @@ def test_mails_of_every_form_are_read(tmp_path):
 def run_prepare(folder, *args, stdin=b'', **env):
     """runs data/prepare.py. Returns the finished process, and the records of data/mine/input.jsonl or []."""
     (folder / 'data').mkdir(exist_ok=True)
-    shutil.copy(ROOT / 'data' / 'prepare.py', folder / 'data')
+    for name in ('prepare', 'tables', 'logs', 'objects', 'stub'):
+        shutil.copy(ROOT / f'data/{name}.py', folder / 'data')
     done = subprocess.run([sys.executable, 'data/prepare.py', 'mine', *args], cwd=folder, capture_output=True,
                           input=stdin, env={**os.environ, **env})
     target = folder / 'data/mine/input.jsonl'
@@ -402,6 +403,69 @@ def test_parquet_files_and_directories_of_them_are_read_whatever_their_name(tmp_
                           (['a.parquet', '--truth=no'], 'add --truth= with one of: id, text, n')):
         lines = run_prepare(tmp_path, *args)[0].stderr.decode().splitlines()
         assert len(lines) == 1 and message in lines[0], lines
+
+
+def save_to_disk(folder, table, n=1):
+    """writes a table as Dataset.save_to_disk of Hugging Face does: n files of Arrow streams, and state.json."""
+    pyarrow = pytest.importorskip('pyarrow')
+    folder.mkdir(parents=True)
+    names = [f'data-{i:05d}-of-{n:05d}.arrow' for i in range(n)]
+    for i, name in enumerate(names):
+        with pyarrow.ipc.new_stream(folder / name, table.schema) as stream:
+            stream.write_table(table.slice(i * (len(table) // n), len(table) // n))
+    (folder / 'state.json').write_text(json.dumps({'_data_files': [{'filename': name} for name in names]}))
+    (folder / 'dataset_info.json').write_text('{}')
+
+
+def test_saved_hugging_face_data_sets_are_read_part_by_part(tmp_path):
+    pyarrow = pytest.importorskip('pyarrow')
+    table = pyarrow.table({'text': ['one', 'été', 'x', '😀'], 'label': [1, 0, None, 1],
+                           'request': [{'text': f'in {i}', 'n': [1]} for i in range(3)] + [None]})
+    save_to_disk(tmp_path / 'set', table, 2)
+    (tmp_path / 'set/cache-1.arrow').write_bytes(b'left over by a map()')
+    done, records = run_prepare(tmp_path, 'set', '--truth=label')
+    assert records[:2] == [{'text': 'one', 'truth': {'label': '1'}}, {'text': 'été', 'truth': {'label': '0'}}]
+    assert len(records) == 4, done.stderr
+    _, records = run_prepare(tmp_path, 'set', '--column=request.text')
+    assert [r['text'] for r in records] == ['in 0', 'in 1', 'in 2']
+    save_to_disk(tmp_path / 'dict/train', table)
+    save_to_disk(tmp_path / 'dict/test', pyarrow.table({'text': ['t']}))
+    assert [r['text'] for r in run_prepare(tmp_path, 'dict')[1]] == ['t', 'one', 'été', 'x', '😀']
+    content = (tmp_path / 'dict/train/data-00000-of-00001.arrow').read_bytes()
+    for path in ('a', 'b.gz', '-'):
+        (tmp_path / 'a').write_bytes(content)
+        (tmp_path / 'b.gz').write_bytes(gzip.compress(content))
+        assert len(run_prepare(tmp_path, path, stdin=content)[1]) == 4
+    with pyarrow.ipc.new_file(tmp_path / 'file.arrow', table.schema) as file:
+        file.write_table(table)
+    assert len(run_prepare(tmp_path, 'file.arrow')[1]) == 4
+    (tmp_path / 'cut.arrow').write_bytes(content[:99])
+    (tmp_path / 'odd').mkdir()
+    (tmp_path / 'odd/state.json').write_text('{}')
+    for args, message in ((['set', '--column=body'], 'add --column= with one of: text, label, request'),
+                          (['set', '--column=request.body'], 'add --column= with one of: '),
+                          (['cut.arrow'], 'cannot be read as an Arrow file'), (['odd'], 'is damaged, or not of')):
+        line, = run_prepare(tmp_path, *args)[0].stderr.decode().splitlines()
+        assert message in line, line
+
+
+def test_dots_name_nested_keys(tmp_path):
+    pyarrow = pytest.importorskip('pyarrow')
+    from pyarrow.parquet import write_table
+    rows = [{'request': {'text': f'text {i}', 'messages': [{'content': f'hi {i}'}], 'none': None}, 'a.b': f'dot {i}'}
+            for i in range(2)]
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    (tmp_path / 'a.json').write_text(json.dumps(rows))
+    write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'a.parquet')
+    for path in ('a.jsonl', 'a.json', 'a.parquet'):
+        for column, first in (('request.text', 'text 0'), ('request.messages.0.content', 'hi 0'), ('a.b', 'dot 0')):
+            done, records = run_prepare(tmp_path, path, f'--column={column}')
+            assert [r['text'] for r in records] == [first, first.replace('0', '1')], done.stderr
+        for column, message in (('request.body', "no column 'body'; add --column= with one of: "),
+                                ('request.messages.3.content', 'no text found'), ('request.none.x', 'no text found'),
+                                ('a.c', "no column 'a'")):
+            line, = run_prepare(tmp_path, path, f'--column={column}')[0].stderr.decode().splitlines()
+            assert message in line, (path, line)
 
 
 def test_other_binary_files_are_refused_by_name(tmp_path):

@@ -94,6 +94,15 @@ def test_characters_cut_into_bytes_by_the_servers_tokens():
     assert label['probabilities']['v']['é'] == pytest.approx(0.7)
 
 
+def test_a_value_in_an_unusual_spelling_or_without_any_probability_is_a_bare_label():
+    fields = {'tone': ['neutral', 'friendly']}
+    tokens = as_tokens('{"tone": "', '\\u006e', 'eutral', '"}')
+    label, outside = label_from_answer(fields, ''.join(token.decode() for token, *_ in tokens), tokens)
+    assert label == {'probabilities': {'tone': {'neutral': 1, 'friendly': 0}}} and outside == 0
+    tokens = [*as_tokens('{"tone": "'), (b'neutral', -9999.0, []), *as_tokens('"}')]
+    assert label_from_answer(fields, '{"tone": "neutral"}', tokens)[0] == label
+
+
 def test_an_answer_without_log_probabilities_is_a_bare_label_and_samples_are_shares():
     fields = {'a': ['x', 'y'], 'b': [True, False]}
     assert label_from_answer(fields, 'so: {"b": true, "a": "x"}', []) == ({'answer': {'a': 'x', 'b': True}}, 0.0)

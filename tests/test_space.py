@@ -78,6 +78,9 @@ def test_invalid_schemas_are_refused(tokenizer):
     for fields in ({}, {'a': []}, {'a': [1, 1]}, {'a': True, 'b': [1, 2]}, {'a': 'yes'}):
         with pytest.raises(ValueError):
             OutputSpace(tokenizer, fields)
+    for value in ({'a': 1}, [[{}]]):                            # an answer of {"a": 1} could be probabilities
+        with pytest.raises(ValueError, match="'f': .* has a JSON object in it; values are strings, numbers"):
+            OutputSpace(tokenizer, {'f': [value, 1]})
 
 
 def test_constants_that_are_not_json_or_have_special_tokens_are_refused(tokenizer):

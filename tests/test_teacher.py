@@ -1,4 +1,5 @@
 """The engine beside decoding one token at a time, and the loading of teachers."""
+import json
 import random
 
 import numpy as np
@@ -8,9 +9,9 @@ import torch
 import config.machine as machine
 from distil.engine import Drafts, Teacher, answer, answer_batched
 from distil.space import OutputSpace
-from distil.teacher import encode_prompt, fingerprint, load_model, locate
+from distil.teacher import encode_prompt, fingerprint, load_model, load_tokenizer, locate
 from model import attend_with_lse
-from tests.conftest import FIELDS, PROMPT, load_teacher
+from tests.conftest import FIELDS, PROMPT, clone_task, load_teacher, one_line, run
 from test_smoke import step_by_step
 
 
@@ -175,4 +176,28 @@ def test_a_teacher_in_float16_is_read_correctly(teachers):
     with pytest.raises(SystemExit, match='needs a word before it'):
         tokenizer.bos_token = None
         encode_prompt(tokenizer, '{text} is', chat=False)
-    assert encode_prompt(tokenizer, '{text}', chat=False)[:2] == ([], [])  # given labels: no teacher is asked
+    assert encode_prompt(tokenizer, '{text}', False, asked=False)[:2] == ([], [])  # given labels
+    assert encode_prompt(tokenizer, '{text} is', False, asked=False)[0] == []
+
+
+def test_a_tokenizer_without_a_begin_token_goes_every_way(project, teachers, tmp_path):
+    """extract, verify, score, train from layers with the prompt, sample; given labels: tests/test_labels.py."""
+    root, name = clone_task(project, tmp_path), ('--name=plain', f'--teacher={teachers["plain"]}')
+    assert load_tokenizer(str(teachers['plain'])).bos_token_id is None
+    for args in ([], ['--verify=20']):
+        done = run(root, 'extract.py', *name, *args)
+        assert done.returncode == 0, done.stdout + done.stderr
+    meta = json.loads((root / 'data/toy/plain-00/meta.json').read_text())
+    assert meta['before'][0] != 1 and 'verify records=20' in done.stdout
+    done = run(root, 'train.py', '--name=plain', '--init_from=teacher', '--n_layer=2', '--keep_prompt=True',
+               '--block_size=70', '--max_epochs=1', '--learning_rate=1e-3')
+    assert done.returncode == 0, done.stderr
+    done = run(root, 'sample.py', '--name=plain', '--text=hello my friend')
+    assert done.returncode == 0 and {*json.loads(done.stdout)} == {*FIELDS}, done.stderr
+    answers = ''.join(json.dumps({'text': f'the cat said {n}', 'answer': {'tone': 'neutral', 'spam': True}}) + '\n'
+                      for n in range(20))
+    (root / 'answers.jsonl').write_text(answers)
+    done = run(root, 'extract.py', f'--teacher={teachers["plain"]}', '--name=scored', '--score=answers.jsonl')
+    assert done.returncode == 0 and 'extract records=20' in done.stdout, done.stderr
+    refused = run(root, 'extract.py', f'--teacher={teachers["plain"]}', '--name=other', '--prompt={text} is')
+    assert 'this teacher needs a word before it' in one_line(refused)

@@ -1,0 +1,95 @@
+"""The config of a task, from the log of the LLM that does it today: its fields, its prompt, a student."""
+import json
+import math
+from collections import Counter
+
+from logs import read_reply  # these lie beside this file
+from objects import find_object
+
+MANY = 20  # a field with more values may be free text
+
+
+def count_values(log):
+    """({field: Counter of the JSON texts of its values}, the longest text in bytes, the longest answer in bytes)
+    of the calls of a log."""
+    fields, longest_text, longest_answer = {}, 0, 0
+    for line in log:
+        if line.problem or line.reply is None:
+            continue
+        longest_text = max(longest_text, len(' '.join(line.text.split()).encode()))
+        try:
+            answer, _ = find_object(read_reply(line.reply)[0])
+            for name, value in (answer or {}).items():
+                fields.setdefault(name, Counter())[json.dumps(value, allow_nan=False)] += 1
+        except ValueError:                                      # no answer, or NaN in it
+            continue
+        longest_answer = max(longest_answer, len(json.dumps(answer or {})))
+    return fields, longest_text, longest_answer
+
+
+def why_no_field(counts):
+    """why a field of the answers is not one of the student's; '' if it is."""
+    values = [json.loads(text) for text in counts]
+    if any('{' in text and not isinstance(value, str) for text, value in zip(counts, values)):
+        return 'its values are objects'
+    rare = sum(n == 1 for n in counts.values())
+    if len(counts) > MANY and (rare > len(counts) / 2 or any(isinstance(value, float) for value in values)):
+        return f'{len(counts)} values in {counts.total()} answers: free text, or a number'
+    return ''
+
+
+def quote(text):
+    """a text as a Python constant that can be read, if possible in three quotes."""
+    plain = "'''" not in text and '\\' not in text and not text.endswith("'") and '\r' not in text
+    return f"'''{text}'''" if plain else repr(text)
+
+
+def write_stub(name, log, labels, n_texts):
+    """the text of a config file for the task of a log, '' if its answers leave nothing to decide. labels: what
+    extract.py reads; n_texts: different texts in the log."""
+    found, longest_text, longest_answer = count_values(log)
+    if not any(len(counts) > 1 and not why_no_field(counts) for counts in found.values()):
+        return ''
+    fields = []
+    for field, counts in found.items():
+        often = ', '.join(f'{text} {n}' for text, n in counts.most_common(12)) + ', ...' * (len(counts) > 12)
+        values = ', '.join(repr(json.loads(text)) for text, _ in counts.most_common())
+        reason = why_no_field(counts)
+        fields += [f'# {field!r} is left out: {reason}'] if reason else [f'# {often}', f'{field!r}: [{values}],']
+    max_text = min(LONGEST, 8 * math.ceil((longest_text / 2.5 + 4) / 8))
+    return CONFIG.format(
+        name=name, labels=labels, fields='\n'.join(f'    {line}' for line in fields), max_text=max_text,
+        block_size=max_text + longest_answer // 2 + 24,
+        prompt=quote(f'{log.system}\n\n{log.template}' if log.system else log.template),
+        max_epochs=max(4, min(40, round(STEPS * 32 / n_texts))))
+
+
+LONGEST = 448  # tokens of a text: the reader sees 512
+STEPS = 600    # of training; few texts need many epochs
+CONFIG = """# From a log of the LLM that does this task today. Look at fields and prompt: are these all? Then:
+#     python extract.py config/{name}.py
+#     python train.py config/{name}.py
+#     python tools/evaluate.py config/{name}.py
+name = {name!r}
+dataset = {name!r}
+labels = {labels!r}
+teacher = 'data/teachers/qwen2.5-coder-0.5b.gguf'  # not asked; the student writes its answers with these tokens
+fields = {{             # above each its values in the log, and how often they occur
+{fields}
+}}
+prompt = {prompt}
+max_text = {max_text}         # tokens
+too_long = 'cut'
+# student: a pre-trained encoder reads the text, one layer writes the answer
+reader = 'data/teachers/minilm'  # python data/teachers/prepare.py qwen2.5-coder-0.5b minilm
+n_layer = 1
+n_head = 6
+n_embd = 384
+n_mlp = 1536
+block_size = {block_size}       # tokens of the encoder, and those of the answer
+# training
+max_epochs = {max_epochs}
+batch_size = 32
+learning_rate = 1e-3
+min_lr = 1e-4
+"""

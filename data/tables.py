@@ -1,0 +1,188 @@
+"""Tables of any format, for prepare.py: .csv, .xlsx, .parquet and .arrow files -> their texts.
+
+Rows are lists of texts. Whatever a file's column is called or separated by, a message says what to type.
+"""
+import csv
+import json
+import re
+import sys
+import textwrap
+import warnings
+from collections import Counter
+from contextlib import contextmanager
+from itertools import chain, islice
+
+ONE_COLUMN = '\x1f'  # as a delimiter: no text has it
+DELIMITERS = {'comma': ',', 'semicolon': ';', 'tab': '\t', 'pipe': '|', 'none': ONE_COLUMN}
+QUOTED = re.compile(r'(?<![^,;\t|\r\n]) *"[^"]*(?:""[^"]*)*"(?![^,;\t|\r\n])')  # a cell in quotes
+
+
+@contextmanager
+def use_package(package, path, what):
+    """exits with a message if the block cannot import an optional package, or cannot read the file."""
+    try:
+        yield
+    except ImportError:
+        sys.exit(f'{path} is {what}; to read it: pip install {package}')
+    except Exception as error:  # whatever the package raises for a damaged file
+        sys.exit(f'{path} cannot be read as {what}: {" ".join(str(error).split())}')
+
+
+def find_column(names, column, path, option='column', hint=''):
+    """the index of the column named `column`, or else of the column of the text. Exits with a message if none
+    or several are known. option, hint: for the message."""
+    found = [i for i, name in enumerate(names) if (name == column if column else name.lower() == 'text')]
+    if len(found) == 1 or not column and len(names) == 1:
+        return found[0] if found else 0
+    if found:
+        sys.exit(f'{path} has {len(found)} columns called {names[found[0]]}; rename one')
+    problem = f'has no column {column!r}' if column else 'has several columns, and none is called text'
+    shown = textwrap.shorten(', '.join(names)[:2000], 500, placeholder=' ...')
+    sys.exit(f'{path} {problem}; add --{option}= with one of: {shown}{hint}')
+
+
+def find_value(value, column, path):
+    """the value of an object (a dict that is not empty) under a column, which may name nested keys with dots:
+    request.text, messages.0.content. None if there is nothing to look in. Exits with a message if a key is
+    unknown."""
+    for key in column.split('.') if column not in value else [column]:
+        if isinstance(value, list):                             # a number counts from 0
+            value = value[int(key)] if key.isdecimal() and int(key) < len(value) else None
+        elif isinstance(value, dict):
+            names = [*value]
+            value = value[names[find_column(names, key, path)]] if names else None
+        else:
+            return None
+    return value
+
+
+def find_delimiter(start, column, path):
+    """the delimiter of a table that starts with these lines: the one that makes a cell of its header the name
+    of the text's column, else one that all lines have, or nine in ten equally often, else ONE_COLUMN."""
+    named, shares = {ONE_COLUMN: 1}, {}  # {delimiter: cells in the header}, {delimiter: share of like lines}
+    lines = [line for line in re.split('[\r\n]+', QUOTED.sub('', ''.join(start)[:100_000])) if line.strip()]
+    for delimiter in ',;\t|':
+        numbers = Counter(line.count(delimiter) for line in lines)
+        try:
+            rows = csv.reader(start, delimiter=delimiter, strict=True, skipinitialspace=True)
+            names = [name.strip().lower() for name in next(filter(None, rows), [])]
+            if (column or 'text').lower() in names:
+                named[delimiter] = len(names)
+        except csv.Error:  # not with this delimiter
+            pass
+        share = max((n / len(lines) for number, n in numbers.items() if number), default=0)
+        if share >= 0.9 or share and not numbers[0]:
+            shares[delimiter] = share
+    if len(named) > 1:
+        return max(named, key=named.get)
+    if len(shares) > 1 and column.isdecimal():
+        options = [f'--delimiter={name}' for name, d in DELIMITERS.items() if d in shares]
+        sys.exit(f'{path} has several possible delimiters; add {" or ".join(options)}')
+    return max(shares, key=shares.get, default=ONE_COLUMN)
+
+
+def csv_rows(lines, path, delimiter, column, is_tsv, counts):
+    """yields the rows of a .csv or .tsv as lists of cells. Exits with a message if it is no table."""
+    csv.field_size_limit(1 << 30)
+    start = list(islice(lines, 100))
+    excel = re.fullmatch(r'"?sep=(.)"?\s*', start[0], re.I) if start else None  # a first line of Excel's own
+    start = start[1:] if excel else start
+    delimiter = (delimiter or excel and excel[1] or is_tsv and '\t' in ''.join(start[:1]) and '\t'
+                 or find_delimiter(start, column, path))
+    rows = csv.reader(chain(start, lines), delimiter=delimiter, strict=True, skipinitialspace=True)
+    line, width = 1, 0                                          # where a row begins; cells of the first row
+    try:
+        for row in rows:
+            width = width or len(row) * any(map(str.strip, row))
+            if any(map(str.strip, row[width:])):
+                counts['bad_row'] += 1
+            elif row and width:
+                yield row
+            line = rows.line_num + 1
+    except csv.Error as error:
+        error = str(error).replace(ONE_COLUMN, 'end of line')
+        sys.exit(f'{path} cannot be read as a table, line {line + bool(excel)}: {error}; is a closing quote '
+                 'missing? If each line is one text, name it .txt')
+
+
+def cell_text(cell):
+    """a cell of a typed table as text: numbers, true and false as in JSON; '' for nothing, NaN, objects."""
+    if cell is None or cell != cell:
+        return ''
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))
+    if isinstance(cell, (bool, int, float)):
+        return json.dumps(cell)
+    return '' if isinstance(cell, (list, dict, bytes)) else str(cell)
+
+
+def xlsx_rows(raw, path):
+    """yields the rows of the first sheet of an Excel workbook as lists of texts."""
+    with use_package('openpyxl', path, 'an Excel workbook'):
+        import openpyxl
+        warnings.simplefilter('ignore')  # about formats that it does not know
+        book = openpyxl.load_workbook(raw, read_only=True, data_only=True)
+        sheet = book.worksheets[0]
+        if len(book.worksheets) > 1:
+            print(f'{path} has {len(book.worksheets)} sheets; only the first, {sheet.title!r}, is read')
+        sheet.reset_dimensions()  # some programs write wrong ones, which would cut the rows
+        for row in sheet.iter_rows(values_only=True):
+            cells = [cell_text(cell).replace('_x000D_', '\r') for cell in row]  # a carriage return
+            while cells and not cells[-1]:
+                cells.pop()
+            if cells:
+                yield cells
+
+
+def read_table(rows, path, column, truths, hint=''):
+    """yields (text, {'truth': ...} or {}) for each row but the header. rows: lists of texts. Exits with a
+    message if a column is unknown."""
+    rows = iter(rows)
+    names = [name.strip() for name in next(rows, [])]
+    if not names:
+        return
+    unnamed = len(names) == 1 and not column and names[0].lower() != 'text'
+    if column.isdecimal() and column not in names or unnamed:
+        # no header: the first row holds a text too
+        at, rows = int(column or 1) - 1, chain([names], rows)
+        if not 0 <= at < len(names):
+            sys.exit(f'{path} has no column {column}; it has {len(names)}, counted from 1'
+                     + ('; if there are more, add --delimiter=' if hint else ''))
+        if truths:
+            sys.exit(f'{path} has no header, so it has no column {truths[0]!r}; add a header')
+    else:
+        at = find_column(names, column, path, hint='; or its number, if there is no header' + hint)
+    columns = {truth: find_column(names, truth, path, 'truth') for truth in truths}
+    for row in rows:
+        if len(names) == 1 and any(row[1:]):  # only in a workbook
+            sys.exit(f'{path} has one cell in its first row, more below; delete the rows above the header')
+        truth = {name: row[i].strip() for name, i in columns.items() if len(row) > i and row[i].strip()}
+        yield row[at] if len(row) > at else '', {'truth': truth} if truth else {}
+
+
+def open_batches(raw, kind):
+    """(names of the columns, a function from names of columns to batches of their rows) of a Parquet or Arrow
+    file. The latter is a file or a stream, as Hugging Face datasets save it."""
+    if kind == 'parquet':
+        from pyarrow.parquet import ParquetFile
+        file = ParquetFile(raw)
+        return file.schema_arrow.names, lambda wanted: file.iter_batches(columns=wanted)
+    from pyarrow import ipc
+    if raw.peek(6)[:6] != b'ARROW1':
+        stream = ipc.open_stream(raw)
+        return stream.schema.names, lambda _: stream
+    file = ipc.open_file(raw)
+    return file.schema.names, lambda _: map(file.get_batch, range(file.num_record_batches))
+
+
+def read_typed(raw, path, kind, column, truths):
+    """yields (text, {'truth': ...} or {}) for each row of a Parquet or Arrow file."""
+    with use_package('pyarrow', path, {'parquet': 'a Parquet file', 'arrow': 'an Arrow file'}[kind]):
+        names, read_batches = open_batches(raw, kind)
+        top = column if column in names else column.partition('.')[0]
+        top = names[find_column(names, top, path)]
+        wanted = list(dict.fromkeys([top, *(names[find_column(names, t, path, 'truth')] for t in truths)]))
+        nested = column not in ('', top)
+        rows = ([cell_text(find_value({top: row[0]}, column, path) if nested else row[0]), *map(cell_text, row[1:])]
+                for batch in read_batches(wanted) for row in zip(*(batch[name].to_pylist() for name in wanted)))
+        yield from read_table(chain([wanted], rows), path, top, truths)

@@ -1,0 +1,316 @@
+"""Logs of an LLM: which text was in a prompt, what was answered, and how a student learns from it."""
+import asyncio
+import gzip
+import json
+import math
+import random
+import re
+import runpy
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data.logs import FEW, Log, is_log, text_between
+from distil.answers import label_from_answer
+from distil.labels import Labels
+from distil.server import Server
+from serve.request import read_messages
+from tests.conftest import FIELDS, ROOT, clone_task, one_line, run
+from tests.test_labels import write_lines
+from tests.test_prepare import run_prepare
+
+TEMPLATE = 'Is this friendly? Is it spam? Answer in JSON.\nMessage: "{text}"\nAnswer:'
+
+
+def request(text, template=TEMPLATE, system='You label messages.'):
+    messages = [{'role': 'system', 'content': system}] * bool(system)
+    return {'model': 'm', 'messages': [*messages, {'role': 'user', 'content': template.replace('{text}', text)}]}
+
+
+def response(content, tokens=()):
+    """tokens: (text, {text: probability of each alternative}) each."""
+    as_json = lambda text, p: {'token': text, 'logprob': math.log(p), 'bytes': list(text.encode())}
+    listed = [{**as_json(text, p[text]), 'top_logprobs': [as_json(*other) for other in p.items()]}
+              for text, p in tokens]
+    return {'choices': [{'message': {'role': 'assistant', 'content': content},
+                         'logprobs': {'content': listed} if listed else None}], 'usage': {'prompt_tokens': 5}}
+
+
+def soft_response(p, spam='true'):
+    """friendly with probability p."""
+    tone = 'friendly' if p >= 0.5 else 'neutral'
+    pieces = [('{"tone":"', {'{"tone":"': 1.0}), (tone, {'friendly': p, 'neutral': 1 - p}),
+              (rest := f'","spam":{spam}}}', {rest: 1.0})]
+    return response(''.join(text for text, _ in pieces), pieces)
+
+
+def response_of_the_new_kind(content):
+    return {'output': [{'type': 'reasoning', 'summary': []},
+                       {'type': 'message', 'content': [{'type': 'output_text', 'text': content}]}]}
+
+
+# -----------------------------------------------------------------------------
+# one line
+
+
+ANSWER = '{"tone": "friendly", "spam": true}'
+KINDS = {
+    'fine-tuning': {'messages': [*request('a b')['messages'], {'role': 'assistant', 'content': ANSWER}]},
+    'a pair': {'request': request('a b'), 'response': response(ANSWER)},
+    'bodies': {'time': 3, 'body': request('a b'), 'response': {'status_code': 200, 'body': response(ANSWER)}},
+    'pair of bodies': {'request': {'body': request('a b')}, 'response': {'body': response(ANSWER)}},
+    'JSON in texts': {'request': json.dumps(request('a b')), 'response': json.dumps(response(ANSWER))},
+    'thoughts and a fence': {'request': request('a b'), 'response': response(
+        f'<think>{{"tone": "neutral"}}</think>\n```json\n{ANSWER}\n```')},
+    'parts': {'request': {'messages': [{'role': 'user', 'content': [
+        {'type': 'text', 'text': TEMPLATE.replace('{text}', 'a b')}]}]}, 'response': response(ANSWER)},
+    'a tool call': {'request': request('a b'), 'response': {'choices': [{'message': {
+        'content': None, 'tool_calls': [{'function': {'name': 'f', 'arguments': ANSWER}}]}}]}},
+    'responses': {'request': {'model': 'm', 'instructions': 'x', 'input': TEMPLATE.replace('{text}', 'a b')},
+                  'response': response_of_the_new_kind(ANSWER)},
+    'a second turn': {'request': {'messages': [
+        *request('c d')['messages'], {'role': 'assistant', 'content': '{}'}, *request('a b', system='')['messages']]},
+        'response': response(ANSWER)},
+    'the answer alone': {'request': request('a b'), 'response': ANSWER},
+    'more keys': {'request': request('a b'), 'response': response('{"why": "so", "spam": true, "tone": "friendly"}')},
+    'served.jsonl': {'text': 'a b', 'answer': {'tone': 'friendly', 'spam': True}},
+}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_kind_of_line_gives_its_text_and_its_label(tmp_path, kind):
+    path = write_lines(tmp_path / 'a.jsonl', [KINDS[kind]])
+    (text, label, reason), = Labels([path], FIELDS, TEMPLATE)
+    assert (text, reason) == ('a b', '')
+    assert label['probabilities'] == {'tone': {'neutral': 0, 'friendly': 1}, 'spam': {'true': 1, 'false': 0}}
+    assert is_log(path) == (kind != 'served.jsonl')
+    assert is_log(write_lines(tmp_path / 'cut.jsonl', ['{"cut', KINDS[kind]])) == (kind != 'served.jsonl')
+    (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(path.read_bytes()))
+    assert list(Labels([tmp_path / 'a.jsonl.gz'], FIELDS, TEMPLATE)) == [(text, label, '')]
+
+
+@pytest.mark.parametrize('line', [
+    {'text': 'x', 'response': 'y'}, {'body': 'a text', 'id': 3}, {'input': 'x', 'output': 'y'}, 'x', 3, [], None,
+    {'request': {'text': 'x'}}, {'messages': 'x'}, {'custom_id': '1', 'text': 'x'}])
+def test_other_lines_are_no_log(tmp_path, line):
+    assert not is_log(write_lines(tmp_path / 'a.jsonl', [json.dumps(line)]))
+
+
+@pytest.mark.parametrize('line, message', [
+    ({'request': request('a'), 'response': None}, 'no answer'),
+    ({'request': request('a'), 'response': {'error': {'message': 'rate limit'}}}, 'no answer: rate limit'),
+    ({'request': request('a'), 'response': response('I cannot')}, "its answer has no JSON object: 'I cannot'"),
+    ({'request': request('a'), 'response': response('{"tone": "odd", "spam": true}')}, 'tone is "odd", not one of'),
+    ({'request': request('a'), 'response': response('{"tone": "neutral"}')}, 'it has no spam'),
+    ({'request': request('a', 'Other: {text}'), 'response': response(ANSWER)}, 'does not fit the template'),
+    ({'response': response(ANSWER)}, 'it has no request'),
+    ({'custom_id': '7', 'response': {'body': response(ANSWER)}}, "no request has its custom_id, '7'"),
+    ({'request': {'messages': []}, 'response': response(ANSWER)}, 'the request has no messages'),
+    ({'request': {'messages': [{'role': 'user', 'content': [{'type': 'image_url'}]}]}, 'response': {}},
+     'is not a text'),
+    ({'request': request('a \ud800'), 'response': response(ANSWER)}, 'half a character'),
+    ({'request': request(' '), 'response': response(ANSWER)}, 'its text is empty'),
+    ('{"request": {', 'it is not JSON')])
+def test_a_line_that_cannot_be_used_is_named_with_the_reason(tmp_path, line, message):
+    labels = Labels([write_lines(tmp_path / 'a.jsonl', [KINDS['a pair'], line])], FIELDS, TEMPLATE)
+    (_, _, first), (_, _, reason) = labels
+    assert not first and message in labels.problems[reason][0] and 'a.jsonl line 2: ' in labels.problems[reason][0]
+
+
+def test_log_probabilities_become_the_labels_that_a_server_would_give(tmp_path):
+    rng, lines = random.Random(0), []
+    for n in range(30):
+        lines.append({'request': request(f'{n} text {n}'), 'response': soft_response(rng.uniform(0.01, 0.99))})
+    labels = Labels([write_lines(tmp_path / 'a.jsonl', lines)], FIELDS)
+    server = Server(['http://nowhere'], 'm', FIELDS, TEMPLATE)
+
+    async def reply(client, body):
+        return 200, next(line['response'] for line in lines if line['request']['messages'][1] == body['messages'][0])
+    server.post = reply
+    for n, (text, label, _) in enumerate(labels):
+        slow = label_from_answer(FIELDS, *asyncio.run(server.complete(None, text)))[0]
+        assert text == f'{n} text {n}' and min(slow['probabilities']['tone'].values()) > 0
+        for name in FIELDS:
+            assert label['probabilities'][name] == pytest.approx(slow['probabilities'][name], abs=1e-6)
+    assert server.used['prompt_tokens'] == 150
+
+
+def test_the_output_of_a_batch_is_joined_with_its_input_in_any_order(tmp_path):
+    inputs = [{'custom_id': str(n), 'method': 'POST', 'url': '/v1/chat/completions', 'body': request(f'text {n}')}
+              for n in range(5)]
+    outputs = [{'id': 'b', 'custom_id': str(n), 'response': {'status_code': 200, 'body': soft_response(n / 5 + 0.1)}}
+               for n in (3, 1, 0)]
+    outputs.append({'custom_id': '2', 'response': {'status_code': 500, 'body': {'error': {'message': 'oh'}}}})
+    files = [write_lines(tmp_path / 'out.jsonl', outputs), write_lines(tmp_path / 'in.jsonl', inputs)]
+    for paths in (files, files[::-1]):
+        labels = Labels(paths, FIELDS)
+        assert [line[0] for line in labels] == ['text 3', 'text 1', 'text 0', '']
+        assert labels.problems == {'unusable': [f'{files[0]} line 4: no answer: oh']}
+        assert labels.log.n_unanswered == 1
+    write_lines(tmp_path / 'in.jsonl', [*inputs, {'custom_id': '3', 'body': request('another')}])
+    labels = Labels(files, FIELDS)
+    assert 'two requests have its custom_id' in labels.problems['unusable'][0]
+
+
+# -----------------------------------------------------------------------------
+# the template
+
+
+def log_of(tmp_path, messages, **how):
+    lines = [{'request': {'messages': [{'role': 'user', 'content': message}]}, 'response': {}} for message in messages]
+    return Log([write_lines(tmp_path / 'a.jsonl', lines)], **how)
+
+
+@pytest.mark.parametrize('template', [
+    'Message: {text}\n', 'Label "{text}" now', '请分类：{text}', '<text>{text}</text>\nJSON:', '{text}',
+    '{text}\n\nJSON:', 'Do it: now.\n\n```\n{text}\n```\n'])
+@pytest.mark.parametrize('texts', [
+    ['I am here.', 'I am there.', 'I was here.'], ['the cat', 'the dog'], ['a', 'ab', 'abc'], ['我好', '我不好'],
+    ['été', 'éte', '😀 x'], ['x' * 4000 + 'y', 'x' * 4000 + 'z', 'b']])
+def test_texts_that_begin_and_end_alike_by_accident_stay_whole(tmp_path, template, texts):
+    log = log_of(tmp_path, [template.replace('{text}', text) for text in texts])
+    assert log.template == template and [line.text for line in log] == texts
+
+
+def test_the_template_of_many_prompts_ends_between_words(tmp_path):
+    texts = [f'{word} {n}' for word in ('on', 'of', 'or') for n in range(FEW)]
+    template = 'You sort: messages. Classify the message {text} into one of three'
+    assert log_of(tmp_path, [template.replace('{text}', text) for text in texts]).template == template
+
+
+def test_one_prompt_or_several_show_no_template_and_one_can_be_given(tmp_path, capsys):
+    for messages in (['Message: a'], ['Message: a'] * 3, ['Sort: a', 'Rank: b']):
+        log = log_of(tmp_path, messages)
+        assert log.template == '{text}' and log.system == ''
+        log.print_template()
+        assert 'no common beginning' in capsys.readouterr().out
+    log = log_of(tmp_path, ['Sort: a', 'Rank: b'], template='Sort: {text}')
+    assert [line.text or line.problem[0] for line in log] == ['a', 'unusable']
+    assert log_of(tmp_path, ['Sort: the a', 'Sort: the b', 'x'], prompt='Sort: {text}').template == 'Sort: {text}'
+    assert log_of(tmp_path, ['Sort: the a', 'x', 'y'], prompt='Sort: {text}').template == '{text}'
+
+
+def test_whitespace_of_a_template_may_differ_and_a_system_message_may_belong_to_it():
+    assert text_between('a  b:\n x  y \n\nz', 'a b: {text} z') == 'x y'
+    assert text_between('a b: x', 'a c: {text}') is None and text_between('ab', 'ab{text}b') is None
+
+
+# -----------------------------------------------------------------------------
+# from a log to a student
+
+
+def test_from_a_log_to_a_student(project, tmp_path):
+    root = clone_task(project, tmp_path)
+    texts = [json.loads(line)['text'] for line in open(root / 'data/toy/input.jsonl')]
+    friendly = lambda text: 0.9 if 'cat' in text else 0.2
+    lines = [{'request': request(text), 'response': soft_response(friendly(text), ('false', 'true')[n % 2])}
+             for n, text in enumerate(texts)]
+    write_lines(root / 'log.jsonl', [*lines, '{"cut', {'request': request('cat'), 'response': None}])
+    done, records = run_prepare(root, 'log.jsonl', '--config=config/mine.py')
+    assert done.returncode == 0, done.stderr
+    assert [record['text'] for record in records] == [*texts, 'cat'] and 'bad_json=1' in done.stdout.decode()
+    assert 'template: Is this friendly?' in done.stdout.decode() and 'log.jsonl line 401' in done.stdout.decode()
+    config = runpy.run_path(str(root / 'config/mine.py'))
+    assert {name: {*values} for name, values in config['fields'].items()} == {'tone': {'neutral', 'friendly'},
+                                                                             'spam': {True, False}}
+    assert config['prompt'] == f'You label messages.\n\n{TEMPLATE}' and config['labels'] == 'log.jsonl'
+    again, _ = run_prepare(root, 'log.jsonl', '--config=config/mine.py')
+    assert again.returncode == 1 and b'config/mine.py exists' in again.stderr
+    teacher = runpy.run_path(str(root / 'config/toy.py'))['teacher']
+    done = run(root, 'extract.py', 'config/mine.py', f'--teacher={teacher}')
+    assert done.returncode == 0, done.stderr
+    assert 'filter read=402 kept=400 bad_json=1 unusable=1' in done.stdout
+    shards = data.Shards('mine', 'mine', root / 'data')
+    p = np.exp(shards.logits(0)) / np.exp(shards.logits(0)).sum(1, keepdims=True)
+    assert p.max(1).min() == pytest.approx(max(friendly(texts[0]), 1 - friendly(texts[0])), abs=0.01)
+    done = run(root, 'train.py', '--name=mine', '--dataset=mine', '--max_epochs=1', '--block_size=100')
+    assert done.returncode == 0 and (root / 'out/mine/best.pt').exists(), done.stderr
+    task = torch.load(root / 'out/mine/best.pt', weights_only=True)['task']
+    messages = lines[0]['request']['messages']
+    assert read_messages(messages, task['prompt'], 'messages') == texts[0]  # as serve.py finds it
+
+
+def test_the_config_of_a_log_names_its_values_and_leaves_out_free_text(tmp_path):
+    answers = [{'tone': ['neutral', 'friendly', None][n % 3], 'why': f'because {n}', 'p': n / 64, 'at': {'x': 1},
+                'stars': n % 5, 'ok': n % 7 == 0} for n in range(60)]
+    lines = [{'messages': [{'role': 'user', 'content': f"it's '''{n}'''"}, {'role': 'assistant', 'content':
+              json.dumps(answer)}]} for n, answer in enumerate(answers)]
+    write_lines(tmp_path / 'a.jsonl', [*lines, {'messages': [{'role': 'user', 'content': "it's '''x'''"}]}])
+    done, records = run_prepare(tmp_path, 'a.jsonl')
+    stub = done.stdout.decode().partition('such as this one:\n')[2]
+    (tmp_path / 'stub.py').write_text(stub)
+    config = runpy.run_path(str(tmp_path / 'stub.py'))
+    assert config['fields'] == {'tone': ['neutral', 'friendly', None], 'stars': [0, 1, 2, 3, 4], 'ok': [False, True]}
+    assert "# 'why' is left out: 60 values in 60 answers" in stub and '# "neutral" 20, "friendly" 20, null 20' in stub
+    assert config['prompt'] == "it's '''{text}'''" and len(records) == 61 and config['max_epochs'] == 40
+    known = re.findall(r'^(\w+) =', ''.join((ROOT / script).read_text() for script in ('extract.py', 'train.py')), re.M)
+    assert {name for name in config if not name.startswith('__')} <= {*known}
+    write_lines(tmp_path / 'a.jsonl', [{'messages': [{'role': 'user', 'content': 'x'}, {'role': 'assistant',
+                                                                                       'content': 'yes'}]}])
+    assert b'no JSON objects' in run_prepare(tmp_path, 'a.jsonl')[0].stdout
+
+
+def test_an_odd_log_ends_in_one_line(tmp_path):
+    write_lines(tmp_path / 'none.jsonl', [{'custom_id': '1', 'response': {'body': response(ANSWER)}}])
+    write_lines(tmp_path / 'text.jsonl', [{'text': 'a'}])
+    write_lines(tmp_path / 'good.jsonl', [KINDS['a pair']])
+    (tmp_path / 'cut.jsonl.gz').write_bytes(gzip.compress((tmp_path / 'good.jsonl').read_bytes() * 999)[:-9])
+    for args, message in ((['none.jsonl'], 'no text found'), (['none.jsonl'], 'name the input of the batch too'),
+                          (['text.jsonl', '--template={text}'], 'no file is the log of an LLM'),
+                          (['good.jsonl', '--template=x'], 'must hold {text} once'), (['cut.jsonl.gz'], 'cut.jsonl.gz'),
+                          (['good.jsonl', '--template=Other {text}'], 'does not fit the template')):
+        done, records = run_prepare(tmp_path, *args)
+        line, = done.stderr.decode().splitlines()
+        assert done.returncode == 1 and message in line and not records, line
+
+
+# -----------------------------------------------------------------------------
+# a batch
+
+
+def test_a_batch_asks_what_a_server_is_asked_and_its_output_becomes_records(project, tmp_path):
+    root = clone_task(project, tmp_path)
+    batch = lambda *args: run(root, 'tools/batch.py', '--teacher_model=gpt', '--out=requests.jsonl', *args)
+    done = batch('--price_in=2', '--price_out=10', '--name=batch')
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in open(root / 'requests.jsonl')]
+    texts = [json.loads(line)['text'] for line in open(root / 'data/toy/input.jsonl')]
+    prompt = runpy.run_path(str(root / 'config/toy.py'))['prompt']
+    server = Server([], 'gpt', FIELDS, prompt)
+    assert [line['body'] for line in lines] == [server.body(text, False) for text in texts]
+    assert len({line['custom_id'] for line in lines}) == len(texts)
+    body = lines[0]['body']
+    assert (body['temperature'], body['logprobs'], body['top_logprobs']) == (0, True, 20)
+    assert body['response_format']['json_schema']['strict'] and lines[0]['url'] == '/v1/chat/completions'
+    figures = dict(f.split('=') for f in next(
+        line for line in done.stdout.splitlines() if line.startswith('batch requests')).split()[1:])
+    n_in, n_out = int(figures['tokens_in']), int(figures['tokens_out'])
+    assert int(figures['requests']) == 400 and n_in > 400 * 20 and n_out > 400 * 5
+    assert float(figures['cost']) == pytest.approx((2 * n_in + 10 * n_out) / 2e6, rel=1e-3)
+
+    write_lines(root / 'output.jsonl', [{'custom_id': line['custom_id'], 'response': {
+        'status_code': 200, 'body': soft_response(0.7)}} for line in lines[100:]])
+    done = run(root, 'extract.py', '--name=batch', '--labels=output.jsonl,requests.jsonl')
+    assert done.returncode == 0 and '100 requests of the batch have no output' in done.stdout, done.stderr
+    shards = data.Shards('toy', 'batch', root / 'data')
+    assert {int(hash_) for hash_ in shards.hashes} == {data.text_hash(text) for text in texts[100:]}
+    done = batch('--name=batch', '--logprobs=False', '--max_records=60')
+    lines = [json.loads(line) for line in open(root / 'requests.jsonl')]
+    assert [line['custom_id'] for line in lines] == [f'{data.text_hash(text):016x}' for text in texts[:60]]
+    assert not {'logprobs', 'top_logprobs', 'temperature'} & {*lines[0]['body']}
+
+
+def test_a_batch_of_nothing_ends_in_one_line(project, tmp_path):
+    root = clone_task(project, tmp_path, 'toy-00')
+    for args, message in ((['--out='], 'no task or no file'),
+                          (['--out=a', '--teacher_model='], 'teacher_model is missing'),
+                          (['--out=a'], 'has an answer already'), (['--out=data/toy/input.jsonl'], 'holds the texts'),
+                          (['--out=no/where/a'], 'cannot write no/where/a'),
+                          (['--out=a', '--dataset=other'], 'does not exist'),
+                          (['--out=a', "--fields={'a': 'x'}"], 'needs a list'),
+                          (['--out=a', '--prompt=x'], 'must hold')):
+        line = one_line(run(root, 'tools/batch.py', '--teacher_model=gpt', *args))
+        assert message in line, (args, line)
+    assert not list(root.glob('a*'))
