@@ -18,13 +18,15 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+# before torch, see config/machine.py
+from config import configure, stop
+from config.machine import RANK, WORLD, end_ranks, on_stop, pick_device, pick_dtype, run_in_first, start_ranks
+
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers.utils import logging
 
-from config import configure, stop
-from config.machine import RANK, WORLD, end_ranks, on_stop, pick_device, pick_dtype, run_in_first, start_ranks
 from data import FORMAT, Hashes, Shards, first_answers, read_texts, shard_folders, stored_hashes, write_json
 from data.texts import prefetch, read_groups
 from distil.calibrate import calibrated_answers, learn_bias, print_bias

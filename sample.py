@@ -18,10 +18,10 @@ import sys
 from collections import deque
 from pathlib import Path
 
+from config import configure, next_command, stop  # before torch, see config/machine.py
+from config.machine import pick_device
 import torch
 
-from config import configure, next_command, stop
-from config.machine import pick_device
 from distil.checkpoint import find_threshold, load_checkpoint, warn_changed_task
 from distil.decode import confidence_of, count_cut, decode, read_ahead, value_probabilities
 from distil.space import clean, value_names

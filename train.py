@@ -17,14 +17,16 @@ import time
 from functools import partial
 from pathlib import Path
 
+# before torch, see config/machine.py
+from config import configure, data_line, next_command, stop
+from config.machine import RANK, WORLD, any_process, end_ranks, pick_device, run_in_first, start_ranks
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import configure, data_line, next_command, stop
-from config.machine import RANK, WORLD, any_process, end_ranks, pick_device, run_in_first, start_ranks
 from data import batches
 from distil.agreement import evaluate, linear_baseline, report_lines
 from distil.decode import convert_records

@@ -9,6 +9,9 @@ import signal
 import sys
 import time
 
+# before torch is loaded: how long its threads spin when they wait for each other, before they sleep. On cores that
+# others use too the default makes a training step 7 to 13 times slower (docs/scale.md)
+os.environ.setdefault('GOMP_SPINCOUNT', '2000')
 import torch
 import torch.distributed as dist
 

@@ -16,12 +16,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+# before torch, see config/machine.py
+from config import configure, data_line, stop
+from config.machine import pick_device, pick_dtype
+
 import numpy as np
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
-from config import configure, data_line, stop
-from config.machine import pick_device, pick_dtype
 from distil.checkpoint import load_checkpoint
 from distil.decode import decode, generate, text_room
 from distil.records import open_shards

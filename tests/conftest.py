@@ -19,6 +19,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+os.environ.setdefault('GOMP_SPINCOUNT', '2000')  # before torch, as in config/machine.py
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -6,6 +6,7 @@ import tokenize
 
 import pytest
 
+from config import PROGRAMS
 from tests.conftest import ROOT, describe_skips
 
 SCRIPTS = {'extract.py': 360, 'model.py': 300, 'train.py': 360, 'sample.py': 260}  # most lines of each
@@ -151,3 +152,11 @@ def test_skipped_tests_are_grouped_by_reason_with_the_way_to_install_what_is_mis
         'in tests/test_device.py',
     ]
     assert describe_skips([]) == []
+
+
+def test_how_threads_wait_is_set_before_torch_is_loaded():
+    """libgomp reads GOMP_SPINCOUNT when it is loaded, and config/machine.py sets it."""
+    for path, source in [(script, (ROOT / script).read_text(encoding='utf-8')) for script in PROGRAMS]:
+        names = [name.partition('.')[0] for node in ast.parse(source).body for name in find_imports(node)]
+        first = min(n for n, name in enumerate(names) if name in {*OURS, 'torch', 'transformers'} - {'data'})
+        assert names[first] == 'config', path

@@ -14,6 +14,11 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+# before torch, see config/machine.py
+from config import configure, data_line, stop
+from config.machine import can_compile, pick_device, pick_dtype
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,9 +26,6 @@ from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
-from config import configure, data_line, stop
-from config.machine import can_compile, pick_device, pick_dtype
 from data import batches
 from distil.checkpoint import load_checkpoint, lower_precision
 from distil.decode import generate
