@@ -270,7 +270,7 @@ if __name__ == '__main__':
     checked = check_data(shards, training.space, train_rows, val_rows, np.random.default_rng(seed))
     print(data_line('check', checked))
     make_optimizer(training, shards, train_rows, weight_decay, learning_rate, (beta1, beta2), optimizer_state)
-    if training.linear is None and RANK == 0:                   # the yardstick: TF-IDF, logistic regression
+    if training.linear is None and RANK == 0:                   # the yardstick: counts of words, of letters
         training.linear = linear_baseline(shards, training.space, train_rows, val_rows)
     if tracker and RANK == 0:
         training.tracker = importlib.import_module(tracker)

@@ -14,12 +14,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure, data_line, stop
 from data import Shards, held_out, read_texts, text_hash
-from distil.agreement import linear_model
+from distil.agreement import linear_models
 from distil.space import OutputSpace
 from sample import Labeler
 
@@ -57,14 +59,15 @@ def load_sparrow():
 
 
 def answer_by_word_counts(texts, truth, fold, wanted):
-    """the linear baseline's answers to the wanted texts, each by a model trained on the truth of the other
+    """word counts' answers to the wanted texts, each by a model trained on the truth of the other
     nine folds, and the seconds without the training. texts, truth: N strings; fold (N,) 0 to 9; wanted (N,)
     bool."""
     texts, truth, answers, seconds = np.array(texts, object), np.array(truth), {}, 0.0
     for k in range(10):
         if not len(in_fold := np.flatnonzero(wanted & (fold == k))):
             continue
-        model = linear_model().fit(texts[fold != k], truth[fold != k])
+        model = make_pipeline(linear_models()['words'], LogisticRegression(max_iter=1000))
+        model.fit(texts[fold != k], truth[fold != k])
         start = time.perf_counter()
         answers |= dict(zip(in_fold, model.predict(texts[in_fold])))
         seconds += time.perf_counter() - start

@@ -3,14 +3,15 @@ import importlib.util
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import data
-from distil.agreement import (BROKEN, calibration_error, field_texts, fit_temperature, measure_agreement,
-                              read_truth, truth_lines)
+from distil.agreement import (BROKEN, calibration_error, field_texts, fit_temperature, linear_baseline,
+                              measure_agreement, read_truth, truth_lines)
 from distil.checkpoint import load_checkpoint
 from distil.decode import generate
 from distil.space import OutputSpace
@@ -217,3 +218,24 @@ def test_accuracy_counts_right_values_and_parts_texts_outside_by_confidence(proj
     assert figures['outside'] == '2' and 0 <= float(figures['auroc']) <= 1
     assert 'has the answer to one of' in one_line(run(root, 'tools/accuracy.py', '--input=others.jsonl'))
     assert 'gone.jsonl does not exist' in one_line(run(root, 'tools/accuracy.py', '--input=gone.jsonl'))
+
+
+def test_the_linear_baseline_is_the_better_of_words_and_characters_and_stops_no_training(space):
+    pytest.importorskip('sklearn')
+    rng = np.random.default_rng(0)
+
+    def baseline(texts, values):
+        encode = lambda text: np.array(space.tokenizer.encode(text, add_special_tokens=False).ids)
+        shards = SimpleNamespace(ids=lambda i: encode(texts[i]),
+                                 answer=lambda i: np.array(space.from_json({'n': 0, 'tone': values[i], 'ok': True})))
+        return linear_baseline(shards, space, range(80), range(80, 100))
+    tones = ['neutral', 'friendly'] * 50
+    letters = ['ab' if tone == 'neutral' else 'yz' for tone in tones]
+    # no word comes twice, as in a language without blanks, but groups of letters do
+    unique = [f'{"".join(rng.choice([*"cdefgh"], 6))}{part}{n}' for n, part in enumerate(letters)]
+    found = baseline(unique, tones)
+    assert found['ngrams'] == 'characters' and found['fields']['tone'] == 1.0 and found['field'] == 1.0
+    words = baseline([f'{"good" if tone == "friendly" else "bad"} {n}' for n, tone in enumerate(tones)], tones)
+    assert words['field'] == 1.0
+    nothing = baseline([chr(0x4e00 + n) for n in range(100)], tones)  # in which only the blanks come twice
+    assert nothing['fields'] == {'n': 1.0, 'tone': 0.5, 'ok': 1.0}
