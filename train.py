@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data import batches
 from distil.agreement import evaluate, linear_baseline, report_lines
 from distil.decode import convert_records
-from distil.records import check_data, check_sizes, open_records
+from distil.records import check_data, check_sizes, note_rare_values, open_records
 from distil.report import draw_report
 from distil.resume import catch_signals, lock_folder, open_training
 from distil.start import SeenRows
@@ -269,6 +269,7 @@ if __name__ == '__main__':
     print('model', *(f'{"params" if k == "total" else k}={n / 1e6:.1f}M' for k, n in counts.items()))
     checked = check_data(shards, training.space, train_rows, val_rows, np.random.default_rng(seed))
     print(data_line('check', checked))
+    note_rare_values(shards, training.space, train_rows, val_rows, max_epochs)
     make_optimizer(training, shards, train_rows, weight_decay, learning_rate, (beta1, beta2), optimizer_state)
     if training.linear is None and RANK == 0:                   # the yardstick: counts of words, of letters
         training.linear = linear_baseline(shards, training.space, train_rows, val_rows)

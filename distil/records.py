@@ -1,4 +1,5 @@
 """The records a student is trained on: opened, and checked before the first step."""
+import json
 import math
 import re
 
@@ -8,6 +9,9 @@ import torch.nn.functional as F
 
 from config import next_command, stop
 from data import Shards
+from distil.agreement import field_texts
+
+SEEN = 100  # so often a value should be seen in training, on average
 
 
 def open_shards(dataset, name):
@@ -93,6 +97,21 @@ def check_data(shards, space, train_rows, val_rows, rng):
               'figures flatter')
     return {'stored_tokens': 1 - n_wrong / n_steps, 'teacher_ce': ce / n_steps, 'overlap': overlap,
             'near_overlap': near}
+
+
+def note_rare_values(shards, space, train_rows, val_rows, max_epochs):
+    """prints where a field has so many values, or the task so few records, that a training fails or its figures
+    mean little: fewer than SEEN examples of a value in all epochs, values without a held-out record."""
+    held_out = field_texts(space, [shards.answer(i).tolist() for i in val_rows])
+    for name, values in space.fields.items():
+        seen = len(train_rows) * max_epochs / len(values)
+        if len(values) > 1 and seen < SEEN:
+            epochs = math.ceil(2 * SEEN * len(values) / len(train_rows))
+            print(f'note: each of the {len(values)} values of {name} is seen about {seen:.0f} times in {max_epochs} '
+                  f'epochs, which is few: --max_epochs={epochs}, or label more')
+        if n := len(values) - len({*held_out[name]} & {*map(json.dumps, values)}):
+            print(f'note: {n} of {len(values)} values of {name} have no held-out record; the figures say nothing '
+                  'of them')
 
 
 def simplify(text):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import data
 import distil.resume
 import train
 from distil.checkpoint import load_checkpoint, save_checkpoint
+from distil.records import note_rare_values
 from distil.resume import Training
 from distil.start import SeenRows
 from tests.conftest import (FIELDS, clone_task, make_shards, one_line, random_records, run, tiny_student,
@@ -417,3 +419,13 @@ def test_near_duplicates_across_the_split_are_pointed_out(project, tmp_path):
     assert 'of the held-out texts are also trained on, but for case' in done.stdout, done.stderr
     check = next(line for line in done.stdout.splitlines() if line.startswith('check '))
     assert 0.5 < float(check.partition('near_overlap=')[2])
+
+
+def test_what_few_records_of_many_values_mean_is_said(space, capsys):
+    answer = lambda i: np.array(space.from_json({'n': i, 'tone': 'friend', 'ok': True}))
+    note_rare_values(SimpleNamespace(answer=answer), space, range(50), range(3), 4)  # n has 25 values, tone three
+    few = 'note: each of the {} values of {} is seen about {} times in 4 epochs, which is few: --max_epochs={}, or label more'
+    none = 'note: {} of {} values of {} have no held-out record; the figures say nothing of them'
+    assert capsys.readouterr().out.splitlines() == [
+        few.format(25, 'n', 8, 100), none.format(22, 25, 'n'), few.format(3, 'tone', 67, 12), none.format(2, 3, 'tone'),
+        none.format(1, 2, 'ok')]
