@@ -52,8 +52,9 @@ def read_chat(student, body):
     """the Plan of POST /v1/chat/completions."""
     n, top = read_number(body, 'n', 1, MAX_CHOICES, 1), read_number(body, 'top_logprobs', 0, 20, 0)
     stream, logprobs, with_usage = read_flag(body, 'stream'), read_flag(body, 'logprobs'), read_usage_flag(body)
-    form = read_form(body, student)
-    text, ignored = student.prompts.find_text(read_turns(body.get('messages'), 'messages'), 'messages')
+    turns = read_turns(body.get('messages'), 'messages')
+    form = read_form(body, student, turns)
+    text, ignored = student.prompts.find_text(turns, 'messages', form.forced)
 
     def reply(answers):
         answer, = answers
@@ -77,7 +78,7 @@ def read_completion(student, body):
     stream, with_usage = read_flag(body, 'stream'), read_usage_flag(body)
     if (best_of := read_number(body, 'best_of', 1, 1 << 30, n)) > n:
         raise Refusal(400, f'best_of is {best_of}; the student has one answer to a text', 'best_of')
-    form, prompts = read_form(body, student), body.get('prompt')
+    form, prompts = read_form(body, student, []), body.get('prompt')
     if form.kind != 'text':
         raise Refusal(400, 'tools: completions have no tools; use /v1/chat/completions', 'tools')
     prompts = [prompts] if isinstance(prompts, str) else prompts

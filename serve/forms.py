@@ -21,7 +21,9 @@ class Form:
     fence: bool = False         # a code fence around it, as the student was trained with
     tool: str = ''              # the name of the tool; '': the answer is the name
     named: bool = False         # the caller chose this tool
+    forced: bool = False        # it must be called
     plain: bool = False         # the reply is a word, not JSON
+    whole: bool = False         # the caller wants JSON, whatever is in it
 
     def call(self, answer, space):
         """(name of the tool, pieces of its arguments), see pieces."""
@@ -78,7 +80,7 @@ def read_format(form, student, *where):
     if kind not in ('json_object', 'json_schema') or kind == 'json_schema' and not isinstance(schema, dict):
         raise Refusal(400, f'{".".join(where)} must be text, json_object, or json_schema with a schema', *where)
     if schema is None:
-        return Form(whole_shape(student.space))
+        return Form(whole_shape(student.space), whole=True)
     require(schema, dict, 'an object', *where, 'schema', status=400)
     return Form(read_schema(schema, student.space, student.true_value, *where))
 
@@ -109,7 +111,7 @@ def read_other_formats(body, student):
             yield key, read(body[key], student, key)
     if body.get('format') not in (None, '', 'text'):            # Ollama's: 'json', or a schema
         form = body['format']
-        yield 'format', (Form(whole_shape(student.space)) if form == 'json' else
+        yield 'format', (Form(whole_shape(student.space), whole=True) if form == 'json' else
                          read_json_of(form, student, 'format'))
     if body.get('structured_outputs') is not None:              # vLLM's, since 0.11
         inner = require(body['structured_outputs'], dict, 'an object', 'structured_outputs', status=400)
@@ -121,7 +123,7 @@ def read_other_formats(body, student):
         yield 'structured_outputs', (
             read_choice(value, student, 'structured_outputs', 'choice') if kind == 'choice' else
             read_json_of(value, student, 'structured_outputs', 'json') if kind == 'json' else
-            Form(whole_shape(student.space)))
+            Form(whole_shape(student.space), whole=True))
 
 
 # -----------------------------------------------------------------------------
@@ -173,7 +175,8 @@ def read_tool_form(body, student, is_response=False):
             raise Refusal(400, f'tool_choice: there is no function {choice[0]!r} in {key}', 'tool_choice')
     if len(tools) == 1:
         (name, parameters, where), = tools
-        return Form(read_schema(parameters, student.space, student.true_value, *where), kind, False, name, named)
+        return Form(read_schema(parameters, student.space, student.true_value, *where), kind, False, name, named,
+                    choice != 'auto')
     names = [name for name, _, _ in tools]
     fields = [(field, words) for field, values in student.space.fields.items()
               if len(words := match_options(names, values)) == len({*map(loose, names)}) == len(names)]
@@ -191,21 +194,46 @@ def read_tool_form(body, student, is_response=False):
     return Form(Shape((Part('tool', 'field', field, tuple(sorted(words.items()))),), bare=True), kind)
 
 
-def read_form(body, student):
-    """the Form of the reply to the body of a chat completion. Refusal if the student has no such reply."""
+def read_form(body, student, turns):
+    """the Form of the reply to the body of a chat completion. turns: its Turns. Refusal if the student has no such
+    reply."""
     for key in REFUSED:
         if body.get(key):
             raise Refusal(400, f'{key}: the student cannot follow it; it only answers what it was trained on', key)
-    asked = [('tools', read_tool_form(body, student))]
-    if body.get('response_format') is not None:
-        asked.append(('response_format', read_format(body['response_format'], student, 'response_format')))
-    asked = [(key, form) for key, form in [*asked, *read_other_formats(body, student)] if form]
-    return pick_form(asked, student.space)
+    return pick_form(body, student, read_tool_form(body, student), turns, body.get('response_format'),
+                     'response_format')
 
 
-def pick_form(asked, space):
-    """the only Form of [(parameter, Form)], or that of the whole answer as the student was trained."""
+def pick_form(body, student, tool_form, turns, form, *where):
+    """the Form of a reply: of the tool call, of the only format, of a JSON Schema in a system message, or of the
+    whole answer as the student was trained. form: see read_format; where: keys that lead to it."""
+    if tool_form and read_tool_choice(body) != 'auto':          # the reply is no message, so it has no format
+        return tool_form
+    asked = [('tools', tool_form), *read_other_formats(body, student)]
+    asked += [(where[0], read_format(form, student, *where))] if form is not None else []
+    asked = [(key, form) for key, form in asked if form]
     if len(asked) > 1:
         keys = [key for key, _ in asked]
         raise Refusal(400, f'{" and ".join(keys)} ask for different forms of the reply; send one of them', keys[-1])
-    return asked[0][1] if asked else Form(whole_shape(space), fence=space.fence)
+    if not asked or asked[0][1].whole:
+        schema, where = find_schema_in_text(turns)
+        if schema:
+            return Form(read_schema(schema, student.space, student.true_value, *where))
+    return asked[0][1] if asked else Form(whole_shape(student.space), fence=student.space.fence)
+
+
+def find_schema_in_text(turns):
+    """(the last JSON Schema of an object in the system messages, keys that lead to it), or (None, ()). Clients
+    write it there for servers that know no json_schema."""
+    found = None, ()
+    for turn in turns:
+        at = turn.text.find('{') if turn.role == 'system' and '"properties"' in turn.text else -1
+        while at >= 0:
+            try:
+                part, end = json.JSONDecoder().raw_decode(turn.text, at)
+                if isinstance(part, dict) and isinstance(part.get('properties'), dict):
+                    found = part, turn.where
+            except (ValueError, RecursionError):
+                end = at + 1
+            at = turn.text.find('{', end)
+    return found

@@ -7,7 +7,7 @@ The rule, for a student that reads one text:
    not count. A message that looks like a prompt is refused, unless '{text}' is a template.
 3. Several user messages without a template are refused, unless `turns` says which one counts.
 4. A tool's result after the text asks for the next step, which a student cannot take: refused, unless it is
-   such a complaint or turns is 'first'.
+   such a complaint, the only tool must be called again, or turns is 'first'.
 """
 import re
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ ROLES = {'system': 'system', 'developer': 'system', 'user': 'user', 'assistant':
          'function': 'tool'}
 RETRIES = re.compile('|'.join((  # how clients ask again after an answer that they did not accept
     'Recall the function correctly, fix the errors', 'Correct your JSON (ONLY )?RESPONSE',  # instructor
-    r'Validation Errors? (found|due)', r'^\d+ validation errors?\b', 'Fix the errors and try again',  # pydantic-ai
+    'Validation Errors? (found|due)',
+    '<pyai:retry_feedback>', 'Fix the errors and try again',    # pydantic-ai
     '^Please (return text|include your response)',
     'Please fix your mistakes', 'did not satisfy the constraints given in the Prompt')), re.I)  # LangChain
 PROMPTS = re.compile('|'.join((  # what instructions around a text look like
@@ -81,16 +82,16 @@ class Prompts:
                 return whole[len(before):len(whole) - len(after)].strip()
         return None
 
-    def find_text(self, turns, where):
-        """(text, keys of the messages that were not read). turns: list of Turns."""
+    def find_text(self, turns, where, again=False):
+        """(text, keys of the messages that were not read). turns: list of Turns. again: True if the reply must call
+        the only tool, whatever it returned before."""
         users = [n for n, turn in enumerate(turns) if turn.role == 'user']
         if not users:
             raise Refusal(400, 'there is no message with the role user', where)
         system = ' '.join(turn.text for turn in turns if turn.role == 'system')
-        found = self.match_template(turns, users, system) or self.pick_bare(turns, users, where)
-        text, read = found
+        text, read = self.match_template(turns, users, system) or self.pick_bare(turns, users, where)
         for turn in turns[max(read):]:
-            if turn.role == 'tool' and self.turns != 'first' and not RETRIES.search(turn.text):
+            if turn.role == 'tool' and not again and self.turns != 'first' and not RETRIES.search(turn.text):
                 raise Refusal(400, 'the conversation goes on after the result of a tool, which the student does '
                               'not read; if that is a repeated question, --turns=first says so', *turn.where)
         return text, ['.'.join(map(str, turn.where)) for n, turn in enumerate(turns)
@@ -99,15 +100,14 @@ class Prompts:
     def match_template(self, turns, users, system):
         """(text, numbers of the turns read) of the last user message that matches a template, or None."""
         systems = [n for n, turn in enumerate(turns) if turn.role == 'system']
-        for n in reversed(users):
-            run = [n]                                           # with the user messages right before it
-            while turns[run[0] - 1].role == 'user' and run[0] > 0:
-                run.insert(0, run[0] - 1)
-            for read in ([n], run):
-                string = ' '.join(turns[k].text for k in read)
-                for read_too, whole in (([], string), (systems, f'{system} {string}')):
-                    if (text := self.unwrap(whole)) is not None and (systems or not read_too):
-                        return text, {*read, *read_too}
+        runs = []                                               # each message with the user messages right before it
+        for n in users:
+            runs.append([*runs[-1], n] if runs and turns[n - 1].role == 'user' else [n])
+        for read in [[n] for n in reversed(users)] + [run for run in reversed(runs) if len(run) > 1]:
+            string = ' '.join(turns[n].text for n in read)
+            for before in ([], systems) if systems else ([],):
+                if (text := self.unwrap(f'{system} {string}' if before else string)) is not None:
+                    return text, {*before, *read}
         return None
 
     def pick_bare(self, turns, users, where):

@@ -4,7 +4,7 @@ import time
 import uuid
 
 from serve.completions import count_tokens, logprobs_list, read_flag, read_number
-from serve.forms import REFUSED, pick_form, read_format, read_other_formats, read_tool_form
+from serve.forms import REFUSED, pick_form, read_tool_form
 from serve.prompts import read_turns
 from serve.request import Plan, Refusal, require
 
@@ -16,11 +16,6 @@ def read_response(student, body):
             raise Refusal(400, f'{key}: the student cannot follow it; it only answers what it was trained on', key)
     stream, top = read_flag(body, 'stream'), read_number(body, 'top_logprobs', 0, 20, 0)
     text = require(body.get('text') or {}, dict, 'an object', 'text', status=400)
-    asked = [('tools', read_tool_form(body, student, is_response=True))]
-    if text.get('format') is not None:
-        asked.append(('text', read_format(text['format'], student, 'text', 'format')))
-    form = pick_form([(key, form) for key, form in [*asked, *read_other_formats(body, student)] if form],
-                     student.space)
     include = require(body.get('include') or [], list, 'a list', 'include', status=400)
     logprobs = 'message.output_text.logprobs' in include
     items = body.get('input')
@@ -33,7 +28,9 @@ def read_response(student, body):
     turns = read_turns(items, 'input')
     for n, turn in enumerate(turns):
         turn.where = ('instructions',) if instructions and n == 0 else ('input', n - bool(instructions))
-    found, ignored = student.prompts.find_text(turns, 'input')
+    form = pick_form(body, student, read_tool_form(body, student, is_response=True), turns, text.get('format'),
+                     'text', 'format')
+    found, ignored = student.prompts.find_text(turns, 'input', form.forced)
 
     def reply(answers):
         answer, = answers

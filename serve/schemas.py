@@ -189,10 +189,10 @@ def count_objects(part, defs):
     total = 1 + sum(count_objects(inner, defs) for key, inner in part.items()
                     if key not in ('$defs', 'definitions'))
     if part.keys() & {'$id', '$anchor', '$dynamicRef', '$dynamicAnchor'}:
-        raise ValueError('$id, $anchor and $dynamicRef inside of it are not supported')
+        raise ValueError('the schema has $id, $anchor or $dynamicRef inside of it, which is not supported')
     if isinstance(ref := part.get('$ref'), str):
         if ref not in defs:
-            raise ValueError(f'there is no {ref!r}; references must be #/$defs/... or #/definitions/...')
+            raise ValueError(f'the schema has no {ref!r}; references must be #/$defs/... or #/definitions/...')
         if not isinstance(defs[ref], int):
             inner, defs[ref] = defs[ref], MAX_CHECKS            # the count if it refers to itself: too large
             defs[ref] = count_objects(inner, defs)
@@ -201,7 +201,8 @@ def count_objects(part, defs):
 
 
 def make_part(name, inner, required, root, space, true_value):
-    """the Part of a property, or None if it is left out. ValueError if it cannot be answered."""
+    """the Part of a property, or None if it is left out. ValueError if it cannot be answered. required: True or
+    False; None: it must be a field."""
     options, types, nullable = read_options(inner, root)
     match = match_field(name, options, types, space, true_value)
     if match:
@@ -214,9 +215,9 @@ def make_part(name, inner, required, root, space, true_value):
     if certainty and (limits == [0, 1] or limits == [None, None] and certainty[1] != 'score'):
         fields = [field for field in space.fields if loose(field) in loose(name)]
         return Part(name, 'confidence', fields[0] if len(fields) == 1 else '')
-    if not required:
+    if required is False:
         return None
-    if nullable:
+    if nullable and required:
         return Part(name, 'constant', spelled=(None,))
     what = 'a list' if 'array' in types else 'an object in it' if 'object' in types else \
         'free text' if types == {'string'} and options is None else 'a field of its own'
@@ -248,6 +249,8 @@ def make_shape(schema, space, true_value):
         parts = [make_part(name, properties.get(name, {}), name in required, root, space, true_value)
                  for name in names]
         shape = Shape(tuple(part for part in parts if part))
+        if not any(part and part.source == 'field' for part in parts):  # none is answered; the first says why
+            make_part(names[0], properties.get(names[0], {}), None, root, space, true_value)
     check_answers(shape, space, validator, n_objects)
     return shape
 
@@ -258,7 +261,7 @@ def check_answers(shape, space, validator, n_objects):
             else [word for _, word in part.spelled] for part in shape.parts]
     if not any(part.source == 'field' and len(part.spelled) > 1 for part in shape.parts):
         names = ', '.join(part.name for part in shape.parts)
-        raise ValueError(f'there is nothing to decide: {names or "it"} can have only one value; the fields of the '
+        raise ValueError(f'there is nothing to decide: {names} can have only one value; the fields of the '
                          f'student are: {", ".join(space.fields)}')
     first = [row[0] for row in rows]
     answers = [[*first[:n], word, *first[n + 1:]] for n, row in enumerate(rows) for word in row]
