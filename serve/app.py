@@ -1,5 +1,5 @@
-"""The routes of serve.py as an ASGI application: make_app. A request is read into a Plan by the student that can
-answer it. A Refusal goes upstream, if there is one, or becomes an error reply."""
+"""The routes of serve.py as an ASGI application: make_app. A request is read into a Plan by the student that
+can answer it. A Refusal goes upstream, if there is one, or becomes an error reply."""
 import asyncio
 import json
 import logging
@@ -106,24 +106,33 @@ async def watch(request, work):
         disconnect.cancel()
 
 
-def make_app(students, metrics, api_key='', proxy=None, batches_folder=None, cors=()):
-    """the routes, as an ASGI application. students: list of Students; metrics: theirs; proxy: a Proxy, or None;
-    batches_folder: a Path, or None for no batches; cors: the origins of pages that may call it; api_key: as the
-    setting."""
-    async def answer_body(path, body):
-        """(body of the reply, its headers)"""
-        student, plan = choose_student(students, READERS[path], body)
+class Handler:
+    """answers the requests of POST routes: by the Student that can, else by upstream, else with an error.
+    proxy: a Proxy, or None."""
+
+    def __init__(self, students, proxy):
+        self.students, self.proxy = students, proxy
+
+    async def answer(self, path, body):
+        """(body of the reply, its headers), see Plan. Refusal if no student can answer."""
+        student, plan = choose_student(self.students, READERS[path], body)
         answers = await student.answer(plan)
         return plan.reply(answers), answer_headers(answers, plan.ignored)
 
-    async def answer(path, body):
-        reply, headers = await answer_body(path, body)
+    async def answer_batch_line(self, path, body):
+        """the body of the reply."""
+        return (await self.answer(path, body))[0]
+
+    async def respond(self, path, body):
+        """the Response to the body of a request."""
+        reply, headers = await self.answer(path, body)
         if isinstance(reply, str):
             return Response(reply, headers=headers, media_type='text/event-stream')
         return json_response(reply, headers=headers)
 
-    async def handle(request, work_of, path):
-        """the reply to a POST: that of work_of(body), a coroutine, or upstream's if it raises a Refusal."""
+    async def handle(self, request, path, respond):
+        """the Response to a request: that of the coroutine function respond(path, body), or upstream's if it
+        raises a Refusal."""
         parts, body, system_one = [], None, path == '/v1/systemone'
         try:
             try:
@@ -132,13 +141,13 @@ def make_app(students, metrics, api_key='', proxy=None, batches_folder=None, cor
                 system_one = is_system_one(path, body)
                 if request.scope['deployment']:                 # in Azure's paths
                     body.setdefault('model', request.scope['deployment'])
-                return await watch(request, work_of(body))
+                return await watch(request, respond(path, body))
             except RecursionError:
                 raise Refusal(400, 'the body is nested too deeply') from None
             except Refusal as refusal:
-                if not proxy or refusal.status == 503 or path in NEVER_PASSED_ON:
+                if not self.proxy or refusal.status == 503 or path in NEVER_PASSED_ON:
                     raise
-                passing = proxy.pass_on(request, parts, refusal, body)
+                passing = self.proxy.pass_on(request, parts, refusal, body)
                 return await (passing if refusal.status == 413 else watch(request, passing))
         except ClientDisconnect:
             return Response(status_code=499)
@@ -146,11 +155,26 @@ def make_app(students, metrics, api_key='', proxy=None, batches_folder=None, cor
             return error_response(refusal, system_one)
         except Exception:
             log.exception('%s failed', path)
-            return error_response(Refusal(500, "internal error; the server's log has the details"), system_one)
+            return error_response(Refusal(500, "internal error; the server's log has the details"),
+                                  system_one)
 
-    async def answer_batch_line(path, body):
-        return (await answer_body(path, body))[0]
-    batches = batches_folder and Batches(batches_folder, answer_batch_line, READERS, error_body)
+    async def refuse(self, request, refusal, parts=()):
+        """the Response to a request that has no route here, or names a file or model that is not here. parts:
+        what was read of its body."""
+        if self.proxy and (refusal.status in (404, 405) or parts):
+            try:
+                return await self.proxy.pass_on(request, list(parts), refusal)
+            except Refusal as failed:
+                refusal = failed
+        return error_response(refusal, request.url.path == '/v1/systemone')
+
+
+def make_app(students, metrics, api_key='', proxy=None, batches_folder=None, cors=()):
+    """the routes, as an ASGI application. students: list of Students; metrics: theirs; proxy: a Proxy, or
+    None; batches_folder: a Path, or None for no batches; cors: the origins of pages that may call it;
+    api_key: as the setting."""
+    handler = Handler(students, proxy)
+    batches = batches_folder and Batches(batches_folder, handler.answer_batch_line, READERS, error_body)
 
     @asynccontextmanager
     async def lifespan(app):
@@ -168,37 +192,31 @@ def make_app(students, metrics, api_key='', proxy=None, batches_folder=None, cor
                 task.cancel()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
-
-    def add_post(path):
-        @app.post(path)
-        async def route(request: Request):
-            return await handle(request, partial(answer, path), path)
     for path in READERS:
-        add_post(path)
+        add_post(app, path, handler, handler.respond)
     add_models(app, students)
     add_health(app, students, metrics)
-    async def pass_on_or_refuse(request, refusal, parts=()):
-        """upstream's reply to a request that has no route here, or names a thing that is not here."""
-        if proxy and refusal.status in (404, 405) or proxy and parts:
-            try:
-                return await proxy.pass_on(request, list(parts), refusal)
-            except Refusal as failed:
-                refusal = failed
-        return error_response(refusal, request.url.path == '/v1/systemone')
     if batches:
-        add_batches(app, batches, handle, pass_on_or_refuse)
-    app.exception_handler(Refusal)(pass_on_or_refuse)
+        add_batches(app, batches, handler)
+    app.exception_handler(Refusal)(handler.refuse)
 
     @app.exception_handler(404)
     @app.exception_handler(405)
     async def unknown(request, error):
-        return await pass_on_or_refuse(request, Refusal(error.status_code,
-                                                        f'there is no {request.method} {request.url.path}'))
+        return await handler.refuse(request, Refusal(error.status_code,
+                                                     f'there is no {request.method} {request.url.path}'))
 
-    def refuse(status, message, path):
+    def reject(status, message, path):
         return error_response(Refusal(status, message), path == '/v1/systemone')
-    app_with_key = Middleware(app, metrics, api_key, [route.path for route in app.routes], refuse)
-    return allow_origins(app_with_key, list(cors)) if cors else app_with_key
+    with_key = Middleware(app, metrics, api_key, [route.path for route in app.routes], reject)
+    return allow_origins(with_key, list(cors)) if cors else with_key
+
+
+def add_post(app, path, handler, respond):
+    """adds a POST route, see Handler.handle."""
+    @app.post(path)
+    async def route(request: Request):
+        return await handler.handle(request, path, respond)
 
 
 def add_models(app, students):
@@ -239,8 +257,8 @@ def add_health(app, students, metrics):
         return Response(generate_latest(metrics.registry), media_type='text/plain; version=0.0.4')
 
 
-def add_batches(app, batches, handle, pass_on_or_refuse):
-    """adds the routes of files and batches. The rest: of make_app."""
+def add_batches(app, batches, handler):
+    """adds the routes of files and batches."""
     @app.post('/v1/files')
     async def upload(request: Request):
         parts = []
@@ -248,7 +266,7 @@ def add_batches(app, batches, handle, pass_on_or_refuse):
             await read_raw(request, parts, MAX_FILE)
             return json_response(batches.upload(b''.join(parts), request.headers.get('content-type', '')))
         except Refusal as refusal:
-            return await pass_on_or_refuse(request, refusal, parts)
+            return await handler.refuse(request, refusal, parts)
 
     def read_limit(request):
         limit = request.query_params.get('limit', '')
@@ -271,11 +289,9 @@ def add_batches(app, batches, handle, pass_on_or_refuse):
         batches.find(id, 'file')
         return Response(batches.content_path(id).read_bytes(), media_type='application/jsonl')
 
-    @app.post('/v1/batches')
-    async def create(request: Request):
-        async def work(body):
-            return json_response(batches.create(body))
-        return await handle(request, work, '/v1/batches')
+    async def create(path, body):
+        return json_response(batches.create(body))
+    add_post(app, '/v1/batches', handler, create)
 
     @app.get('/v1/batches')
     async def listed(request: Request):

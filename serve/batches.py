@@ -1,5 +1,5 @@
-"""Files and batches, as OpenAI's: a JSONL of requests is uploaded and answered in the background, some lines at
-a time, so that other requests are answered meanwhile. Everything is in one folder, and an unfinished batch
+"""Files and batches, as OpenAI's: a JSONL of requests is uploaded and answered in the background, some lines
+at a time, so that other requests are answered meanwhile. Everything is in one folder, and an unfinished batch
 starts again with the server.
 
     <folder>/file-<id>.json, file-<id>.jsonl    what the caller is told of a file, and its content
@@ -72,7 +72,8 @@ class Batches:
         data = [found for found in self.objects.values() if found['object'] == kind]
         data = sorted(data, key=lambda found: (found['created_at'], found['id']), reverse=True)
         return {'object': 'list', 'data': data[:limit], 'has_more': len(data) > limit,
-                'first_id': data[0]['id'] if data else None, 'last_id': data[:limit][-1]['id'] if data else None}
+                'first_id': data[0]['id'] if data else None,
+                'last_id': data[:limit][-1]['id'] if data else None}
 
     def content_path(self, id_):
         """the path of a file's content."""
@@ -85,7 +86,8 @@ class Batches:
             raise Refusal(400, 'file is missing', 'file')
         purpose = parts.get('purpose', ('', b''))[1].decode('utf-8', 'replace')
         if purpose != 'batch':
-            raise Refusal(400, f"purpose must be batch, not {purpose[:40]!r}: other files are of no use here", 'purpose')
+            raise Refusal(400, f"purpose must be batch, not {purpose[:40]!r}: other files are of no use here",
+                          'purpose')
         name, content = parts['file']
         return self.add_file(name or 'batch.jsonl', content, 'batch')
 
@@ -118,7 +120,8 @@ class Batches:
                  'status': 'validating', 'output_file_id': None, 'error_file_id': None,
                  'created_at': int(time.time()), 'expires_at': int(time.time()) + 86400,
                  **{f'{stage}_at': None for stage in stages},
-                 'request_counts': {'total': 0, 'completed': 0, 'failed': 0}, 'metadata': body.get('metadata')}
+                 'request_counts': {'total': 0, 'completed': 0, 'failed': 0},
+                 'metadata': body.get('metadata')}
         self.save(batch)
         self.start(batch['id'])
         return batch
@@ -166,7 +169,8 @@ class Batches:
                 rows = [row for row in done if (row['response']['status_code'] == 200) == wanted]
                 content = ''.join(json.dumps(row) + '\n' for row in rows).encode()
                 if rows:
-                    batch[key] = self.add_file(f'{batch["id"]}_{key[:-8]}.jsonl', content, 'batch_output')['id']
+                    batch[key] = self.add_file(f'{batch["id"]}_{key[:-8]}.jsonl', content,
+                                               'batch_output')['id']
             self.save(batch | {'status': 'completed', 'completed_at': int(time.time())})
         except Exception as error:
             log.exception('batch %s failed', batch['id'])
@@ -197,7 +201,8 @@ class Batches:
             status, reply = refusal.status, self.write_error(refusal)
         except Exception:
             log.exception('line %d of a batch failed', n)
-            status, reply = 500, {'error': {'message': 'internal error', 'type': 'server_error', 'param': None,
+            status, reply = 500, {'error': {'message': 'internal error', 'type': 'server_error',
+                                            'param': None,
                                             'code': None}}
         return {'id': f'batch_req_{uuid.uuid4().hex}', 'custom_id': custom_id, 'error': None,
                 'response': {'status_code': status, 'request_id': uuid.uuid4().hex, 'body': reply}}

@@ -51,10 +51,12 @@ def usage_of(answers):
 def read_chat(student, body):
     """the Plan of POST /v1/chat/completions."""
     n, top = read_number(body, 'n', 1, MAX_CHOICES, 1), read_number(body, 'top_logprobs', 0, 20, 0)
-    stream, logprobs, with_usage = read_flag(body, 'stream'), read_flag(body, 'logprobs'), read_usage_flag(body)
+    stream, logprobs, with_usage = read_flag(body, 'stream'), read_flag(body,
+                                                                        'logprobs'), read_usage_flag(body)
     turns = read_turns(body.get('messages'), 'messages')
     form = read_form(body, student, turns)
-    text, ignored = student.prompts.find_text(turns, 'messages', form.forced)
+    text, ignored, known = student.prompts.find_text(turns, 'messages', form.forced)
+    student.check_meant(body, known or not form.whole)
 
     def reply(answers):
         answer, = answers
@@ -84,7 +86,10 @@ def read_completion(student, body):
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise Refusal(400, 'prompt must be a string or a list of strings', 'prompt')
-    texts = [student.prompts.find_text([Turn('user', prompt, ('prompt',))], 'prompt')[0] for prompt in prompts]
+    found = [student.prompts.find_text([Turn('user', prompt, ('prompt',))], 'prompt') for prompt in prompts]
+    student.check_meant(body, all(known for _, _, known in found) or not form.whole)
+.prompts.find_text([Turn('user', prompt, ('prompt',))],
+                                       'prompt')[0] for prompt in prompts]
     with_logprobs = body.get('logprobs') is not None
 
     def reply(answers):
@@ -101,7 +106,7 @@ def read_completion(student, body):
         chunks = [{'choices': [choice]} for choice in choices]
         return write_events(head, chunks, usage_of(answers) if with_usage else None)
     offered = form.shape.offered(student.space)
-    return Plan(texts, ('prompt',), reply, with_logprobs or bool(offered), offered,
+    return Plan([text for text, _, _ in found], ('prompt',), reply, with_logprobs or bool(offered), offered,
                 refuse_long=student.refuses_long(True))
 
 
@@ -118,7 +123,8 @@ def make_message(form, answer, space):
     """(the assistant's message, pieces of its JSON)"""
     if form.kind == 'text':
         pieces = form.pieces(answer, space)
-        return {'role': 'assistant', 'content': ''.join(text for text, _, _ in pieces), 'refusal': None}, pieces
+        return {'role': 'assistant', 'content': ''.join(text for text, _, _ in pieces),
+                'refusal': None}, pieces
     name, pieces = form.call(answer, space)
     function = {'name': name, 'arguments': ''.join(text for text, _, _ in pieces)}
     called = {'function_call': function} if form.kind == 'function' else {

@@ -23,7 +23,7 @@ class Form:
     named: bool = False         # the caller chose this tool
     forced: bool = False        # it must be called
     plain: bool = False         # the reply is a word, not JSON
-    whole: bool = False         # the caller wants JSON, whatever is in it
+    whole: bool = False         # the caller names no field or value
 
     def call(self, answer, space):
         """(name of the tool, pieces of its arguments), see pieces."""
@@ -33,13 +33,13 @@ class Form:
         return name, [('{}', 0.0, {})]
 
     def pieces(self, answer, space):
-        """the reply in pieces [(text, log p, {text: log p} of all values allowed)]. A value is a piece, and so
-        is what stands between two values, with 0 and {}. If one value begins with another one, the character
-        after it belongs to the piece."""
+        """the reply in pieces [(text, log p, {text: log p} of all values allowed)]. A value is a piece, and
+        so is what stands between two values, with 0 and {}. If one value begins with another one, the
+        character after it belongs to the piece."""
         indent, parts = space.indent, list(self.shape.values(answer, space))
         comma, colon, left, right = (',', ':', '{', '}') if indent is None else (
             f',\n{" " * indent}', ': ', f'{{\n{" " * indent}', '\n}')
-        gaps = [''] * (len(parts) + 1)                          # what stands before each value, and at the end
+        gaps = [''] * (len(parts) + 1)                          # before each value, and at the end
         if not self.shape.bare:
             gaps = [(comma if n else left) + json.dumps(part[0], ensure_ascii=False) + colon
                     for n, part in enumerate(parts)] + [right]
@@ -60,7 +60,8 @@ class Form:
                 said, words = said[1:-1], {word[1:-1]: p for word, p in words.items()}
                 gaps[n], gaps[n + 1] = gaps[n] + '"', '"' + gaps[n + 1]
             if any(a != b and b.startswith(a) for a in words for b in words):
-                said, words = (said + gaps[n + 1][:1], {word + gaps[n + 1][:1]: p for word, p in words.items()})
+                said, words = (said + gaps[n + 1][:1],
+                               {word + gaps[n + 1][:1]: p for word, p in words.items()})
                 gaps[n + 1] = gaps[n + 1][1:]
             pieces += [(gaps[n], 0.0, {}), (said, log_p, words)]
         return [piece for piece in [*pieces, (gaps[-1], 0.0, {})] if piece[0]]
@@ -78,7 +79,8 @@ def read_format(form, student, *where):
     wrapped = form.get('json_schema') if kind == 'json_schema' and 'json_schema' in form else form
     schema = wrapped.get('schema') if isinstance(wrapped, dict) else None
     if kind not in ('json_object', 'json_schema') or kind == 'json_schema' and not isinstance(schema, dict):
-        raise Refusal(400, f'{".".join(where)} must be text, json_object, or json_schema with a schema', *where)
+        raise Refusal(400, f'{".".join(where)} must be text, json_object, or json_schema with a schema',
+                      *where)
     if schema is None:
         return Form(whole_shape(student.space), whole=True)
     require(schema, dict, 'an object', *where, 'schema', status=400)
@@ -106,7 +108,8 @@ def read_json_of(schema, student, *where):
 
 def read_other_formats(body, student):
     """yields (parameter, Form) for each parameter of vLLM, SGLang, llama.cpp and Ollama that sets a form."""
-    for key, read in (('guided_json', read_json_of), ('json_schema', read_json_of), ('guided_choice', read_choice)):
+    for key, read in (('guided_json', read_json_of), ('json_schema', read_json_of),
+                      ('guided_choice', read_choice)):
         if body.get(key) is not None:
             yield key, read(body[key], student, key)
     if body.get('format') not in (None, '', 'text'):            # Ollama's: 'json', or a schema
@@ -117,7 +120,7 @@ def read_other_formats(body, student):
         inner = require(body['structured_outputs'], dict, 'an object', 'structured_outputs', status=400)
         inner = {key: value for key, value in inner.items() if value not in (None, False)}
         if len(inner) != 1 or not inner.keys() <= {'json', 'choice', 'json_object'}:
-            raise Refusal(400, f'structured_outputs: the student honours one of json, choice and json_object, not '
+            raise Refusal(400, 'structured_outputs: the student honours json, choice and json_object, not '
                           f'{", ".join(map(str, inner))[:80] or "an empty object"}', 'structured_outputs')
         (kind, value), = inner.items()
         yield 'structured_outputs', (
@@ -131,8 +134,8 @@ def read_other_formats(body, student):
 
 
 def read_tools(body, is_response):
-    """[(name, parameters, keys that lead to it)] of the functions in tools, or in the older functions. Those of
-    a response have no wrapper around them."""
+    """[(name, parameters, keys that lead to it)] of the functions in tools, or in the older functions. Those
+    of a response have no wrapper around them."""
     key = 'tools' if body.get('tools') else 'functions'
     found = []
     for n, tool in enumerate(require(body.get(key) or [], list, 'a list', key, status=400)):
@@ -144,7 +147,8 @@ def read_tools(body, is_response):
         where = (key, n, 'function') if wrapped else (key, n)
         function = require(tool.get('function') if wrapped else tool, dict, 'an object', *where, status=400)
         name = require(function.get('name'), str, 'a string', *where, 'name', status=400)
-        parameters = require(function.get('parameters') or {}, dict, 'an object', *where, 'parameters', status=400)
+        parameters = require(function.get('parameters') or {}, dict, 'an object', *where, 'parameters',
+                             status=400)
         found.append((name, parameters, (*where, 'parameters')))
     return found
 
@@ -175,38 +179,41 @@ def read_tool_form(body, student, is_response=False):
             raise Refusal(400, f'tool_choice: there is no function {choice[0]!r} in {key}', 'tool_choice')
     if len(tools) == 1:
         (name, parameters, where), = tools
-        return Form(read_schema(parameters, student.space, student.true_value, *where), kind, False, name, named,
+        return Form(read_schema(parameters, student.space, student.true_value, *where), kind, False, name,
+                    named,
                     choice != 'auto')
     names = [name for name, _, _ in tools]
     fields = [(field, words) for field, values in student.space.fields.items()
               if len(words := match_options(names, values)) == len({*map(loose, names)}) == len(names)]
     if len(fields) != 1:
-        raise Refusal(400, f'{key}: the student calls one function, or chooses one of several whose names are '
-                      f'values of a field; no single field has {", ".join(names)[:200]}', key)
+        raise Refusal(400, f'{key}: the student calls one function, or chooses one of several whose names '
+                      f'are values of a field; no single field has {", ".join(names)[:200]}', key)
     (field, words), = fields
     if choice != 'required' and len(words) < len(student.space.fields[field]):
-        raise Refusal(400, f'tool_choice must be required: the field {field} has values that are no tool, and the '
-                      'student cannot write the message that an assistant would answer then', 'tool_choice')
+        raise Refusal(400, f'tool_choice must be required: the field {field} has values that are no '
+                      'tool, and the student cannot write the message that an assistant would answer then',
+                      'tool_choice')
     for name, parameters, where in tools:
         if parameters.get('required'):
-            raise Refusal(400, f'the function {name!r} has required parameters; of several tools the student can '
-                          'choose one, but not fill in its arguments', *where)
+            raise Refusal(400, f'the function {name!r} has required parameters; of several tools the student '
+                          'can choose one, but not fill in its arguments', *where)
     return Form(Shape((Part('tool', 'field', field, tuple(sorted(words.items()))),), bare=True), kind)
 
 
 def read_form(body, student, turns):
-    """the Form of the reply to the body of a chat completion. turns: its Turns. Refusal if the student has no such
-    reply."""
+    """the Form of the reply to the body of a chat completion. turns: its Turns. Refusal if the student has no
+    such reply."""
     for key in REFUSED:
         if body.get(key):
-            raise Refusal(400, f'{key}: the student cannot follow it; it only answers what it was trained on', key)
+            raise Refusal(400, f'{key}: the student cannot follow it; it only answers what it was trained on',
+                          key)
     return pick_form(body, student, read_tool_form(body, student), turns, body.get('response_format'),
                      'response_format')
 
 
 def pick_form(body, student, tool_form, turns, form, *where):
-    """the Form of a reply: of the tool call, of the only format, of a JSON Schema in a system message, or of the
-    whole answer as the student was trained. form: see read_format; where: keys that lead to it."""
+    """the Form of a reply: of the tool call, of the only format, of a JSON Schema in a system message, or of
+    the whole answer as the student was trained. form: see read_format; where: keys that lead to it."""
     if tool_form and read_tool_choice(body) != 'auto':          # the reply is no message, so it has no format
         return tool_form
     asked = [('tools', tool_form), *read_other_formats(body, student)]
@@ -214,17 +221,18 @@ def pick_form(body, student, tool_form, turns, form, *where):
     asked = [(key, form) for key, form in asked if form]
     if len(asked) > 1:
         keys = [key for key, _ in asked]
-        raise Refusal(400, f'{" and ".join(keys)} ask for different forms of the reply; send one of them', keys[-1])
+        raise Refusal(400, f'{" and ".join(keys)} ask for different forms of the reply; send one of them',
+                      keys[-1])
     if not asked or asked[0][1].whole:
         schema, where = find_schema_in_text(turns)
         if schema:
             return Form(read_schema(schema, student.space, student.true_value, *where))
-    return asked[0][1] if asked else Form(whole_shape(student.space), fence=student.space.fence)
+    return asked[0][1] if asked else Form(whole_shape(student.space), fence=student.space.fence, whole=True)
 
 
 def find_schema_in_text(turns):
-    """(the last JSON Schema of an object in the system messages, keys that lead to it), or (None, ()). Clients
-    write it there for servers that know no json_schema."""
+    """(the last JSON Schema of an object in the system messages, keys that lead to it), or (None, ()).
+    Clients write it there for servers that know no json_schema."""
     found = None, ()
     for turn in turns:
         at = turn.text.find('{') if turn.role == 'system' and '"properties"' in turn.text else -1

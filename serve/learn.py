@@ -28,8 +28,8 @@ def read_prompts(lines):
 
 
 def common_beginnings(rows):
-    """{beginning, a tuple of words: the rows that have it} of rows, tuples of words. A beginning is extended by
-    a word that four rows in five share; where up to three words share 95 % of the rows, each goes its own
+    """{beginning, a tuple of words: the rows that have it} of rows, tuples of words. A beginning is extended
+    by a word that four rows in five share; where up to three words share 95 % of the rows, each goes its own
     way."""
     groups, result = [(0, rows)], defaultdict(list)
     while groups:
@@ -51,7 +51,8 @@ def learn_templates(prompts):
     """[(template, number of prompts, up to three of their texts)], the most frequent first. prompts: strings.
     Whitespace is not kept, as templates match without it."""
     found = []
-    for before, rows in common_beginnings([tuple(prompt.split()) for prompt in dict.fromkeys(prompts)]).items():
+    for before, rows in common_beginnings([tuple(prompt.split())
+                                           for prompt in dict.fromkeys(prompts)]).items():
         rest = [row[len(before):][::-1] for row in rows]
         for after, backwards in common_beginnings(rest).items():
             texts = [' '.join(row[len(after):][::-1]) for row in backwards]

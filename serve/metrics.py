@@ -16,7 +16,8 @@ class Metrics:
         self.requests = new(Counter, 'requests', 'requests answered', ['route', 'status'])
         self.seconds = new(Histogram, 'request_seconds', 'from the first byte to the last', ['route'],
                            buckets=[.002, .005, .01, .02, .05, .1, .25, .5, 1, 2.5, 10])
-        self.passed_on = new(Counter, 'passed_on', 'requests passed on to upstream, as the student refuses them',
+        self.passed_on = new(Counter, 'passed_on',
+                             'requests passed on to upstream, as the student refuses them',
                              ['why'])
         self.batch = new_of_model(Histogram, 'batch_texts', 'texts decoded together',
                                   buckets=[2 ** k for k in range(9)])
@@ -26,7 +27,7 @@ class Metrics:
         self.values = new_of_model(Counter, 'values', 'answers', ['field', 'value'])
         self.audited = new_of_model(Counter, 'audited_texts', 'texts that student and upstream both answered')
         self.agreement = new_of_model(
-            Gauge, 'agreement', 'share of audited texts on which student and upstream agree; low and high: its '
-            '95 % interval', ['field', 'end'])
+            Gauge, 'agreement', 'share of audited texts on which student and upstream agree; low and '
+            'high: its 95 % interval', ['field', 'end'])
         self.deferring = new_of_model(
             Gauge, 'deferring', '1 while everything goes upstream, as a field agrees rarely')

@@ -10,8 +10,8 @@ OPEN = '/health', '/ready'  # without a key
 
 
 def find_path(path, routes):
-    """(the path of a route that a path means, the deployment in it or ''). A trailing slash, a missing or doubled
-    /v1 and Azure's paths mean the same routes. routes: {compiled pattern: route}."""
+    """(the path of a route that a path means, the deployment in it or ''). A trailing slash, a missing or
+    doubled /v1 and Azure's paths mean the same routes. routes: {compiled pattern: route}."""
     if path in routes.values():                                 # nearly always
         return path, ''
     deployment, bare = '', re.sub('/+$', '', path) or '/'
@@ -30,8 +30,8 @@ class Middleware:
     """an ASGI application around another: finds the route, checks the key, gives each reply an id, and counts
     it in the metrics. routes: their paths, with {name} for a variable part."""
 
-    def __init__(self, app, metrics, api_key, routes, refuse):
-        self.app, self.metrics, self.key, self.refuse = app, metrics, api_key.encode(), refuse
+    def __init__(self, app, metrics, api_key, routes, reject):
+        self.app, self.metrics, self.key, self.reject = app, metrics, api_key.encode(), reject
         self.names = set(routes)
         self.routes = {re.compile(re.sub(r'\{\w+\}', '[^/]+', path)): path for path in routes}
 
@@ -63,7 +63,8 @@ class Middleware:
             await send(message)
         app = self.app
         if route not in OPEN and not self.is_authorized(dict(scope['headers'])):
-            app = self.refuse(401, 'the key is wrong or missing: Authorization: Bearer ..., or api-key: ...', path)
+            app = self.reject(401, 'the key is wrong or missing: Authorization: Bearer ..., or api-key: ...',
+                              path)
         try:
             await app(inner, receive, send_with_id)
         finally:

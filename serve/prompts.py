@@ -36,7 +36,8 @@ HINT = ("if a prompt is around the text, name it: --template='... {text} ...' (d
 
 @dataclass
 class Turn:
-    """one message of a conversation. role: system, user, assistant or tool; where: the keys that lead to it."""
+    """one message of a conversation. role: system, user, assistant or tool; where: the keys that lead to
+    it."""
     role: str
     text: str
     where: tuple
@@ -64,8 +65,8 @@ def read_turns(messages, where):
 class Prompts:
     """finds the text in a conversation, as the top of this file says.
 
-    templates: strings with {text} in them, the training prompt among them. turns: 'refuse', 'first' or 'last',
-    the user message that counts if there are several without a template."""
+    templates: strings with {text} in them, the training prompt among them. turns: 'refuse', 'first' or
+    'last', the user message that counts if there are several without a template."""
 
     def __init__(self, templates, turns='refuse'):
         pairs = [tuple(map(clean, template.split('{text}'))) for template in templates]
@@ -83,24 +84,27 @@ class Prompts:
         return None
 
     def find_text(self, turns, where, again=False):
-        """(text, keys of the messages that were not read). turns: list of Turns. again: True if the reply must call
-        the only tool, whatever it returned before."""
+        """(text, keys of the messages that were not read, True if a template says that this is the text).
+        turns: list of Turns. again: True if the reply must call the only tool, whatever it returned."""
         users = [n for n, turn in enumerate(turns) if turn.role == 'user']
         if not users:
             raise Refusal(400, 'there is no message with the role user', where)
         system = ' '.join(turn.text for turn in turns if turn.role == 'system')
-        text, read = self.match_template(turns, users, system) or self.pick_bare(turns, users, where)
+        matched = self.match_template(turns, users, system)
+        text, read = matched or self.pick_bare(turns, users, where)
         for turn in turns[max(read):]:
             if turn.role == 'tool' and not again and self.turns != 'first' and not RETRIES.search(turn.text):
-                raise Refusal(400, 'the conversation goes on after the result of a tool, which the student does '
-                              'not read; if that is a repeated question, --turns=first says so', *turn.where)
-        return text, ['.'.join(map(str, turn.where)) for n, turn in enumerate(turns)
-                      if n not in read and (turn.text or turn.role == 'user')]
+                raise Refusal(400, 'the conversation goes on after the result of a tool, which the student '
+                              'does not read; if that is a repeated question, --turns=first says so',
+                              *turn.where)
+        ignored = ['.'.join(map(str, turn.where)) for n, turn in enumerate(turns)
+                   if n not in read and (turn.text or turn.role == 'user')]
+        return text, ignored, bool(matched) or self.bare
 
     def match_template(self, turns, users, system):
         """(text, numbers of the turns read) of the last user message that matches a template, or None."""
         systems = [n for n, turn in enumerate(turns) if turn.role == 'system']
-        runs = []                                               # each message with the user messages right before it
+        runs = []                                               # each with the user messages right before it
         for n in users:
             runs.append([*runs[-1], n] if runs and turns[n - 1].role == 'user' else [n])
         for read in [[n] for n in reversed(users)] + [run for run in reversed(runs) if len(run) > 1]:
@@ -114,8 +118,8 @@ class Prompts:
         """(text, numbers of the turns read) of the user message that is a text itself."""
         texts = [n for n in users if not RETRIES.search(turns[n].text)] or users
         if len(texts) > 1 and self.turns == 'refuse':
-            raise Refusal(400, f'there are {len(texts)} user messages, and the student reads one text; say which '
-                          'counts with --turns=first or --turns=last, or name the prompt around it: '
+            raise Refusal(400, f'there are {len(texts)} user messages, and the student reads one text; say '
+                          'which counts with --turns=first or --turns=last, or name the prompt around it: '
                           "--template='... {text} ...' (docs/serve.md)", where)
         n = texts[-1 if self.turns == 'last' else 0]
         if not self.bare and PROMPTS.search(turns[n].text):

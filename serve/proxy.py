@@ -1,5 +1,5 @@
-"""Requests that the student refuses, passed on to the LLM upstream byte for byte, and its reply, streamed back
-unchanged. Those with a schema can be kept, as texts for the next student."""
+"""Requests that the student refuses, passed on to the LLM upstream byte for byte, and its reply, streamed
+back unchanged. Those with a schema can be kept, as texts for the next student."""
 import hashlib
 import json
 import logging
@@ -48,7 +48,8 @@ class Proxy:
     async def pass_on(self, request, parts, refusal, body=None):
         """upstream's Response to a starlette Request. parts: what was read of its body, a list of bytes; the
         rest is read from request.state.rest, if there is any. body: the JSON of it, if it was read."""
-        why = str(refusal.where[0]) if refusal.where else 'body' if refusal.status in (400, 413, 415) else 'route'
+        why = str(refusal.where[0]) if refusal.where else 'body' if refusal.status in (400, 413,
+                                                                                       415) else 'route'
         self.metrics.passed_on.labels(why).inc()
         log.info('passed on: %s', refusal)
 
@@ -130,7 +131,8 @@ def read_reply(reply, raw):
         if 'event-stream' not in reply.headers.get('content-type', ''):
             message = json.loads(text)
             if 'output' in message:
-                item = next(item for item in message['output'] if item['type'] in ('message', 'function_call'))
+                item = next(item for item in message['output'] if item['type'] in ('message',
+                                                                                   'function_call'))
                 answer = item['arguments'] if 'arguments' in item else item['content'][0]['text']
             else:
                 message = message['choices'][0]['message']
@@ -142,8 +144,10 @@ def read_reply(reply, raw):
             for event in events:
                 for choice in event.get('choices') or []:
                     called = choice['delta'].get('tool_calls') or [{}]
-                    answer += choice['delta'].get('content') or (called[0].get('function') or {}).get('arguments') or ''
-                if event.get('type') in ('response.output_text.delta', 'response.function_call_arguments.delta'):
+                    answer += choice['delta'].get('content') or (called[0].get('function')
+                                                                 or {}).get('arguments') or ''
+                if event.get('type') in ('response.output_text.delta',
+                                         'response.function_call_arguments.delta'):
                     answer += event['delta']
         answer = json.loads(answer)
         return answer if isinstance(answer, dict) else None

@@ -200,7 +200,7 @@ def read_questions(student, body, path):
     else:
         given = body['input']
         messages = [{'role': 'user', 'content': given}] if isinstance(given, str) else given
-        text, ignored = student.prompts.find_text(read_turns(messages, 'input'), 'input')
+        text, ignored, _ = student.prompts.find_text(read_turns(messages, 'input'), 'input')
 
     def reply(answers):
         answer, = answers

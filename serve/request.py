@@ -31,7 +31,7 @@ class Plan:
     """how a student answers a request: the texts that it labels, and what becomes of the Answers."""
     texts: list                 # strings
     where: tuple                # keys that lead to the texts in the body
-    reply: Callable             # list of Answers -> body of the reply: a dict, or server-sent events as a string
+    reply: Callable             # list of Answers -> body of the reply: a dict, or events as a string
     full: bool = False          # the reply needs the probabilities of all values
     offered: dict = field(default_factory=dict)  # {field: values as JSON}, if the caller allows only these
     ignored: list = field(default_factory=list)  # parts of the request that were not read, for x-ignored
@@ -43,8 +43,8 @@ class Plan:
 
 
 async def read_raw(request, parts, limit=MAX_BODY):
-    """appends the body of a starlette Request to the list parts, as bytes. Refusal if it is too long; the rest
-    of it can then be read from request.state.rest."""
+    """appends the body of a starlette Request to the list parts, as bytes. Refusal if it is too long; the
+    rest of it can then be read from request.state.rest."""
     stream, size = request.stream(), 0
     request.state.rest = stream
     async for part in stream:

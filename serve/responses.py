@@ -13,7 +13,8 @@ def read_response(student, body):
     """the Plan of POST /v1/responses."""
     for key in (*REFUSED, 'prompt'):
         if body.get(key):
-            raise Refusal(400, f'{key}: the student cannot follow it; it only answers what it was trained on', key)
+            raise Refusal(400, f'{key}: the student cannot follow it; it only answers what it was trained on',
+                          key)
     stream, top = read_flag(body, 'stream'), read_number(body, 'top_logprobs', 0, 20, 0)
     text = require(body.get('text') or {}, dict, 'an object', 'text', status=400)
     include = require(body.get('include') or [], list, 'a list', 'include', status=400)
@@ -28,9 +29,11 @@ def read_response(student, body):
     turns = read_turns(items, 'input')
     for n, turn in enumerate(turns):
         turn.where = ('instructions',) if instructions and n == 0 else ('input', n - bool(instructions))
-    form = pick_form(body, student, read_tool_form(body, student, is_response=True), turns, text.get('format'),
+    form = pick_form(body, student, read_tool_form(body, student, is_response=True), turns,
+                     text.get('format'),
                      'text', 'format')
-    found, ignored = student.prompts.find_text(turns, 'input', form.forced)
+    found, ignored, known = student.prompts.find_text(turns, 'input', form.forced)
+    student.check_meant(body, known or not form.whole)
 
     def reply(answers):
         answer, = answers
@@ -48,7 +51,8 @@ def make_output(form, answer, space, top):
         pieces = form.pieces(answer, space)
         content = {'type': 'output_text', 'text': ''.join(text for text, _, _ in pieces), 'annotations': [],
                    'logprobs': [] if top is None else logprobs_list(pieces, top)}
-        return {'id': f'msg_{uuid.uuid4().hex}', 'type': 'message', 'status': 'completed', 'role': 'assistant',
+        return {'id': f'msg_{uuid.uuid4().hex}', 'type': 'message', 'status': 'completed',
+                'role': 'assistant',
                 'content': [content]}
     name, pieces = form.call(answer, space)
     return {'id': f'fc_{uuid.uuid4().hex}', 'type': 'function_call', 'status': 'completed', 'name': name,
@@ -59,13 +63,15 @@ def response_body(body, model, output, answer):
     """the body of a response: what the caller asked for, and the output."""
     n_in, n_out = count_tokens(answer)
     return {'id': f'resp_{uuid.uuid4().hex}', 'object': 'response', 'created_at': int(time.time()),
-            'status': 'completed', 'completed_at': int(time.time()), 'error': None, 'incomplete_details': None,
+            'status': 'completed', 'completed_at': int(time.time()), 'error': None,
+            'incomplete_details': None,
             'instructions': body.get('instructions'), 'max_output_tokens': body.get('max_output_tokens'),
             'model': model, 'output': [output], 'parallel_tool_calls': True, 'previous_response_id': None,
             'reasoning': {'effort': None, 'summary': None}, 'store': False, 'temperature': 0.0, 'top_p': 1.0,
             'text': body.get('text') or {'format': {'type': 'text'}}, 'truncation': 'disabled',
             'tool_choice': body.get('tool_choice') or 'auto', 'tools': body.get('tools') or [],
-            'usage': {'input_tokens': n_in, 'input_tokens_details': {'cached_tokens': 0, 'cache_write_tokens': 0},
+            'usage': {'input_tokens': n_in,
+                      'input_tokens_details': {'cached_tokens': 0, 'cache_write_tokens': 0},
                       'output_tokens': n_out, 'output_tokens_details': {'reasoning_tokens': 0},
                       'total_tokens': n_in + n_out},
             'user': None, 'metadata': body.get('metadata') or {}}

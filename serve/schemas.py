@@ -1,4 +1,5 @@
-"""JSON Schemas: which of the student's fields answer a schema, and the reply in the caller's names and values.
+"""JSON Schemas: which of the student's fields answer a schema, and the reply in the caller's names and
+values.
 
 A property is the field of its name, whatever its case, `-`, `_` and blanks; or, under another name, the only
 field with exactly its options. Options are compared in the same way. Properties that no field answers: an
@@ -30,8 +31,8 @@ class Part:
     name: str                   # the caller's
     source: str
     field: str = ''             # of the confidence: '' for the lowest of all
-    spelled: tuple = ()         # of a field (number of a value, the caller's word for it) of those offered; of a
-                                # constant that word alone
+    spelled: tuple = ()         # of a field (number of a value, the caller's word) of those offered; of a
+                                # constant its word alone
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Shape:
     bare: bool = False
 
     def offered(self, space):
-        """{field: JSON of the values that the caller allows}, of the fields of which he does not allow all."""
+        """{field: JSON of the values that the caller allows}, of the fields of which he does not allow
+        all."""
         found = {}
         for part in self.parts:
             if part.source == 'field' and len(part.spelled) < len(space.fields[part.field]):
@@ -124,7 +126,8 @@ def read_options(part, root):
 
 
 def match_options(options, values):
-    """{number of a value: the caller's word for it} of those of a field's values that are among the options."""
+    """{number of a value: the caller's word for it} of those of a field's values that are among the
+    options."""
     names, option_names = value_names(values), [value_name(option) for option in options]
     found = {n: options[option_names.index(name)] for n, name in enumerate(names) if name in option_names}
     if len({*map(loose, names)}) == len(names):                 # else two values differ in case alone
@@ -136,8 +139,8 @@ def match_options(options, values):
 
 
 def match_yes_and_no(options, types, values, yes):
-    """the same for true and false, or options that say yes and no, about a field with two values, one of which
-    means yes."""
+    """the same for true and false, or options that say yes and no, about a field with two values, one of
+    which means yes."""
     yes = next((n for n, value in enumerate(values) if value_name(value) == value_name(yes)), None)
     if len(values) != 2 or yes is None:
         return {}
@@ -169,8 +172,8 @@ def match_field(name, options, types, space, true_value):
         exact = [(field, words) for field, values in fields.items()
                  if len(words := match_options(options, values)) == len(values) == len(options)]
         if len(exact) > 1:
-            raise ValueError(f'several fields have the options of {name!r}: {", ".join(f for f, _ in exact)}; '
-                             'name the property after one')
+            raise ValueError(f'several fields have the options of {name!r}: '
+                             f'{", ".join(field for field, _ in exact)}; name the property after one')
         return exact[0] if exact else None
     return None
 
@@ -181,7 +184,8 @@ def match_field(name, options, types, space, true_value):
 
 def count_objects(part, defs):
     """number of objects in a part of a JSON Schema, each $ref replaced by its target. ValueError if it has
-    references of another kind. defs: {reference: its definition}, changed in place to {reference: its count}."""
+    references of another kind. defs: {reference: its definition}, changed in place to {reference: its
+    count}."""
     if isinstance(part, list):
         return sum(count_objects(inner, defs) for inner in part)
     if not isinstance(part, dict):
@@ -192,7 +196,7 @@ def count_objects(part, defs):
         raise ValueError('the schema has $id, $anchor or $dynamicRef inside of it, which is not supported')
     if isinstance(ref := part.get('$ref'), str):
         if ref not in defs:
-            raise ValueError(f'the schema has no {ref!r}; references must be #/$defs/... or #/definitions/...')
+            raise ValueError(f'the schema has no {ref!r}; references are #/$defs/... or #/definitions/...')
         if not isinstance(defs[ref], int):
             inner, defs[ref] = defs[ref], MAX_CHECKS            # the count if it refers to itself: too large
             defs[ref] = count_objects(inner, defs)
@@ -201,8 +205,8 @@ def count_objects(part, defs):
 
 
 def make_part(name, inner, required, root, space, true_value):
-    """the Part of a property, or None if it is left out. ValueError if it cannot be answered. required: True or
-    False; None: it must be a field."""
+    """the Part of a property, or None if it is left out. ValueError if it cannot be answered. required: True
+    or False; None: it must be a field."""
     options, types, nullable = read_options(inner, root)
     match = match_field(name, options, types, space, true_value)
     if match:

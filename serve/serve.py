@@ -45,7 +45,7 @@ try:
 except ImportError as error:
     sys.exit(f'serve.py needs {error.name}; run: pip install -r requirements-serve.txt')
 
-if __name__ == '__main__':  # every config file that names a task is a student; the first one's settings are below
+if __name__ == '__main__':  # each config file that names a task is a student; the first one's settings:
     sys.argv[1:], *others = split_tasks(sys.argv[1:])
 
 name = ''            # word; out/<name> is the student ...
@@ -56,29 +56,29 @@ port = 8000          # 0..65535; 0: a free one
 api_key = ''         # callers must send it (Authorization: Bearer ...); '': SERVE_API_KEY of the environment
 max_waiting = 4096   # 1..; texts under way at a time; above that, callers get 503 and try again later
 sample_batch = 128   # 1..; texts decoded together; of 16 to 512 the fastest on 2 CPU cores
-too_long = 'auto'    # 'auto', 'cut' or 'refuse'; what happens to texts longer than the student reads. auto: they
-                     # are refused, but cut at /v1/label and /v1/systemone, which have no prompts
+too_long = 'auto'    # 'auto', 'cut' or 'refuse'; what happens to texts longer than the student reads. auto:
+                     # refused, but cut at /v1/label and /v1/systemone, which have no prompts
 cors = ''            # text; origins of the web pages that may call it, separated by commas, or *; '': none
 device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of a large student's layers, as in sample.py
 # where the text is
 templates = []       # prompts around a text, with {text} in its place; the training prompt always is one
 template = ''        # text; one more; '{text}': whatever a message is, it is a text
-turns = 'refuse'     # 'refuse', 'first' or 'last'; of several user messages without a template the one that counts
-learn_templates = ''  # file; prints the templates that it finds in logged requests, a JSON body a line, and ends
+turns = 'refuse'     # 'refuse', 'first' or 'last'; which of several user messages without a template counts
+learn_templates = ''  # file; prints the templates of logged requests, a JSON body a line, and ends
 # how typed questions are matched to fields
 true_value = {}      # {'toxicity': 'toxic'}: the value that means yes, of a field with two values
 ordered = []         # names of fields whose values are a scale, lowest first; integers always are
 # deferral
 min_confidence = 0.0  # 0..1 or 'target'; a record with a field below it goes upstream (see sample.py)
-upstream = ''        # base URL of an OpenAI-compatible LLM, which also gets the requests that the student refuses;
+upstream = ''        # base URL of an OpenAI-compatible LLM, which gets what the student refuses, too;
                      # its key: the environment's UPSTREAM_API_KEY
 upstream_model = ''  # its model name there
 upstream_timeout = 20.0  # 0..; seconds
 audit = 0.0          # 0..1; share of all texts that upstream answers too, to measure the agreement
 audit_min = 0.0      # 0..1; if a field's agreement is below it (95 % interval), everything goes upstream
-keep = False         # append upstream's answers to served.jsonl, for extract.py --score, and refused requests with a
-                     # schema to passed_on/, for data/prepare.py; else no text is kept
+keep = False         # append upstream's answers to served.jsonl, for extract.py --score, and refused requests
+                     # with a schema to passed_on/, for data/prepare.py; else no text is kept
 dataset = ''         # word; these are in data/<dataset>/
 # of the config file, to warn if the student was trained with others
 fields = {}
@@ -107,8 +107,8 @@ def run_server(app, host, port):
 
 def load_student(of_task, metrics, upstream, upstream_model, upstream_timeout, audit, audit_min, keep, device,
                  max_waiting, dataset):
-    """the Student of a task, ready to answer. of_task: its settings, a dict; the rest: as the settings. Exits with
-    a message if they do not fit."""
+    """the Student of a task, ready to answer. of_task: its settings, a dict; the rest: as the settings. Exits
+    with a message if they do not fit."""
     folder = Path('out', of_task['run'] or of_task['name'])
     labeler = Labeler(folder, device, of_task['which'], of_task['sample_batch'], True, 'cut',
                       min_confidence=of_task['min_confidence'], dtype=of_task['dtype'])
@@ -132,7 +132,8 @@ def load_student(of_task, metrics, upstream, upstream_model, upstream_timeout, a
         llm = Upstream(upstream, upstream_model, upstream_timeout, labeler.space, prompt)
     service = Service(labeler, folder.name, max_waiting, llm, audit, audit_min, kept_file, metrics)
     return Student(service, Prompts([prompt, *templates], of_task['turns']), of_task['true_value'],
-                   tuple(of_task['ordered']), of_task['too_long'], int(folder.stat().st_mtime))
+                   tuple(of_task['ordered']), of_task['too_long'], int(folder.stat().st_mtime),
+                   bool(upstream))
 
 
 if __name__ == '__main__':
@@ -157,7 +158,8 @@ if __name__ == '__main__':
     metrics, proxy = Metrics(), None
     api_key = api_key or os.environ.get('SERVE_API_KEY', '')
     try:
-        students = [load_student(task, metrics, upstream, upstream_model, upstream_timeout, audit, audit_min, keep,
+        students = [load_student(task, metrics, upstream, upstream_model, upstream_timeout, audit, audit_min,
+                                 keep,
                                  device, max_waiting, task['dataset']) for task in tasks]
         if upstream:
             kept_folder = Path('data', dataset, 'passed_on') if keep else None
@@ -167,4 +169,5 @@ if __name__ == '__main__':
     if proxy and proxy.key and not api_key and host not in ('127.0.0.1', 'localhost', '::1'):
         stop('whoever reaches this server could use UPSTREAM_API_KEY; set SERVE_API_KEY')
     origins = [origin.strip() for origin in cors.split(',') if origin.strip()]
-    run_server(make_app(students, metrics, api_key, proxy, Path('out', names[0], 'batches'), origins), host, port)
+    run_server(make_app(students, metrics, api_key, proxy, Path('out', names[0], 'batches'), origins), host,
+               port)

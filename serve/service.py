@@ -127,8 +127,9 @@ class Service:
         for n, text in enumerate(texts):
             ids, error, n_cut = self.labeler.encode(text.encode())
             if n_cut and refuse_long:
-                error = (f'the text has {n_cut} tokens more than the student reads; if a prompt is around it, name '
-                         "it: --template='... {text} ...' (docs/serve.md); --too_long=cut reads its beginning")
+                error = (f'the text has {n_cut} tokens more than the student reads; if a prompt is around '
+                         "it, name it: --template='... {text} ...' (docs/serve.md); --too_long=cut reads its "
+                         'beginning')
             if error:
                 raise Refusal(400, error if len(texts) == 1 else f'text {n}: {error}', *where,
                               *([n] if len(texts) > 1 else []))
@@ -138,8 +139,8 @@ class Service:
 
     async def answer(self, texts, full=False, offered=None, where=('texts',), refuse_long=False):
         """list of Answers to strings. full: with the probabilities of all values. offered: {field: values as
-        JSON} that upstream may answer, if not all; where, refuse_long: see encode. Refusal if a text cannot be
-        read, or if too many are under way."""
+        JSON} that upstream may answer, if not all; where, refuse_long: see encode. Refusal if a text cannot
+        be read, or if too many are under way."""
         if len(texts) > self.max_waiting:
             raise Refusal(413, f'the request has {len(texts)} texts; the limit is {self.max_waiting}', *where)
         if self.n_waiting + len(texts) > self.max_waiting:

@@ -16,6 +16,7 @@ class Student:
     ordered: tuple = ()
     too_long: str = 'auto'
     created: int = 0
+    among_others: bool = False  # requests that are for an LLM come here too
 
     def __post_init__(self):
         self.name, self.space, self.task = self.service.name, self.service.space, self.service.labeler.task
@@ -24,6 +25,13 @@ class Student:
     def refuses_long(self, by_default):
         """True if a text longer than it reads is refused. by_default: of this route."""
         return by_default if self.too_long == 'auto' else self.too_long == 'refuse'
+
+    def check_meant(self, body, known):
+        """Refusal if requests for an LLM come here too, and nothing in this one says that it is for the
+        student: neither a schema or a template (known), nor its name."""
+        if self.among_others and not known and body.get('model') != self.name:
+            raise Refusal(400, 'a message without a schema or a template is for the LLM, unless the model is '
+                          f'{self.name!r}', 'model')
 
     async def answer(self, plan):
         """list of Answers to the texts of a Plan."""
@@ -35,8 +43,9 @@ class Student:
 
 
 def choose_student(students, read, body):
-    """(Student, Plan) for the body of a request: of the students that `model` names, else of all, the only one
-    that can answer it. read: function of a Student and the body that returns a Plan or raises a Refusal."""
+    """(Student, Plan) for the body of a request: of the students that `model` names, else of all, the only
+    one that can answer it. read: function of a Student and the body that returns a Plan or raises a
+    Refusal."""
     named = [student for student in students if student.name == body.get('model')]
     found, refusals = [], []
     for student in named or students:
