@@ -88,8 +88,6 @@ def read_completion(student, body):
         raise Refusal(400, 'prompt must be a string or a list of strings', 'prompt')
     found = [student.prompts.find_text([Turn('user', prompt, ('prompt',))], 'prompt') for prompt in prompts]
     student.check_meant(body, all(known for _, _, known in found) or not form.whole)
-.prompts.find_text([Turn('user', prompt, ('prompt',))],
-                                       'prompt')[0] for prompt in prompts]
     with_logprobs = body.get('logprobs') is not None
 
     def reply(answers):

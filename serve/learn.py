@@ -27,23 +27,34 @@ def read_prompts(lines):
             yield None
 
 
+def fixed_words(rows, n):
+    """the words of a prompt that stand at place n of rows, tuples of words: one that four rows in five share,
+    or up to three that 95 % share. [] if the words there are those of texts."""
+    following = Counter(row[n] for row in rows if len(row) > n).most_common(3)
+    following = [(word, count) for word, count in following if count >= AT_LEAST]
+    if following and following[0][1] >= 0.8 * len(rows):
+        return [following[0][0]]
+    shared = sum(count for _, count in following) >= 0.95 * len(rows)
+    return [word for word, _ in following] if shared else []
+
+
 def common_beginnings(rows):
-    """{beginning, a tuple of words: the rows that have it} of rows, tuples of words. A beginning is extended
-    by a word that four rows in five share; where up to three words share 95 % of the rows, each goes its own
-    way."""
+    """{beginning, a tuple of words: the rows that have it} of rows, tuples of words. Where the words are those
+    of texts, a word of a tenth of the rows begins a prompt if fixed words come after it."""
     groups, result = [(0, rows)], defaultdict(list)
     while groups:
         n, rows = groups.pop()
-        following = Counter(row[n] for row in rows if len(row) > n).most_common(3)
-        top = [word for word, count in following if count >= AT_LEAST]
-        if top and following[0][1] >= 0.8 * len(rows):
-            top = top[:1]
-        elif sum(count for word, count in following if word in top) < 0.95 * len(rows):
-            top = []
-        for word in top:
-            groups.append((n + 1, [row for row in rows if len(row) > n and row[n] == word]))
-        if not top and len(rows) >= AT_LEAST:
-            result[rows[0][:n]] += rows
+        by_word = defaultdict(list)
+        for row in rows:
+            by_word[row[n] if len(row) > n else None].append(row)
+        words = fixed_words(rows, n)
+        if not words:
+            words = [word for word, some in by_word.items() if word is not None
+                     and len(some) >= max(5, 0.1 * len(rows)) and fixed_words(some, n + 1)]
+            rest = [row for word, some in by_word.items() if word not in words for row in some]
+            if len(rest) >= AT_LEAST:
+                result[rest[0][:n]] += rest
+        groups += [(n + 1, by_word[word]) for word in words]
     return dict(result)
 
 
@@ -56,7 +67,7 @@ def learn_templates(prompts):
         rest = [row[len(before):][::-1] for row in rows]
         for after, backwards in common_beginnings(rest).items():
             texts = [' '.join(row[len(after):][::-1]) for row in backwards]
-            if (before or after) and len({*texts}) >= AT_LEAST:
+            if (before or after) and '{text}' not in after and len({*texts}) >= AT_LEAST:
                 template = ' '.join([*before, '{text}', *after[::-1]])
                 found.append((template, len(texts), texts[:3]))
     return sorted(found, key=lambda item: -item[1])

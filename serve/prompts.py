@@ -65,12 +65,11 @@ def read_turns(messages, where):
 class Prompts:
     """finds the text in a conversation, as the top of this file says.
 
-    templates: strings with {text} in them, the training prompt among them. turns: 'refuse', 'first' or
-    'last', the user message that counts if there are several without a template."""
+    templates: strings with {text} in them (of several the last), the training prompt among them. turns:
+    'refuse', 'first' or 'last', the user message that counts if there are several without a template."""
 
     def __init__(self, templates, turns='refuse'):
-        pairs = [tuple(map(clean, template.split('{text}'))) for template in templates]
-        assert all(len(pair) == 2 for pair in pairs), templates
+        pairs = [tuple(map(clean, template.rpartition('{text}')[::2])) for template in templates]
         self.pairs = sorted({pair for pair in pairs if any(pair)}, key=lambda pair: -len(''.join(pair)))
         self.bare, self.turns = len([pair for pair in pairs if any(pair)]) < len(pairs), turns
 

@@ -62,7 +62,7 @@ cors = ''            # text; origins of the web pages that may call it, separate
 device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of a large student's layers, as in sample.py
 # where the text is
-templates = []       # prompts around a text, with {text} in its place; the training prompt always is one
+templates = []       # prompts around a text, with {text} in its place (of several the last); the training prompt always is one
 template = ''        # text; one more; '{text}': whatever a message is, it is a text
 turns = 'refuse'     # 'refuse', 'first' or 'last'; which of several user messages without a template counts
 learn_templates = ''  # file; prints the templates of logged requests, a JSON body a line, and ends
@@ -122,8 +122,8 @@ def load_student(of_task, metrics, upstream, upstream_model, upstream_timeout, a
             stop(f'ordered: there is no field {field!r}; there are: {", ".join(fields)}')
     templates = [*of_task['templates'], *filter(None, [of_task['template']])]
     for template in templates:
-        if not isinstance(template, str) or template.count('{text}') != 1:
-            stop(f'templates: {template!r} must be a text with {{text}} in it, once')
+        if not isinstance(template, str) or '{text}' not in template:
+            stop(f'templates: {template!r} must be a text with {{text}} in it')
     kept_file = llm = None
     if keep:
         kept_file = Path('data', dataset, 'served.jsonl')

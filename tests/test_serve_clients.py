@@ -117,6 +117,7 @@ def test_the_last_template_counts_and_the_longest():
         turns = read_turns([{'role': 'user', 'content': user} for user in users], 'messages')
         return Prompts(templates).find_text(turns, 'messages')[0]
     assert find('Text: a', 'Text: b') == 'b' and find('Text: a', 'that was wrong') == 'a'
+    assert find('as {text} b', templates=['as {text} {text}']) == 'b'  # dspy's prompt has one of its own
     assert find('Text: a Label:') == 'a' and find('Text: a b') == 'a b'
 
 
