@@ -39,8 +39,8 @@ def fixed_words(rows, n):
 
 
 def common_beginnings(rows):
-    """{beginning, a tuple of words: the rows that have it} of rows, tuples of words. Where the words are those
-    of texts, a word of a tenth of the rows begins a prompt if fixed words come after it."""
+    """{beginning, a tuple of words: the rows that have it} of rows, tuples of words. Where the words are
+    those of texts, a word of a tenth of the rows begins a prompt if fixed words come after it."""
     groups, result = [(0, rows)], defaultdict(list)
     while groups:
         n, rows = groups.pop()

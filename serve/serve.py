@@ -62,7 +62,8 @@ cors = ''            # text; origins of the web pages that may call it, separate
 device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of a large student's layers, as in sample.py
 # where the text is
-templates = []       # prompts around a text, with {text} in its place (of several the last); the training prompt always is one
+templates = []       # prompts around a text, with {text} in its place (the last one counts); the training
+                     # prompt is one already
 template = ''        # text; one more; '{text}': whatever a message is, it is a text
 turns = 'refuse'     # 'refuse', 'first' or 'last'; which of several user messages without a template counts
 learn_templates = ''  # file; prints the templates of logged requests, a JSON body a line, and ends

@@ -339,11 +339,11 @@ SCHEMA = st.fixed_dictionaries({'properties': st.dictionaries(NAME, PART, max_si
     'definitions': st.dictionaries(st.just('a'), PART), 'type': st.just('object')})
 
 
-def test_whatever_schema_is_answered_allows_every_answer(labeler):
+def test_whatever_schema_is_answered_allows_every_answer(labeler, truth):
     import jsonschema
     counts = {True: 0, False: 0}
 
-    @settings(max_examples=600, deadline=None, database=None)
+    @settings(max_examples=250, deadline=None, database=None)
     @given(SCHEMA)
     def check(schema):
         try:
@@ -353,7 +353,7 @@ def test_whatever_schema_is_answered_allows_every_answer(labeler):
             assert refusal.status == 400 and str(refusal)
             return
         counts[True] += 1
-        for record in labeler(TEXTS):
+        for record in truth.values():
             answer = type('Answer', (), {'record': {name: record[name] for name in FIELDS}, 'confidence': {
                 name: 0.5 for name in FIELDS}, 'probabilities': {
                     name: [record['_confidence'][name][value_name(value)] for value in FIELDS[name]]
@@ -361,7 +361,7 @@ def test_whatever_schema_is_answered_allows_every_answer(labeler):
             values = {name: value for name, value, _, _ in shape.values(answer, labeler.space)}
             jsonschema.validate(values, schema)
     check()
-    assert min(counts.values()) > 20
+    assert min(counts.values()) > 10
 
 
 # -----------------------------------------------------------------------------
@@ -608,10 +608,11 @@ SENT = st.fixed_dictionaries({}, optional={
                                            'include': VALUE | st.lists(VALUE)})
 
 
-@pytest.mark.parametrize('path', ['chat/completions', 'responses', 'completions', 'batches', 'files'])
-def test_no_request_makes_the_new_routes_fail(url, path):
+@pytest.mark.parametrize('path, tries', [('chat/completions', 120), ('responses', 120), ('completions', 60),
+                                         ('batches', 20), ('files', 20)])
+def test_no_request_makes_the_new_routes_fail(url, path, tries):
     with httpx.Client() as client:
-        @settings(max_examples=150, deadline=None, database=None)
+        @settings(max_examples=tries, deadline=None, database=None)
         @given(SENT, st.booleans())
         def throw(body, valid):
             body |= {'messages': CHAT, 'input': TEXT, 'prompt': TEXT} if valid else {}
