@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from distil.space import value_name
 from serve.request import Refusal, require
-from serve.schemas import Part, Shape, loose, match_options, read_schema, whole_shape
+from serve.schemas import loose, match_options, read_schema
+from serve.shapes import Part, Shape, whole_shape
 
 # parameters that would change the answer, and that a student cannot follow
 REFUSED = ('audio', 'guided_regex', 'guided_grammar', 'regex', 'ebnf', 'grammar', 'structural_tag',
@@ -36,7 +37,7 @@ class Form:
         """the reply in pieces [(text, log p, {text: log p} of all values allowed)]. A value is a piece, and
         so is what stands between two values, with 0 and {}. If one value begins with another one, the
         character after it belongs to the piece."""
-        indent, parts = space.indent, list(self.shape.values(answer, space))
+        indent, parts = space.indent, self.shape.values(answer, space)
         comma, colon, left, right = (',', ':', '{', '}') if indent is None else (
             f',\n{" " * indent}', ': ', f'{{\n{" " * indent}', '\n}')
         gaps = [''] * (len(parts) + 1)                          # before each value, and at the end

@@ -9,7 +9,6 @@ others are refused by name.
 import json
 import math
 import re
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
@@ -20,66 +19,10 @@ from referencing.exceptions import Unresolvable
 
 from distil.space import value_name, value_names
 from serve.request import Refusal
+from serve.shapes import Part, Shape, whole_shape
 
 MAX_CHECKS = 20_000  # answers times objects of the schema, for one schema
 CERTAINTY = re.compile('(confidence|probability|certainty|score)')
-
-
-@dataclass(frozen=True)
-class Part:
-    """a property of the reply, or a reply that is one value. source: 'field', 'confidence' or 'constant'."""
-    name: str                   # the caller's
-    source: str
-    field: str = ''             # of the confidence: '' for the lowest of all
-    spelled: tuple = ()         # of a field (number of a value, the caller's word) of those offered; of a
-                                # constant its word alone
-
-
-@dataclass(frozen=True)
-class Shape:
-    """what a reply is made of. bare: it is its only value, not an object."""
-    parts: tuple
-    bare: bool = False
-
-    def offered(self, space):
-        """{field: JSON of the values that the caller allows}, of the fields of which he does not allow
-        all."""
-        found = {}
-        for part in self.parts:
-            if part.source == 'field' and len(part.spelled) < len(space.fields[part.field]):
-                allowed = {json.dumps(space.fields[part.field][n]) for n, _ in part.spelled}
-                found[part.field] = found.get(part.field, allowed) & allowed
-        return found
-
-    def values(self, answer, space):
-        """yields (name, value, log p of the value, {JSON of each other value offered: log p}) for each part;
-        the last is {} if there is no choice, or if the Answer has no probabilities."""
-        for part in self.parts:
-            if part.source == 'constant':
-                yield part.name, part.spelled[0], 0.0, {}
-            elif part.source == 'confidence':
-                confidence = answer.confidence
-                yield part.name, round(confidence[part.field] if part.field else min(confidence.values()),
-                                       4), 0.0, {}
-            else:
-                row, words = answer.probabilities.get(part.field), dict(part.spelled)
-                as_json = [json.dumps(value) for value in space.fields[part.field]]
-                chosen = as_json.index(json.dumps(answer.record[part.field]))
-                if chosen not in words:                         # the likeliest of those offered
-                    chosen = max(words, key=row.__getitem__)
-                if row is None or len(as_json) == 1:
-                    yield part.name, words[chosen], 0.0, {}
-                    continue
-                total = sum(row[n] for n in words) or 1.0
-                log_p = {json.dumps(word, ensure_ascii=False): math.log(max(row[n] / total, 1e-30))
-                         for n, word in words.items()}
-                yield part.name, words[chosen], log_p[json.dumps(words[chosen], ensure_ascii=False)], log_p
-
-
-def whole_shape(space):
-    """the Shape of all fields, as the student was trained."""
-    return Shape(tuple(Part(name, 'field', name, tuple(enumerate(values)))
-                       for name, values in space.fields.items()))
 
 
 def loose(name):

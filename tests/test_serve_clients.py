@@ -299,10 +299,13 @@ def test_of_the_values_that_a_schema_offers_the_likeliest_is_answered(chat, trut
 def test_a_number_called_confidence_gets_it(chat, truth):
     number, bounded = {'type': 'number'}, {'type': 'number', 'minimum': 0, 'maximum': 1}
     p_of = {name: truth[TEXT]['_confidence'][name][value_name(truth[TEXT][name])] for name in FIELDS}
-    schema = of({'tone': {}, 'confidence': number, 'tone_probability': bounded, 'score': bounded})
+    schema = of({'tone': {}, 'confidence': number, 'mood_probability': bounded, 'score': bounded})
     answer = json.loads(chat(response_format=json_schema(schema))[0]['content'])
-    assert answer['tone_probability'] == pytest.approx(p_of['tone'], abs=2e-4)
-    assert answer['confidence'] == answer['score'] == pytest.approx(min(p_of.values()), abs=2e-4)
+    assert answer['mood_probability'] == pytest.approx(p_of['mood'], abs=2e-4)
+    assert answer['confidence'] == answer['score'] == pytest.approx(p_of['tone'], abs=2e-4)
+    answer = json.loads(chat(response_format=json_schema(of({'tone': {}, 'kind': {},
+                                                             'confidence': number})))[0]['content'])
+    assert answer['confidence'] == pytest.approx(min(p_of['tone'], p_of['kind']), abs=2e-4)
     for part in ({'score': number}, {'confidence': number | {'maximum': 100}},
                  {'confidence': {'type': 'integer'}}):
         error, _ = chat(response_format=json_schema(of({'tone': {}, **part})))
