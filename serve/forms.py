@@ -180,9 +180,8 @@ def read_tool_form(body, student, is_response=False):
             raise Refusal(400, f'tool_choice: there is no function {choice[0]!r} in {key}', 'tool_choice')
     if len(tools) == 1:
         (name, parameters, where), = tools
-        return Form(read_schema(parameters, student.space, student.true_value, *where), kind, False, name,
-                    named,
-                    choice != 'auto')
+        shape = read_schema(parameters, student.space, student.true_value, *where)
+        return Form(shape, kind, tool=name, named=named, forced=choice != 'auto')
     names = [name for name, _, _ in tools]
     fields = [(field, words) for field, values in student.space.fields.items()
               if len(words := match_options(names, values)) == len({*map(loose, names)}) == len(names)]
@@ -201,13 +200,18 @@ def read_tool_form(body, student, is_response=False):
     return Form(Shape((Part('tool', 'field', field, tuple(sorted(words.items()))),), bare=True), kind)
 
 
-def read_form(body, student, turns):
-    """the Form of the reply to the body of a chat completion. turns: its Turns. Refusal if the student has no
-    such reply."""
-    for key in REFUSED:
+def refuse_parameters(body, *more):
+    """Refusal if a body has one of the parameters that a student cannot follow. more: further ones."""
+    for key in (*REFUSED, *more):
         if body.get(key):
             raise Refusal(400, f'{key}: the student cannot follow it; it only answers what it was trained on',
                           key)
+
+
+def read_form(body, student, turns):
+    """the Form of the reply to the body of a chat completion. turns: its Turns. Refusal if the student has no
+    such reply."""
+    refuse_parameters(body)
     return pick_form(body, student, read_tool_form(body, student), turns, body.get('response_format'),
                      'response_format')
 
@@ -234,10 +238,11 @@ def pick_form(body, student, tool_form, turns, form, *where):
 def find_schema_in_text(turns):
     """(the last JSON Schema of an object in the system messages, keys that lead to it), or (None, ()).
     Clients write it there for servers that know no json_schema."""
-    found = None, ()
+    found, left = (None, ()), 200                               # objects that it tries to read
     for turn in turns:
         at = turn.text.find('{') if turn.role == 'system' and '"properties"' in turn.text else -1
-        while at >= 0:
+        while at >= 0 and left:
+            left -= 1
             try:
                 part, end = json.JSONDecoder().raw_decode(turn.text, at)
                 if isinstance(part, dict) and isinstance(part.get('properties'), dict):

@@ -58,8 +58,9 @@ class Middleware:
             nonlocal status
             if message['type'] == 'http.response.start':
                 status = message['status']
-                request_id = uuid.uuid4().hex.encode()
-                message['headers'] = [*message.get('headers', []), (b'x-request-id', request_id)]
+                headers = message['headers'] = [*message.get('headers', [])]
+                if b'x-request-id' not in dict(headers):        # upstream's
+                    headers.append((b'x-request-id', uuid.uuid4().hex.encode()))
             await send(message)
         app = self.app
         if route not in OPEN and not self.is_authorized(dict(scope['headers'])):

@@ -48,8 +48,7 @@ class Proxy:
     async def pass_on(self, request, parts, refusal, body=None):
         """upstream's Response to a starlette Request. parts: what was read of its body, a list of bytes; the
         rest is read from request.state.rest, if there is any. body: the JSON of it, if it was read."""
-        why = str(refusal.where[0]) if refusal.where else 'body' if refusal.status in (400, 413,
-                                                                                       415) else 'route'
+        why = 'route' if refusal.status in (404, 405) else str(refusal.where[0]) if refusal.where else 'body'
         self.metrics.passed_on.labels(why).inc()
         log.info('passed on: %s', refusal)
 
@@ -64,8 +63,7 @@ class Proxy:
             to_send = content() if {'content-length', 'transfer-encoding'} & {*request.headers} else None
         try:
             sent = self.client.build_request(request.method, self.url_for(request),
-                                             headers=self.headers_for(request),
-                                             content=to_send)
+                                             headers=self.headers_for(request), content=to_send)
             reply = await self.client.send(sent, stream=True)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Refusal(502, f'the student cannot answer ({refusal}), and upstream cannot be reached: '
@@ -113,14 +111,39 @@ class Proxy:
 def find_schema(body):
     """the JSON Schema that a request asks for, or None: of a response_format, of the format of a response, or
     of its only tool."""
-    def at(part, *keys):
+    tools = body.get('tools') or body.get('functions')
+    tool = tools[0] if isinstance(tools, list) and len(tools) == 1 else None
+    for part, *keys in ((body, 'response_format', 'json_schema', 'schema'),
+                        (body, 'text', 'format', 'schema'), (tool, 'function', 'parameters'),
+                        (tool, 'parameters')):
         for key in keys:
-            part = part[key] if isinstance(part, dict) and key in part else (
-                part[key] if isinstance(part, list) and len(part) == 1 and key == 0 else None)
-        return part if isinstance(part, dict) else None
-    return (at(body, 'response_format', 'json_schema', 'schema') or at(body, 'text', 'format', 'schema')
-            or at(body, 'tools', 0, 'function', 'parameters') or at(body, 'tools', 0, 'parameters')
-            or at(body, 'functions', 0, 'parameters'))
+            part = part.get(key) if isinstance(part, dict) else None
+        if isinstance(part, dict):
+            return part
+    return None
+
+
+def text_of_message(reply):
+    """the JSON in a chat completion or a response (its body, a dict): its text, or the arguments of a call."""
+    if 'output' in reply:
+        item = next(item for item in reply['output'] if item['type'] in ('message', 'function_call'))
+        return item['arguments'] if 'arguments' in item else item['content'][0]['text']
+    message = reply['choices'][0]['message']
+    called = message.get('tool_calls') or [{'function': message.get('function_call')}]
+    return message.get('content') or called[0]['function']['arguments']
+
+
+def text_of_events(events):
+    """the same of the events of a stream, list of dicts."""
+    text = ''
+    for event in events:
+        for choice in event.get('choices') or []:
+            called = choice['delta'].get('tool_calls') or [{}]
+            function = called[0].get('function') or choice['delta'].get('function_call') or {}
+            text += choice['delta'].get('content') or function.get('arguments') or ''
+        if event.get('type') in ('response.output_text.delta', 'response.function_call_arguments.delta'):
+            text += event['delta']
+    return text
 
 
 def read_reply(reply, raw):
@@ -128,28 +151,11 @@ def read_reply(reply, raw):
     a stream of events."""
     try:
         text = httpx.Response(200, headers=reply.headers, content=raw).text
-        if 'event-stream' not in reply.headers.get('content-type', ''):
-            message = json.loads(text)
-            if 'output' in message:
-                item = next(item for item in message['output'] if item['type'] in ('message',
-                                                                                   'function_call'))
-                answer = item['arguments'] if 'arguments' in item else item['content'][0]['text']
-            else:
-                message = message['choices'][0]['message']
-                called = message.get('tool_calls') or [{'function': message.get('function_call') or {}}]
-                answer = message.get('content') or called[0]['function']['arguments']
+        if 'event-stream' in reply.headers.get('content-type', ''):
+            lines = [line[5:] for line in text.splitlines() if line.startswith('data: {')]
+            answer = json.loads(text_of_events(map(json.loads, lines)))
         else:
-            events = [json.loads(line[5:]) for line in text.splitlines() if line.startswith('data: {')]
-            answer = ''
-            for event in events:
-                for choice in event.get('choices') or []:
-                    called = choice['delta'].get('tool_calls') or [{}]
-                    answer += choice['delta'].get('content') or (called[0].get('function')
-                                                                 or {}).get('arguments') or ''
-                if event.get('type') in ('response.output_text.delta',
-                                         'response.function_call_arguments.delta'):
-                    answer += event['delta']
-        answer = json.loads(answer)
+            answer = json.loads(text_of_message(json.loads(text)))
         return answer if isinstance(answer, dict) else None
     except (ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError):
         return None

@@ -4,17 +4,14 @@ import time
 import uuid
 
 from serve.completions import count_tokens, logprobs_list, read_flag, read_number
-from serve.forms import REFUSED, pick_form, read_tool_form
+from serve.forms import pick_form, read_tool_form, refuse_parameters
 from serve.prompts import read_turns
-from serve.request import Plan, Refusal, require
+from serve.request import Plan, require
 
 
 def read_response(student, body):
     """the Plan of POST /v1/responses."""
-    for key in (*REFUSED, 'prompt'):
-        if body.get(key):
-            raise Refusal(400, f'{key}: the student cannot follow it; it only answers what it was trained on',
-                          key)
+    refuse_parameters(body, 'prompt')
     stream, top = read_flag(body, 'stream'), read_number(body, 'top_logprobs', 0, 20, 0)
     text = require(body.get('text') or {}, dict, 'an object', 'text', status=400)
     include = require(body.get('include') or [], list, 'a list', 'include', status=400)

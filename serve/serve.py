@@ -106,35 +106,36 @@ def run_server(app, host, port):
     server.run(sockets=[listener])
 
 
-def load_student(of_task, metrics, upstream, upstream_model, upstream_timeout, audit, audit_min, keep, device,
-                 max_waiting, dataset):
-    """the Student of a task, ready to answer. of_task: its settings, a dict; the rest: as the settings. Exits
-    with a message if they do not fit."""
-    folder = Path('out', of_task['run'] or of_task['name'])
-    labeler = Labeler(folder, device, of_task['which'], of_task['sample_batch'], True, 'cut',
-                      min_confidence=of_task['min_confidence'], dtype=of_task['dtype'])
-    warn_changed_task(labeler.task, of_task['fields'], of_task['prompt'])
+def load_student(task, metrics):
+    """the Student of a task, ready to answer. task: its settings, a dict. Exits with a message if they do not
+    fit."""
+    folder = Path('out', task['run'] or task['name'])
+    labeler = Labeler(folder, task['device'], task['which'], task['sample_batch'], True, 'cut',
+                      min_confidence=task['min_confidence'], dtype=task['dtype'])
+    warn_changed_task(labeler.task, task['fields'], task['prompt'])
     fields, prompt = labeler.space.fields, labeler.task['prompt']
-    for field, value in of_task['true_value'].items():
+    for field, value in task['true_value'].items():
         if len(fields.get(field, [])) != 2 or value not in fields[field]:
             stop(f'true_value: there is no field {field!r} with two values, one of them {value!r}')
-    for field in of_task['ordered']:
+    for field in task['ordered']:
         if field not in fields:
             stop(f'ordered: there is no field {field!r}; there are: {", ".join(fields)}')
-    templates = [*of_task['templates'], *filter(None, [of_task['template']])]
+    templates = [*task['templates'], *filter(None, [task['template']])]
     for template in templates:
         if not isinstance(template, str) or '{text}' not in template:
             stop(f'templates: {template!r} must be a text with {{text}} in it')
     kept_file = llm = None
-    if keep:
-        kept_file = Path('data', dataset, 'served.jsonl')
+    if task['keep']:
+        kept_file = Path('data', task['dataset'], 'served.jsonl')
         kept_file.parent.mkdir(parents=True, exist_ok=True)
-    if upstream_model:
-        llm = Upstream(upstream, upstream_model, upstream_timeout, labeler.space, prompt)
-    service = Service(labeler, folder.name, max_waiting, llm, audit, audit_min, kept_file, metrics)
-    return Student(service, Prompts([prompt, *templates], of_task['turns']), of_task['true_value'],
-                   tuple(of_task['ordered']), of_task['too_long'], int(folder.stat().st_mtime),
-                   bool(upstream))
+    if task['upstream'] and task['upstream_model']:
+        llm = Upstream(task['upstream'], task['upstream_model'], task['upstream_timeout'], labeler.space,
+                       prompt)
+    service = Service(labeler, folder.name, task['max_waiting'], llm, task['audit'], task['audit_min'],
+                      kept_file, metrics)
+    return Student(service, Prompts([prompt, *templates], task['turns']), task['true_value'],
+                   tuple(task['ordered']), task['too_long'], int(folder.stat().st_mtime),
+                   bool(task['upstream']))
 
 
 if __name__ == '__main__':
@@ -148,7 +149,7 @@ if __name__ == '__main__':
         stop('audit_min needs an audit: the share of texts that upstream answers too')
     if upstream and (min_confidence or audit) and not upstream_model:
         stop('upstream needs upstream_model, the model that gets the texts of min_confidence and audit')
-    tasks = [config | {'name': name, 'run': run}, *(read_settings(__file__, args) for args in others)]
+    tasks = [config, *(read_settings(__file__, args) for args in others)]
     names = [task['run'] or task['name'] for task in tasks]
     if twice := {one for one in names if names.count(one) > 1}:
         stop(f'two students are called {twice.pop()}; a model has one name')
@@ -159,9 +160,7 @@ if __name__ == '__main__':
     metrics, proxy = Metrics(), None
     api_key = api_key or os.environ.get('SERVE_API_KEY', '')
     try:
-        students = [load_student(task, metrics, upstream, upstream_model, upstream_timeout, audit, audit_min,
-                                 keep,
-                                 device, max_waiting, task['dataset']) for task in tasks]
+        students = [load_student(task, metrics) for task in tasks]
         if upstream:
             kept_folder = Path('data', dataset, 'passed_on') if keep else None
             proxy = Proxy(upstream, upstream_timeout, metrics, api_key, kept_folder, students[0].prompts)

@@ -1,4 +1,4 @@
-"""The Shape of a reply: its properties in the caller's names and words, and the student's field behind each."""
+"""The Shape of a reply: its properties in the caller's names and words, and the field behind each."""
 import json
 import math
 from dataclasses import dataclass
@@ -47,8 +47,8 @@ class Shape:
 
 
 def choose_word(part, answer, space):
-    """(the caller's word for a field's value in an Answer, its log p, {JSON of each word: log p}). If the caller
-    does not offer that value, it is the likeliest of those offered."""
+    """(the caller's word for a field's value in an Answer, its log p, {JSON of each word: log p}). If the
+    caller does not offer that value, it is the likeliest of those offered."""
     row, words = answer.probabilities.get(part.field), dict(part.spelled)
     as_json = [json.dumps(value) for value in space.fields[part.field]]
     n = as_json.index(json.dumps(answer.record[part.field]))
