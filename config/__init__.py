@@ -214,8 +214,8 @@ def configure(g):
 
 
 def split_tasks(args):
-    """the arguments of a program for several tasks -> a list of arguments for each. Each config file that sets
-    `name` is a task; those that do not belong to the one before, and typed settings to all."""
+    """the arguments of a program for several tasks -> a list of arguments for each. Each config file that
+    sets `name` is a task; those that do not belong to the one before, and typed settings to all."""
     typed = [arg for arg in args if arg.startswith('-') or not arg.endswith('.py')]
     tasks, named = [[]], False
     for path in (arg for arg in args if arg not in typed):
@@ -231,7 +231,7 @@ def read_settings(program, args):
     """the settings of a program as configure() would set them for these arguments, as a dict."""
     g = {'__file__': program, '__name__': '__main__', '__doc__': ''}
     exec(settings_block(program)[1], g)
-    os.chdir(STARTED_IN)                                        # the arguments are for the folder they are typed in
+    os.chdir(STARTED_IN)                                        # paths are relative to it
     sys.argv[1:] = args
     return configure(g)
 

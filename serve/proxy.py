@@ -124,7 +124,7 @@ def find_schema(body):
 
 
 def text_of_message(reply):
-    """the JSON in a chat completion or a response (its body, a dict): its text, or the arguments of a call."""
+    """the JSON in the body of a chat completion or a response: its text, or the arguments of a call."""
     if 'output' in reply:
         item = next(item for item in reply['output'] if item['type'] in ('message', 'function_call'))
         return item['arguments'] if 'arguments' in item else item['content'][0]['text']

@@ -106,9 +106,9 @@ def run_server(app, host, port):
     server.run(sockets=[listener])
 
 
-def load_student(task, metrics):
-    """the Student of a task, ready to answer. task: its settings, a dict. Exits with a message if they do not
-    fit."""
+def load_student(task, metrics, among_others):
+    """the Student of a task, ready to answer. task: its settings, a dict; among_others: see Student. Exits
+    with a message if the settings do not fit."""
     folder = Path('out', task['run'] or task['name'])
     labeler = Labeler(folder, task['device'], task['which'], task['sample_batch'], True, 'cut',
                       min_confidence=task['min_confidence'], dtype=task['dtype'])
@@ -135,7 +135,7 @@ def load_student(task, metrics):
                       kept_file, metrics)
     return Student(service, Prompts([prompt, *templates], task['turns']), task['true_value'],
                    tuple(task['ordered']), task['too_long'], int(folder.stat().st_mtime),
-                   bool(task['upstream']))
+                   among_others)
 
 
 if __name__ == '__main__':
@@ -160,7 +160,7 @@ if __name__ == '__main__':
     metrics, proxy = Metrics(), None
     api_key = api_key or os.environ.get('SERVE_API_KEY', '')
     try:
-        students = [load_student(task, metrics) for task in tasks]
+        students = [load_student(task, metrics, bool(upstream)) for task in tasks]
         if upstream:
             kept_folder = Path('data', dataset, 'passed_on') if keep else None
             proxy = Proxy(upstream, upstream_timeout, metrics, api_key, kept_folder, students[0].prompts)
