@@ -219,6 +219,29 @@ def configure(g):
     return {name: g[name] for name in defaults}
 
 
+def split_tasks(args):
+    """the arguments of a program for several tasks -> a list of arguments for each. Each config file that
+    sets `name` is a task; those that do not belong to the one before, and typed settings to all."""
+    typed = [arg for arg in args if arg.startswith('-') or not arg.endswith('.py')]
+    tasks, named = [[]], False
+    for path in (arg for arg in args if arg not in typed):
+        names_task = any(key == 'name' for key, _ in read_config(path))
+        if names_task and named:
+            tasks.append([])
+        tasks[-1].append(path)
+        named = named or names_task
+    return [[*files, *typed] for files in tasks]
+
+
+def read_settings(program, args):
+    """the settings of a program as configure() would set them for these arguments, as a dict."""
+    g = {'__file__': program, '__name__': '__main__', '__doc__': ''}
+    exec(settings_block(program)[1], g)
+    os.chdir(STARTED_IN)                                        # paths are relative to it
+    sys.argv[1:] = args
+    return configure(g)
+
+
 def next_command(program):
     """the command that runs another program on the same task: with the config files of this command line, and
     those of its --name, --dataset and --run that the other program has. For the folder it is typed in."""

@@ -1,11 +1,8 @@
-"""The routes of serve.py as an ASGI application: make_app. A handler takes a Service and the JSON object of a
-request, and returns a Response. A Refusal that it raises becomes an error reply."""
+"""The routes of serve.py as an ASGI application: make_app. A request is read into a Plan by the student that
+can answer it. A Refusal goes upstream, if there is one, or becomes an error reply."""
 import asyncio
-import hmac
-import json
 import logging
 import time
-import uuid
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -14,137 +11,45 @@ from fastapi.responses import Response
 from prometheus_client import generate_latest
 from starlette.requests import ClientDisconnect
 
-from serve.completions import (completion_body, completion_events, logprobs_body, read_response_format,
-                               restrict_space, split_answer)
-from serve.questions import decisions_answers, read_decisions, read_system_one, system_one_answers
-from serve.request import Refusal, read_body, read_messages, read_state, require
+from serve.batches import MAX_FILE, Batches
+from serve.completions import read_chat, read_completion
+from serve.middleware import Middleware, allow_origins
+from serve.questions import is_system_one, read_questions
+from serve.replies import answer_headers, error_body, error_response, json_response
+from serve.request import Plan, Refusal, parse_body, read_raw, require
+from serve.responses import read_response
+from serve.students import choose_student
 
 log = logging.getLogger('serve')
 
 
 # -----------------------------------------------------------------------------
-# replies
-
-ERROR_TYPES = {401: 'authentication_error', 404: 'not_found_error', 500: 'server_error',
-               503: 'overloaded_error'}
+# the routes that take a POST
 
 
-def json_response(body, status=200, headers=None):
-    return Response(json.dumps(body), status, headers, media_type='application/json')
-
-
-def error_response(status, message, where=(), system_one=False):
-    """an error in the form that the route's clients expect. where: keys that lead to the part of the body at
-    fault."""
-    kind = ERROR_TYPES.get(status, 'invalid_request_error')
-    if system_one and status == 422:
-        body = {'detail': [{'loc': ['body', *where], 'msg': message, 'type': 'value_error'}]}
-    elif system_one:
-        body = {'detail': {'error_type': kind, 'message': message}}
-    else:
-        body = {'error': {'message': message, 'type': kind, 'param': '.'.join(map(str, where)) or None,
-                          'code': None}}
-    return json_response(body, status, {'retry-after': '1'} if status == 503 else None)
-
-
-def answer_headers(answers):
-    """x-answered-by: who answered, the different names separated by commas; x-tokens-cut: how many tokens of
-    the texts the student did not read, if any."""
-    n_cut = sum(answer.n_cut for answer in answers)
-    cut = {'x-tokens-cut': str(n_cut)} if n_cut else {}
-    return {'x-answered-by': ','.join(sorted({answer.by for answer in answers}))} | cut
-
-
-def count_tokens(answer):
-    """(number of tokens read, number of tokens written)"""
-    return len(answer.ids) + 1, len(answer.outs)
-
-
-# -----------------------------------------------------------------------------
-# handlers
-
-
-async def complete_chat(service, body):
-    """POST /v1/chat/completions"""
-    space = service.space
-    for key in ('tools', 'functions', 'audio'):
-        if body.get(key):
-            raise Refusal(400, f'{key}: not supported; the student only answers what it was trained on', key)
-    if body.get('n') not in (None, 1):
-        raise Refusal(400, 'n: must be 1; the student has one answer to a text', 'n')
-    form, top = body.get('response_format'), body.get('top_logprobs') or 0
-    stream, logprobs, options = body.get('stream'), body.get('logprobs'), body.get('stream_options') or {}
-    if not all(flag in (None, True, False) for flag in (stream, logprobs)) or not isinstance(options, dict):
-        raise Refusal(400, 'stream and logprobs must be true or false, stream_options an object', 'stream')
-    if type(top) is not int or not 0 <= top <= 20:
-        raise Refusal(400, 'top_logprobs must be 0 to 20', 'top_logprobs')
-    names = tuple(space.fields) if form is None else read_response_format(form, space)
-    fence = space.fence and (form is None or form.get('type') == 'text')
-    text = read_messages(body.get('messages'), service.labeler.task['prompt'], 'messages')
-    answer, = await service.answer([text])
-    as_trained = names == tuple(space.fields) and fence == space.fence
-    reply_space = space if as_trained else restrict_space(space, names, fence)
-    head = {'id': f'chatcmpl-{uuid.uuid4().hex}', 'created': int(time.time()), 'model': service.name}
-    n_in, n_out = count_tokens(answer)
-    usage = {'prompt_tokens': n_in, 'completion_tokens': n_out, 'total_tokens': n_in + n_out}
-    pieces = []
-    if stream or logprobs:
-        pieces = split_answer(answer.record, answer.decisions, reply_space, space,
-                              service.labeler.temperature)
-    if stream:
-        events = completion_events(pieces, top if logprobs else None, head,
-                                   usage if options.get('include_usage') else None)
-        return Response(events, headers=answer_headers([answer]), media_type='text/event-stream')
-    content = reply_space.text(answer.record[name] for name in names).strip()
-    reply = completion_body(content, logprobs_body(pieces, top) if logprobs else None, head, usage)
-    return json_response(reply, headers=answer_headers([answer]))
-
-
-def is_system_one(path, body):
-    """True if the questions have System One's form. Some gateways send it to /v1/decisions, or the other way
-    round, so the form counts before the path."""
-    questions = body.get('questions')
-    return isinstance(questions, dict) or path == '/v1/systemone' and not isinstance(questions, list)
-
-
-async def answer_questions(service, body, path, true_value, ordered):
-    """POST /v1/decisions and /v1/systemone"""
-    system_one = is_system_one(path, body)
-    read = read_system_one if system_one else read_decisions
-    questions = read(body, service.space, true_value, ordered)
-    if system_one:
-        if body.get('state') is None:
-            raise Refusal(422, 'state is missing', 'state')
-        text = read_state(body['state'])
-    elif isinstance(body.get('input'), str):
-        text = body['input']
-    elif not isinstance(body.get('input'), list):
-        raise Refusal(422, 'input must be a string or a list of messages', 'input')
-    else:
-        text = read_messages(body.get('input'), service.labeler.task['prompt'], 'input')
-    answer, = await service.answer([text], full=True)
-    n_in, n_out = count_tokens(answer)
-    usage = {'input_tokens': n_in, 'output_tokens': n_out}
-    if not system_one:
-        usage |= {'input_tokens_details': {'cache_write_tokens': 0, 'cached_tokens': 0},
-                  'output_tokens_details': {'reasoning_tokens': 0}, 'total_tokens': n_in + n_out}
-    answers = (system_one_answers if system_one else decisions_answers)(questions, answer.probabilities)
-    return json_response({'model': service.name, 'answers': answers, 'usage': usage},
-                         headers=answer_headers([answer]))
-
-
-async def label_texts(service, body):
-    """POST /v1/label"""
-    texts = require(body.get('texts') or None, list, 'a list of strings', 'texts', status=400)
+def read_label(student, body):
+    """the Plan of POST /v1/label."""
+    texts = require(body.get('texts'), list, 'a list of strings', 'texts', status=400)
+    if not texts:
+        raise Refusal(400, 'texts is an empty list; it needs at least one text', 'texts')
     for n, text in enumerate(texts):
         require(text, str, 'a string', 'texts', n, status=400)
-    answers = await service.answer(texts)
-    records = []
-    for answer in answers:
-        confidence = {field: round(p, 4) for field, p in answer.confidence.items()}
-        by = {} if answer.by == 'student' else {'_answered_by': answer.by}
-        records.append(answer.record | {'_confidence': confidence} | by)
-    return json_response({'model': service.name, 'answers': records}, headers=answer_headers(answers))
+
+    def reply(answers):
+        records = []
+        for answer in answers:
+            confidence = {field: round(p, 4) for field, p in answer.confidence.items()}
+            by = {} if answer.by == 'student' else {'_answered_by': answer.by}
+            records.append(answer.record | {'_confidence': confidence} | by)
+        return {'model': student.name, 'answers': records}
+    return Plan(texts, ('texts',), reply, refuse_long=student.refuses_long(False))
+
+
+READERS = {  # functions of a Student and the body, that return a Plan
+    '/v1/chat/completions': read_chat, '/v1/completions': read_completion, '/v1/responses': read_response,
+    '/v1/decisions': partial(read_questions, path='/v1/decisions'),
+    '/v1/systemone': partial(read_questions, path='/v1/systemone'), '/v1/label': read_label}
+NEVER_PASSED_ON = '/v1/label', '/v1/systemone'  # no LLM has these
 
 
 # -----------------------------------------------------------------------------
@@ -156,111 +61,214 @@ async def wait_for_disconnect(receive):
         pass
 
 
-def add_post(app, path, handler, service):
-    """adds a POST route. It stops the handler if the client disconnects, and turns exceptions into error
-    replies."""
-    @app.post(path)
-    async def route(request: Request):
-        system_one = path == '/v1/systemone'
+async def watch(request, work):
+    """the result of a coroutine, which is stopped if the client disconnects."""
+    work = asyncio.ensure_future(work)
+    disconnect = asyncio.ensure_future(wait_for_disconnect(request.receive))
+    try:
+        await asyncio.wait((work, disconnect), return_when=asyncio.FIRST_COMPLETED)
+        # nobody reads a 499; the metrics count it
+        return work.result() if work.done() else Response(status_code=499)
+    finally:
+        work.cancel()
+        disconnect.cancel()
+
+
+class Handler:
+    """answers the requests of POST routes: by the Student that can, else by upstream, else with an error.
+    proxy: a Proxy, or None."""
+
+    def __init__(self, students, proxy):
+        self.students, self.proxy = students, proxy
+
+    async def answer(self, path, body):
+        """(body of the reply, its headers), see Plan. Refusal if no student can answer."""
+        student, plan = choose_student(self.students, READERS[path], body)
+        answers = await student.answer(plan)
+        return plan.reply(answers), answer_headers(answers, plan.ignored)
+
+    async def answer_batch_line(self, path, body):
+        """the body of the reply."""
+        return (await self.answer(path, body))[0]
+
+    async def respond(self, path, body):
+        """the Response to the body of a request."""
+        reply, headers = await self.answer(path, body)
+        if isinstance(reply, str):
+            return Response(reply, headers=headers, media_type='text/event-stream')
+        return json_response(reply, headers=headers)
+
+    async def handle(self, request, path, respond):
+        """the Response to a request: that of the coroutine function respond(path, body), or upstream's if it
+        raises a Refusal."""
+        parts, body, system_one = [], None, path == '/v1/systemone'
         try:
-            body = await read_body(request)
-            system_one = is_system_one(path, body)
-            work = asyncio.ensure_future(handler(service, body))
-            disconnect = asyncio.ensure_future(wait_for_disconnect(request.receive))
-            await asyncio.wait((work, disconnect), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                work.cancel()
-                return Response(status_code=499)  # nobody reads it; the metrics count it
-            disconnect.cancel()
-            return work.result()
+            try:
+                await read_raw(request, parts)
+                body = parse_body(b''.join(parts), request.headers.get('content-encoding', ''))
+                system_one = is_system_one(path, body)
+                if request.scope['deployment']:                 # in Azure's paths
+                    body.setdefault('model', request.scope['deployment'])
+                return await watch(request, respond(path, body))
+            except RecursionError:
+                raise Refusal(400, 'the body is nested too deeply') from None
+            except Refusal as refusal:
+                if not self.proxy or refusal.status == 503 or path in NEVER_PASSED_ON:
+                    raise
+                passing = self.proxy.pass_on(request, parts, refusal, body)
+                return await (passing if refusal.status == 413 else watch(request, passing))
         except ClientDisconnect:
             return Response(status_code=499)
-        except RecursionError:
-            return error_response(400, 'the body is nested too deeply', (), system_one)
         except Refusal as refusal:
-            return error_response(refusal.status, str(refusal), refusal.where, system_one)
+            return error_response(refusal, system_one)
         except Exception:
             log.exception('%s failed', path)
-            return error_response(500, "internal error; the server's log has the details", (), system_one)
+            return error_response(Refusal(500, "internal error; the server's log has the details"),
+                                  system_one)
+
+    async def refuse(self, request, refusal, parts=()):
+        """the Response to a request that has no route here, or names a file or model that is not here. parts:
+        what was read of its body."""
+        if self.proxy and (refusal.status in (404, 405) or parts):
+            try:
+                return await self.proxy.pass_on(request, list(parts), refusal)
+            except Refusal as failed:
+                refusal = failed
+        return error_response(refusal, request.url.path == '/v1/systemone')
 
 
-def make_app(service, created=0, api_key='', true_value=None, ordered=()):
-    """the routes, as an ASGI application. created: the student's time in seconds since 1970; the rest: as the
-    settings."""
+def make_app(students, metrics, api_key='', proxy=None, batches_folder=None, cors=()):
+    """the routes, as an ASGI application. students: list of Students; metrics: theirs; proxy: a Proxy, or
+    None; batches_folder: a Path, or None for no batches; cors: the origins of pages that may call it;
+    api_key: as the setting."""
+    handler = Handler(students, proxy)
+    batches = batches_folder and Batches(batches_folder, handler.answer_batch_line, READERS, error_body)
+
     @asynccontextmanager
     async def lifespan(app):
-        service.decoder.start()
-        ids, _, _ = service.labeler.encode(b'the first pass is slow')
-        await service.decoder.answer([ids], full=True)  # before the first request comes
+        for student in students:
+            student.service.decoder.start()
+            ids, _, _ = student.service.labeler.encode(b'the first pass is slow')
+            await student.service.decoder.answer([ids], full=True)  # before the first request comes
+        if batches:
+            batches.load()
         yield
-        for task in service.auditing:
-            task.cancel()
+        if batches:
+            batches.stop()
+        for student in students:
+            for task in student.service.auditing:
+                task.cancel()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
-    add_post(app, '/v1/chat/completions', complete_chat, service)
-    add_post(app, '/v1/label', label_texts, service)
-    for path in ('/v1/decisions', '/v1/systemone'):
-        handler = partial(answer_questions, path=path, true_value=true_value or {}, ordered=ordered)
-        add_post(app, path, handler, service)
-
-    @app.get('/v1/models')
-    async def models():
-        day = time.strftime('%Y-%m-%d', time.gmtime(created))
-        about = f'answers {", ".join(service.space.fields)}, as {service.labeler.task["teacher"]} would'
-        return json_response({'object': 'list', 'data': [{'id': service.name, 'object': 'model',
-                                                          'created': created, 'owned_by': 'you'}],
-                              'models': [{'name': service.name, 'description': about, 'release_date': day}]})
-
-    @app.get('/health')
-    async def health():
-        alive = service.decoder.is_alive()
-        return json_response({'status': 'ok' if alive else 'the decoder has stopped'}, 200 if alive else 500)
-
-    @app.get('/ready')
-    async def ready():
-        free = service.n_waiting < service.max_waiting
-        return json_response({'status': 'ready' if free else 'full'}, 200 if free else 503)
-
-    @app.get('/metrics')
-    async def metrics():
-        return Response(generate_latest(service.metrics.registry), media_type='text/plain; version=0.0.4')
+    for path in READERS:
+        add_post(app, path, handler, handler.respond)
+    add_models(app, students)
+    add_health(app, students, metrics)
+    if batches:
+        add_batches(app, batches, handler)
+    app.exception_handler(Refusal)(handler.refuse)
 
     @app.exception_handler(404)
     @app.exception_handler(405)
     async def unknown(request, error):
-        return error_response(error.status_code, f'there is no {request.method} {request.url.path}', (),
-                              request.url.path == '/v1/systemone')
-    return Middleware(app, service.metrics, api_key, {route.path for route in app.routes})
+        return await handler.refuse(request, Refusal(error.status_code,
+                                                     f'there is no {request.method} {request.url.path}'))
+
+    def reject(status, message, path):
+        return error_response(Refusal(status, message), path == '/v1/systemone')
+    with_key = Middleware(app, metrics, api_key, [route.path for route in app.routes], reject)
+    return allow_origins(with_key, list(cors)) if cors else with_key
 
 
-class Middleware:
-    """an ASGI application around another: checks the key, gives each reply an id, and counts it in the
-    metrics."""
+def add_post(app, path, handler, respond):
+    """adds a POST route, see Handler.handle."""
+    @app.post(path)
+    async def route(request: Request):
+        return await handler.handle(request, path, respond)
 
-    def __init__(self, app, metrics, api_key, paths):
-        self.app, self.metrics, self.paths = app, metrics, paths
-        self.key = api_key.encode()
 
-    async def __call__(self, scope, receive, send):
-        if scope['type'] != 'http':
-            return await self.app(scope, receive, send)
-        began, status = time.perf_counter(), 0
-        path = scope['path'] if scope['path'] in self.paths else 'other'  # or metrics grow without end
+def add_models(app, students):
+    """adds GET /v1/models and /v1/models/{id}, in the forms of both clients."""
+    @app.get('/v1/models')
+    async def models():
+        listed = []
+        for student in students:
+            day = time.strftime('%Y-%m-%d', time.gmtime(student.created))
+            about = f'answers {", ".join(student.space.fields)}, as {student.task["teacher"]} would'
+            listed.append({'name': student.name, 'description': about, 'release_date': day})
+        return json_response({'object': 'list', 'data': [student.describe() for student in students],
+                              'models': listed})
 
-        async def send_with_id(message):
-            nonlocal status
-            if message['type'] == 'http.response.start':
-                status = message['status']
-                request_id = uuid.uuid4().hex.encode()
-                message['headers'] = [*message.get('headers', []), (b'x-request-id', request_id)]
-            await send(message)
-        app, (scheme, _, key) = self.app, dict(scope['headers']).get(b'authorization', b'').partition(b' ')
-        authorized = scheme.lower() == b'bearer' and hmac.compare_digest(key, self.key)
-        if self.key and path not in ('/health', '/ready') and not authorized:
-            app = error_response(401, 'the key is wrong or missing: Authorization: Bearer ...', (),
-                                 path == '/v1/systemone')
+    @app.get('/v1/models/{name}')
+    async def model(name: str):
+        for student in students:
+            if student.name == name:
+                return json_response(student.describe())
+        raise Refusal(404, f'there is no model {name[:80]!r}; there are: '
+                      f'{", ".join(student.name for student in students)}', 'model')
+
+
+def add_health(app, students, metrics):
+    """adds GET /health, /ready and /metrics."""
+    @app.get('/health')
+    async def health():
+        alive = all(student.service.decoder.is_alive() for student in students)
+        return json_response({'status': 'ok' if alive else 'the decoder has stopped'}, 200 if alive else 500)
+
+    @app.get('/ready')
+    async def ready():
+        free = all(student.service.n_waiting < student.service.max_waiting for student in students)
+        return json_response({'status': 'ready' if free else 'full'}, 200 if free else 503)
+
+    @app.get('/metrics')
+    async def show_metrics():
+        return Response(generate_latest(metrics.registry), media_type='text/plain; version=0.0.4')
+
+
+def add_batches(app, batches, handler):
+    """adds the routes of files and batches."""
+    @app.post('/v1/files')
+    async def upload(request: Request):
+        parts = []
         try:
-            await app(scope, receive, send_with_id)
-        finally:
-            self.metrics.requests.labels(path, status).inc()
-            self.metrics.seconds.labels(path).observe(time.perf_counter() - began)
+            await read_raw(request, parts, MAX_FILE)
+            return json_response(batches.upload(b''.join(parts), request.headers.get('content-type', '')))
+        except Refusal as refusal:
+            return await handler.refuse(request, refusal, parts)
+
+    def read_limit(request):
+        limit = request.query_params.get('limit', '')
+        return int(limit) if limit.isdecimal() and len(limit) < 6 else 20
+
+    @app.get('/v1/files')
+    async def files(request: Request):
+        return json_response(batches.list_of('file', read_limit(request)))
+
+    @app.get('/v1/files/{id}')
+    async def file(id: str):
+        return json_response(batches.find(id, 'file'))
+
+    @app.delete('/v1/files/{id}')
+    async def delete(id: str):
+        return json_response(batches.delete(id))
+
+    @app.get('/v1/files/{id}/content')
+    async def content(id: str):
+        batches.find(id, 'file')
+        return Response(batches.content_path(id).read_bytes(), media_type='application/jsonl')
+
+    async def create(path, body):
+        return json_response(batches.create(body))
+    add_post(app, '/v1/batches', handler, create)
+
+    @app.get('/v1/batches')
+    async def listed(request: Request):
+        return json_response(batches.list_of('batch', read_limit(request)))
+
+    @app.get('/v1/batches/{id}')
+    async def batch(id: str):
+        return json_response(batches.find(id, 'batch'))
+
+    @app.post('/v1/batches/{id}/cancel')
+    async def cancel(id: str):
+        return json_response(batches.cancel(id))

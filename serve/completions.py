@@ -1,164 +1,183 @@
-"""Chat completions: the student's answer as JSON, whole or the part of it that a JSON Schema names, with
-logprobs, or as a stream of events."""
+"""Chat completions and the older completions: a request becomes a Plan, its Answers a body or events."""
 import json
-import math
-from collections import deque
-from functools import lru_cache
-from itertools import product
+import time
+import uuid
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import SchemaError
-from referencing import Registry
-from referencing.exceptions import Unresolvable
+from serve.forms import read_form
+from serve.prompts import Turn, read_turns
+from serve.request import Plan, Refusal, require
 
-from distil.space import OutputSpace
-from serve.request import Refusal, require
-
-MAX_CHECKS = 20_000  # answers times objects of the schema, for one schema
+MAX_CHOICES = 16
 
 
 # -----------------------------------------------------------------------------
-# the fields that a schema names
+# requests
 
 
-def read_response_format(form, space):
-    """names of the fields that a response_format names, in the student's order. Refusal if it names another
-    one, or does not allow every answer of the student."""
-    kind = require(form, dict, 'an object', 'response_format', status=400).get('type')
-    if kind in ('text', 'json_object'):
-        return tuple(space.fields)
-    wrapped = form.get('json_schema')
-    if kind != 'json_schema' or not isinstance(wrapped, dict) or not isinstance(wrapped.get('schema'), dict):
-        raise Refusal(400, 'response_format must be text, json_object, or json_schema with a schema',
-                      'response_format')
-    return read_schema(json.dumps(wrapped['schema']), space)
+def read_flag(body, key):
+    """True or False of a parameter that may be missing."""
+    if type(body.get(key)) not in (bool, type(None)):
+        raise Refusal(400, f'{key} must be true or false', key)
+    return bool(body.get(key))
 
 
-def count_objects(part, defs):
-    """number of objects in a part of a JSON Schema, each $ref replaced by its target. ValueError if it has
-    references of another kind. defs: {name: its definition}, changed in place to {name: its count}."""
-    if isinstance(part, list):
-        return sum(count_objects(inner, defs) for inner in part)
-    if not isinstance(part, dict):
-        return 0
-    total = 1 + sum(count_objects(inner, defs) for key, inner in part.items() if key != '$defs')
-    if part.keys() & {'$id', '$anchor', '$dynamicRef', '$dynamicAnchor'}:
-        raise ValueError('$id, $anchor and $dynamicRef are not supported')
-    if isinstance(ref := part.get('$ref'), str):
-        name = ref.removeprefix('#/$defs/')
-        if name not in defs:
-            raise ValueError(f'there is no {ref!r}; references must be #/$defs/...')
-        if not isinstance(defs[name], int):
-            inner, defs[name] = defs[name], MAX_CHECKS  # the count if it refers to itself: too large
-            defs[name] = count_objects(inner, defs)
-        total += defs[name]
-    return total
+def read_number(body, key, low, high, default):
+    """the integer of a parameter that may be missing."""
+    number = default if body.get(key) is None else body[key]
+    if type(number) is not int or not low <= number <= high:
+        raise Refusal(400, f'{key} must be a whole number from {low} to {high}', key)
+    return number
 
 
-@lru_cache(maxsize=256)  # a caller sends the same one every time
-def read_schema(text, space):
-    """see read_response_format. text: the JSON Schema."""
-    schema = json.loads(text)
-    try:
-        if (n_objects := count_objects(schema, dict(schema.get('$defs', {})))) > MAX_CHECKS / 20:
-            raise ValueError('it is too large')
-        Draft202012Validator.check_schema(schema)
-        validator = Draft202012Validator(schema, registry=Registry())  # an empty registry: fetches nothing
-        wanted = [*schema.get('properties', {}), *schema.get('required', [])]
-        for field in wanted:
-            if field not in space.fields:
-                raise Refusal(400, f'the student does not answer {field!r}, only: {", ".join(space.fields)}',
-                              'response_format')
-        names = tuple(field for field in space.fields if field in wanted) or tuple(space.fields)
-        values = [space.fields[field] for field in names]
-        if all(len(of_field) == 1 for of_field in values):
-            raise Refusal(400, f'there is nothing to decide: {", ".join(names)} can have only one value',
-                          'response_format')
-        first = {field: space.fields[field][0] for field in names}
-        answers = [first | {field: value} for field in names for value in space.fields[field]]
-        if math.prod(map(len, values)) * n_objects <= MAX_CHECKS:  # few enough to check all combinations
-            answers += [dict(zip(names, answer)) for answer in product(*values)]
+def read_usage_flag(body):
+    """True if a stream ends with its usage."""
+    options = body.get('stream_options')
+    if options is None:
+        return False
+    return bool(require(options, dict, 'an object', 'stream_options', status=400).get('include_usage'))
+
+
+def count_tokens(answer):
+    """(number of tokens read, number of tokens written)"""
+    return len(answer.ids) + 1, len(answer.outs)
+
+
+def usage_of(answers):
+    """the usage of a completion."""
+    n_in, n_out = map(sum, zip(*map(count_tokens, answers)))
+    return {'prompt_tokens': n_in, 'completion_tokens': n_out, 'total_tokens': n_in + n_out}
+
+
+def read_chat(student, body):
+    """the Plan of POST /v1/chat/completions."""
+    n, top = read_number(body, 'n', 1, MAX_CHOICES, 1), read_number(body, 'top_logprobs', 0, 20, 0)
+    stream, logprobs, with_usage = read_flag(body, 'stream'), read_flag(body,
+                                                                        'logprobs'), read_usage_flag(body)
+    turns = read_turns(body.get('messages'), 'messages')
+    form = read_form(body, student, turns)
+    text, ignored, known = student.prompts.find_text(turns, 'messages', form.forced)
+    student.check_meant(body, known or not form.whole)
+
+    def reply(answers):
+        answer, = answers
+        head = {'id': f'chatcmpl-{uuid.uuid4().hex}', 'created': int(time.time()), 'model': student.name}
+        message, pieces = make_message(form, answer, student.space)
+        choice = {'message': message, 'logprobs': None if not logprobs else logprobs_body(pieces, top)}
+        choice['finish_reason'] = finish_reason(form)
+        if stream:
+            return chat_events(choice, pieces, top if logprobs else None, n, head,
+                               usage_of(answers) if with_usage else None)
+        choices = [{'index': k, **choice} for k in range(n)]    # a student has one answer to a text
+        return head | {'object': 'chat.completion', 'choices': choices, 'usage': usage_of(answers)}
+    offered = form.shape.offered(student.space)
+    return Plan([text], ('messages',), reply, logprobs or bool(offered), offered, ignored,
+                student.refuses_long(True))
+
+
+def read_completion(student, body):
+    """the Plan of POST /v1/completions: each prompt is a text, or a prompt around a text."""
+    n, top = read_number(body, 'n', 1, MAX_CHOICES, 1), read_number(body, 'logprobs', 0, 20, 0)
+    stream, with_usage = read_flag(body, 'stream'), read_usage_flag(body)
+    if (best_of := read_number(body, 'best_of', 1, 1 << 30, n)) > n:
+        raise Refusal(400, f'best_of is {best_of}; the student has one answer to a text', 'best_of')
+    form, prompts = read_form(body, student, []), body.get('prompt')
+    if form.kind != 'text':
+        raise Refusal(400, 'tools: completions have no tools; use /v1/chat/completions', 'tools')
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise Refusal(400, 'prompt must be a string or a list of strings', 'prompt')
+    found = [student.prompts.find_text([Turn('user', prompt, ('prompt',))], 'prompt') for prompt in prompts]
+    student.check_meant(body, all(known for _, _, known in found) or not form.whole)
+    with_logprobs = body.get('logprobs') is not None
+
+    def reply(answers):
+        head = {'id': f'cmpl-{uuid.uuid4().hex}', 'object': 'text_completion', 'created': int(time.time()),
+                'model': student.name}
+        choices = []
         for answer in answers:
-            for error in validator.iter_errors(answer):
-                field = next(iter(error.absolute_path), '')
-                of_field = f' (field {field!r})' if field else ''
-                raise Refusal(400, f'the student can answer {json.dumps(answer)}, which the schema does not '
-                              f'allow{of_field}: {error.message[:200]}', 'response_format')
-    except (SchemaError, Unresolvable, RecursionError, TypeError, ValueError, AttributeError) as error:
-        raise Refusal(400, f'the schema cannot be read: {str(error)[:200]}', 'response_format') from None
-    return names
-
-
-@lru_cache(maxsize=256)
-def restrict_space(space, names, fence):
-    """the OutputSpace of the answers that have only the fields in names (a tuple)."""
-    return OutputSpace(space.tokenizer, {name: space.fields[name] for name in names}, space.indent, fence,
-                       space.end_id)
+            pieces = form.pieces(answer, student.space)
+            choices += [{'index': 0, 'text': ''.join(text for text, _, _ in pieces), 'finish_reason': 'stop',
+                         'logprobs': old_logprobs_body(pieces, top) if with_logprobs else None}] * n
+        choices = [choice | {'index': k} for k, choice in enumerate(choices)]
+        if not stream:
+            return head | {'choices': choices, 'usage': usage_of(answers)}
+        chunks = [{'choices': [choice]} for choice in choices]
+        return write_events(head, chunks, usage_of(answers) if with_usage else None)
+    offered = form.shape.offered(student.space)
+    return Plan([text for text, _, _ in found], ('prompt',), reply, with_logprobs or bool(offered), offered,
+                refuse_long=student.refuses_long(True))
 
 
 # -----------------------------------------------------------------------------
-# the body of the reply
+# replies
 
 
-def split_answer(answer, decisions, reply_space, space, temperature):
-    """the text of an answer in pieces: [(text, log p, {text: log p} of all legal tokens)]; for forced tokens
-    0 and {}. A piece is a token, or several if one alone is not a whole character.
-
-    answer: {field: value}. decisions: the student's, of decode.decode; [] if the answer is not its own.
-    reply_space: the OutputSpace of the reply, see restrict_space; space: the student's.
-    """
-    def decode_ids(ids):
-        return reply_space.tokenizer.decode(ids, skip_special_tokens=True)
-
-    decisions_left = {name: deque(d for d in decisions if d[0] == name) for name in reply_space.fields}
-    outs = reply_space.from_json({name: answer[name] for name in reply_space.fields})
-    whole = reply_space.text(answer[name] for name in reply_space.fields).strip()
-    pieces, ids, n_done = [], [], 0                             # n_done: characters of whole in pieces
-    log_p, legal_log_p = 0.0, {}
-    for out, state in zip(outs, reply_space.states_before(outs)):
-        ids.append(reply_space.output_ids[out])
-        if len(reply_space.transitions[state]) > 1 and decisions_left[reply_space.field[state]]:
-            name, logits, choice = decisions_left[reply_space.field[state]].popleft()
-            row = (logits / temperature.get(name, 1.0)).log_softmax(-1)  # (V,)
-            log_p = row[choice].item()
-            legal = row.isfinite().nonzero()[:, 0].tolist()
-            legal_log_p = {decode_ids([space.output_ids[o]]): row[o].item() for o in legal}
-        text = decode_ids(ids)
-        if n_done < len(text) <= len(whole) and not text.endswith('\ufffd'):
-            pieces.append((text[n_done:], log_p, legal_log_p))
-            n_done, log_p, legal_log_p = len(text), 0.0, {}
-    return pieces
+def finish_reason(form):
+    """OpenAI's: a function that the caller named is no decision to call one."""
+    return 'stop' if form.kind == 'text' or form.named else f'{form.kind}_call{"s" * (form.kind == "tool")}'
 
 
-def logprobs_body(pieces, top):
-    """the logprobs of a choice. pieces: of split_answer. top: number of likeliest tokens to list for each."""
+def make_message(form, answer, space):
+    """(the assistant's message, pieces of its JSON)"""
+    if form.kind == 'text':
+        pieces = form.pieces(answer, space)
+        return {'role': 'assistant', 'content': ''.join(text for text, _, _ in pieces),
+                'refusal': None}, pieces
+    name, pieces = form.call(answer, space)
+    function = {'name': name, 'arguments': ''.join(text for text, _, _ in pieces)}
+    called = {'function_call': function} if form.kind == 'function' else {
+        'tool_calls': [{'id': f'call_{uuid.uuid4().hex[:24]}', 'type': 'function', 'function': function}]}
+    return {'role': 'assistant', 'content': None, 'refusal': None, **called}, pieces
+
+
+def logprobs_list(pieces, top):
+    """a list with a token for each of the pieces of Form.pieces. top: number of likeliest values to list."""
     def token_body(text, log_p):
         return {'token': text, 'logprob': log_p, 'bytes': list(text.encode('utf-8', 'replace'))}
     content = []
-    for text, log_p, legal_log_p in pieces:
-        ranked = sorted(legal_log_p.items(), key=lambda item: -item[1]) or [(text, log_p)]
+    for text, log_p, others in pieces:
+        ranked = sorted(others.items(), key=lambda item: -item[1]) or [(text, log_p)]
         top_logprobs = [token_body(*item) for item in ranked[:top]]
         content.append(token_body(text, log_p) | {'top_logprobs': top_logprobs})
-    return {'content': content, 'refusal': None}
+    return content
 
 
-def completion_body(text, logprobs, head, usage):
-    """the body of a chat completion. logprobs: of logprobs_body, or None. head: id, created, model."""
-    choice = {'index': 0, 'message': {'role': 'assistant', 'content': text, 'refusal': None},
-              'logprobs': logprobs, 'finish_reason': 'stop'}
-    return head | {'object': 'chat.completion', 'choices': [choice], 'usage': usage}
+def logprobs_body(pieces, top):
+    """the logprobs of a choice, see logprobs_list."""
+    return {'content': logprobs_list(pieces, top), 'refusal': None}
 
 
-def completion_events(pieces, top, head, usage):
-    """the same as server-sent events. top: see logprobs_body, None for no logprobs. usage: None for none."""
-    def chunk(delta, logprobs=None, reason=None):
-        choice = {'index': 0, 'delta': delta, 'logprobs': logprobs, 'finish_reason': reason}
-        return {'choices': [choice]} | ({} if usage is None else {'usage': None})
-    chunks = [chunk({'role': 'assistant', 'content': ''})]
-    for piece in pieces:
-        chunks.append(chunk({'content': piece[0]}, None if top is None else logprobs_body([piece], top)))
-    chunks.append(chunk({}, reason='stop'))
+def old_logprobs_body(pieces, top):
+    """the logprobs of a choice of the older completions."""
+    offsets = [sum(len(text) for text, _, _ in pieces[:n]) for n in range(len(pieces))]
+    ranked = [dict(sorted(others.items(), key=lambda item: -item[1])[:top] or [(text, log_p)])
+              for text, log_p, others in pieces]
+    return {'tokens': [text for text, _, _ in pieces], 'token_logprobs': [p for _, p, _ in pieces],
+            'top_logprobs': ranked if top else None, 'text_offset': offsets}
+
+
+def write_events(head, chunks, usage):
+    """server-sent events of chunks; the last one has the usage, if it is not None."""
     if usage is not None:
-        chunks.append({'choices': [], 'usage': usage})
-    head = head | {'object': 'chat.completion.chunk'}
-    return ''.join(f'data: {json.dumps(head | c)}\n\n' for c in chunks) + 'data: [DONE]\n\n'
+        chunks = [*(chunk | {'usage': None} for chunk in chunks), {'choices': [], 'usage': usage}]
+    return ''.join(f'data: {json.dumps(head | chunk)}\n\n' for chunk in chunks) + 'data: [DONE]\n\n'
+
+
+def chat_events(choice, pieces, top, n, head, usage):
+    """the server-sent events of n equal choices. top: see logprobs_list, None for no logprobs."""
+    message, deltas = choice['message'], []
+    start = {'role': 'assistant', 'content': '' if message['content'] is not None else None}
+    if calls := message.get('tool_calls'):
+        call = {'index': 0, **calls[0]}
+        start['tool_calls'] = [call | {'function': call['function'] | {'arguments': ''}}]
+    elif function := message.get('function_call'):
+        start['function_call'] = function | {'arguments': ''}
+    for piece in pieces:
+        delta = ({'tool_calls': [{'index': 0, 'function': {'arguments': piece[0]}}]} if calls else
+                 {'content': piece[0]} if message['content'] is not None else
+                 {'function_call': {'arguments': piece[0]}})
+        deltas.append((delta, None if top is None else logprobs_body([piece], top), None))
+    deltas = [(start, None, None), *deltas, ({}, None, choice['finish_reason'])]
+    chunks = [{'choices': [{'index': k, 'delta': delta, 'logprobs': logprobs, 'finish_reason': reason}]}
+              for k in range(n) for delta, logprobs, reason in deltas]
+    return write_events(head | {'object': 'chat.completion.chunk'}, chunks, usage)

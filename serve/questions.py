@@ -5,7 +5,9 @@ import math
 from dataclasses import dataclass
 
 from distil.space import value_name, value_names
-from serve.request import Refusal, require
+from serve.completions import count_tokens
+from serve.prompts import read_turns
+from serve.request import Plan, Refusal, read_state, require
 
 
 @dataclass
@@ -170,3 +172,44 @@ def system_one_answers(questions, rows):
                       'legend': dict(zip(numbers, options)), 'probabilities': dict(zip(numbers, p))}
         answers[question.name] = answer
     return answers
+
+
+# -----------------------------------------------------------------------------
+# the routes
+
+
+def is_system_one(path, body):
+    """True if the questions have System One's form. Some gateways send it to /v1/decisions, or the other way
+    round, so the form counts before the path."""
+    questions = body.get('questions')
+    return isinstance(questions, dict) or path == '/v1/systemone' and not isinstance(questions, list)
+
+
+def read_questions(student, body, path):
+    """the Plan of POST /v1/decisions and /v1/systemone."""
+    system_one, ignored = is_system_one(path, body), []
+    read = read_system_one if system_one else read_decisions
+    questions = read(body, student.space, student.true_value, student.ordered)
+    if system_one:
+        if body.get('state') is None:
+            raise Refusal(422, 'state is missing', 'state')
+        text = read_state(body['state'])
+        text = student.prompts.unwrap(text) or text
+    elif not isinstance(body.get('input'), (str, list)):
+        raise Refusal(422, 'input must be a string or a list of messages', 'input')
+    else:
+        given = body['input']
+        messages = [{'role': 'user', 'content': given}] if isinstance(given, str) else given
+        text, ignored, _ = student.prompts.find_text(read_turns(messages, 'input'), 'input')
+
+    def reply(answers):
+        answer, = answers
+        n_in, n_out = count_tokens(answer)
+        usage = {'input_tokens': n_in, 'output_tokens': n_out}
+        if not system_one:
+            usage |= {'input_tokens_details': {'cache_write_tokens': 0, 'cached_tokens': 0},
+                      'output_tokens_details': {'reasoning_tokens': 0}, 'total_tokens': n_in + n_out}
+        write = system_one_answers if system_one else decisions_answers
+        return {'model': student.name, 'answers': write(questions, answer.probabilities), 'usage': usage}
+    return Plan([text], ('state' if system_one else 'input',), reply, full=True, ignored=ignored,
+                refuse_long=student.refuses_long(not system_one))

@@ -1,9 +1,11 @@
-"""Reading a request: its body, checks of its parts, and the text in it. Refusal if that is impossible."""
+"""Reading a request: its body, checks of its parts, and the text in them. Refusal if that is impossible. What
+was read becomes a Plan."""
 import json
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import zstandard
-
-from distil.space import clean
 
 MAX_BODY = 1 << 20   # bytes
 
@@ -24,30 +26,58 @@ def require(part, kind, what, *where, status=422):
     return part
 
 
+@dataclass
+class Plan:
+    """how a student answers a request: the texts that it labels, and what becomes of the Answers."""
+    texts: list                 # strings
+    where: tuple                # keys that lead to the texts in the body
+    reply: Callable             # list of Answers -> body of the reply: a dict, or events as a string
+    full: bool = False          # the reply needs the probabilities of all values
+    offered: dict = field(default_factory=dict)  # {field: values as JSON}, if the caller allows only these
+    ignored: list = field(default_factory=list)  # parts of the request that were not read, for x-ignored
+    refuse_long: bool = True    # a text that is longer than the student reads; False: it is cut
+
+
 # -----------------------------------------------------------------------------
 # the body
 
 
-async def read_body(request):
-    """the JSON object of a starlette Request, as a dict."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY:
-            raise Refusal(413, f'the body is longer than {MAX_BODY} bytes')
+async def read_raw(request, parts, limit=MAX_BODY):
+    """appends the body of a starlette Request to the list parts, as bytes. Refusal if it is too long; the
+    rest of it can then be read from request.state.rest."""
+    stream, size = request.stream(), 0
+    request.state.rest = stream
+    async for part in stream:
         parts.append(part)
-    body = b''.join(parts)
-    encoding = request.headers.get('content-encoding', 'identity').lower()
-    if encoding not in ('identity', 'zstd'):
-        raise Refusal(415, f'content-encoding {encoding!r} is not supported, only zstd')
+        size += len(part)
+        if size > limit:
+            raise Refusal(413, f'the body is longer than {limit} bytes')
+
+
+def unpack(body, encoding):
+    """the body without its content-encoding; at most MAX_BODY + 1 bytes of it."""
+    if encoding in ('gzip', 'x-gzip', 'deflate'):
+        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)      # 32: the header tells which of the two it is
+        unpacked = unpacker.decompress(body, MAX_BODY + 1)
+        if not unpacker.eof and len(unpacked) <= MAX_BODY:
+            raise ValueError('the compressed body ends too early')
+        return unpacked
+    if encoding == 'zstd':
+        with zstandard.ZstdDecompressor(max_window_size=1 << 23).stream_reader(body) as reader:
+            return reader.read(MAX_BODY + 1)
+    if encoding not in ('', 'identity'):
+        raise Refusal(415, f'content-encoding {encoding!r} is not supported, only gzip, deflate and zstd')
+    return body
+
+
+def parse_body(body, encoding=''):
+    """the JSON object in a body, as a dict. body: bytes; encoding: its content-encoding."""
     try:
-        if encoding == 'zstd':
-            with zstandard.ZstdDecompressor(max_window_size=1 << 23).stream_reader(body) as reader:
-                body = reader.read(MAX_BODY + 1)
-            if len(body) > MAX_BODY:
-                raise Refusal(413, f'the unpacked body is longer than {MAX_BODY} bytes')
-        body = json.loads(body.decode(), parse_constant=reject_constant)
-    except (ValueError, RecursionError, zstandard.ZstdError) as error:
+        body = unpack(body, encoding.strip().lower())
+        if len(body) > MAX_BODY:
+            raise Refusal(413, f'the unpacked body is longer than {MAX_BODY} bytes')
+        body = json.loads(body.decode('utf-8-sig'), parse_constant=reject_constant)
+    except (ValueError, RecursionError, zlib.error, zstandard.ZstdError) as error:
         raise Refusal(400, f'the body is not JSON in UTF-8: {str(error)[:200]}') from None
     return require(body, dict, 'a JSON object', 'body', status=400)
 
@@ -68,32 +98,13 @@ def read_content(content, where):
     parts = []
     for n, part in enumerate(require(content, list, 'a string or a list of parts', *where, status=400)):
         kind = part.get('type') if isinstance(part, dict) else None
-        if kind in ('text', 'input_text') and isinstance(part.get('text'), str):
+        if kind in ('text', 'input_text', 'output_text') and isinstance(part.get('text'), str):
             parts.append(part['text'])
         elif kind == 'input_json' and 'data' in part:
             parts.append(read_state(part['data']))
         else:
             raise Refusal(400, f'the student reads text, not {kind!r}', *where, n)
     return '\n'.join(parts)
-
-
-def read_messages(messages, prompt, where):
-    """the text to label. If the last user message, alone or after the first system message, is the prompt
-    with a text in place of {text}, it is that text; else the whole last user message."""
-    contents = []                                               # [(role, text)]
-    for n, message in enumerate(require(messages, list, 'a list of messages', where, status=400)):
-        require(message, dict, 'an object with role and content', where, n, status=400)
-        if message.get('role') in ('user', 'system', 'developer'):
-            contents.append((message['role'], read_content(message.get('content'), (where, n, 'content'))))
-    user = next((text for role, text in reversed(contents) if role == 'user'), None)
-    if user is None:
-        raise Refusal(400, 'there is no message with the role user', where)
-    system = next((text for role, text in contents if role != 'user'), None)
-    before, _, after = map(clean, prompt.partition('{text}'))  # whitespace may differ
-    for whole in map(clean, [user] if system is None else [user, f'{system} {user}']):
-        if whole.startswith(before) and whole.endswith(after) and len(whole) >= len(before) + len(after):
-            return whole[len(before):len(whole) - len(after)].strip()
-    return user
 
 
 def read_state(state):

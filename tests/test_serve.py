@@ -9,20 +9,16 @@ import signal
 import socket
 import subprocess
 import time
-from contextlib import contextmanager
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distil.checkpoint import CHECKPOINT
-from distil.space import OutputSpace, tokenizer_hash, value_name
+from distil.space import OutputSpace, value_name
 from sample import Labeler
-from tests.conftest import CHILDREN, ROOT, one_line, run, run_script, tiny_student
+from tests.conftest import one_line, run
+from tests.served import FIELDS, MEANING, PROMPT, TEXTS, labeler, post_all, root, serving, truth, url  # noqa
 
-for package in ('fastapi', 'uvicorn', 'httpx', 'openai', 'typesafe_sdk', 'jevcompat'):
-    pytest.importorskip(package)  # optional: requirements-serve.txt and the clients that it is tested with
 import httpx
 import openai
 import typesafe_sdk
@@ -33,92 +29,13 @@ from jevcompat.client import Response, parse_json
 from data import read_texts
 from serve.app import make_app
 from serve.bench import bench_serve, post_many
-from serve.completions import read_response_format
+from serve.prompts import Prompts, read_turns
 from serve.questions import choice_confidence, match_question, score_confidence
-from serve.request import Refusal, read_messages, read_state
-from serve.service import MAX_AUDITS, Service, Upstream, wilson_interval
-
-FIELDS = {'tone': ['neutral', 'friendly', 'friend'], 'spam': [True, False], 'stars': [2, 1, 3],
-          'mood': ['low', 'mid', 'high'], 'kind': ['respectful', 'toxic']}
-MEANING = {'true_value': {'kind': 'toxic'}, 'ordered': ['mood']}
-PROMPT = 'Label the text.\nText: {text}\nAnswer:'
-TEXTS = ['hello my friend', 'the cat sat on a mat', 'buy now', 'it rained 😀 all day', 'nobody was there']
-
-
-@pytest.fixture(scope='module')
-def root(tmp_path_factory, teachers, tokenizer):
-    """a folder with the programs and two students that have fields of every kind."""
-    root = tmp_path_factory.mktemp('served')
-    for path in ('config/__init__.py', 'data/__init__.py', 'serve/serve.py'):
-        (root / path).parent.mkdir(exist_ok=True)
-        os.symlink(ROOT / path, root / path)
-    config = dict(name='toy', dataset='toy', fields=FIELDS, prompt=PROMPT, **MEANING)
-    (root / 'config/toy.py').write_text(''.join(f'{k} = {v!r}\n' for k, v in config.items()))
-    space = OutputSpace(tokenizer, FIELDS, end_id=2, auxiliary=range(4, 60))
-    for seed, name in enumerate(('toy', 'other')):
-        student = tiny_student(space, seed, block_size=space.max_answer + 20)
-        for weight in student.parameters():  # larger, so that answers depend on the text
-            weight.data *= 8 if weight.dim() == 2 else 1
-        folder = root / 'out' / name
-        folder.mkdir(parents=True)
-        shutil.copy(teachers['gemma'] / 'tokenizer.json', folder)
-        task = {'fields': FIELDS, 'indent': None, 'fence': False, 'end_id': 2, 'output_ids': space.output_ids,
-                'tokenizer_hash': tokenizer_hash(tokenizer), 'prompt': PROMPT, 'max_text': 18,
-                'teacher': 'a/teacher', 'fingerprint': ''}
-        per_field = {field: {'temperature': 0.5 + n / 3} for n, field in enumerate(FIELDS)}
-        torch.save({'format': CHECKPOINT, 'student': vars(student.config), 'model': student.state_dict(),
-                    'task': task, 'per_field': per_field}, folder / 'best.pt')
-    return root
-
-
-@contextmanager
-def serving(root, *args):
-    """context: process and URL of a serve.py that is started as a user does."""
-    files = [os.devnull, root / f'{len(os.listdir(root))}.out', root / f'{len(os.listdir(root))}.err']
-    arguments = root, 'serve/serve.py', ('--port=0', *args), files, 0
-    process = CHILDREN.Process(target=run_script, args=arguments)
-    process.start()
-    try:
-        for _ in range(600):
-            stdout = files[1].read_text() if files[1].exists() else ''
-            lines = [line for line in stdout.splitlines() if line.startswith('http')]
-            if lines or process.exitcode is not None:
-                break
-            time.sleep(0.05)
-        assert lines, files[2].read_text()
-        yield process, lines[0]
-    finally:
-        process.terminate()
-        process.join(30)
-        assert process.exitcode == 0 or process.exitcode == -signal.SIGKILL, files[2].read_text()
-
-
-@pytest.fixture(scope='module')
-def url(root):
-    with serving(root) as (_, url):
-        yield url
-
-
-@pytest.fixture(scope='module')
-def labeler(root):
-    return Labeler(root / 'out/toy', 'cpu', confidence='full')
-
-
-@pytest.fixture(scope='module')
-def truth(labeler):
-    """{text: the student's answer with the probabilities of all values}, from sample.py."""
-    return dict(zip(TEXTS, labeler(TEXTS)))
-
-
-def post_all(service, *calls, **settings):
-    """responses to calls (path, body) from an application in this process."""
-    async def go():
-        transport = httpx.ASGITransport(make_app(service, **MEANING, **settings))
-        async with httpx.AsyncClient(transport=transport, base_url='http://test') as client:
-            return [await client.post(path, content=json.dumps(body)) for path, body in calls]
-    if not service.decoder.is_alive():
-        service.decoder.start()
-    return asyncio.run(go())
+from serve.request import Refusal, read_state
+from serve.schemas import read_schema
+from serve.service import MAX_AUDITS, Service
+from serve.students import Student
+from serve.upstream import Upstream, wilson_interval
 
 
 # -----------------------------------------------------------------------------
@@ -155,7 +72,7 @@ def test_a_schema_of_some_fields_gets_these_and_an_unknown_field_is_refused_by_n
         return json.loads(reply.choices[0].message.content)
     stars, spam = {'type': 'integer', 'enum': [1, 2, 3, 4]}, {'type': 'boolean'}
     assert call({'stars': stars, 'spam': spam}) == {name: truth[TEXTS[1]][name] for name in ('spam', 'stars')}
-    for properties, named in (({'nice': spam}, "'nice'"), ({'stars': {'enum': [1, 2]}}, "'stars'"),
+    for properties, named in (({'nice': spam}, "'nice'"), ({'stars': {'enum': [1, 7]}}, "'stars'"),
                               ({'tone': {'type': 'integer'}}, "'tone'"),
                               ({'tone': {'$ref': 'http://x/y'}}, 'schema')):
         with pytest.raises(openai.BadRequestError, match=named):
@@ -286,8 +203,8 @@ def test_curl_gets_answers_health_and_metrics(url, truth):
     assert json.loads(curl(f'{base}/health')) == {'status': 'ok'} and 'ready' in curl(f'{base}/ready')
     metrics = curl(f'{base}/metrics')
     for line in ('student_requests_total{route="/v1/label",status="200"}',
-                 'student_texts_total{by="student"}', 'student_waiting_texts 0.0',
-                 'student_values_total{field="spam",value="true"}', 'student_batch_texts'):
+                 'student_texts_total{by="student",model="toy"}', 'student_waiting_texts{model="toy"} 0.0',
+                 'student_values_total{field="spam",model="toy",value="true"}', 'student_batch_texts'):
         assert line in metrics
     assert 'x-tokens-cut: ' in curl('-i', f'{url}/label', '-d', json.dumps({'texts': ['the cat ' * 500]}))
     head = curl('-i', f'{url}/label', '-d', '{"texts": ["a"]}').lower()
@@ -336,7 +253,7 @@ CHAT = b'{"messages": [{"role": "user", "content": "a"}], %s}'
     ('chat/completions', b'{"messages": [{"role": "user", "content": ""}]}', 400, 'empty'),
     ('chat/completions', b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', 400,
      'image'),
-    ('chat/completions', CHAT % b'"n": 2', 400, 'n:'),
+    ('chat/completions', CHAT % b'"n": 17', 400, 'n must'),
     ('chat/completions', CHAT % b'"tools": [{}]', 400, 'tools'),
     ('chat/completions', CHAT % b'"top_logprobs": 99', 400, 'top_logprobs'),
     ('chat/completions', CHAT % b'"response_format": 1', 400, 'response_format'),
@@ -407,7 +324,7 @@ def test_a_wrong_or_missing_key_is_refused(labeler):
     service = Service(labeler, 'toy')
 
     async def go():
-        transport = httpx.ASGITransport(make_app(service, api_key='secret'))
+        transport = httpx.ASGITransport(make_app([Student(service)], service.metrics, 'secret'))
         async with httpx.AsyncClient(transport=transport, base_url='http://test') as client:
             codes = []
             for key in (None, 'Bearer wrong', 'bearer secret', 'secret', 'Bearer sécret'.encode()):
@@ -439,7 +356,7 @@ def test_texts_of_a_disconnected_caller_are_left_out_and_too_many_are_refused(la
         return await second
     answers = asyncio.run(go())
     assert len(answers) == 4
-    assert not any(bucket.get() for bucket in service.metrics.batch._buckets[3:])  # the six were not decoded
+    assert not any(bucket.get() for bucket in service.decoder.batch._buckets[3:])  # the six were not decoded
 
 
 def test_if_the_decoder_fails_only_the_texts_under_way_fail(labeler, monkeypatch):
@@ -462,10 +379,10 @@ def test_a_disconnected_client_leaves_no_work_and_sigterm_finishes_requests(root
                 time.sleep(0.05)
         for _ in range(100):
             metrics = httpx.get(url.replace('/v1', '/metrics')).text
-            if 'student_waiting_texts 0.0' in metrics:
+            if 'student_waiting_texts{model="toy"} 0.0' in metrics:
                 break
             time.sleep(0.05)
-        assert 'status="499"' in metrics and 'student_waiting_texts 0.0' in metrics
+        assert 'status="499"' in metrics and 'student_waiting_texts{model="toy"} 0.0' in metrics
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(request.replace(b'HTTP/1.1\r\n', b'HTTP/1.1\r\nConnection: close\r\n'))
             time.sleep(0.1)
@@ -486,6 +403,7 @@ def test_a_disconnected_client_leaves_no_work_and_sigterm_finishes_requests(root
     (['--ordered=["size"]'], "ordered: there is no field 'size'"), (['--host=256.0.0.1'], 'cannot listen'),
     (['--min_confidence=target'], 'no target was set'), (['--port=70000'], 'port'),
     (['--upstream=http://x', '--audit=0.1'], 'upstream needs upstream_model'),
+    (['--template=x'], 'must be a text with {text}'),
     (['--upstream=http://[::1', '--upstream_model=x', '--audit=0.1'], 'upstream: ')])
 def test_a_wrong_setting_exits_with_a_message(root, args, why):
     assert why in one_line(run(root, 'serve/serve.py', *args))
@@ -597,9 +515,9 @@ def test_an_audit_measures_agreement_keeps_answers_and_defers_everything_below_i
     assert sources[0] == 'student' and sources[-1] == 'upstream' and service.audit.defer_all
     low, high = wilson_interval(sum(equal), 40)
     values = service.metrics.agreement
-    assert [values.labels('spam', end)._value.get() for end in ('mean', 'low', 'high')] == [
+    assert [values.labels('toy', 'spam', end)._value.get() for end in ('mean', 'low', 'high')] == [
         sum(equal) / 40, low, high]
-    assert values.labels('tone', 'mean')._value.get() == 1.0
+    assert values.labels('toy', 'tone', 'mean')._value.get() == 1.0
     wrong.clear()
     assert asyncio.run(go(TEXTS * 30))[-1] == 'student'  # agreement is high again
     lines = list(read_texts(kept_file))
@@ -638,13 +556,13 @@ def test_the_interval_is_wilsons():
 
 def test_the_text_in_the_teachers_prompt_is_found():
     def find(*messages):
-        return read_messages([{'role': role, 'content': text} for role, text in messages], PROMPT, 'messages')
+        turns = read_turns([{'role': role, 'content': text} for role, text in messages], 'messages')
+        return Prompts([PROMPT]).find_text(turns, 'messages')[0]
     assert find(('user', PROMPT.replace('{text}', 'a b'))) == 'a b'
     assert find(('user', PROMPT.replace('{text}', 'a b').strip().replace('\n', '\r\n') + ' \n')) == 'a b'
     for end in (len('Label the text.'), len('Label the text.\nText:')):  # the space may be left out
         assert find(('system', PROMPT[:end]), ('user', PROMPT[end:].strip().replace('{text}', 'x'))) == 'x'
-    assert find(('user', 'Label the text. Text: a')) == 'Label the text. Text: a'
-    assert find(('user', 'one'), ('assistant', 'x'), ('user', 'two')) == 'two'
+    assert find(('user', 'Label text. a')) == 'Label text. a'
     assert find(('user', PROMPT.replace('{text}', ''))) == ''
     assert read_state({'a': [{'b': 'x'}]}) == 'x' and read_state('y') == 'y'
     assert json.loads(read_state({'a': 'x', 'b': 1})) == {'a': 'x', 'b': 1}
@@ -687,9 +605,7 @@ def test_confidence_is_0_if_all_options_are_equally_likely_and_1_if_one_is_certa
     assert score_confidence([0.8, 0.2, 0.0]) == pytest.approx(1 - 0.2 / (2 / 3))
 
 
-def test_schemas_are_read_and_impossible_ones_are_refused(labeler):
-    form = {'type': 'json_schema', 'json_schema': {'schema': {'properties': {'mood': {'type': 'string'}}}}}
-    assert read_response_format(form, labeler.space) == ('mood',)
+def test_impossible_schemas_are_refused(labeler):
     doubling = {f'a{n}': {'allOf': [{'$ref': f'#/$defs/a{n + 1}'}] * 2} for n in range(40)} | {'a40': {}}
     for schema in ({'$ref': '#'}, {'properties': 5}, {'allOf': [{'$ref': '#/x'}]}, {'required': 1},
                    {'$defs': doubling, '$ref': '#/$defs/a0'},
@@ -697,11 +613,8 @@ def test_schemas_are_read_and_impossible_ones_are_refused(labeler):
                    {'allOf': [{}] * 2000}, {'$defs': 3}, {'items': {'$id': 'http://x'}},
                    {'not': {'properties': {'kind': {'const': 'toxic'}, 'mood': {'const': 'mid'}}}}):
         with pytest.raises(Refusal) as refusal:
-            read_response_format({'type': 'json_schema', 'json_schema': {'schema': schema}}, labeler.space)
-        assert refusal.value.status == 400
-    tone = {'enum': FIELDS['tone'], 'type': 'string'}
-    form = {'schema': {'$defs': {'Tone': tone}, 'properties': {'tone': {'$ref': '#/$defs/Tone'}}}}
-    assert read_response_format({'type': 'json_schema', 'json_schema': form}, labeler.space) == ('tone',)
+            read_schema(schema, labeler.space, {}, 'response_format')
+        assert refusal.value.status == 400 and refusal.value.where == ('response_format',)
 
 
 @pytest.mark.slow
