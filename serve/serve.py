@@ -28,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure, read_settings, split_tasks, stop
 from distil.checkpoint import warn_changed_task
+from distil.prompts import prompt_text
 from sample import Labeler
 
 try:
@@ -133,7 +134,7 @@ def load_student(task, metrics, among_others):
                        prompt)
     service = Service(labeler, folder.name, task['max_waiting'], llm, task['audit'], task['audit_min'],
                       kept_file, metrics)
-    return Student(service, Prompts([prompt, *templates], task['turns']), task['true_value'],
+    return Student(service, Prompts([prompt_text(prompt), *templates], task['turns']), task['true_value'],
                    tuple(task['ordered']), task['too_long'], int(folder.stat().st_mtime),
                    among_others)
 

@@ -9,6 +9,9 @@ from collections import deque
 
 import httpx
 
+from data.objects import find_object
+from distil.prompts import answer_format, prompt_messages
+
 log = logging.getLogger('serve')
 
 
@@ -22,25 +25,20 @@ class Upstream:
         self.client = httpx.AsyncClient(base_url=url.rstrip('/') + '/', headers=headers, timeout=timeout)
         self.model, self.space, self.prompt, self.timeout = model, space, prompt, timeout
         self.failures, self.paused_until = 0, 0.0
-        properties = {field: {'enum': of_field} for field, of_field in space.fields.items()}
-        schema = {'type': 'object', 'properties': properties, 'required': list(properties),
-                  'additionalProperties': False}
-        self.form = {'type': 'json_schema',
-                     'json_schema': {'name': 'answer', 'schema': schema, 'strict': True}}
+        self.form = answer_format(space.fields)
 
     async def answer(self, text):
         """the LLM's answer to a text, {field: value}; None if it is down, slow or breaks the schema."""
         if time.monotonic() < self.paused_until:
             return None
-        message = {'role': 'user', 'content': self.prompt.replace('{text}', text)}
         try:
             reply = await asyncio.wait_for(self.client.post('chat/completions', json={
-                'model': self.model, 'messages': [message], 'temperature': 0, 'response_format': self.form}),
-                self.timeout)
+                'model': self.model, 'messages': prompt_messages(self.prompt, text), 'temperature': 0,
+                'response_format': self.form}), self.timeout)
             reply.raise_for_status()
-            content = reply.json()['choices'][0]['message']['content'].strip()
-            record = json.loads(content.removeprefix('```json').removesuffix('```'))
-            if self.space.from_json(record) is None:
+            content = reply.json()['choices'][0]['message']['content']
+            record = find_object(content)[0]
+            if record is None or self.space.from_json(record) is None:
                 raise ValueError(f'{content[:80]!r} is not an answer of the schema')
         except (httpx.HTTPError, TimeoutError, ValueError, LookupError, TypeError, AttributeError,
                 RecursionError) as error:
