@@ -16,7 +16,7 @@ from data.logs import FEW, Log, is_log, text_between
 from distil.answers import label_from_answer
 from distil.labels import Labels
 from distil.server import Server
-from serve.request import read_messages
+from serve.prompts import Prompts, read_turns
 from tests.conftest import FIELDS, ROOT, clone_task, one_line, run
 from tests.test_labels import write_lines
 from tests.test_prepare import run_prepare
@@ -228,8 +228,8 @@ def test_from_a_log_to_a_student(project, tmp_path):
     done = run(root, 'train.py', '--name=mine', '--dataset=mine', '--max_epochs=1', '--block_size=100')
     assert done.returncode == 0 and (root / 'out/mine/best.pt').exists(), done.stderr
     task = torch.load(root / 'out/mine/best.pt', weights_only=True)['task']
-    messages = lines[0]['request']['messages']
-    assert read_messages(messages, task['prompt'], 'messages') == texts[0]  # as serve.py finds it
+    turns = read_turns(lines[0]['request']['messages'], 'messages')
+    assert Prompts([task['prompt']]).find_text(turns, 'messages')[0] == texts[0]  # as serve.py finds it
 
 
 def test_the_config_of_a_log_names_its_values_and_leaves_out_free_text(tmp_path):
