@@ -139,7 +139,7 @@ def test_the_student_learns_what_the_teacher_does(project):
     ]
 
 
-@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize('how', [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_stopped_training_resumes_bit_for_bit(project, teachers, tmp_path, how):
     root = clone_task(project, tmp_path, 'toy-00')
     log = root / 'out/toy/log.txt'

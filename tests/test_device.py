@@ -181,6 +181,7 @@ def test_a_folded_table_gives_the_same_logits(space):
 # the graph
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('int8, shape', [
     (False, dict()), (True, dict(n_kv_head=4, n_table=48, n_prompt=5)),
     (False, dict(qkv_bias=True, activation='silu')),
@@ -261,6 +262,7 @@ def test_run_py_exits_with_a_message_if_the_folder_is_damaged_or_of_another_form
         Runner(tmp_path)
 
 
+@pytest.mark.slow
 def test_wrong_arguments_and_another_exports_files_exit_with_a_message(students, npm, tmp_path):
     device = students[1] / 'device'
     shutil.copytree(npm, device / 'npm', dirs_exist_ok=True)
@@ -416,6 +418,7 @@ def exported(project, tmp_path_factory):
     return root, run(root, 'device/export.py', '--keep_tokens=380')
 
 
+@pytest.mark.slow
 def test_export_prints_what_it_loses_and_makes_a_folder_that_answers(exported):
     root, done = exported
     assert done.returncode == 0, done.stderr

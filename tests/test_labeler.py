@@ -77,6 +77,7 @@ def test_a_labeler_can_be_pickled(labeler):
     assert answers == [labeler(['hello my friend']), labeler(['the cat'])]
 
 
+@pytest.mark.slow
 def test_a_forked_process_answers_too(project):
     """torch's threads do not survive a fork: with more than one a large product in the child hangs."""
     program = f'''

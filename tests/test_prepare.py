@@ -267,6 +267,7 @@ def test_a_header_is_found_in_any_case_and_a_table_without_one_has_numbers_only(
 DELIMITERS = {'comma': ',', 'semicolon': ';', 'tab': '\t', 'pipe': '|'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('delimiter', DELIMITERS.values(), ids=DELIMITERS)
 def test_the_header_decides_which_delimiter_a_table_has(tmp_path, delimiter):
     for n, quoting, names in itertools.product((1, 2, 3, 40), (csv.QUOTE_MINIMAL, csv.QUOTE_ALL),
@@ -468,6 +469,7 @@ def test_dots_name_nested_keys(tmp_path):
             assert message in line, (path, line)
 
 
+@pytest.mark.slow
 def test_other_binary_files_are_refused_by_name(tmp_path):
     with zipfile.ZipFile(tmp_path / 'workbook', 'w') as file:
         file.writestr('xl/workbook.xml', '')

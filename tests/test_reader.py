@@ -130,6 +130,7 @@ def test_a_text_too_long_for_the_student_is_cut(student, space):
     assert len(cut) <= 48 and cut[-1] == last
 
 
+@pytest.mark.slow
 def test_a_student_with_a_reader_trains_and_its_folders_answer(project, bert, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     settings = [setting.format(bert) for setting in SETTINGS]

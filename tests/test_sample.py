@@ -222,6 +222,7 @@ def test_a_reader_that_closes_the_pipe_ends_the_program_quietly(project):
     assert json.loads(done.stdout) and 'Error' not in (project / 'err.txt').read_text()
 
 
+@pytest.mark.slow
 def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
     root = clone_task(project, tmp_path, 'out')
     shutil.rmtree(root / 'data/toy')

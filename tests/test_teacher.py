@@ -15,6 +15,7 @@ from tests.conftest import FIELDS, PROMPT, clone_task, load_teacher, one_line, r
 from test_smoke import step_by_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', ['gemma', 'llama'])
 def test_free_drafting_equals_free_step_by_step_decoding(teachers, words, family):
     tokenizer, model = load_teacher(teachers[family])

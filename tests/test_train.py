@@ -147,6 +147,7 @@ def test_training_only_the_rows_seen_equals_dense_adamw(space):
         assert torch.equal(value, results[1][key]), key
 
 
+@pytest.mark.slow
 def test_a_student_that_starts_from_the_teacher_trains_and_samples(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     for kind, frozen in (('first', False), ('none', True)):
@@ -183,6 +184,7 @@ def test_two_processes_train_the_same_student(project, tmp_path):
         torch.testing.assert_close(a[key], b[key], atol=2e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_kept_and_patience_ends_a_run(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     done = run(root, 'train.py', '--max_epochs=40', '--patience=2', '--best_by=kl', '--learning_rate=3e-2',
@@ -267,6 +269,7 @@ def test_hints_name_the_task_and_the_run_of_the_command(project, tmp_path):
         run(root, 'tools/evaluate.py', '--name=nobody'))
 
 
+@pytest.mark.slow
 def test_a_curriculum_at_a_low_temperature_is_reported(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     shown = [
