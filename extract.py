@@ -353,6 +353,5 @@ if __name__ == '__main__':
         if server:
             print(server.summary())
     writer.close()
-    end_ranks()
-    if RANK == 0:
-        print_teacher_report(dataset, name, space, source, min_coverage, examples, bool(labels))
+    end_ranks()                                                 # only the first process goes on
+    print_teacher_report(dataset, name, space, source, min_coverage, examples, bool(labels))

@@ -330,9 +330,7 @@ if __name__ == '__main__':
         elif RANK == 0 and (stopping or save_steps and training.step % save_steps == 0):
             training.save('ckpt.pt')
     bar.close()
-    end_ranks()
-    if RANK:
-        sys.exit()
+    end_ranks()                                                 # only the first process goes on
     if training.tracker:
         training.tracker.finish()
     if training.step < n_steps and not enough:
