@@ -59,8 +59,8 @@ def read_limits(block):
 
     The limits stand before the semicolon, separated by commas or `or`. Each is a constant, a range (1.. or
     0..1, both ends included) or one of the words `text`, `messages` (of a chat), `word` (letters, digits, and
-    . _ - between them) and `file` (a path; on the command line it is relative to the user's folder). A comment that starts in any
-    other way sets no limit.
+    . _ - between them) and `file` (a path; on the command line it is relative to the user's folder). A comment
+    that starts in any other way sets no limit.
     """
     limits, name = {}, None
     for token in tokenize.generate_tokens(io.StringIO(block + '\n').readline):

@@ -28,7 +28,7 @@ n_layer = 1
 n_head = 6
 n_embd = 384
 n_mlp = 1536
-block_size = 80         # tokens of the encoder, and those of the answer
+block_size = 80        # tokens of the encoder, and those of the answer
 # training
 max_epochs = 4
 batch_size = 32

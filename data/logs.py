@@ -104,12 +104,13 @@ def read_reply(reply):
     try:
         if 'output' in reply:                                   # /v1/responses
             parts = [part for item in reply['output'] if item.get('type') == 'message' for part in item['content']]
-            content = ''.join(part.get('text') or '' for part in parts)
+            calls = [item for item in reply['output'] if item.get('type') == 'function_call']
+            content = ''.join(part.get('text') or '' for part in parts) or (calls[0]['arguments'] if calls else '')
             listed = [token for part in parts for token in part.get('logprobs') or []]
         else:
             choice = reply['choices'][0]
             message = choice['message']
-            calls = message.get('tool_calls') or [{}]
+            calls = message.get('tool_calls') or [{'function': message.get('function_call')}]
             content = message.get('content') or (calls[0].get('function') or {}).get('arguments') or ''
             content = content if isinstance(content, str) else read_content(content)
             listed = (choice.get('logprobs') or {}).get('content') or []

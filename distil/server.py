@@ -180,11 +180,11 @@ class Server:
         certificates = httpx.create_ssl_context()           # slow to make, so shared
 
         async def worker():
-            # a client of its own, for one connection: a request through one with 16 connections costs 2.6 times
-            # as much computing (httpx 0.28)
+            # a client of its own, for one connection: a request through one with 16 connections costs 2.6
+            # times as much computing (httpx 0.28)
             async with httpx.AsyncClient(headers=headers, timeout=self.timeout, verify=certificates) as client:
                 for hash_, ids, text in texts:              # shared: each worker takes the next one
-                    while results.qsize() > WAITING:        # the disk is slower than the server
+                    while results.qsize() > WAITING and not self.stopping.is_set():  # the disk is slower
                         await asyncio.sleep(0.05)
                     if self.stopping.is_set():
                         return

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 import httpx
 from starlette.responses import StreamingResponse
 
+from data.logs import read_reply
+from data.objects import find_object
 from serve.prompts import read_turns
 from serve.request import Refusal
 
@@ -78,7 +80,7 @@ class Proxy:
                         copy.append(part)
                     yield part
                 if schema:
-                    self.keep(body, schema, read_reply(reply, b''.join(copy)))
+                    self.keep(body, schema, read_answer(reply, b''.join(copy)))
             finally:
                 await reply.aclose()
         response = StreamingResponse(stream(), reply.status_code)
@@ -123,18 +125,8 @@ def find_schema(body):
     return None
 
 
-def text_of_message(reply):
-    """the JSON in the body of a chat completion or a response: its text, or the arguments of a call."""
-    if 'output' in reply:
-        item = next(item for item in reply['output'] if item['type'] in ('message', 'function_call'))
-        return item['arguments'] if 'arguments' in item else item['content'][0]['text']
-    message = reply['choices'][0]['message']
-    called = message.get('tool_calls') or [{'function': message.get('function_call')}]
-    return message.get('content') or called[0]['function']['arguments']
-
-
 def text_of_events(events):
-    """the same of the events of a stream, list of dicts."""
+    """the JSON in the events of a stream, list of dicts: its text, or the arguments of a call."""
     text = ''
     for event in events:
         for choice in event.get('choices') or []:
@@ -146,16 +138,16 @@ def text_of_events(events):
     return text
 
 
-def read_reply(reply, raw):
+def read_answer(reply, raw):
     """the JSON object that an LLM answered, or None. raw: the body of its reply, which may be compressed or
     a stream of events."""
     try:
         text = httpx.Response(200, headers=reply.headers, content=raw).text
         if 'event-stream' in reply.headers.get('content-type', ''):
             lines = [line[5:] for line in text.splitlines() if line.startswith('data: {')]
-            answer = json.loads(text_of_events(map(json.loads, lines)))
+            content = text_of_events(map(json.loads, lines))
         else:
-            answer = json.loads(text_of_message(json.loads(text)))
-        return answer if isinstance(answer, dict) else None
-    except (ValueError, LookupError, TypeError, AttributeError, StopIteration, RecursionError):
+            content = read_reply(json.loads(text))[0]
+        return find_object(content)[0]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None

@@ -22,7 +22,7 @@ from data import Hashes, read_meta, read_texts, shard_folders, stored_hashes
 from data.texts import read_groups
 from distil.extraction import check_source
 from distil.prompts import prompt_text
-from distil.server import Server
+from distil.server import URL, Server
 from distil.space import check_fields
 from distil.teacher import load_tokenizer
 
@@ -59,8 +59,7 @@ def choose_tokenizer():
     if folders:
         meta = read_meta(folders[0])
         return Tokenizer.from_file(str(folders[0] / 'tokenizer.json')), stored_hashes(folders, meta)
-    is_url = teacher.startswith(('http://', 'https://'))
-    counter = load_tokenizer(tokenizer if is_url or not teacher else teacher).backend_tokenizer
+    counter = load_tokenizer(tokenizer if teacher.startswith(URL) or not teacher else teacher).backend_tokenizer
     counter.no_truncation()
     counter.no_padding()
     return counter, Hashes()
