@@ -33,7 +33,7 @@ from distil.calibrate import calibrated_answers, learn_bias, print_bias
 from distil.engine import Drafts, Teacher, answer_batched, peak_memory_gb
 from distil.extraction import (check_calibration, check_settings, check_source, open_writer, print_totals,
                                read_task, try_compiling, write_meta)
-from distil.labels import open_labels, print_changed, record_from_label
+from distil.labels import find_known, open_labels, print_changed, record_from_label
 from distil.prompts import prompt_text
 from distil.server import URL, Stopped, open_server
 from distil.space import OutputSpace, special_ids, tokenizer_hash
@@ -92,6 +92,7 @@ examples = 8         # 0..; texts shown with their answers at the end
 score = ''           # file; .jsonl of {"text": ..., "answer": {...}}: the teacher's logits on these answers
 labels = ''          # file; .jsonl of texts with "probabilities" or an "answer", or the log of an LLM; or several,
                      # with commas between them: no teacher is run
+label_fields = []    # names of the fields that the labels have, if the teacher shall answer the others
 template = ''        # text; the user messages of that log, with {text} in it; '': the prompt, or found
 verify = 0           # 0..; compare so many stored records with a plain forward pass; status 1 if they differ
 config = configure(globals())
@@ -144,7 +145,7 @@ def new_task(task, wrapped, frequency):
 
 def scan_texts(task, dataset, name, source, lines, filters):
     """reads all texts once, before any is asked. Returns (meta, tokenizer as JSON, number of texts still to be
-    labelled, ids of the texts to calibrate with). Prints the filter and vocab lines.
+    labelled, (hash, ids, label) of the texts to calibrate with). Prints the filter and vocab lines.
 
     task: dict of the settings that define one; lines: of the file source, as read_texts yields them; filters:
     arguments of read_groups.
@@ -167,7 +168,7 @@ def scan_texts(task, dataset, name, source, lines, filters):
         np.add.at(frequency, np.concatenate([ids for _, ids, _ in group]), 1)  # counts tokens
         n_todo += sum(hash_ not in done for hash_, _, _ in group)
         if n_sample:  # the texts of lowest hash: the same ones in whatever order the file is
-            sample = sorted([*sample, *((hash_, ids.tolist()) for hash_, ids, _ in group)])[:n_sample]
+            sample = sorted([*sample, *((hash_, ids.tolist(), label) for hash_, ids, label in group)])[:n_sample]
     refused = [f'{reason}={n}' for reason, n in sorted(counts.items()) if reason != 'kept']
     print(f'filter read={counts.total()} kept={counts["kept"]}', *refused)
     if not counts['kept']:
@@ -178,7 +179,7 @@ def scan_texts(task, dataset, name, source, lines, filters):
     print(f'vocab required={meta["n_required"]} auxiliary={V - meta["n_required"]} total={V} '
           f'teacher={meta["vocab_size"]}')
     print(f'data/{dataset}/{name}-* holds {len(done)} texts, {n_todo} are to do')
-    return meta | {'counts': dict(counts)}, tokenizer.to_str(), n_todo, [ids for _, ids in sample]
+    return meta | {'counts': dict(counts)}, tokenizer.to_str(), n_todo, sample
 
 
 # -----------------------------------------------------------------------------
@@ -205,8 +206,8 @@ def label_group(engine, space, drafts, group, meta, full_lse):
         asked = [i for i in asked if outs[i]]
         outs = [outs[i] for i in asked]
     if asked:  # greedy answers, held to the schema: drafted, then verified many tokens at a time (engine.py)
-        got, n_read = answer_batched(engine, space, drafts, [ids[i] for i in asked], meta['after'],
-                                     meta['constrain'], full_lse, outs, meta['missing'])
+        got, n_read = answer_batched(engine, space, drafts, [ids[i] for i in asked], meta['after'], meta['constrain'],
+                                     full_lse, outs, meta['missing'], find_known(space, given, meta))
         for i, answer in zip(asked, got):                       # (outs, logits, lse), or a reason
             answers[i] = answer
     records, none = [], np.zeros((0, len(space.output_ids)), np.float32)
@@ -276,8 +277,9 @@ if __name__ == '__main__':
     logging.set_verbosity_error()
     on_stop(lambda *_: stop('\nstopped; the records written so far are safe, the same command continues'))
     check_settings(config)
-    if labels:
-        prompt, chat = prompt or '{text}', False                # not asked, but serve.py finds a text by it
+    asked = not labels or bool(label_fields)                    # the teacher, or the server
+    if not asked:
+        prompt, chat = prompt or '{text}', False                # serve.py finds a text by it
     server = open_server(config) if teacher.startswith(URL) else None
     given = open_labels(config) if labels else None
     source = check_source(given.log.paths[0] if given else score, dataset, prompt)
@@ -290,7 +292,8 @@ if __name__ == '__main__':
     # the first process scans the texts and tells the others what there is to do
     task = {'teacher': teacher, 'prompt': prompt, 'chat': chat, 'fields': fields, 'indent': indent,
             'fence': fence, 'constrain': constrain, 'max_text': max_text, 'output_vocab': output_vocab,
-            'extra_vocab': extra_vocab, 'score': 'labels' if labels else bool(score), 'calibrate': calibration}
+            'extra_vocab': extra_vocab, 'score': bool(score) if asked else 'labels', 'calibrate': calibration,
+            'label_fields': label_fields or None}
     if server:                                                  # `teacher` is whose tokenizer is used
         task |= {'teacher': tokenizer, 'chat': False, 'score': 'labels', 'server': server.identity}
     filters = (0 if labels else 3) if min_text < 0 else min_text, max_text, max_records, too_long == 'cut'
@@ -304,7 +307,7 @@ if __name__ == '__main__':
     except FileNotFoundError as error:
         stop(f'{error}; there is nothing to verify yet')
     model = None
-    if (n_todo or verify) and not (labels or server):
+    if (n_todo or verify) and asked and not server:
         print(f'loading {teacher} as {meta["dtype"]} on {device}')
         model = load_model(teacher, dtype, device)
     if verify:
@@ -322,7 +325,8 @@ if __name__ == '__main__':
         if engine and calibration and 'bias' not in meta:
             print(f'measuring the teacher\'s bias on {len(sample)} texts')
             meta['bias'], report = run_in_first(
-                lambda: learn_bias(engine, space, sample, meta['after'], priors, extract_batch))
+                lambda: learn_bias(engine, space, [ids for _, ids, _ in sample], meta['after'], priors, extract_batch,
+                                   known=find_known(space, [label for *_, label in sample], meta)))
             # subtracted where the teacher chooses and where the student learns; the stored logits stay raw
             space.set_bias(meta['bias'])
             print_bias(report, space)
@@ -354,4 +358,4 @@ if __name__ == '__main__':
             print(server.summary())
     writer.close()
     end_ranks()                                                 # only the first process goes on
-    print_teacher_report(dataset, name, space, source, min_coverage, examples, bool(labels))
+    print_teacher_report(dataset, name, space, source, min_coverage, examples, not asked)

@@ -74,7 +74,7 @@ def count_tokens_left(space):
 
 
 @torch.inference_mode()
-def learn_bias(teacher, space, texts, after, priors, batch_size=64, min_texts=16):
+def learn_bias(teacher, space, texts, after, priors, batch_size=64, min_texts=16, known=None):
     """measures the bias decision by decision, each after the calibrated choices at the ones before. The cost
     is that of answering these texts.
 
@@ -82,6 +82,7 @@ def learn_bias(teacher, space, texts, after, priors, batch_size=64, min_texts=16
     find_priors. Sets space.bias. Returns it as {state: {output index: bias}}, and a report: for each state of
     a calibrated field (state, number of texts that reach it, {output index: share of these texts whose choice
     it is} before calibration, the same after it). A state that fewer than min_texts reach is not calibrated.
+    known: of fields with a label, as for engine.answer.
 
     All texts that reach a state must be read there before any of them continues. So the next state is always
     the one with the longest path left: no text that waits at another state can still reach it.
@@ -102,6 +103,9 @@ def learn_bias(teacher, space, texts, after, priors, batch_size=64, min_texts=16
             last = np.cumsum([len(unread[i]) for i in batch]) - 1
             parts.append(teacher.logits(hidden[last], teacher.kept_head[outs]).cpu())
         logits = torch.cat(parts).double()                      # (n, legal)
+        for n, i in enumerate(rows):
+            if known and state in known[i]:
+                logits[n] = known[i][state][outs]
         shift = torch.zeros(len(outs), dtype=torch.float64)     # (legal,) the bias at this state
         if state in prior_at and len(rows) >= min_texts:
             prior = torch.tensor([prior_at[state][o] for o in outs], dtype=torch.float64)

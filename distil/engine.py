@@ -199,14 +199,17 @@ class Drafts:
                 self.by_state[state][out] += 1
             state = self.space.transitions[state][out]
 
-    def propose(self, outs):
+    def propose(self, outs, known=()):
         """the draft after outs, as output indices, and the state before each of them. A draft stops at the
-        end of the answer, or after a choice too uncertain for the tokens behind it to be worth their cost."""
+        end of the answer, or after a choice too uncertain for the tokens behind it to be worth their cost.
+        known: {state: logits (V,)} at decisions that are given, see answer()."""
         outs, states, state, n, confidence = list(outs), [], self.space.state_after(outs), len(outs), 1.0
         while state != self.space.done:
             legal = self.space.transitions[state]
             out = next(iter(legal))
-            if len(legal) > 1:
+            if state in known:
+                out = int(known[state].argmax())
+            elif len(legal) > 1:
                 counts = self.by_prefix.get(tuple(outs)) or self.by_state.get(state) or Counter({out: 0})
                 (out, count), = counts.most_common(1)
                 confidence *= count / (counts.total() + 1)
@@ -223,7 +226,8 @@ class Drafts:
 
 
 @torch.inference_mode()
-def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False, given=None, missing=None):
+def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False, given=None, missing=None,
+           known=None):
     """the teacher's greedy answers to texts, token for token those of one-step-at-a-time decoding.
 
     The teacher reads a draft in one pass, which yields its logits at every position. The draft is accepted up
@@ -235,6 +239,7 @@ def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False,
     calibrated logits. full_lse: also compute the logsumexp over the full vocabulary. given: answers (lists of
     output indices) to score in place of the teacher's own. missing: a Counter; it is updated with the
     probabilities of ids outside the output vocabulary, at each step where the full vocabulary is computed.
+    known: for each text {state: logits (V,)}, which stand in place of the teacher's: fields with a label.
 
     Returns a list with (outs, logits (n, V) float32 before any constraint, lse (n,), nan if not computed) for
     each text, or 'invalid' or 'vocab' if a free answer leaves the schema or the output vocabulary; and the
@@ -250,7 +255,7 @@ def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False,
     while live:
         # draft, and read the drafts of all texts in one pass
         if given is None:
-            drafted = [drafts.propose(results[i][0]) for i in live]  # R pairs: output indices, states
+            drafted = [drafts.propose(results[i][0], known[i] if known else ()) for i in live]  # R pairs: output indices, states
         else:
             drafted = [(given[i], space.states_before(given[i])) for i in live]
         new = [unread[i] + [space.output_ids[o] for o in outs[:-1]] for i, (outs, _) in zip(live, drafted)]
@@ -265,6 +270,11 @@ def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False,
         lse = np.full(len(keep), np.nan, np.float32)
         if full_lse:
             lse, best, other, p_other = teacher.apply_full_head(hidden)
+        if known:
+            places = ((i, state) for i, (_, states) in zip(live, drafted) for state in states)
+            for n, (i, state) in enumerate(places):
+                if state in known[i]:
+                    logits[n], lse[n] = known[i][state], known[i][state].logsumexp(-1)
         if given is not None:
             chosen = [o for outs in given for o in outs]
         elif constrain:
@@ -303,15 +313,15 @@ def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False,
 
 
 def answer_batched(teacher, space, drafts, texts, after, constrain=True, full_lse=False, given=None,
-                   missing=None):
+                   missing=None, known=None):
     """answer(), in batches that fit the memory: halves the batch each time the device has no room for it.
     Prints a line then. RuntimeError if one text alone does not fit."""
     answers, n_read = [], 0
     while len(answers) < len(texts):
         part = slice(len(answers), len(answers) + teacher.max_batch)
-        scored = given and given[part]
+        scored, sure = given and given[part], known and known[part]
         try:
-            more, n = answer(teacher, space, drafts, texts[part], after, constrain, full_lse, scored, missing)
+            more, n = answer(teacher, space, drafts, texts[part], after, constrain, full_lse, scored, missing, sure)
             answers, n_read = answers + more, n_read + n
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             size = len(texts[part])

@@ -32,8 +32,23 @@ def check_settings(config):
         stop(f'extra_vocab is {config["extra_vocab"]!r}; it must be a list of texts')
     if config['score'] and config['labels']:
         stop('set score or labels, not both')
-    if config['verify'] and (config['labels'] or config['teacher'].startswith(URL)):
+    if config['label_fields']:
+        check_label_fields(config)
+    elif config['verify'] and (config['labels'] or config['teacher'].startswith(URL)):
         stop('labels are not a teacher\'s logits: there is nothing to verify')
+
+
+def check_label_fields(config):
+    """exits with a message if label_fields does not fit the other settings."""
+    names, fields = config['label_fields'], config['fields']
+    if not config['labels']:
+        stop('label_fields names the fields that labels give; set labels, too')
+    if unknown := [name for name in names if name not in fields]:
+        stop(f'label_fields: there is no field {unknown[0]!r}; there are: {", ".join(fields)}')
+    if not {*fields} - {*names}:
+        stop('label_fields has all fields, so nothing is left to ask; leave it out')
+    if not config['constrain'] or config['teacher'].startswith(URL):
+        stop('label_fields needs a teacher that runs here, and constrain = True: the labels become part of its answer')
 
 
 def check_source(given, dataset, prompt):
@@ -55,11 +70,16 @@ def check_calibration(config):
     """({texts, fields, prior} for meta.json, {field: prior probabilities}) of the settings, or (None, None)
     without calibration. Exits with a message if the settings do not fit together. Given answers and labels
     are never calibrated."""
-    if not config['calibrate'] or config['score'] or config['labels']:
+    asked = [name for name in config['fields'] if name not in config['label_fields']]
+    if not config['calibrate'] or config['score'] or config['labels'] and not config['label_fields']:
         return None, None
     if not config['constrain']:
         stop('calibrate needs constrain = True: a free answer is not chosen among the values')
     only, prior = config['calibrate_fields'], config['prior']
+    if config['label_fields']:
+        only = only or asked
+        if labelled := [name for name in [*only, *prior] if name not in asked]:
+            stop(f'{labelled[0]} has labels, which are not calibrated; take it out of calibrate_fields and prior')
     try:
         priors = find_priors(config['fields'], prior, only)
     except ValueError as error:

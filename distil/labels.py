@@ -4,8 +4,11 @@
     python extract.py config/mine.py --labels=mine.jsonl
     python extract.py config/mine.py --labels=log.jsonl     # what an LLM answered: data/logs.py has the forms
     python extract.py config/mine.py --labels=output.jsonl,requests.jsonl  # of a batch: joined by custom_id
+    python extract.py config/email.py                       # labels of one field; a teacher answers the others
 
-No teacher is run, only its tokenizer is needed. A line has the probability of each value, or the answer:
+No teacher is run, only its tokenizer is needed. But where label_fields names the fields that the labels have, the
+teacher answers the others, with the labels of these in its answer. A line has the probability of each value, or
+the answer:
 
     {"text": "...", "probabilities": {"sentiment": {"positive": 0.7, "neutral": 0.2, "negative": 0.1}}}
     {"text": "...", "answer": {"sentiment": "positive"}}
@@ -24,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from config import stop
 from config.machine import RANK
@@ -83,23 +87,45 @@ def read_label(fields, label):
     return probabilities
 
 
+def label_shares(space, label, fields=None):
+    """({field: probabilities of its values}, {state: {output index: probability}} at the decisions of these fields)
+    of a label, a dict. fields: {name: values} of those that it has; None: all. ValueError if one is missing or
+    has a value that the schema does not have."""
+    probabilities, shares = read_label(fields or space.fields, label), {}
+    for name in probabilities:
+        shares |= space.token_shares(name, probabilities[name])
+    return probabilities, shares
+
+
+def logits_of(shares, V):
+    """{output index: probability} -> logits (V,) float32."""
+    row = np.full(V, ILLEGAL_LOGIT, np.float32)
+    for token, p in shares.items():
+        row[token] = math.log(max(p, MIN_PROBABILITY))
+    return row
+
+
+def find_known(space, labels, meta):
+    """for each label {state: logits (V,), a tensor} at the decisions of the fields in meta['label_fields'], for
+    engine.answer. None if there are no such fields."""
+    fields, V = {name: space.fields[name] for name in meta.get('label_fields') or ()}, len(space.output_ids)
+    if not fields:
+        return None
+    shares = (label_shares(space, label, fields)[1] for label in labels)
+    return [{state: torch.from_numpy(logits_of(row, V)) for state, row in of_label.items()} for of_label in shares]
+
+
 def record_from_label(space, label):
     """a label as dict -> output indices (n,) of its most probable answer, and logits (n, V) float32. None if a
     field is missing or has a value that the schema does not have."""
     try:
-        probabilities = read_label(space.fields, label)
+        probabilities, shares = label_shares(space, label)
     except ValueError:
         return None
     outs = space.from_json({name: values[int(np.argmax(probabilities[name]))]
                             for name, values in space.fields.items()})
-    rows = {}                                                   # {state: {output index: probability}}
-    for name in space.fields:
-        rows |= space.token_shares(name, probabilities[name])
-    logits = np.full((len(outs), len(space.output_ids)), ILLEGAL_LOGIT, np.float32)
-    for n, (state, out) in enumerate(zip(space.states_before(outs), outs)):
-        for token, p in rows.get(state, {out: 1.0}).items():
-            logits[n, token] = math.log(max(p, MIN_PROBABILITY))
-    return outs, logits
+    rows = [shares.get(state, {out: 1.0}) for state, out in zip(space.states_before(outs), outs)]
+    return outs, np.stack([logits_of(row, len(space.output_ids)) for row in rows])
 
 
 # -----------------------------------------------------------------------------
@@ -187,10 +213,10 @@ class Labels:
         n_changed = 0
         for i, hash_ in enumerate(map(int, shards.hashes)):
             if hash_ in self.known:
-                outs, logits = record_from_label(space, self.label_of(hash_))
-                logits -= logits.max(1, keepdims=True)
-                n_changed += not (np.array_equal(outs, shards.answer(i))
-                                  and np.allclose(logits, shards.logits(i), atol=0.05))
+                _, shares = label_shares(space, self.label_of(hash_), self.fields)
+                rows = zip(space.states_before(shards.answer(i).tolist()), shards.logits(i))
+                rows = [(stored, logits_of(shares[state], len(stored))) for state, stored in rows if state in shares]
+                n_changed += not all(np.allclose(stored, row - row.max(), atol=0.05) for stored, row in rows)
         return n_changed
 
 
@@ -205,7 +231,8 @@ def open_labels(config):
         stop('the template must hold {text} once, where the text goes')
     try:
         check_fields(config['fields'])
-        labels = Labels(paths, config['fields'], config['template'], prompt_text(config['prompt']))
+        fields = {name: config['fields'][name] for name in config['label_fields'] or config['fields']}
+        labels = Labels(paths, fields, config['template'], prompt_text(config['prompt']))
     except ValueError as error:
         stop(f'fields: {error}')
     except (OSError, EOFError, zlib.error) as error:

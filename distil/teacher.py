@@ -130,6 +130,7 @@ def verify_records(model, shards, space, rows):
     """compares stored records with one plain forward pass each: no drafts, no cache, no batch. rows: numbers
     of records. Returns whether they are equal within the stored precision, and the verify line."""
     meta, max_diff, excess, equal, steps = shards.meta, 0.0, 0.0, 0, 0
+    labelled = meta.get('label_fields') or ()
     atol, min_equal = rounding_tolerance(model.dtype), 0.999 if model.dtype == torch.float32 else 0.97
     for i in tqdm(rows, desc='verify', unit='rec'):
         outs, (top, lse) = shards.answer(i).tolist(), shards.answer(i, 'stats').T
@@ -139,19 +140,21 @@ def verify_records(model, shards, space, rows):
         logits = model(idx, logits_to_keep=len(outs)).logits[0].float().cpu()  # (n, full vocabulary)
         kept = logits[:, space.output_ids]                      # (n, V)
         stored = torch.from_numpy(shards.answer(i, 'logits').astype(np.float32))  # top is subtracted
-        diff = (kept - torch.tensor(top)[:, None] - stored).abs()
-        diff_lse = np.abs(logits.logsumexp(-1).numpy() - lse)[~np.isnan(lse)].max(initial=0)
+        states = space.states_before(outs) if space.state_after(outs) == space.done else None
+        asked = [states is None or space.field[state] not in labelled for state in states or outs]  # not a label
+        diff = (kept - torch.tensor(top)[:, None] - stored).abs()[asked]
+        diff_lse = np.abs(logits.logsumexp(-1).numpy() - lse)[~np.isnan(lse) & asked].max(initial=0)
         max_diff = max(max_diff, diff.max().item(), diff_lse)
-        excess = max(excess, (diff - stored.abs() / 1024).max().item(), diff_lse)  # fp16 keeps 11 bits
-        if space.state_after(outs) != space.done:               # not an answer of this schema
+        excess = max(excess, (diff - stored[asked].abs() / 1024).max().item(), diff_lse)  # fp16 keeps 11 bits
+        if states is None:                                      # not an answer of this schema
             choice = []
         elif meta['constrain']:
-            states = space.states_before(outs)
             calibrated = kept - space.bias[states]
             choice = calibrated.masked_fill(space.next_state[states] < 0, -float('inf')).argmax(-1).tolist()
         else:
             choice = [space.output_index.get(token, -1) for token in logits.argmax(-1).tolist()]
-        equal, steps = equal + sum(a == b for a, b in zip(choice, outs)), steps + len(outs)
+        equal += sum(a == b for a, b, of_teacher in zip(choice, outs, asked) if of_teacher)
+        steps += sum(asked)
     line = (f'verify records={len(rows)} steps={steps} max_diff={max_diff:.4f} tolerance={atol}+x/1024 '
             f'equal={equal / steps:.4f}')
     return bool(excess <= atol and (meta['score'] or equal >= min_equal * steps)), line

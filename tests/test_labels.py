@@ -4,11 +4,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 import data
 from distil.labels import Labels, read_label, record_from_label
 from distil.space import OutputSpace, value_names
-from tests.conftest import FIELDS, PROMPT, SCHEMAS, clone_task, one_line, run
+from tests.conftest import FIELDS, PROMPT, SCHEMAS, clone_task, load_teacher, one_line, run
 
 
 @pytest.mark.parametrize('fields, indent, fence', SCHEMAS)
@@ -168,3 +169,51 @@ def test_given_labels_need_no_begin_token_and_no_prompt(project, teachers, tmp_p
     assert json.loads((root / 'data/toy/given-00/meta.json').read_text())['prompt'] == (prompt or '{text}')
     done = run(root, 'train.py', '--name=given', '--max_epochs=1')
     assert done.returncode == 0, done.stderr
+
+
+def test_the_teacher_answers_the_fields_that_labels_do_not_have(project, tmp_path):
+    """each answer is what one-step-at-a-time decoding gives if the labelled field is written for the teacher; the
+    stored logits of that field are the label's."""
+    root = clone_task(project, tmp_path)
+    texts = [json.loads(line)['text'] for line in open(root / 'data/toy/input.jsonl')][:60]
+    tones = ['friendly' if n % 3 else 'neutral' for n in range(60)]
+    write_lines(root / 'labels.jsonl', [{'text': text, 'answer': {'tone': tone}} for text, tone in zip(texts, tones)])
+    command = root, 'extract.py', '--labels=labels.jsonl', '--label_fields=["tone"]', '--name=part'
+    refused = run(*command, '--calibrate=20', '--prior={"tone": {"friendly": 0.4}}')
+    assert refused.returncode == 1 and 'tone has labels, which are not calibrated' in one_line(refused)
+    command = *command, '--calibrate=40', '--prior={}', '--dtype=float32'
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert 'calibrate field=spam' in done.stdout and 'field=tone' not in done.stdout
+    shards = data.Shards('toy', 'part', root / 'data')
+    space, (tokenizer, model) = shards.space, load_teacher(root / shards.meta['teacher'])
+    assert len(shards) == 60
+    tone_of = {data.text_hash(text): tone for text, tone in zip(texts, tones)}
+    first = space.from_json({'tone': 'neutral', 'spam': True})
+    at = [state for state in space.states_before(first) if space.field[state] == 'tone'][0]
+    for i in range(60):
+        tone = tone_of[int(shards.hashes[i])]
+        known = space.from_json({'tone': tone, 'spam': True})
+        start = [space.field[state] for state in space.states_before(known)].index('spam')
+        outs, ids = known[:start], [*shards.meta['before'], *shards.ids(i).tolist(), *shards.meta['after']]
+        while (state := space.state_after(outs)) != space.done:
+            with torch.no_grad():
+                logits = model(torch.tensor([ids + [space.output_ids[o] for o in outs]])).logits[0, -1]
+            legal = list(space.transitions[state])
+            calibrated = logits[[space.output_ids[o] for o in legal]] - space.bias[state, legal]
+            outs.append(legal[int(calibrated.argmax())])
+        assert outs == shards.answer(i).tolist()
+        n = space.states_before(outs).index(at)
+        p = np.exp(shards.logits(i)[n])
+        assert p[outs[n]] / p.sum() == pytest.approx(1, abs=1e-3)
+    verified = run(*command, '--verify=30')
+    assert verified.returncode == 0 and 'equal=1.0000' in verified.stdout, verified.stdout
+    other = [{'text': texts[0], 'answer': {'tone': 'friendly'}}]
+    write_lines(root / 'labels.jsonl', other)
+    assert 'another label now: 1 of the stored texts' in run(*command).stdout
+    for arguments, message in ((['--label_fields=["odd"]'], "there is no field 'odd'; there are: tone, spam"),
+                               (['--label_fields=["tone", "spam"]'], 'has all fields'),
+                               (['--labels=', '--label_fields=["tone"]'], 'set labels, too'),
+                               (['--teacher=http://localhost:9/v1'], 'needs a teacher that runs here')):
+        refused = run(*command, *arguments)
+        assert refused.returncode == 1 and message in one_line(refused)
