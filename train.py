@@ -40,6 +40,8 @@ name = ''              # word; data/<dataset>/<name>-* is read ...
 dataset = ''           # word
 run = ''               # word; ... and out/<run> written; '': out/<name>. One extraction, many students
 max_records = 0        # 0..; use only the first so many records, without the held-out ones; 0: all
+keep = 'all'           # 'all', 'right'; right: train only on records in which the teacher says what "truth" of
+                       # data/<dataset>/input.jsonl says; the held-out ones stay all
 init_from = 'scratch'  # 'scratch', 'teacher', 'resume'; how a new run starts; teacher: with its embedding
                        # table and some of its layers. An interrupted run continues anyway; resume demands it
 overwrite = False      # replace the run that out/<run> holds
@@ -260,7 +262,7 @@ if __name__ == '__main__':
     device = start_ranks(pick_device(device), 'nccl' if pick_device(device) == 'cuda' else 'gloo')
     check_settings(config)
     out = Path('out', run or name)
-    shards, train_rows, val_rows = open_records(dataset, name, max_records, eval_records)
+    shards, train_rows, val_rows = open_records(dataset, name, max_records, eval_records, keep)
     check_sizes(config, shards.meta, len(train_rows), len(val_rows))
     torch.manual_seed(seed)
     lock = lock_folder(out) if RANK == 0 else None              # held until the program ends

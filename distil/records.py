@@ -2,14 +2,17 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 
 from config import next_command, stop
 from data import Shards
-from distil.agreement import field_texts
+from distil.agreement import field_texts, find_value, read_truth
+from distil.space import OutputSpace
 
 SEEN = 100  # so often a value should be seen in training, on average
 
@@ -24,16 +27,34 @@ def open_shards(dataset, name):
         stop(str(error))
 
 
-def open_records(dataset, name, max_records, eval_records):
+def open_records(dataset, name, max_records, eval_records, keep='all'):
     """(Shards, record numbers to train on, record numbers to evaluate on) of a task. Exits with a message if
     there are none. The arguments are settings of train.py."""
     shards = open_shards(dataset, name)
     train_rows, val_rows = shards.split()
     if max_records:
         train_rows = train_rows[train_rows < max_records]
+    if keep == 'right':
+        n, train_rows = len(train_rows), keep_right(shards, train_rows, Path('data', dataset, 'input.jsonl'))
+        print(f'keep right={len(train_rows)} of={n}; all held-out records stay')
     if eval_records:  # the same ones for every seed
         val_rows = val_rows[np.random.default_rng(0).permutation(len(val_rows))[:eval_records]]
     return shards, train_rows, val_rows
+
+
+def keep_right(shards, rows, path):
+    """those of the rows whose answer is known to be right: the truth of the text, in the .jsonl at path, has some
+    fields, and the answer the same values in them. Exits with a message if there is no truth."""
+    space = shards.space or OutputSpace.from_task(Tokenizer.from_file(str(shards.folder / 'tokenizer.json')), shards.meta)
+    if not path.is_file() or not (truth := read_truth(path, shards, rows)):
+        stop(f'keep = right needs texts with "truth" in {path}')
+    right = []
+    for n, known in truth.items():
+        answer = space.to_json(shards.answer(rows[n]).tolist())
+        known = {name: find_value(value, space.fields[name]) for name, value in known.items() if name in space.fields}
+        if known and all(json.dumps(answer[name]) == json.dumps(value) for name, value in known.items()):
+            right.append(n)
+    return rows[sorted(right)]
 
 
 def load_records(dataset, name, task):

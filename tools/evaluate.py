@@ -290,7 +290,7 @@ if __name__ == '__main__':
     if baselines:
         from tools.baselines import encoder_baseline  # needs transformers
         settings = checkpoint['config']
-        train_rows = open_records(dataset, name, settings['max_records'], 0)[1]
+        train_rows = open_records(dataset, name, settings['max_records'], 0, settings.get('keep', 'all'))[1]
         encoder = settings.get('reader') or 'data/teachers/minilm'
         print(data_line('encoder', encoder_baseline(shards, space, train_rows, rows, encoder, device, dtype)))
     source = Path('data', dataset, 'input.jsonl')
