@@ -278,8 +278,7 @@ if __name__ == '__main__':
     on_stop(lambda *_: stop('\nstopped; the records written so far are safe, the same command continues'))
     check_settings(config)
     asked = not labels or bool(label_fields)                    # the teacher, or the server
-    if not asked:
-        prompt, chat = prompt or '{text}', False                # serve.py finds a text by it
+    prompt, chat = (prompt, chat) if asked else (prompt or '{text}', False)  # serve.py finds a text by it
     server = open_server(config) if teacher.startswith(URL) else None
     given = open_labels(config) if labels else None
     source = check_source(given.log.paths[0] if given else score, dataset, prompt)

@@ -173,7 +173,7 @@ def test_mails_of_every_form_are_read(tmp_path):
             member.size = len(content)
             package.addfile(member, io.BytesIO(content))
     records = run_source(tmp_path, 'mail')
-    assert all(r['truth'] == {'spam': True} for r in records)  # the folder's name says so
+    assert all(r['answer'] == {'spam': True} for r in records)  # the folder's name says so
     assert {r['text'] for r in records} >= {'lunch. I will be there at noon, see',
                                             'été. Buy this & that now or never'}
 

