@@ -228,7 +228,8 @@ if __name__ == '__main__':
     if {'-h', '--help'} & {*sys.argv}:
         sys.exit(print(__doc__))
     sys.stdout.reconfigure(errors='backslashreplace')  # for names that it cannot encode
-    options = dict(arg[2:].partition('=')[::2] for arg in sys.argv[1:] if arg.startswith('--'))
+    typed = [arg.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace') for arg in sys.argv[1:]]  # in any locale
+    options = dict(arg[2:].partition('=')[::2] for arg in typed if arg.startswith('--'))
     if unknown := options.keys() - {'column', 'truth', 'delimiter', 'template', 'config'}:
         sys.exit(f'data/prepare.py has no option --{unknown.pop()}; its options are --column=, --truth=, '
                  '--delimiter=, --template= and --config=')

@@ -73,7 +73,7 @@ def draw_report(out, shards, rows, dtype='float32', which='best'):
     teacher_values = field_texts(space, [shards.answer(i).tolist() for i in rows])
     n = max(3, len(per_field))
     fig, axes = plt.subplots(3, n, figsize=(4 * n, 10), squeeze=False)
-    draw_log(axes[0], (out / 'log.txt').read_text().splitlines())
+    draw_log(axes[0], (out / 'log.txt').read_text(encoding='utf-8').splitlines())
 
     bars = {'majority': [figures['majority'] for figures in per_field.values()]}
     if checkpoint['linear']:

@@ -67,7 +67,7 @@ class Training:
         """writes a data line to the terminal, log.txt and the tracker."""
         line = data_line(tag, figures)
         tqdm.write(line)
-        with open(self.out / 'log.txt', 'a') as file:
+        with open(self.out / 'log.txt', 'a', encoding='utf-8') as file:
             file.write(line + '\n')
         if self.tracker and tag != 'field':
             self.tracker.log({f'{tag}/{key}': v for key, v in figures.items() if isinstance(v, (int, float))})

@@ -516,6 +516,8 @@ def test_names_beyond_ascii_are_printed_in_any_encoding(tmp_path):
         done, records = run_prepare(folder, 'ü.csv', arg, PYTHONIOENCODING='ascii')
         assert done.returncode == status and len(done.stderr.splitlines()) == status, done.stderr
         assert not records or records == [{'text': 'ä', 'truth': {'größe': 'ß'}}]
+    done, records = run_prepare(folder, 'ü.csv', '--truth=größe', PYTHONUTF8='0', LC_ALL='POSIX')
+    assert not done.stderr and records == [{'text': 'ä', 'truth': {'größe': 'ß'}}]
     done = subprocess.run([sys.executable, 'été/data/prepare.py', 'mine', 'été/ü.csv'], cwd=tmp_path,
                           capture_output=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
     assert done.stdout.splitlines()[1].startswith(rb'\xe9t\xe9/data/mine/input.jsonl is written'), done.stderr
