@@ -77,7 +77,8 @@ prior = {}           # {'toxicity': {'toxic': 0.1}}: true shares of values, wher
                      # values of a field that are not named share the rest
 # data
 max_records = 0      # 0..; stop after so many texts; 0: all of them
-min_text = -1        # -1..; tokens; shorter texts say too little to be labelled; -1: 3, and 0 with `labels`
+min_text = -1        # -1..; tokens; shorter texts say too little to be labelled; -1: 3, and 0 where answers are
+                     # given (score, labels): of those no text is left out for its links or markup either
 max_text = 25        # 1..; tokens; also the longest text the student will read
 too_long = 'refuse'  # 'refuse' or 'cut'; skip longer texts, or label their first max_text tokens
 output_vocab = 525   # 1..65535; tokens whose logits are kept: those of answers, then whitespace, the prompt,
@@ -293,7 +294,8 @@ if __name__ == '__main__':
             'extra_vocab': extra_vocab, 'score': 'labels' if labels else bool(score), 'calibrate': calibration}
     if server:                                                  # `teacher` is whose tokenizer is used
         task |= {'teacher': tokenizer, 'chat': False, 'score': 'labels', 'server': server.identity}
-    filters = (0 if labels else 3) if min_text < 0 else min_text, max_text, max_records, too_long == 'cut'
+    answered = bool(score or labels)                            # then only what no student can read is left out
+    filters = (0 if answered else 3) if min_text < 0 else min_text, max_text, max_records, too_long == 'cut', answered
     meta, tokenizer_json, n_todo, sample = run_in_first(
         lambda: scan_texts(task, dataset, name, source, given or read_texts(source), filters))
     meta['dtype'] = str(dtype).removeprefix('torch.')
