@@ -5,9 +5,9 @@
     python extract.py config/tweets.py                          # labels that exist already (distil/labels.py)
     torchrun --nproc_per_node=8 extract.py config/reddit.py     # one shard per GPU; nodes share a disk
 
-Reads data/<dataset>/input.jsonl, one {"text": ...} per line. Writes data/<dataset>/<name>-00/ (format:
-data/__init__.py). Stop it at any time: the same command continues where it stopped, also with another number
-of processes.
+Reads data/<dataset>/input.jsonl, one {"text": ...} per line; with "split": "test" it is held out. Writes
+data/<dataset>/<name>-00/ (format: data/__init__.py). Stop it at any time: the same command continues where it
+stopped, also with another number of processes.
 """
 import sys
 import time
@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers.utils import logging
 
-from data import FORMAT, Hashes, Shards, first_answers, read_texts, shard_folders, stored_hashes, write_json
+from data import FORMAT, Hashes, first_answers, read_texts, shard_folders, stored_hashes, write_json
 from data.texts import prefetch, read_groups
 from distil.calibrate import calibrated_answers, learn_bias, print_bias
 from distil.engine import Drafts, Teacher, answer_batched, peak_memory_gb
@@ -35,8 +35,10 @@ from distil.extraction import (check_calibration, check_settings, check_source, 
                                read_task, try_compiling, write_meta)
 from distil.labels import open_labels, print_changed, record_from_label
 from distil.prompts import prompt_text
+from distil.records import open_shards
 from distil.server import URL, Stopped, open_server
 from distil.space import OutputSpace, special_ids, tokenizer_hash
+from distil.split import store_split
 from distil.teacher import encode_prompt, load_model, load_tokenizer, verify_records
 from distil.teacher_report import print_teacher_report
 
@@ -301,10 +303,8 @@ if __name__ == '__main__':
     meta['dtype'] = str(dtype).removeprefix('torch.')
     space = OutputSpace.from_task(Tokenizer.from_str(tokenizer_json), meta)  # the automaton and the V tokens
     print_changed(given, dataset, name, space)
-    try:
-        shards = Shards(dataset, name) if verify else None
-    except FileNotFoundError as error:
-        stop(f'{error}; there is nothing to verify yet')
+    run_in_first(lambda: store_split(dataset, name, source, given, space.tokenizer, max_text))
+    shards = open_shards(dataset, name) if verify else None
     model = None
     if (n_todo or verify) and not (labels or server):
         print(f'loading {teacher} as {meta["dtype"]} on {device}')
