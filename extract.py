@@ -5,9 +5,9 @@
     python extract.py config/tweets.py                          # labels that exist already (distil/labels.py)
     torchrun --nproc_per_node=8 extract.py config/reddit.py     # one shard per GPU; nodes share a disk
 
-Reads data/<dataset>/input.jsonl, one {"text": ...} per line. Writes data/<dataset>/<name>-00/ (format:
-data/__init__.py). Stop it at any time: the same command continues where it stopped, also with another number
-of processes.
+Reads data/<dataset>/input.jsonl, one {"text": ...} per line; with "split": "test" it is held out. Writes
+data/<dataset>/<name>-00/ (format: data/__init__.py). Stop it at any time: the same command continues where it
+stopped, also with another number of processes.
 """
 import sys
 import time
@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers.utils import logging
 
-from data import FORMAT, Hashes, Shards, first_answers, read_texts, shard_folders, stored_hashes, write_json
+from data import FORMAT, Hashes, first_answers, read_texts, shard_folders, stored_hashes, write_json
 from data.texts import prefetch, read_groups
 from distil.calibrate import calibrated_answers, learn_bias, print_bias
 from distil.engine import Drafts, Teacher, answer_batched, peak_memory_gb
@@ -35,8 +35,10 @@ from distil.extraction import (check_calibration, check_settings, check_source, 
                                read_task, try_compiling, write_meta)
 from distil.labels import find_known, open_labels, print_changed, record_from_label
 from distil.prompts import prompt_text
+from distil.records import open_shards
 from distil.server import URL, Stopped, open_server
 from distil.space import OutputSpace, special_ids, tokenizer_hash
+from distil.split import store_split
 from distil.teacher import encode_prompt, load_model, load_tokenizer, verify_records
 from distil.teacher_report import print_teacher_report
 
@@ -77,7 +79,8 @@ prior = {}           # {'toxicity': {'toxic': 0.1}}: true shares of values, wher
                      # values of a field that are not named share the rest
 # data
 max_records = 0      # 0..; stop after so many texts; 0: all of them
-min_text = -1        # -1..; tokens; shorter texts say too little to be labelled; -1: 3, and 0 with `labels`
+min_text = -1        # -1..; tokens; shorter texts say too little to be labelled; -1: 3, and 0 where answers are
+                     # given (score, labels): of those no text is left out for its links or markup either
 max_text = 25        # 1..; tokens; also the longest text the student will read
 too_long = 'refuse'  # 'refuse' or 'cut'; skip longer texts, or label their first max_text tokens
 output_vocab = 525   # 1..65535; tokens whose logits are kept: those of answers, then whitespace, the prompt,
@@ -202,9 +205,8 @@ def label_group(engine, space, drafts, group, meta, full_lse):
             answers[i] = (*record, np.full(len(record[0]), np.nan)) if record else reason
         asked = []
     elif meta['score']:                                         # answers are given: the teacher scores them
-        outs = [space.from_json(answer) for answer in given]
-        asked = [i for i in asked if outs[i]]
-        outs = [outs[i] for i in asked]
+        outs = {i: outs for i, answer in enumerate(given) if (outs := space.from_json(answer))}
+        asked, outs = list(outs), list(outs.values())
     if asked:  # greedy answers, held to the schema: drafted, then verified many tokens at a time (engine.py)
         got, n_read = answer_batched(engine, space, drafts, [ids[i] for i in asked], meta['after'], meta['constrain'],
                                      full_lse, outs, meta['missing'], find_known(space, given, meta))
@@ -285,8 +287,7 @@ if __name__ == '__main__':
     calibration, priors = check_calibration(config)
     device = start_ranks(pick_device(device), 'gloo')
     dtype = run_in_first(lambda: pick_dtype(dtype, device))
-    if full_lse < 0:                                            # nearly free on a GPU
-        full_lse = sys.maxsize if device.startswith('cuda') else 64
+    full_lse = full_lse if full_lse >= 0 else sys.maxsize if device.startswith('cuda') else 64  # nearly free on a GPU
 
     # the first process scans the texts and tells the others what there is to do
     task = {'teacher': teacher, 'prompt': prompt, 'chat': chat, 'fields': fields, 'indent': indent,
@@ -295,16 +296,15 @@ if __name__ == '__main__':
             'label_fields': label_fields or None}
     if server:                                                  # `teacher` is whose tokenizer is used
         task |= {'teacher': tokenizer, 'chat': False, 'score': 'labels', 'server': server.identity}
-    filters = (0 if labels else 3) if min_text < 0 else min_text, max_text, max_records, too_long == 'cut'
+    answered = bool(score or labels)                            # then only what no student can read is left out
+    filters = (0 if answered else 3) if min_text < 0 else min_text, max_text, max_records, too_long == 'cut', answered
     meta, tokenizer_json, n_todo, sample = run_in_first(
         lambda: scan_texts(task, dataset, name, source, given or read_texts(source), filters))
     meta['dtype'] = str(dtype).removeprefix('torch.')
     space = OutputSpace.from_task(Tokenizer.from_str(tokenizer_json), meta)  # the automaton and the V tokens
     print_changed(given, dataset, name, space)
-    try:
-        shards = Shards(dataset, name) if verify else None
-    except FileNotFoundError as error:
-        stop(f'{error}; there is nothing to verify yet')
+    run_in_first(lambda: store_split(dataset, name, source, given, space.tokenizer, max_text))
+    shards = open_shards(dataset, name) if verify else None
     model = None
     if (n_todo or verify) and asked and not server:
         print(f'loading {teacher} as {meta["dtype"]} on {device}')

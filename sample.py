@@ -10,7 +10,6 @@
 Needs only out/<name>/ (best.pt or ckpt.pt, and tokenizer.json), neither the teacher nor data/. JSON goes to
 stdout, everything else to stderr. tools/evaluate.py measures how good the answers are.
 """
-import json
 import os
 import queue
 import stat
@@ -18,7 +17,7 @@ import sys
 from collections import deque
 from pathlib import Path
 
-from config import configure, next_command, stop  # before torch, see config/machine.py
+from config import configure, json_line, next_command, stop  # before torch, see config/machine.py
 from config.machine import pick_device
 import torch
 
@@ -210,7 +209,7 @@ def print_labels(labeler, texts):
         for record, n_cut in labeler.stream(texts):
             n_cut_texts += n_cut > 0                            # told once, at the end
             try:
-                print(json.dumps(record, ensure_ascii=False), flush=True)  # a pipe may wait for this line
+                print(json_line(record), flush=True)  # a pipe may wait for this line
             except OSError as error:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
                 if not isinstance(error, BrokenPipeError):

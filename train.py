@@ -42,6 +42,7 @@ run = ''               # word; ... and out/<run> written; '': out/<name>. One ex
 max_records = 0        # 0..; use only the first so many records, without the held-out ones; 0: all
 keep = 'all'           # 'all', 'right'; right: train only on records in which the teacher says what "truth" of
                        # data/<dataset>/input.jsonl says; the held-out ones stay all
+held_out = ''          # file; each text in it is held out; '': those with "split": "test", else a tenth
 init_from = 'scratch'  # 'scratch', 'teacher', 'resume'; how a new run starts; teacher: with its embedding
                        # table and some of its layers. An interrupted run continues anyway; resume demands it
 overwrite = False      # replace the run that out/<run> holds
@@ -87,7 +88,7 @@ device = 'auto'        # auto: cuda, mps or cpu, the fastest there is
 dtype = 'auto'         # 'auto', 'float32', 'bfloat16'; bfloat16 is autocast; auto: where it is faster
 compile = 'auto'       # 'auto', 'True', 'False', 'true', 'false'; torch.compile; auto: on a GPU, and on a CPU
                        # in bfloat16 with a C++ compiler, in runs long enough to pay for it
-eval_records = 2000    # 0..; of the held-out tenth, at the end of each epoch; 0: all
+eval_records = 2000    # 0..; of the held-out ones, at the end of each epoch; 0: all
 best_by = 'field'      # 'field', 'exact', 'kl', 'ce', 'teacher_forced', 'student_only', 'valid'; which epoch
                        # becomes best.pt
 patience = 0           # 0..; stop after so many epochs without a better one; 0: never
@@ -262,7 +263,7 @@ if __name__ == '__main__':
     device = start_ranks(pick_device(device), 'nccl' if pick_device(device) == 'cuda' else 'gloo')
     check_settings(config)
     out = Path('out', run or name)
-    shards, train_rows, val_rows = open_records(dataset, name, max_records, eval_records, keep)
+    shards, train_rows, val_rows = open_records(dataset, name, max_records, eval_records, held_out, keep)
     check_sizes(config, shards.meta, len(train_rows), len(val_rows))
     torch.manual_seed(seed)
     lock = lock_folder(out) if RANK == 0 else None              # held until the program ends
@@ -341,5 +342,5 @@ if __name__ == '__main__':
     draw_report(out, shards, val_rows[:500], dtype)
     if training.best['step'] == n_steps:
         print(f'the last epoch was the best: more (max_epochs = {2 * max_epochs}) may be better still')
-    print(f'trained; best {best_by} at step {training.best["step"]}. Look: {next_command("tools/evaluate.py")}. '
-          f'Use it: {next_command("sample.py")} --text="..."')
+    print(f'trained; best {best_by} at step {training.best["step"]}, chosen on the held-out records, which flatters a '
+          f'little. Look: {next_command("tools/evaluate.py")}. Use it: {next_command("sample.py")} --text="..."')

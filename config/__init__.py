@@ -6,8 +6,10 @@ A program's settings are its top-level `name = value` lines above `config = conf
 A config file is plain Python. Names in it that start with _ are private to the file.
 """
 import ast
+import codecs
 import difflib
 import io
+import json
 import math
 import os
 import re
@@ -31,6 +33,12 @@ def data_line(tag, figures):
     """'<tag> key=value ...' from a dict; floats to four significant digits."""
     pairs = (f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in figures.items())
     return ' '.join([tag, *pairs])
+
+
+def json_line(value):
+    """a value as JSON in one line for stdout; in ASCII if the encoding of stdout is not UTF-8, as in a POSIX locale."""
+    encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
+    return json.dumps(value, ensure_ascii=codecs.lookup(encoding).name != 'utf-8')
 
 
 # -----------------------------------------------------------------------------
@@ -155,6 +163,14 @@ def print_exception(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
+def escape_unprintable():
+    """makes print() write a character that the encoding of a stream lacks as an escape, such as \\xe9, in place of a
+    UnicodeEncodeError."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):                      # a service may have none
+            stream.reconfigure(errors='backslashreplace')
+
+
 def configure(g):
     """applies config files and the command line to the settings in g = globals(). Returns them as a dict.
 
@@ -167,6 +183,7 @@ def configure(g):
     defaults = {name: g[name] for name in names}
     if g['__name__'] != '__main__':
         return defaults
+    escape_unprintable()
     sys.excepthook = print_exception
     if WORLD > 1 and program not in ('extract.py', 'train.py'):
         stop(f'{program} is one process; run it without torchrun')
@@ -199,6 +216,8 @@ def configure(g):
             hint = f'it belongs to {owners[key]}' if key in owners else hint
             stop(f'{source}: {program} has no setting {key!r}; {hint}')
         default, allowed = defaults[key], limits.get(key, [])
+        if source == 'command line' and 'file' not in allowed:  # UTF-8, whatever the locale; a path stays as it is
+            value = value.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
         try:
             value = convert(value, default, allowed)
         except (ValueError, SyntaxError):

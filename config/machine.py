@@ -94,7 +94,7 @@ def start_ranks(device, backend):
         return device
     dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     if RANK:
-        sys.stdout = open(os.devnull, 'w')
+        sys.stdout = open(os.devnull, 'w', encoding='utf-8', errors='replace')
     if device == 'cuda':
         device = f'cuda:{os.environ["LOCAL_RANK"]}'
         torch.cuda.set_device(device)

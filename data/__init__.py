@@ -6,6 +6,7 @@
       logits.bin   float16   (steps, V) raw logit minus the row's maximum over V: fp16 is exact enough near 0
       stats.bin    float32   (steps, 2) that maximum, and logsumexp over all tokens (nan if not computed)
       index.bin    uint64    (records, 3) end offset in input.bin, end offset in output.bin, hash of the text
+      held_out.bin uint64    hashes of the texts that people hold out (distil/split.py), if there are any
       meta.json              teacher, tokenizer hash, prompt, fields, output ids: what the output space needs;
                              bias: what is subtracted from the logits on reading; they are stored raw
       tokenizer.json         the teacher's tokenizer
@@ -59,10 +60,11 @@ def text_hash(text):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'little')
 
 
-def held_out(hashes):
-    """True for the texts of the held-out split, a tenth of all, which is never trained on. It does not change
-    when data grows, moves or is resumed."""
-    return np.asarray(hashes, np.uint64) % np.uint64(10) == 0
+def held_out(hashes, own_split=None):
+    """True for the texts of the held-out split, which is never trained on: those whose hash is in own_split, or if
+    that is None a tenth of all. It does not change when data grows, moves or is resumed."""
+    hashes = np.asarray(hashes, np.uint64)
+    return hashes % np.uint64(10) == 0 if own_split is None else np.isin(hashes, own_split)
 
 
 def write_json(path, value):
@@ -181,7 +183,8 @@ class Shards:
     """all records extracted for one task, memory-mapped. FileNotFoundError if the task has no records.
     ValueError if the shards do not belong together or have another format.
 
-    metas: dict of each meta.json; meta: the first. hashes (N,). Record i is `ids(i)` and `answer(i)`.
+    metas: dict of each meta.json; meta: the first. hashes (N,). own_split: hashes of the texts that people hold
+    out, or None. Record i is `ids(i)` and `answer(i)`.
     """
 
     def __init__(self, dataset, name, root='data'):
@@ -212,6 +215,8 @@ class Shards:
             raise FileNotFoundError(f'data/{dataset} has no records extracted for {name!r}')
         self.folder, self.meta, self.hashes = folders[0], self.metas[0], np.concatenate(hashes)
         self.spans = np.concatenate(spans)  # (N, 5) shard, input start, output start, input end, output end
+        named = [np.fromfile(path, DTYPES['index']) for folder in folders if (path := folder / 'held_out.bin').exists()]
+        self.own_split = np.unique(np.concatenate(named)) if named else None
         self.texts, self.answer_ids = {}, self.meta['output_ids']  # as a student reads them, see decode.py
 
     def __len__(self):
@@ -244,8 +249,15 @@ class Shards:
 
     def split(self):
         """(numbers of the records to train on, numbers of the held-out records)."""
-        is_held_out = held_out(self.hashes)
+        is_held_out = held_out(self.hashes, self.own_split)
         return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+    def is_odd(self, rows):
+        """(n,) bool, about half of the held-out records `rows`: the confidence is tested on them, and fitted on the
+        others. True for all if it would be for none."""
+        # the two parts of an own split may take turns in the file, so its records are told apart by their hashes
+        odd = (np.asarray(rows) if self.own_split is None else self.hashes[rows]) % 2 == 1
+        return odd if odd.any() else ~odd
 
     def batch(self, rows, start):
         """(idx, targets, teacher_logits) of the records `rows`. idx (B, T) ids: text, start, answer without

@@ -3,6 +3,7 @@
     python data/prepare.py mine messages.csv                   # writes data/mine/input.jsonl
     python data/prepare.py mine a.xlsx b.csv.gz --column=body  # several files, the text in column `body`
     python data/prepare.py mine rated.csv --column=body --truth=team,urgent
+    python data/prepare.py mine rated.csv --column=body --split=part   # whose cells say train or test
     python data/prepare.py mine lines.csv --delimiter=none     # one column: commas belong to the texts
     python data/prepare.py mine log.jsonl --config=config/mine.py  # the log of an LLM: also makes a config
     some-command | python data/prepare.py mine -               # one text per line
@@ -21,8 +22,9 @@ first, which are left out.
 
 --truth names columns (or keys) with the truth of a field. It is never trained on; tools/evaluate.py compares
 with it. A cell is text: TRUE, 1.0 and none mean true, 1 and null in a field with these values. .json and
-.jsonl keep `truth`, `answer` and `probabilities`, without NaN. Empty and repeated texts are left out. If
-anything fails, an earlier input.jsonl stays.
+.jsonl keep `truth`, `answer` and `probabilities`, without NaN. --split names the column (or key) that says to which
+part a text belongs: train, or test (val, validation, valid, dev, eval, held_out), which is held out from training.
+Empty and repeated texts are left out. If anything fails, an earlier input.jsonl stays.
 
 A .jsonl may be the log of an LLM that does the task today: fine-tuning files, requests with their responses,
 batch inputs and outputs (data/logs.py has the forms). The text is what differs between the prompts, or stands
@@ -45,7 +47,7 @@ from pathlib import Path
 
 from logs import Log, is_log  # these lie beside this file
 from stub import write_stub
-from tables import DELIMITERS, csv_rows, find_value, read_table, read_typed, xlsx_rows
+from tables import DELIMITERS, csv_rows, find_value, read_part, read_table, read_typed, xlsx_rows
 
 KEPT = 'truth', 'answer', 'probabilities'
 UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
@@ -208,19 +210,36 @@ def find_files(path):
     return files or sys.exit(f'{path} is a directory without .parquet files; name the files in it')
 
 
-def write_texts(records, file, counts, truths):
-    """writes each different text to an opened input.jsonl, and counts. records: (text, what else is kept of it).
-    Returns the set of truths that at least one text has."""
+def pop_part(extra, split):
+    """takes the column `split` out of the truth of a record, which read_records has put there. Returns 'train' or
+    'test', '' if the record has none. ValueError if its value is another word."""
+    if not split or 'truth' not in extra:
+        return ''
+    value = extra['truth'].pop(split, '')
+    if not extra['truth']:
+        del extra['truth']
+    return '' if value in ('', None) else read_part(value)
+
+
+def write_texts(records, file, counts, truths, split):
+    """writes each different text to an opened input.jsonl, and counts. records: (text, what else is kept of it);
+    split: '', or the column of it. A text of both parts is written twice: extract.py then holds it out. Returns the
+    set of columns that have a value for at least one text. Exits with a message if a split is no known word."""
     seen, known = set(), set()
     for text, extra in records:
         text = ' '.join(text.split()) if isinstance(text, str) else ''
+        known |= {column for column in truths if text and column in extra.get('truth', ())}
+        try:
+            part = pop_part(extra, split)
+        except ValueError as error:
+            sys.exit(f'{text[:60]!r}: {error}')
+        key = (text, part) if part == 'test' else text
         counts['read'] += 1
-        reason = 'empty' if not text else 'duplicate' if text in seen else 'kept'
+        reason = 'empty' if not text else 'duplicate' if key in seen else 'kept'
         counts[reason] += 1
         if reason == 'kept':
-            seen.add(text)
-            known |= {truth for truth in truths if truth in extra.get('truth', ())}
-            file.write(json.dumps({'text': text, **extra}) + '\n')
+            seen.add(key)
+            file.write(json.dumps({'text': text, **extra, **({'split': part} if part else {})}) + '\n')
     return known
 
 
@@ -228,17 +247,20 @@ if __name__ == '__main__':
     if {'-h', '--help'} & {*sys.argv}:
         sys.exit(print(__doc__))
     sys.stdout.reconfigure(errors='backslashreplace')  # for names that it cannot encode
-    options = dict(arg[2:].partition('=')[::2] for arg in sys.argv[1:] if arg.startswith('--'))
-    if unknown := options.keys() - {'column', 'truth', 'delimiter', 'template', 'config'}:
+    typed = [arg.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace') for arg in sys.argv[1:]]  # in any locale
+    options = dict(arg[2:].partition('=')[::2] for arg in typed if arg.startswith('--'))
+    if unknown := options.keys() - {'column', 'truth', 'split', 'delimiter', 'template', 'config'}:
         sys.exit(f'data/prepare.py has no option --{unknown.pop()}; its options are --column=, --truth=, '
-                 '--delimiter=, --template= and --config=')
+                 '--split=, --delimiter=, --template= and --config=')
     if '' in options.values():
         sys.exit('an option needs a value right after its =; the shell needs quotes around ; and |')
     column, delimiter = options.get('column', ''), options.get('delimiter', '')
     delimiter = DELIMITERS.get(delimiter.lower(), delimiter)
     if len(delimiter) > 1 or delimiter in (' ', '"'):
         sys.exit(f'--delimiter={delimiter} is not comma, semicolon, tab, pipe, none or one other character')
-    truths = [name.strip() for name in options.get('truth', '').split(',') if name.strip()]
+    truths = {name.strip(): 'truth' for name in options.get('truth', '').split(',') if name.strip()}
+    split = options.get('split', '')
+    truths |= {split: 'split'} if split else {}                 # {column: the option that names it}
     template, config = options.get('template', ''), options.get('config', '')
     if template and template.count('{text}') != 1:
         sys.exit('--template= must hold {text} once, where the text goes')
@@ -246,8 +268,8 @@ if __name__ == '__main__':
         sys.exit(f'{config} exists; remove it, or name another file')
     name, *paths = [arg for arg in sys.argv[1:] if not arg.startswith('--')] or ['']
     if not paths or not re.fullmatch(r'\w[\w.-]*', name, re.ASCII):
-        sys.exit('run: python data/prepare.py NAME FILE... [--column=C] [--truth=C,C] [--delimiter=D] [--template=T] '
-                 '[--config=FILE]; NAME is the dataset')
+        sys.exit('run: python data/prepare.py NAME FILE... [--column=C] [--truth=C,C] [--split=C] [--delimiter=D] '
+                 '[--template=T] [--config=FILE]; NAME is the dataset')
     files = [file for path in paths for file in find_files(path)]
     lines = [path for path in files if re.search(r'\.(jsonl|ndjson)(\.gz)?$', path.lower())]
     logs = [path for path in lines if not column and is_log(path)]
@@ -262,14 +284,14 @@ if __name__ == '__main__':
         log = Log(logs, template)
         with open(tmp, 'w', encoding='utf-8') as file:
             others = read_files([path for path in files if path not in logs], column, truths, delimiter, counts)
-            known = write_texts(chain(read_log(log, counts, problems), others), file, counts, truths)
+            known = write_texts(chain(read_log(log, counts, problems), others), file, counts, truths, split)
         shown = ['read', 'kept', 'empty', 'duplicate', 'bad_utf8']
         shown += [key for key in ('bad_json', 'bad_row', 'unusable') if counts[key]]
         figures = ' '.join(f'{key}={counts[key]}' for key in shown)
         if not counts['kept']:
             sys.exit(f'{", ".join(paths)}: no text found ({figures}{"; " if problems else ""}{"".join(problems[:1])})')
         if missing := [truth for truth in truths if truth not in known]:
-            sys.exit(f'no text has a value in {missing[0]!r}; correct --truth=, or leave it out')
+            sys.exit(f'no text has a value in {missing[0]!r}; correct --{truths[missing[0]]}=, or leave it out')
         os.replace(tmp, target)
         labels = ','.join(os.path.relpath(path, root) for path in logs)
         stub = write_stub(name, log, labels, counts['kept']) if logs else ''

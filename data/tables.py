@@ -16,6 +16,17 @@ ONE_COLUMN = '\x1f'  # as a delimiter: no text has it
 DELIMITERS = {'comma': ',', 'semicolon': ';', 'tab': '\t', 'pipe': '|', 'none': ONE_COLUMN}
 QUOTED = re.compile(r'(?<![^,;\t|\r\n]) *"[^"]*(?:""[^"]*)*"(?![^,;\t|\r\n])')  # a cell in quotes
 
+TEST = 'test', 'val', 'validation', 'valid', 'dev', 'eval', 'held_out'  # names of a part to measure on
+
+
+def read_part(split):
+    """'test' if a split, such as a cell or the value of a line, is one of TEST; 'train' for train, or nothing.
+    ValueError if it is anything else."""
+    word = '' if split is None else str(split).strip().lower().replace('-', '_')
+    if word not in ('', 'train', *TEST):
+        raise ValueError(f'its split is {split!r}, neither train nor one of {", ".join(TEST)}')
+    return 'test' if word in TEST else 'train'
+
 
 @contextmanager
 def use_package(package, path, what):
@@ -135,8 +146,8 @@ def xlsx_rows(raw, path):
 
 
 def read_table(rows, path, column, truths, hint=''):
-    """yields (text, {'truth': ...} or {}) for each row but the header. rows: lists of texts. Exits with a
-    message if a column is unknown."""
+    """yields (text, {'truth': ...} or {}) for each row but the header. rows: lists of texts; truths: {column: the
+    option that names it}. Exits with a message if a column is unknown."""
     rows = iter(rows)
     names = [name.strip() for name in next(rows, [])]
     if not names:
@@ -149,10 +160,10 @@ def read_table(rows, path, column, truths, hint=''):
             sys.exit(f'{path} has no column {column}; it has {len(names)}, counted from 1'
                      + ('; if there are more, add --delimiter=' if hint else ''))
         if truths:
-            sys.exit(f'{path} has no header, so it has no column {truths[0]!r}; add a header')
+            sys.exit(f'{path} has no header, so it has no column {[*truths][0]!r}; add a header')
     else:
         at = find_column(names, column, path, hint='; or its number, if there is no header' + hint)
-    columns = {truth: find_column(names, truth, path, 'truth') for truth in truths}
+    columns = {truth: find_column(names, truth, path, truths[truth]) for truth in truths}
     for row in rows:
         if len(names) == 1 and any(row[1:]):  # only in a workbook
             sys.exit(f'{path} has one cell in its first row, more below; delete the rows above the header')
@@ -176,12 +187,12 @@ def open_batches(raw, kind):
 
 
 def read_typed(raw, path, kind, column, truths):
-    """yields (text, {'truth': ...} or {}) for each row of a Parquet or Arrow file."""
+    """yields (text, {'truth': ...} or {}) for each row of a Parquet or Arrow file. truths: as for read_table."""
     with use_package('pyarrow', path, {'parquet': 'a Parquet file', 'arrow': 'an Arrow file'}[kind]):
         names, read_batches = open_batches(raw, kind)
         top = column if column in names else column.partition('.')[0]
         top = names[find_column(names, top, path)]
-        wanted = list(dict.fromkeys([top, *(names[find_column(names, t, path, 'truth')] for t in truths)]))
+        wanted = list(dict.fromkeys([top, *(names[find_column(names, t, path, truths[t])] for t in truths)]))
         nested = column not in ('', top)
         rows = ([cell_text(find_value({top: row[0]}, column, path) if nested else row[0]), *map(cell_text, row[1:])]
                 for batch in read_batches(wanted) for row in zip(*(batch[name].to_pylist() for name in wanted)))

@@ -14,13 +14,14 @@ URL = re.compile(r'https?:|www\.|\b[\w-]+\.(com|org|net|io|edu|gov)\b', re.I)
 TAG = re.compile(r'</?[a-zA-Z!][^>]*>|<\||&\w+;|\[[^\]]*\]\([^)]*\)|```|\*\*')  # HTML, chat markup, markdown
 
 
-def refusal_reason(text, ids, too_long, min_text, special):
-    """the reason why a text is not worth labelling, one word; '' if it is. special: ids of special tokens."""
+def refusal_reason(text, ids, too_long, min_text, special, keep_markup=False):
+    """the reason why a text is not worth labelling, one word; '' if it is. special: ids of special tokens;
+    keep_markup: links and markup are no reason."""
     if too_long:
         return 'long'
-    if URL.search(text):
+    if not keep_markup and URL.search(text):
         return 'url'
-    if TAG.search(text):
+    if not keep_markup and TAG.search(text):
         return 'tag'
     if special.intersection(ids):
         return 'special'
@@ -29,13 +30,14 @@ def refusal_reason(text, ids, too_long, min_text, special):
     return ''
 
 
-def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut=False, counts=None):
+def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut=False, keep_markup=False,
+                counts=None):
     """yields the texts worth labelling in groups of `size`, each a list of (hash, ids, answer), in the order
     of the file. Streams: it keeps only 16 bytes per text.
 
     texts: from data.read_texts. cut: True keeps the first max_text tokens of a longer text, False refuses the
-    text. limit: number of texts to keep; 0: all. counts: a Counter that is updated with the outcome of each
-    line.
+    text. limit: number of texts to keep; 0: all. keep_markup: as for refusal_reason. counts: a Counter that is
+    updated with the outcome of each line.
     """
     special, seen, pairs, group = special_ids(tokenizer), Hashes(), Hashes(), []
     counts, texts = Counter() if counts is None else counts, iter(texts)
@@ -48,7 +50,7 @@ def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut=False, 
             if cut and too_long:  # keep the text as the student will read it
                 ids, text = first_tokens(text, encoding, max_text)
             hash_ = text_hash(text)
-            reason = reason or refusal_reason(text, ids, too_long and not cut, min_text, special)
+            reason = reason or refusal_reason(text, ids, too_long and not cut, min_text, special, keep_markup)
             pair = hash_ if answer is None else text_hash(text + json.dumps(answer, sort_keys=True))
             if not reason and hash_ in seen:  # of two answers to a text the first one counts
                 reason = 'duplicate' if pair in pairs else 'conflicting'

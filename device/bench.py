@@ -29,6 +29,7 @@ from device.run import Student
 from device.web import Handler
 from distil.checkpoint import load_checkpoint
 from distil.records import load_records
+from distil.split import split_of
 from sample import Labeler
 
 name = ''            # word; out/<name> is the student ...
@@ -124,10 +125,10 @@ if __name__ == '__main__':
     out = Path('out', run or name).resolve()
     checkpoint, student, space = load_checkpoint(out, 'cpu')
     max_text = checkpoint['task']['max_text']
-    seen, checked = read_corpus(Path('data', dataset, 'input.jsonl'), 200_000)
+    seen, checked = read_corpus(Path('data', dataset, 'input.jsonl'), 200_000, split_of(checkpoint))
     if what == 'tokens':
         checked = read_check(check, seen, 2000) if check else checked[:2000]
-        shards = load_records(dataset, name, checkpoint['task'])
+        shards = load_records(dataset, name, checkpoint)
         for n in SIZES:
             if 0 < n >= student.config.vocab_size:
                 continue

@@ -6,7 +6,7 @@
     python device/export.py config/demo.py --int8=False --keep_tokens=0    # and weights in float32
     python out/demo/device/run.py --text="you are great"        # needs numpy, onnxruntime and tokenizers
 
-It reads out/<name>/, counts the tokens of data/<dataset>/input.jsonl, and measures on the held-out tenth of
+It reads out/<name>/, counts the tokens of data/<dataset>/input.jsonl, and measures on the held-out ones of
 those texts, or on the texts of --check, what the export loses. It needs requirements-device.txt.
 """
 import fcntl
@@ -33,6 +33,7 @@ from distil.checkpoint import load_checkpoint
 from distil.decode import answer_ids, generate, text_room
 from distil.prompts import prompt_text
 from distil.records import load_records
+from distil.split import split_of
 from distil.space import clean, value_names
 
 name = ''            # word; out/<name> is the student ...
@@ -129,15 +130,11 @@ def make_task(name, checkpoint, space, student):
 # what the export loses
 
 
-def read_corpus(path, n):
-    """the first n texts of an input.jsonl, as (texts to count, held-out texts)."""
-    texts = ([], [])
-    for text, _, _ in read_texts(path):
-        if text:
-            texts[int(held_out(text_hash(text)))].append(text)
-        if len(texts[0]) + len(texts[1]) == n:
-            break
-    return texts
+def read_corpus(path, n, own_split=None):
+    """the first n texts of an input.jsonl, as (texts to count, held-out texts). own_split: see data.held_out."""
+    texts = list(islice((text for text, _, _ in read_texts(path) if text), n))
+    is_held_out = held_out([text_hash(text) for text in texts], own_split)
+    return tuple([text for text, held in zip(texts, is_held_out) if held == part] for part in (False, True))
 
 
 def read_check(path, counted, n):
@@ -293,13 +290,13 @@ if __name__ == '__main__':
     corpus = Path('data', dataset, 'input.jsonl')
     if not corpus.is_file() and keep_tokens and not student.reader:
         stop(f'{corpus} does not exist; its tokens are the ones to keep: add it, or set --keep_tokens=0')
-    texts, checked = read_corpus(corpus, corpus_texts) if corpus.is_file() else ([], [])
+    texts, checked = read_corpus(corpus, corpus_texts, split_of(checkpoint)) if corpus.is_file() else ([], [])
     checked = read_check(check, texts, check_texts) if check else checked[:check_texts]
     # a path within the project, else only the file's name: the card may be published
     path = Path(check).absolute()
     file = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name
     source = f'{len(checked):,} texts of {file}' if check else f'{len(checked):,} held-out texts of {corpus}'
-    shards = load_records(dataset, name, checkpoint['task'])  # None if they are not here
+    shards = load_records(dataset, name, checkpoint)  # None if they are not here
     reader = student.reader  # it cuts the texts, by its own tokens
     max_text = None if reader else checkpoint['task']['max_text']
     vocab = reader.config.vocab_size if reader else student.config.vocab_size

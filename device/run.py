@@ -185,7 +185,7 @@ if __name__ == '__main__':
     except (ValueError, AssertionError):
         sys.exit(f'--min_confidence is {args.min_confidence!r}; it must be a number from 0 to 1, or target')
     if args.text is not None:
-        parts = [[args.text.encode('utf-8', 'replace')]]
+        parts = [[args.text.encode('utf-8', 'surrogateescape')]]  # in any locale
     elif args.file in (None, '-'):
         if sys.stdin is None or sys.stdin.isatty():
             sys.exit('nothing to label; give a file, a pipe, or --text="..."')

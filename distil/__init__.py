@@ -12,6 +12,7 @@ extraction.py      settings, shard and totals of extract.py
 teacher_report.py  is this teacher worth copying?
 start.py           a student at the start of its training, with parts of a teacher
 reader.py          a pre-trained encoder that reads the text for the student
+split.py           which records are held out: those that people name, or a tenth
 records.py         the records a student is trained on, opened and checked
 decode.py          greedy decoding of the student, and its confidence
 cascade.py         the teacher that answers what the student is not sure of

@@ -81,7 +81,7 @@ def evaluate(student, space, shards, rows, batch_size=64):
 
     Returns figures, {field: figures}, and for each record the student's free-running answer (output indices)
     and its decisions. An answer that breaks the schema agrees in no field. The temperature of a field is
-    fitted on the records with even numbers, so that those with odd numbers can test it.
+    fitted on the even records, so that the odd ones (Shards.is_odd) can test it.
     """
     training = student.training
     student.eval()
@@ -93,9 +93,8 @@ def evaluate(student, space, shards, rows, batch_size=64):
     targets = [shards.answer(i).tolist() for i in rows]
     student_values, teacher_values = field_texts(space, answers), field_texts(space, targets)
     valid = [space.to_json(outs) is not None for outs in answers]
-    per_field = {}
+    per_field, even = {}, [n for n, odd in enumerate(shards.is_odd(rows)) if not odd and valid[n]]
     for field in space.fields:
-        even = [n for n, i in enumerate(rows) if i % 2 == 0 and valid[n]]
         of_field = [[d for d in decisions[n] if d[0] == field] for n in even]
         hits = [student_values[field][n] == teacher_values[field][n] for n in even]
         per_field[field] = measure_agreement(student_values[field], teacher_values[field])

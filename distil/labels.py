@@ -132,6 +132,23 @@ def record_from_label(space, label):
 # files
 
 
+def read_text(line):
+    """the text of a line (data.logs.Line). ValueError(reason, what is wrong) if it has none."""
+    if line.problem:
+        raise ValueError(*line.problem)
+    record = line.record if isinstance(line.record, dict) else {}
+    text = line.text if line.reply is not None else record.get('text')
+    if not isinstance(text, str):
+        raise ValueError('bad_json', 'it has no text')
+    if not (text := clean(text)):
+        raise ValueError('empty', 'its text is empty')
+    try:
+        text.encode()
+    except UnicodeError:
+        raise ValueError('bad_utf8', 'its text has half a character') from None
+    return text
+
+
 class Labels:
     """the labelled texts of some files. Each iteration yields (text, label, '') or ('', None, reason) for each
     line, as data.read_texts does.
@@ -147,7 +164,7 @@ class Labels:
         self.known = {}         # {hash of a text: (mean probabilities of all values, labels, the first best answer)}
         for line in self.log:
             try:
-                hash_, probabilities = text_hash(self.read_text(line)), self.read_label(line).values()
+                hash_, probabilities = text_hash(read_text(line)), self.read_label(line).values()
             except ValueError as error:
                 reason, what = error.args
                 if reason == 'request':                         # of a batch: its output has the label
@@ -166,7 +183,7 @@ class Labels:
             if outcome:
                 yield '', None, outcome
             elif outcome == '':
-                text = self.read_text(line)
+                text = read_text(line)
                 yield text, self.label_of(text_hash(text)), ''
 
     def label_of(self, hash_):
@@ -175,22 +192,6 @@ class Labels:
         parts = np.split(self.known[hash_][0], ends[:-1])
         return {'probabilities': {name: dict(zip(value_names(values), part.tolist()))
                                   for (name, values), part in zip(self.fields.items(), parts)}}
-
-    def read_text(self, line):
-        """the text of a line of the log. ValueError(reason, what is wrong) if it has none."""
-        if line.problem:
-            raise ValueError(*line.problem)
-        record = line.record if isinstance(line.record, dict) else {}
-        text = line.text if line.reply is not None else record.get('text')
-        if not isinstance(text, str):
-            raise ValueError('bad_json', 'it has no text')
-        if not (text := clean(text)):
-            raise ValueError('empty', 'its text is empty')
-        try:
-            text.encode()
-        except UnicodeError:
-            raise ValueError('bad_utf8', 'its text has half a character') from None
-        return text
 
     def read_label(self, line):
         """{field: probabilities} of a line. ValueError(reason, what is wrong) if it has none."""

@@ -2,7 +2,6 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from config import next_command, stop
 from data import Shards
 from distil.agreement import field_texts, find_value, read_truth
 from distil.space import OutputSpace
+from distil.split import hold_out_file, split_of
 
 SEEN = 100  # so often a value should be seen in training, on average
 
@@ -27,19 +27,32 @@ def open_shards(dataset, name):
         stop(str(error))
 
 
-def open_records(dataset, name, max_records, eval_records, keep='all'):
+def open_records(dataset, name, max_records, eval_records, held_out, keep):
     """(Shards, record numbers to train on, record numbers to evaluate on) of a task. Exits with a message if
-    there are none. The arguments are settings of train.py."""
+    there are none, or if a split that people made leaves none to one of the two. The arguments are settings of
+    train.py."""
     shards = open_shards(dataset, name)
+    if held_out:
+        hold_out_file(held_out, shards)
+    n_train, n_val = map(len, shards.split())
+    if shards.own_split is not None and not (n_train and n_val):
+        stop(f'{len(shards)} records, none of them held out: the texts of the test part have no record yet; extract '
+             'more' if n_train else f'all {n_val} records are held out, none is left to train on; extract more, or '
+             'correct the split')
+    return shards, *choose_rows(shards, max_records, eval_records, keep)
+
+
+def choose_rows(shards, max_records, eval_records, keep):
+    """(record numbers to train on, record numbers to evaluate on). The arguments are settings of train.py."""
     train_rows, val_rows = shards.split()
     if max_records:
         train_rows = train_rows[train_rows < max_records]
     if keep == 'right':
-        n, train_rows = len(train_rows), keep_right(shards, train_rows, Path('data', dataset, 'input.jsonl'))
+        n, train_rows = len(train_rows), keep_right(shards, train_rows, shards.folder.parent / 'input.jsonl')
         print(f'keep right={len(train_rows)} of={n}; all held-out records stay')
     if eval_records:  # the same ones for every seed
         val_rows = val_rows[np.random.default_rng(0).permutation(len(val_rows))[:eval_records]]
-    return shards, train_rows, val_rows
+    return train_rows, val_rows
 
 
 def keep_right(shards, rows, path):
@@ -57,18 +70,19 @@ def keep_right(shards, rows, path):
     return rows[sorted(right)]
 
 
-def load_records(dataset, name, task):
-    """the Shards that a finished student was trained on, or None if they are not here. Exits with a message if
-    they belong to another one. task: of its checkpoint."""
+def load_records(dataset, name, checkpoint):
+    """the Shards that a finished student was trained on, with its split, or None if they are not here. Exits with a
+    message if they belong to another one. checkpoint: the student's."""
     try:
         shards = Shards(dataset, name)
     except FileNotFoundError:
         return None
     except ValueError as error:
         stop(str(error))
-    if any(shards.meta[key] != task[key] for key in ('tokenizer_hash', 'output_ids')):
+    if any(shards.meta[key] != checkpoint['task'][key] for key in ('tokenizer_hash', 'output_ids')):
         stop(f'{shards.folder} and this student have different tokenizers or output vocabularies; '
              'train again')
+    shards.own_split = split_of(checkpoint)
     return shards
 
 

@@ -73,7 +73,7 @@ def draw_report(out, shards, rows, dtype='float32', which='best'):
     teacher_values = field_texts(space, [shards.answer(i).tolist() for i in rows])
     n = max(3, len(per_field))
     fig, axes = plt.subplots(3, n, figsize=(4 * n, 10), squeeze=False)
-    draw_log(axes[0], (out / 'log.txt').read_text().splitlines())
+    draw_log(axes[0], (out / 'log.txt').read_text(encoding='utf-8').splitlines())
 
     bars = {'majority': [figures['majority'] for figures in per_field.values()]}
     if checkpoint['linear']:
@@ -86,7 +86,7 @@ def draw_report(out, shards, rows, dtype='float32', which='best'):
     axes[1, 0].set_xticks(x, per_field)
 
     temperature = {field: figures['temperature'] for field, figures in checkpoint['per_field'].items()}
-    odd = [n for n, i in enumerate(rows) if i % 2]              # temperatures are fitted on the even ones
+    odd = np.flatnonzero(shards.is_odd(rows))                   # temperatures are fitted on the even ones
     confidence = [list(confidence_of(space.fields, decisions[n], temperature).values()) for n in odd]
     points = reliability_bins(confidence, same_values(student_values, teacher_values)[odd])
     axes[1, 1].plot([0, 1], [0, 1], 'k:')

@@ -23,6 +23,7 @@ from config import data_line, stop
 from config.machine import RANK, can_compile, on_stop, pick_dtype, run_in_first
 from distil.checkpoint import CHECKPOINT, TASK, is_large, load_checkpoint, save_checkpoint
 from distil.space import OutputSpace
+from distil.split import describe_split, pack_split
 from distil.start import SeenRows, new_student
 from model import Student
 
@@ -32,14 +33,14 @@ FREE = ('device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum',
 
 # values of settings that older checkpoints lack, and of a setting that only older ones have
 MISSING = {'keep_prompt': False, 'start_model': '', 'reader': '', 'reader_layers': 0, 'reader_lr': 0.1,
-            'divergence': 'forward'}
+            'divergence': 'forward', 'held_out': ''}
 
 
 @dataclass
 class Training:
     """a training under way: what its checkpoints hold, and what the next step needs."""
     out: Path
-    facts: dict            # config, task and n_train: a run continues only with the same ones
+    facts: dict            # config, task, n_train, split: a run continues only with the same
     student: Student
     space: OutputSpace
     step: int = 0
@@ -67,7 +68,7 @@ class Training:
         """writes a data line to the terminal, log.txt and the tracker."""
         line = data_line(tag, figures)
         tqdm.write(line)
-        with open(self.out / 'log.txt', 'a') as file:
+        with open(self.out / 'log.txt', 'a', encoding='utf-8') as file:
             file.write(line + '\n')
         if self.tracker and tag != 'field':
             self.tracker.log({f'{tag}/{key}': v for key, v in figures.items() if isinstance(v, (int, float))})
@@ -140,16 +141,16 @@ def open_training(out, config, shards, n_train, device):
 
 
 def run_facts(config, shards, n_train):
-    """what identifies a training: it continues only with the same settings, task and records."""
+    """what identifies a training: it continues only with the same settings, task, records and split."""
     fixed = {key: value for key, value in config.items() if key not in FREE}
     task = {key: shards.meta.get(key) for key in TASK}
-    return {'config': fixed, 'task': task, 'n_train': n_train}
+    return {'config': fixed, 'task': task, 'n_train': n_train, 'split': pack_split(shards.own_split)}
 
 
 def describe_differences(old, new):
     """a phrase for each of the run_facts in which two runs differ."""
-    old, new = ({**MISSING, **facts['config'], **facts['task'], 'n_train': facts['n_train']}
-                for facts in (old, new))
+    old, new = ({**MISSING, **facts['config'], **facts['task'], 'n_train': facts['n_train'],
+                 'split': describe_split(facts.get('split'))} for facts in (old, new))
     differ = [key for key in new if new[key] != old.get(key) and (key, new[key]) != ('init_from', 'resume')]
     return [f'{key} {old.get(key)!r:.40} there, {new[key]!r:.40} here' for key in differ]
 

@@ -69,7 +69,7 @@ def estimate_hours(records, epochs, extraction, log):
     """a data line with the hours of this many records and epochs, from the rates that extract.py and train.py
     stored. extraction: a shard's folder; log: a run's log.txt."""
     timed = read_meta(extraction)['timed']
-    steps = [dict(part.split('=') for part in line.split()[1:]) for line in log.read_text().splitlines()
+    steps = [dict(part.split('=') for part in line.split()[1:]) for line in log.read_text(encoding='utf-8').splitlines()
              if line.startswith('train ')]
     rec_s = timed['records'] / timed['seconds']
     step_s = float(np.median([float(s['ms']) for s in steps])) / 1e3

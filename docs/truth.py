@@ -20,8 +20,9 @@ from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure, data_line, stop
-from data import Shards, held_out, read_texts, text_hash
+from data import Shards, read_texts, text_hash
 from distil.agreement import linear_models
+from distil.records import load_records
 from distil.space import OutputSpace
 from sample import Labeler
 
@@ -103,8 +104,10 @@ if __name__ == '__main__':
     for run in filter(None, runs.split(',')):
         labeler = Labeler(Path('out', run), 'cpu', confidence=False)
         task = labeler.checkpoint['config']
-        trained = Shards(task['dataset'], task['name']).hashes
-        wanted &= ~np.isin(hashes, trained[~held_out(trained)])
+        records = load_records(task['dataset'], task['name'], labeler.checkpoint)
+        if not records:
+            stop(f'out/{run}: its records are not here, so nobody knows which texts it was trained on')
+        wanted &= ~np.isin(hashes, records.hashes[records.split()[0]])
         students.append((run, labeler))
     chosen = np.flatnonzero(wanted)
     if not len(chosen):

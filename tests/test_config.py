@@ -217,3 +217,52 @@ def test_ctrl_c_prints_one_line_and_an_error_its_traceback(tmp_path):
         done = subprocess.run([sys.executable, program], capture_output=True, text=True)
         assert done.returncode and done.stderr.split()[-1] == last_word
         assert ('Traceback' in done.stderr) == (raised != 'KeyboardInterrupt')
+
+
+NARROW = {'LC_ALL': 'POSIX', 'PYTHONUTF8': '0', 'PYTHONIOENCODING': 'ascii'}
+
+
+@pytest.mark.parametrize('env', [NARROW, {**NARROW, 'PYTHONIOENCODING': ''}, {'PYTHONIOENCODING': 'latin-1'},
+                                 {'PYTHONIOENCODING': 'utf-8'}])
+def test_no_program_fails_at_a_character_that_a_stream_cannot_encode(tmp_path, env):
+    """texts and values are printed as escapes, JSON stays JSON, and what is typed is UTF-8 in any locale."""
+    program = tmp_path / 'extract.py'
+    program.write_text(f"""import sys; sys.path.insert(0, {str(ROOT)!r}); from config import configure, json_line
+a = ''  # text
+config = configure(globals())
+print(json_line({{a: a}}))
+print(a, 'half \\ud800')
+print(a, file=sys.stderr)
+""", encoding='utf-8')
+    text = 'glücklich, 喜び 😀'
+    done = subprocess.run([sys.executable, program, f'--a={text}'], capture_output=True, env={**os.environ, **env})
+    assert done.returncode == 0, done.stderr
+    json_text, prose = done.stdout.splitlines()
+    assert json.loads(json_text) == {text: text} and b'cklich' in prose and b'half' in prose
+    assert (text in json_text.decode()) == (env.get('PYTHONIOENCODING') == 'utf-8')
+
+
+@pytest.mark.slow
+def test_a_task_beyond_ascii_works_in_a_posix_locale(project, tmp_path):
+    root, fields = clone_task(project, tmp_path), {'größe': ['glücklich', '喜び']}
+    texts = [json.loads(line)['text'] + ' été' for line in open(root / 'data/toy/input.jsonl')]
+    lines = [{'text': text, 'answer': {'größe': fields['größe'][' cat ' in text]}} for text in texts]
+    (root / 'labels.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    with open(root / 'config/toy.py', 'a', encoding='utf-8') as file:
+        file.write(f'fields = {fields!r}\nprompt = "Größe von {{text}}"\nlabels = "labels.jsonl"\ncalibrate = 0\n'
+                   'prior = {}\nmax_epochs = 1\n')
+    texts[1] = 'ein glücklicher Text, 喜び'
+
+    def run_narrow(program, *args, env=NARROW):
+        done = subprocess.run([sys.executable, program, 'config/toy.py', *args], cwd=root, capture_output=True,
+                              input='\n'.join(texts[:3]).encode(), env={**os.environ, **env})
+        assert done.returncode == 0, done.stderr.decode('utf-8', 'replace')
+        return done.stdout
+    for program in ('extract.py', 'train.py', 'tools/evaluate.py'):
+        assert b'gr\\xf6\\xdfe' in run_narrow(program)
+    assert b'gr\\xf6\\xdfe' in run_narrow('tools/accuracy.py', '--input=labels.jsonl')
+    answers = [list(map(json.loads, run_narrow('sample.py', env=env).splitlines()))
+               for env in (NARROW, {'PYTHONIOENCODING': 'latin-1'}, {'PYTHONIOENCODING': 'utf-8'})]
+    assert answers[0] == answers[1] == answers[2] and all(answer['größe'] in fields['größe'] for answer in answers[0])
+    typed = [run_narrow('sample.py', '--confidence=True', f'--text={texts[1]}', env=env) for env in (NARROW, {})]
+    assert json.loads(typed[0]) == json.loads(typed[1]) and typed[0] != typed[1]  # the same text was read

@@ -26,7 +26,7 @@ import onnx
 import onnxruntime
 
 from data import held_out, read_texts, text_hash, write_json
-from device.export import RUNNERS, make_task, write_onnx
+from device.export import RUNNERS, make_task, read_corpus, write_onnx
 from device.run import Student as Runner
 from device.shrink import (Int8, choose_tokens, fold_table, list_pieces, round_to_int8, trim_student,
                            trim_tokenizer)
@@ -441,6 +441,15 @@ def test_export_prints_what_it_loses_and_makes_a_folder_that_answers(exported):
     assert set(record) == {*FIELDS}
     again = run(root, 'device/export.py', '--keep_tokens=0', '--int8=False')
     assert again.returncode == 0 and 'fields_same=1\n' in again.stdout and 'onnx texts=' in again.stdout
+
+
+def test_the_texts_to_check_are_those_that_the_student_was_trained_without(tmp_path):
+    texts = [f'text {n}' for n in range(50)]
+    (tmp_path / 'input.jsonl').write_text('{}\n' + ''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    hashes = np.array([text_hash(text) for text in texts[3:6]], np.uint64)
+    assert read_corpus(tmp_path / 'input.jsonl', 40, hashes) == (texts[:3] + texts[6:40], texts[3:6])
+    counted, checked = read_corpus(tmp_path / 'input.jsonl', 40)
+    assert sorted(counted + checked) == sorted(texts[:40]) and all(held_out(text_hash(text)) for text in checked)
 
 
 @pytest.mark.slow

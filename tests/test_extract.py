@@ -248,7 +248,7 @@ def test_another_task_or_a_second_run_does_not_touch_a_folder(project):
         assert 'another run is writing' in one_line(run(project, 'extract.py'))
     assert 'prepare.py' in one_line(run(project, 'extract.py', '--dataset=nowhere'))
     assert 'hold {text} once' in one_line(run(project, 'extract.py', '--prompt=say', '--name=other'))
-    assert 'nothing to verify' in one_line(run(project, 'extract.py', '--verify=3', '--name=other'))
+    assert 'no records extracted' in one_line(run(project, 'extract.py', '--verify=3', '--name=other'))
     assert (project / 'data/toy/toy-00/index.bin').read_bytes() == before
 
 

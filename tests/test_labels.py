@@ -156,6 +156,22 @@ def test_files_that_are_no_labels_end_with_one_line_and_broken_lines_are_named(p
     assert ' short=1' in short.stdout
 
 
+@pytest.mark.parametrize('kind', ['labels', 'score'])
+def test_no_text_with_an_answer_is_left_out_for_its_links_or_markup(project, tmp_path, kind):
+    root = clone_task(project, tmp_path)
+    texts = ['see www.cat.org', 'the <b>cat</b> sat', '**a** cat & [mat](http://mat.org)', 'cat']
+    unreadable = ['a <eos> cat', 'the cat ' * 200]
+    write_lines(root / 'given.jsonl', [{'text': text, 'answer': {'tone': 'neutral', 'spam': True}}
+                                       for text in texts + unreadable])
+    done = run(root, 'extract.py', f'--{kind}=given.jsonl', '--calibrate=0', '--prior={}', '--max_text=60')
+    assert 'filter read=6 kept=4 long=1 special=1\n' in done.stdout, done.stderr
+    hashes = data.Shards('toy', 'toy', root / 'data').hashes
+    assert {*hashes.tolist()} == {*map(data.text_hash, texts)}
+    write_lines(root / 'data/toy/input.jsonl', [{'text': text} for text in [*texts, 'the cat sat on a mat']])
+    done = run(root, 'extract.py', '--name=asked', '--calibrate=0', '--max_text=60')  # without an answer they are
+    assert 'filter read=5 kept=1 short=1 tag=1 url=2\n' in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize('family', ['gemma', 'plain'])
 @pytest.mark.parametrize('prompt', ['', '{text} is', PROMPT])
 def test_given_labels_need_no_begin_token_and_no_prompt(project, teachers, tmp_path, family, prompt):

@@ -498,6 +498,27 @@ def test_other_binary_files_are_refused_by_name(tmp_path):
     assert [r['text'] for r in run_prepare(tmp_path, 'a.txt')[1]] == ['один два\x1b[0m']
 
 
+def test_a_column_says_to_which_part_a_text_belongs(tmp_path):
+    (tmp_path / 'a.csv').write_text('text,part,team\none,train,x\ntwo,TEST,y\nthree,,x\nfour,val,\none,test,x\n'
+                                    'two,train,y\none,test,x\n')
+    (tmp_path / 'b.jsonl').write_text('{"text": "five", "part": "dev"}\n{"text": "six", "part": null, "answer": 1}\n')
+    parts = [('one', 'train'), ('two', 'test'), ('three', None), ('four', 'test'), ('one', 'test'), ('two', 'train'),
+             ('five', 'test'), ('six', None)]                   # a text of both parts has two lines
+    done, records = run_prepare(tmp_path, 'a.csv', 'b.jsonl', '--split=part')
+    assert [(r['text'], r.get('split')) for r in records] == parts, done.stderr
+    assert all('truth' not in r for r in records) and records[-1] == {'text': 'six', 'answer': 1}
+    done, records = run_prepare(tmp_path, 'a.csv', '--split=part', '--truth=team')
+    assert records[1] == {'text': 'two', 'truth': {'team': 'y'}, 'split': 'test'} and 'truth' not in records[3]
+    (tmp_path / 'c.csv').write_text('text,part\na,1\nb,2\n')
+    (tmp_path / 'd.csv').write_text('text,part\na,\n')
+    for args, message in ((['c.csv', '--split=part'], "'a': its split is '1', neither train nor one of test, val"),
+                          (['d.csv', '--split=part'], "no text has a value in 'part'; correct --split="),
+                          (['a.csv', '--split=no'], "has no column 'no'; add --split= with one of: text, part, team")):
+        done, after = run_prepare(tmp_path, *args)
+        line, = done.stderr.decode().splitlines()
+        assert done.returncode == 1 and message in line and after == records
+
+
 def test_damaged_gzip_files_are_refused(tmp_path):
     content = gzip.compress(os.urandom(10_000).hex().encode())
     for damaged in (content[:-100], content[:5000] + b'x' * 99 + content[5099:], content[:-8] + bytes(8)):
@@ -516,6 +537,8 @@ def test_names_beyond_ascii_are_printed_in_any_encoding(tmp_path):
         done, records = run_prepare(folder, 'ü.csv', arg, PYTHONIOENCODING='ascii')
         assert done.returncode == status and len(done.stderr.splitlines()) == status, done.stderr
         assert not records or records == [{'text': 'ä', 'truth': {'größe': 'ß'}}]
+    done, records = run_prepare(folder, 'ü.csv', '--truth=größe', PYTHONUTF8='0', LC_ALL='POSIX')
+    assert not done.stderr and records == [{'text': 'ä', 'truth': {'größe': 'ß'}}]
     done = subprocess.run([sys.executable, 'été/data/prepare.py', 'mine', 'été/ü.csv'], cwd=tmp_path,
                           capture_output=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
     assert done.stdout.splitlines()[1].startswith(rb'\xe9t\xe9/data/mine/input.jsonl is written'), done.stderr

@@ -5,7 +5,7 @@ costs.
     python tools/evaluate.py config/demo.py --examples=40
     python tools/evaluate.py --compare=out/demo,out/other  # a table of students, and out/compare.png
 
-Reads out/<name>/ and the held-out tenth of data/<dataset>/<name>-*. Writes out/<name>/report.png if
+Reads out/<name>/ and the held-out records of data/<dataset>/<name>-*. Writes out/<name>/report.png if
 matplotlib is installed. README.md and docs/results.md define the words, distil/agreement.py computes the
 figures.
 """
@@ -24,7 +24,7 @@ from distil.agreement import (calibration_error, evaluate, field_texts, read_tru
 from distil.checkpoint import (checkpoint_path, load_checkpoint, read_checkpoint, read_work, save_checkpoint,
                                warn_changed_task)
 from distil.decode import confidence_of, decode, generate
-from distil.records import load_records, open_records
+from distil.records import choose_rows, load_records
 from distil.report import draw_report, start_drawing
 
 name = ''            # word; data/<dataset>/<name>-* has the held-out records
@@ -96,7 +96,7 @@ def print_confidence_and_cost(checkpoint, student, space, shards, rows, free_ans
     texts = (shards.ids(i).tolist() for i in rows)
     answers, decisions = zip(*decode(student, space, texts, batch_size))  # constrained
     cost = compute_cost(checkpoint['work'], len(rows) / (time.perf_counter() - start), *prices)
-    odd = [n for n, i in enumerate(rows) if i % 2]              # temperatures are fitted on the even ones
+    odd = np.flatnonzero(shards.is_odd(rows))                   # temperatures are fitted on the even ones
     student_values = field_texts(space, [answers[n] for n in odd])
     teacher_values = field_texts(space, [shards.answer(rows[n]).tolist() for n in odd])
     hits = same_values(student_values, teacher_values)
@@ -245,7 +245,7 @@ def compare_runs(folders, device, dtype):
     for folder in folders:
         checkpoint, student, space = load_checkpoint(folder, device, dtype=dtype)
         task = checkpoint['config']
-        shards = load_records(task['dataset'], task['name'], checkpoint['task'])
+        shards = load_records(task['dataset'], task['name'], checkpoint)
         if not shards:
             stop(f'{folder} cannot be timed: its held-out texts are not here')
         checkpoints.append(checkpoint)
@@ -276,7 +276,7 @@ if __name__ == '__main__':
     out = Path('out', run or name)
     checkpoint, student, space = load_checkpoint(out, device, which, dtype)
     warn_changed_task(checkpoint['task'], fields, prompt)
-    shards = load_records(dataset, name, checkpoint['task'])
+    shards = load_records(dataset, name, checkpoint)
     if not shards:
         print('no held-out records here; these figures are from the end of training')
         for line in report_lines(*(checkpoint[key] for key in ('step', 'figures', 'per_field', 'linear'))):
@@ -290,7 +290,7 @@ if __name__ == '__main__':
     if baselines:
         from tools.baselines import encoder_baseline  # needs transformers
         settings = checkpoint['config']
-        train_rows = open_records(dataset, name, settings['max_records'], 0, settings.get('keep', 'all'))[1]
+        train_rows = choose_rows(shards, settings['max_records'], 0, settings.get('keep', 'all'))[0]
         encoder = settings.get('reader') or 'data/teachers/minilm'
         print(data_line('encoder', encoder_baseline(shards, space, train_rows, rows, encoder, device, dtype)))
     source = Path('data', dataset, 'input.jsonl')
