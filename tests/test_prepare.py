@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -556,3 +557,24 @@ def test_of_two_runs_at_once_the_last_one_wins(tmp_path):
     assert slow.communicate()[1] == b''
     texts = [json.loads(line)['text'] for line in (tmp_path / 'data/mine/input.jsonl').open()]
     assert texts == ['slow', 'and whole'] and not list(tmp_path.glob('data/mine/*.tmp'))
+
+
+def test_messages_are_read_from_the_catalogues_of_packages(tmp_path):
+    messages = {'Your password is too short': 'A jelszó <b>túl</b> rövid', 'Delete %(name)s now, for good?': 'Biztosan törli ezt: %(name)s?',
+                'Save': 'Mentés', 'The same in both languages': 'The same in both languages', '': 'Content-Type: text/plain; charset=UTF-8\n'}
+    pairs, offset = sorted(messages.items()), 28 + 16 * len(messages)
+    strings, tables = b'', [[], []]                             # the format of .mo files
+    for column in (0, 1):
+        for pair in pairs:
+            text = pair[column].encode()
+            tables[column] += [len(text), offset + len(strings)]
+            strings += text + b'\0'
+    n = len(pairs)
+    head = struct.pack('<7I', 0x950412de, 0, n, 28, 28 + 8 * n, 0, 0)
+    catalogue = head + struct.pack(f'<{2 * n}I', *tables[0]) + struct.pack(f'<{2 * n}I', *tables[1]) + strings
+    (tmp_path / 'messages').mkdir()
+    with zipfile.ZipFile(tmp_path / 'messages/a.whl', 'w') as package:
+        package.writestr('a/locale/hu/LC_MESSAGES/django.mo', catalogue)
+        package.writestr('a/locale/de/LC_MESSAGES/django.mo', catalogue)
+    assert {(r['text'], r['english']) for r in run_source(tmp_path, 'messages')} == {
+        ('A jelszó túl rövid', 'Your password is too short'), ('Biztosan törli ezt: …?', 'Delete … now, for good?')}
