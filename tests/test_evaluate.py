@@ -16,7 +16,7 @@ from distil.checkpoint import load_checkpoint
 from distil.decode import generate
 from distil.space import OutputSpace
 from tests.conftest import FIELDS, clone_task, one_line, run
-from tools.accuracy import area_under_roc
+from tools.accuracy import area_under_roc, recall_at_precision
 from tools.evaluate import choose_threshold, compute_cost, share_lower_bound, simulate_cascade
 
 
@@ -195,6 +195,15 @@ def test_a_true_text_means_the_value_that_it_is_a_usual_way_to_write(tokenizer, 
     assert line['teacher'] == 0 and line['records'] == len(wrong)  # such a truth counts, and no answer is it
 
 
+def test_recall_at_precision_is_that_of_the_best_threshold():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        scores, positive = rng.integers(0, 8, 30) / 8, rng.random(30) < 0.4
+        found = [(scores >= t) for t in {*scores}]
+        best = max([(positive & f).sum() for f in found if positive[f].mean() >= 0.7], default=0)
+        assert recall_at_precision(scores, positive, 0.7) == pytest.approx(best / max(1, positive.sum()))
+
+
 def test_accuracy_counts_right_values_and_parts_texts_outside_by_confidence(project, tmp_path):
     inside, outside = np.array([0.9, 0.7, 0.7, 0.2]), np.array([0.7, 0.1, 0.8])
     pairs = [(a > b) + (a == b) / 2 for a in inside for b in outside]
@@ -215,6 +224,7 @@ def test_accuracy_counts_right_values_and_parts_texts_outside_by_confidence(proj
     line, = [line for line in done.stdout.splitlines() if line.startswith('accuracy ')]
     figures = dict(pair.split('=') for pair in line.split()[1:])
     assert (figures['name'], figures['texts'], float(figures['right'])) == (field, '4', 0.75)
+    assert figures['rare'] in map(json.dumps, FIELDS[field]) and 0 <= float(figures['recall_at_95']) <= 1
     assert figures['outside'] == '2' and 0 <= float(figures['auroc']) <= 1
     assert 'has the answer to one of' in one_line(run(root, 'tools/accuracy.py', '--input=others.jsonl'))
     assert 'gone.jsonl does not exist' in one_line(run(root, 'tools/accuracy.py', '--input=gone.jsonl'))

@@ -6,8 +6,9 @@ fits?
 
 A line of `input` has a text and the true values of some fields: {"text": "...", "answer": {"intent":
 "translate"}}, or under "truth". The lines of `outside` have texts that no value fits; `auroc` tells how
-well the student's confidence parts them from the others. tools/evaluate.py measures agreement with the
-teacher instead.
+well the student's confidence parts them from the others. Of a field with two values, `recall_at_95` is the share of
+the rarer one that is found if 95 in 100 of what is found shall be right. tools/evaluate.py measures agreement
+with the teacher instead.
 """
 import json
 import sys
@@ -21,6 +22,7 @@ from config import configure, data_line, stop
 from config.machine import pick_device
 from data import read_texts
 from distil.agreement import find_value
+from distil.space import value_names
 from sample import Labeler
 
 name = ''            # word; out/<name> is the student ...
@@ -40,6 +42,15 @@ def area_under_roc(inside, outside):
     inside = np.sort(inside)
     below, up_to = (np.searchsorted(inside, outside, side) for side in ('left', 'right'))
     return float(1 - (below + up_to).mean() / 2 / len(inside))
+
+
+def recall_at_precision(scores, positive, precision=0.95):
+    """the largest share of the positives that a threshold on the scores finds while at least this share of all
+    that it finds are positive; 0 if no threshold does. scores (n,) float; positive (n,) bool."""
+    order = np.argsort(-scores, kind='stable')
+    found, last = np.cumsum(positive[order]), np.append(np.diff(scores[order]) != 0, True)  # ties stay together
+    good = last & (found >= precision * np.arange(1, len(found) + 1))
+    return float(found[good].max(initial=0) / max(1, positive.sum()))
 
 
 def read_lines(path):
@@ -67,7 +78,13 @@ def measure(field, values, records, answers, others):
     right = np.array([json.dumps(record[field]) for record, _ in pairs]) == truth
     balanced = np.mean([right[truth == value].mean() for value in set(truth)])
     figures = {'name': field, 'texts': len(right), 'right': float(right.mean()), 'balanced': float(balanced)}
-    confidence = lambda records: [record['_confidence'][field] for record in records if 'error' not in record]
+    of_value = lambda p: max(p.values()) if isinstance(p, dict) else p
+    confidence = lambda records: [of_value(record['_confidence'][field]) for record in records if 'error' not in record]
+    if len(values) == 2:                                        # the rarer one is what people look for
+        rare = min(map(json.dumps, values), key=[*truth].count)
+        key = value_names(values)[[*map(json.dumps, values)].index(rare)]
+        scores = np.array([record['_confidence'][field][key] for record, _ in pairs])
+        figures |= {'rare': rare, 'recall_at_95': recall_at_precision(scores, truth == rare)}
     if others:
         figures |= {'outside': len(others),
                     'auroc': area_under_roc(confidence(record for record, _ in pairs), confidence(others))}
@@ -79,6 +96,8 @@ if __name__ == '__main__':
         stop('no task or no texts; run: python tools/accuracy.py config/clinc.py --input=data/clinc/val.jsonl')
     lines, others = read_lines(input), read_lines(outside) if outside else []
     labeler = Labeler(Path('out', run or name), pick_device(device), which, sample_batch, dtype=dtype)
+    if any(len(values) == 2 for values in labeler.space.fields.values()):
+        labeler.confidence = 'full'                             # recall_at_95 needs the probability of both values
     start = time.perf_counter()
     records = labeler([text for text, _ in lines])
     seconds = time.perf_counter() - start
