@@ -26,7 +26,7 @@ calibrate = 256
 prior = {'needs_reply': {True: 0.3}, 'urgency': {'low': 0.4, 'normal': 0.5}}
 max_text = 96
 too_long = 'cut'
-max_records = 3000
+max_records = 2000
 # student: a pre-trained encoder reads the text, one layer writes the answer
 reader = 'data/teachers/minilm'  # python data/teachers/prepare.py minilm
 n_layer = 1

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+from distil.cascade import load_answerer
 from distil.labels import Labels, read_label, record_from_label
 from distil.space import OutputSpace, value_names
 from tests.conftest import FIELDS, PROMPT, SCHEMAS, clone_task, load_teacher, one_line, run
@@ -222,6 +223,8 @@ def test_the_teacher_answers_the_fields_that_labels_do_not_have(project, tmp_pat
         n = space.states_before(outs).index(at)
         p = np.exp(shards.logits(i)[n])
         assert p[outs[n]] / p.sum() == pytest.approx(1, abs=1e-3)
+    with pytest.raises(SystemExit, match='learned tone from given labels'):
+        load_answerer('', shards.meta, space, 'cpu')
     verified = run(*command, '--verify=30')
     assert verified.returncode == 0 and 'equal=1.0000' in verified.stdout, verified.stdout
     other = [{'text': texts[0], 'answer': {'tone': 'friendly'}}]
