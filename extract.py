@@ -94,7 +94,7 @@ examples = 8         # 0..; texts shown with their answers at the end
 # instead of extracting
 score = ''           # file; .jsonl of {"text": ..., "answer": {...}}: the teacher's logits on these answers
 labels = ''          # file; .jsonl of texts with "probabilities" or an "answer", or the log of an LLM; or several,
-                     # with commas between them: no teacher is run
+                     # with commas between them: no teacher is run, but for label_fields
 label_fields = []    # names of the fields that the labels have, if the teacher shall answer the others
 template = ''        # text; the user messages of that log, with {text} in it; '': the prompt, or found
 verify = 0           # 0..; compare so many stored records with a plain forward pass; status 1 if they differ
@@ -303,7 +303,7 @@ if __name__ == '__main__':
     meta['dtype'] = str(dtype).removeprefix('torch.')
     space = OutputSpace.from_task(Tokenizer.from_str(tokenizer_json), meta)  # the automaton and the V tokens
     print_changed(given, dataset, name, space)
-    run_in_first(lambda: store_split(dataset, name, source, given, space.tokenizer, max_text))
+    run_in_first(lambda: verify or store_split(dataset, name, source, given, space.tokenizer, max_text))
     shards = open_shards(dataset, name) if verify else None
     model = None
     if (n_todo or verify) and asked and not server:

@@ -40,7 +40,7 @@ name = ''              # word; data/<dataset>/<name>-* is read ...
 dataset = ''           # word
 run = ''               # word; ... and out/<run> written; '': out/<name>. One extraction, many students
 max_records = 0        # 0..; use only the first so many records, without the held-out ones; 0: all
-keep = 'all'           # 'all', 'right'; right: train only on records in which the teacher says what "truth" of
+train_on = 'all'       # 'all', 'right'; right: only on records in which the teacher says what "truth" of
                        # data/<dataset>/input.jsonl says; the held-out ones stay all
 held_out = ''          # file; each text in it is held out; '': those with "split": "test", else a tenth
 init_from = 'scratch'  # 'scratch', 'teacher', 'resume'; how a new run starts; teacher: with its embedding
@@ -263,7 +263,7 @@ if __name__ == '__main__':
     device = start_ranks(pick_device(device), 'nccl' if pick_device(device) == 'cuda' else 'gloo')
     check_settings(config)
     out = Path('out', run or name)
-    shards, train_rows, val_rows = open_records(dataset, name, max_records, eval_records, held_out, keep)
+    shards, train_rows, val_rows = open_records(dataset, name, max_records, eval_records, held_out, train_on)
     check_sizes(config, shards.meta, len(train_rows), len(val_rows))
     torch.manual_seed(seed)
     lock = lock_folder(out) if RANK == 0 else None              # held until the program ends
@@ -282,7 +282,7 @@ if __name__ == '__main__':
 
     n_cut = convert_records(training.student, training.space, shards, [*train_rows, *val_rows])
     if n_cut:
-        print(f'note: {n_cut} texts do not fit into block_size = {block_size} with their answers: their ends are not read')
+        print(f'note: {n_cut} texts do not fit into block_size = {block_size} with their answers: their ends are lost')
     lengths = np.array([len(shards.texts.get(i, shards.ids(i))) + len(shards.answer(i)) for i in train_rows])
     per_epoch = math.ceil(len(train_rows) / batch_size)
     n_steps, first = max_epochs * per_epoch, training.step

@@ -238,6 +238,10 @@ class Shards:
         """the OutputSpace with the bias of a calibrated teacher; None if there is no bias to subtract."""
         if not self.meta.get('bias'):
             return None
+        return self.open_space()
+
+    def open_space(self):
+        """the OutputSpace of the task."""
         return OutputSpace.from_task(Tokenizer.from_file(str(self.folder / 'tokenizer.json')), self.meta)
 
     def logits(self, i):

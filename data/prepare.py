@@ -22,8 +22,11 @@ first, which are left out.
 
 --truth names columns (or keys) with the truth of a field. It is never trained on; tools/evaluate.py compares
 with it. A cell is text: TRUE, 1.0 and none mean true, 1 and null in a field with these values. .json and
-.jsonl keep `truth`, `answer` and `probabilities`, without NaN. --split names the column (or key) that says to which
-part a text belongs: train, or test (val, validation, valid, dev, eval, held_out), which is held out from training.
+.jsonl keep `truth`, `answer` and `probabilities`, without NaN.
+
+--split names the column (or key) that says to which part a text belongs: train, or test (val, validation, valid,
+dev, eval, held_out), which is held out from training; without it a key `split` is not kept.
+
 Empty and repeated texts are left out. If anything fails, an earlier input.jsonl stays.
 
 A .jsonl may be the log of an LLM that does the task today: fine-tuning files, requests with their responses,

@@ -220,5 +220,6 @@ def print_value_bias(labels, bias):
         shares = []
         for of in labels, [calibrate_label(label, bias) for label in labels]:
             count = Counter(max(p, key=p.get) for p in (label['probabilities'][name] for label in of))
-            shares.append(','.join(f'{value}:{n / len(labels):.2f}' for value, n in count.most_common(8)).replace(' ', '_'))
+            top = ','.join(f'{value}:{n / len(labels):.2f}' for value, n in count.most_common(8))
+            shares.append(top.replace(' ', '_'))
         print(f'calibrate field={name} texts={len(labels)} before={shares[0]} after={shares[1]}')

@@ -24,8 +24,8 @@ def load_answerer(name, task, space, device):
     if task['fingerprint'] == 'labels':                         # extract.py ran without a teacher
         sys.exit('this student learned from given labels: there is no teacher to ask')
     if task.get('label_fields'):
-        sys.exit(f'this student learned {", ".join(task["label_fields"])} from given labels, which its teacher does not '
-                 'know: there is none to ask')
+        sys.exit(f'this student learned {", ".join(task["label_fields"])} from given labels, which its teacher does '
+                 'not know: there is none to ask')
     name = name or task['teacher']
     print(f'loading {name}', file=sys.stderr, flush=True)
     model = load_model(name, torch.float32 if device == 'cpu' else torch.bfloat16, device)

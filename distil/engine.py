@@ -255,7 +255,7 @@ def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False,
     while live:
         # draft, and read the drafts of all texts in one pass
         if given is None:
-            drafted = [drafts.propose(results[i][0], known[i] if known else ()) for i in live]  # R pairs: output indices, states
+            drafted = [drafts.propose(results[i][0], known[i] if known else ()) for i in live]  # R pairs: outs, states
         else:
             drafted = [(given[i], space.states_before(given[i])) for i in live]
         new = [unread[i] + [space.output_ids[o] for o in outs[:-1]] for i, (outs, _) in zip(live, drafted)]
@@ -319,9 +319,10 @@ def answer_batched(teacher, space, drafts, texts, after, constrain=True, full_ls
     answers, n_read = [], 0
     while len(answers) < len(texts):
         part = slice(len(answers), len(answers) + teacher.max_batch)
-        scored, sure = given and given[part], known and known[part]
+        scored, labelled = given and given[part], known and known[part]
         try:
-            more, n = answer(teacher, space, drafts, texts[part], after, constrain, full_lse, scored, missing, sure)
+            more, n = answer(teacher, space, drafts, texts[part], after, constrain, full_lse, scored, missing,
+                             labelled)
             answers, n_read = answers + more, n_read + n
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             size = len(texts[part])

@@ -45,8 +45,8 @@ def check_label_fields(config):
         stop('label_fields names the fields that labels give; set labels, too')
     if unknown := [name for name in names if name not in fields]:
         stop(f'label_fields: there is no field {unknown[0]!r}; there are: {", ".join(fields)}')
-    if not {*fields} - {*names}:
-        stop('label_fields has all fields, so nothing is left to ask; leave it out')
+    if not any(len(values) > 1 for name, values in fields.items() if name not in names):
+        stop('label_fields leaves no field to ask the teacher about; leave it out')
     if not config['constrain'] or config['teacher'].startswith(URL):
         stop('label_fields needs a teacher that runs here, and constrain = True: the labels become part of its answer')
 
@@ -78,7 +78,7 @@ def check_calibration(config):
     only, prior = config['calibrate_fields'], config['prior']
     if config['label_fields']:
         only = only or asked
-        if labelled := [name for name in [*only, *prior] if name not in asked]:
+        if labelled := [name for name in [*only, *prior] if name in config['label_fields']]:
             stop(f'{labelled[0]} has labels, which are not calibrated; take it out of calibrate_fields and prior')
     try:
         priors = find_priors(config['fields'], prior, only)

@@ -6,12 +6,10 @@ import re
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 
 from config import next_command, stop
 from data import Shards
 from distil.agreement import field_texts, find_value, read_truth
-from distil.space import OutputSpace
 from distil.split import hold_out_file, split_of
 
 SEEN = 100  # so often a value should be seen in training, on average
@@ -27,7 +25,7 @@ def open_shards(dataset, name):
         stop(str(error))
 
 
-def open_records(dataset, name, max_records, eval_records, held_out, keep):
+def open_records(dataset, name, max_records, eval_records, held_out, train_on):
     """(Shards, record numbers to train on, record numbers to evaluate on) of a task. Exits with a message if
     there are none, or if a split that people made leaves none to one of the two. The arguments are settings of
     train.py."""
@@ -39,28 +37,30 @@ def open_records(dataset, name, max_records, eval_records, held_out, keep):
         stop(f'{len(shards)} records, none of them held out: the texts of the test part have no record yet; extract '
              'more' if n_train else f'all {n_val} records are held out, none is left to train on; extract more, or '
              'correct the split')
-    return shards, *choose_rows(shards, max_records, eval_records, keep)
+    return shards, *choose_rows(shards, max_records, eval_records, train_on)
 
 
-def choose_rows(shards, max_records, eval_records, keep):
+def choose_rows(shards, max_records, eval_records, train_on):
     """(record numbers to train on, record numbers to evaluate on). The arguments are settings of train.py."""
     train_rows, val_rows = shards.split()
     if max_records:
         train_rows = train_rows[train_rows < max_records]
-    if keep == 'right':
-        n, train_rows = len(train_rows), keep_right(shards, train_rows, shards.folder.parent / 'input.jsonl')
-        print(f'keep right={len(train_rows)} of={n}; all held-out records stay')
+    if train_on == 'right':
+        n, train_rows = len(train_rows), find_right(shards, train_rows, shards.folder.parent / 'input.jsonl')
+        print(f'train_on = right: {len(train_rows)} of {n} records; all held-out ones stay')
+        if not len(train_rows):
+            stop('the teacher is right in none of them')
     if eval_records:  # the same ones for every seed
         val_rows = val_rows[np.random.default_rng(0).permutation(len(val_rows))[:eval_records]]
     return train_rows, val_rows
 
 
-def keep_right(shards, rows, path):
+def find_right(shards, rows, path):
     """those of the rows whose answer is known to be right: the truth of the text, in the .jsonl at path, has some
     fields, and the answer the same values in them. Exits with a message if there is no truth."""
-    space = shards.space or OutputSpace.from_task(Tokenizer.from_file(str(shards.folder / 'tokenizer.json')), shards.meta)
+    space = shards.open_space()
     if not path.is_file() or not (truth := read_truth(path, shards, rows)):
-        stop(f'keep = right needs texts with "truth" in {path}')
+        stop(f'train_on = right needs texts with "truth" in {path}')
     right = []
     for n, known in truth.items():
         answer = space.to_json(shards.answer(rows[n]).tolist())

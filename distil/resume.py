@@ -29,11 +29,11 @@ from model import Student
 
 # settings that may change when a run continues: they change where and how fast it runs, not its result
 FREE = ('device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum', 'overwrite', 'save_steps',
-        'tracker')
+        'tracker', 'held_out')                               # the split itself is compared
 
 # values of settings that older checkpoints lack, and of a setting that only older ones have
 MISSING = {'keep_prompt': False, 'start_model': '', 'reader': '', 'reader_layers': 0, 'reader_lr': 0.1,
-            'divergence': 'forward', 'held_out': ''}
+            'divergence': 'forward', 'train_on': 'all'}
 
 
 @dataclass

@@ -50,7 +50,8 @@ def hash_texts(texts, tokenizer, max_text):
     hashes = set()
     for text in texts:
         encoding = tokenizer.encode(text[:100 * max_text], add_special_tokens=False)  # no need to tokenize a book
-        cut = first_tokens(text, encoding, max_text)[1] if len(encoding.ids) > max_text else text
+        long = len(encoding.ids) > max_text or len(text) > 100 * max_text
+        cut = first_tokens(text, encoding, max_text)[1] if long else text
         hashes |= {text_hash(text), text_hash(cut)}
     return np.array(sorted(hashes), DTYPES['index'])
 
@@ -105,6 +106,7 @@ def hold_out_file(path, shards):
         if re.search(r'\.(jsonl|ndjson)(\.gz)?$', path.lower()):
             log = Log([path], prompt=prompt_text(shards.meta['prompt']))
             texts = {text for _, text in texts_of(log)}
+            log.print_template()
         else:
             texts = {*map(clean, Path(path).read_bytes().decode('utf-8-sig', 'replace').split('\n'))} - {''}
     except (OSError, EOFError, zlib.error) as error:

@@ -20,13 +20,15 @@ def print_coverage(shards, space, min_coverage):
     """prints the coverage line: the share of the teacher's probability on the output vocabulary, on average
     and at the worst field. If the latter is below min_coverage, also the most probable of the other tokens.
     """
-    mass = {}                                                   # {field: probabilities}
+    mass, labelled = {}, shards.meta.get('label_fields') or ()  # {field: probabilities}
     for i in range(len(shards))[:2000]:
         outs, (top, lse) = shards.answer(i).tolist(), shards.answer(i, 'stats').T
         if not np.isnan(lse).any():
             raw = shards.answer(i, 'logits').astype(np.float32)  # (n, V) below top (n,)
             kept = np.exp(raw + (top - lse)[:, None]).sum(1)    # (n,) probability
             for state, p in zip(space.states_before(outs), kept):
+                if space.field[state] in labelled:              # not the teacher's
+                    continue
                 mass.setdefault(space.field[state] or 'json', []).append(p)
     if not mass:
         return
@@ -55,10 +57,12 @@ def print_near_ties(shards, space):
     without the constraint, as a free-running student has to. If that is below 0.9, also the most frequent
     error."""
     below, near, free, errors = NEAR_TIE[shards.meta['dtype']], [], [], Counter()
+    labelled = shards.meta.get('label_fields') or ()
     for i in np.linspace(0, len(shards) - 1, min(len(shards), 5000)).astype(int):
         outs, logits = shards.answer(i).tolist(), torch.from_numpy(shards.logits(i))  # (n,), (n, V)
         states, best = space.states_before(outs), logits.argmax(-1).tolist()
-        decisions = [n for n, state in enumerate(states) if len(space.transitions[state]) > 1]
+        decisions = [n for n, state in enumerate(states)
+                     if len(space.transitions[state]) > 1 and space.field[state] not in labelled]
         legal = space.next_state[[states[n] for n in decisions]] >= 0
         top = logits[decisions].masked_fill(~legal, -np.inf).topk(2).values  # (decisions, 2)
         near.append((top[:, 0] - top[:, 1]).min().item() < below)
@@ -78,7 +82,7 @@ def print_near_ties(shards, space):
 def print_answers(shards, space, examples, given):
     """prints the share of each value among the answers, and a number of texts with their answers. given: whether
     they are labels."""
-    shown = lambda value: json.dumps(value, ensure_ascii=False)
+    shown, labelled = lambda value: json.dumps(value, ensure_ascii=False), shards.meta.get('label_fields') or ()
     rows = np.linspace(0, len(shards) - 1, min(len(shards), 10000)).astype(int)
     answers = [space.to_json(shards.answer(i).tolist()) for i in rows]
     for field in space.fields:
@@ -86,7 +90,7 @@ def print_answers(shards, space, examples, given):
         print(f'{field}:', ', '.join(f'{value} {n / len(answers):.2f}' for value, n in counts))
         if counts[0][1] > 0.9 * len(answers) and len(space.fields[field]) > 1:
             print(f'  {field} is nearly always {counts[0][0]}, so a student can learn nothing from it: '
-                  + ('it needs texts with other labels' if given else
+                  + ('it needs texts with other labels' if given or field in labelled else
                      'try other examples in the prompt, another order of them, or other values'))
     for i in random.Random(0).sample(range(len(shards)), min(examples, len(shards))):
         print(space.tokenizer.decode(shards.ids(i).tolist()))

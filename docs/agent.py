@@ -1,6 +1,7 @@
 """An agent's loop whose LLM is called only where the student is unsure. docs/router.md explains it.
 
-    python serve/serve.py config/router.py --min_confidence=0.5 --upstream=http://localhost:8080/v1
+    python serve/serve.py config/router.py --min_confidence=0.6 \
+        --upstream=http://localhost:8080/v1 --upstream_model=qwen
     python docs/agent.py --limit=200
 
 Asks about held-out questions of the extraction, and counts the calls of the LLM that were saved and the tools
@@ -15,9 +16,7 @@ from openai import OpenAI
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure
-from data import Shards, held_out
-from distil.space import OutputSpace
-from tokenizers import Tokenizer
+from data import Shards
 
 dataset = 'questions'  # word; data/<dataset>/<name>-* has the questions
 name = 'router'        # word
@@ -26,7 +25,7 @@ base_url = 'http://127.0.0.1:8000/v1'  # text; of serve/serve.py
 wrong = False          # also print the questions whose tool is not the teacher's
 config = configure(globals())
 
-# the agent's tools, each a Python function. Here they only say what they would do
+# the agent's tools: what each is for
 TOOLS = {
     'weather': 'rain, sun and heat', 'calendar': 'dates, plans and appointments',
     'music': 'songs, bands and instruments', 'movies': 'films and shows', 'recipes': 'food and cooking',
@@ -38,7 +37,7 @@ tools = [{'type': 'function', 'function': {'name': tool, 'description': what, 'p
 
 
 def choose_tool(client, question):
-    """(name of the tool, who chose it: student, upstream, or student-unsure if there is no upstream)."""
+    """(name of the tool, who chose it: student, upstream, or student-unsure if upstream does not answer)."""
     reply = client.chat.completions.with_raw_response.create(
         model=name, messages=[{'role': 'user', 'content': question}], tools=tools, tool_choice='required')
     call, = reply.parse().choices[0].message.tool_calls
@@ -48,8 +47,7 @@ def choose_tool(client, question):
 def read_questions():
     """[(question, the teacher's tool)] of held-out records."""
     shards = Shards(dataset, name)
-    space = OutputSpace.from_task(Tokenizer.from_file(str(shards.folder / 'tokenizer.json')), shards.meta)
-    rows = [i for i, is_held_out in enumerate(held_out(shards.hashes)) if is_held_out]
+    space, rows = shards.open_space(), shards.split()[1]
     return [(space.tokenizer.decode(shards.ids(i).tolist()), space.to_json(shards.answer(i).tolist())['tool'])
             for i in rows[:limit]]
 

@@ -11,9 +11,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure, stop
-from data import Shards
 from distil.checkpoint import load_checkpoint
 from distil.decode import decode
+from distil.records import load_records
 from distil.report import start_drawing
 
 name = ''      # word; data/<dataset>/<name>-* has the records, out/<name> is the student
@@ -25,7 +25,9 @@ if __name__ == '__main__':
     if not (plt := start_drawing()):
         stop('the picture needs matplotlib')
     checkpoint, student, space = load_checkpoint(Path('out', name), 'cpu')
-    shards = Shards(dataset, name)
+    shards = load_records(dataset, name, checkpoint)
+    if not (shards and checkpoint['linear']):
+        stop('the picture needs the records and scikit-learn; run: make demo')
     rows = np.random.default_rng(seed).permutation(shards.split()[1])
     short = [i for i in rows if 4 <= len(shards.ids(i)) <= 18][:8]
     answers = [space.to_json(outs) for outs, _ in decode(student, space, [shards.ids(i).tolist() for i in short])]

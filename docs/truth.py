@@ -16,14 +16,12 @@ from pathlib import Path
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure, data_line, stop
 from data import Shards, read_texts, text_hash
 from distil.agreement import linear_models
 from distil.records import load_records
-from distil.space import OutputSpace
 from sample import Labeler
 
 dataset = 'tweets'     # data/<dataset>/input.jsonl has the texts
@@ -98,7 +96,7 @@ if __name__ == '__main__':
     wanted, extractions, students = np.ones(len(texts), bool), {}, []
     for name in filter(None, teachers.split(',')):
         shards = Shards(dataset, name)
-        space = OutputSpace.from_task(Tokenizer.from_file(str(shards.folder / 'tokenizer.json')), shards.meta)
+        space = shards.open_space()
         extractions[name] = shards, space, dict(zip(shards.hashes.tolist(), range(len(shards))))
         wanted &= np.isin(hashes, shards.hashes)
     for run in filter(None, runs.split(',')):

@@ -8,6 +8,7 @@ import torch
 
 import data
 from distil.cascade import load_answerer
+from distil.checkpoint import TASK
 from distil.labels import Labels, read_label, record_from_label
 from distil.space import OutputSpace, value_names
 from tests.conftest import FIELDS, PROMPT, SCHEMAS, clone_task, load_teacher, one_line, run
@@ -203,7 +204,7 @@ def test_the_teacher_answers_the_fields_that_labels_do_not_have(project, tmp_pat
     assert done.returncode == 0, done.stderr
     assert 'calibrate field=spam' in done.stdout and 'field=tone' not in done.stdout
     shards = data.Shards('toy', 'part', root / 'data')
-    space, (tokenizer, model) = shards.space, load_teacher(root / shards.meta['teacher'])
+    space, (_, model) = shards.space, load_teacher(root / shards.meta['teacher'])
     assert len(shards) == 60
     tone_of = {data.text_hash(text): tone for text, tone in zip(texts, tones)}
     first = space.from_json({'tone': 'neutral', 'spam': True})
@@ -224,14 +225,14 @@ def test_the_teacher_answers_the_fields_that_labels_do_not_have(project, tmp_pat
         p = np.exp(shards.logits(i)[n])
         assert p[outs[n]] / p.sum() == pytest.approx(1, abs=1e-3)
     with pytest.raises(SystemExit, match='learned tone from given labels'):
-        load_answerer('', shards.meta, space, 'cpu')
+        load_answerer('', {key: shards.meta.get(key) for key in TASK}, space, 'cpu')
     verified = run(*command, '--verify=30')
     assert verified.returncode == 0 and 'equal=1.0000' in verified.stdout, verified.stdout
     other = [{'text': texts[0], 'answer': {'tone': 'friendly'}}]
     write_lines(root / 'labels.jsonl', other)
     assert 'another label now: 1 of the stored texts' in run(*command).stdout
     for arguments, message in ((['--label_fields=["odd"]'], "there is no field 'odd'; there are: tone, spam"),
-                               (['--label_fields=["tone", "spam"]'], 'has all fields'),
+                               (['--label_fields=["tone", "spam"]'], 'leaves no field to ask'),
                                (['--labels=', '--label_fields=["tone"]'], 'set labels, too'),
                                (['--teacher=http://localhost:9/v1'], 'needs a teacher that runs here')):
         refused = run(*command, *arguments)

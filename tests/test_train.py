@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 
 import data
 import distil.resume
@@ -25,7 +24,6 @@ import train
 from distil.checkpoint import load_checkpoint, save_checkpoint
 from distil.records import note_rare_values
 from distil.resume import Training
-from distil.space import OutputSpace
 from distil.start import SeenRows
 from tests.conftest import (FIELDS, clone_task, make_shards, one_line, random_records, run, tiny_student,
                             torchrun, weights)
@@ -436,14 +434,14 @@ def test_what_few_records_of_many_values_mean_is_said(space, capsys):
         none.format(1, 2, 'ok')]
 
 
-def test_keep_right_trains_only_on_what_is_known_to_be_right(project, tmp_path):
+def test_train_on_right_trains_only_on_what_is_known_to_be_right(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     path, shards = root / 'data/toy/input.jsonl', data.Shards('toy', 'toy', root / 'data')
-    space = shards.space or OutputSpace.from_task(Tokenizer.from_file(str(shards.folder / 'tokenizer.json')), shards.meta)
+    space = shards.open_space()
     answer_of = {int(h): space.to_json(shards.answer(i).tolist()) for i, h in enumerate(shards.hashes)}
     texts, lines = [json.loads(line)['text'] for line in open(path)], []
-    refused = run(root, 'train.py', '--keep=right', '--run=r')
-    assert refused.returncode == 1 and 'keep = right needs texts with "truth"' in one_line(refused)
+    refused = run(root, 'train.py', '--train_on=right', '--run=r')
+    assert refused.returncode == 1 and 'train_on = right needs texts with "truth"' in one_line(refused)
     for n, text in enumerate(texts):                            # wrong in one of three, unknown in one of ten
         answer = dict(answer_of.get(data.text_hash(text), {}))
         if answer and n % 3 == 0:
@@ -455,7 +453,7 @@ def test_keep_right_trains_only_on_what_is_known_to_be_right(project, tmp_path):
     known = {data.text_hash(text): n % 3 > 0 and n % 10 > 0 for n, text in enumerate(texts)}
     train_rows, val_rows = shards.split()
     expected = sum(known[int(shards.hashes[i])] for i in train_rows)
-    done = run(root, 'train.py', '--keep=right', '--run=r')
+    done = run(root, 'train.py', '--train_on=right', '--run=r')
     assert done.returncode == 0, done.stderr
-    assert f'keep right={expected} of={len(train_rows)}; all held-out' in done.stdout
+    assert f'train_on = right: {expected} of {len(train_rows)} records; all held-out' in done.stdout
     assert f'records train={expected} held_out={len(val_rows)} ' in done.stdout

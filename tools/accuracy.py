@@ -80,11 +80,11 @@ def measure(field, values, records, answers, others):
     figures = {'name': field, 'texts': len(right), 'right': float(right.mean()), 'balanced': float(balanced)}
     of_value = lambda p: max(p.values()) if isinstance(p, dict) else p
     confidence = lambda records: [of_value(record['_confidence'][field]) for record in records if 'error' not in record]
-    if len(values) == 2:                                        # the rarer one is what people look for
+    if len(values) == 2 and len({*truth}) == 2:                 # the rarer one is what people look for
         rare = min(map(json.dumps, values), key=[*truth].count)
         key = value_names(values)[[*map(json.dumps, values)].index(rare)]
         scores = np.array([record['_confidence'][field][key] for record, _ in pairs])
-        figures |= {'rare': rare, 'recall_at_95': recall_at_precision(scores, truth == rare)}
+        figures |= {'rare': rare.replace(' ', '_'), 'recall_at_95': recall_at_precision(scores, truth == rare)}
     if others:
         figures |= {'outside': len(others),
                     'auroc': area_under_roc(confidence(record for record, _ in pairs), confidence(others))}

@@ -88,7 +88,8 @@ if __name__ == '__main__':
         stop(str(error))
     count = lambda text: len(counter.encode(text, add_special_tokens=False).ids)
     longest = {field: max(values, key=lambda value: len(json.dumps(value))) for field, values in fields.items()}
-    n_around, n_answer, n, n_in, size = count(prompt_text(prompt)) - count('{text}'), count(json.dumps(longest)), 0, 0, 0
+    n_around, n_answer = count(prompt_text(prompt)) - count('{text}'), count(json.dumps(longest))
+    n = n_in = size = 0
     filters = 3 if min_text < 0 else min_text, max_text, 0, too_long == 'cut'
     groups = read_groups(read_texts(source), counter, 1024, *filters)
     texts = (text for group in groups for text in group if text[0] not in done)

