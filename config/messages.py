@@ -18,7 +18,7 @@ Message: {text}
 '''
 calibrate = 256
 max_text = 64
-max_records = 3000
+max_records = 2500
 # student: the teacher's token table, frozen, and four small layers of its own
 init_from = 'teacher'
 teacher_layers = 'none'
