@@ -205,7 +205,7 @@ def label_group(engine, space, drafts, group, meta, full_lse):
             answers[i] = (*record, np.full(len(record[0]), np.nan)) if record else reason
         asked = []
     elif meta['score']:                                         # answers are given: the teacher scores them
-        outs = {i: outs for i, answer in enumerate(given) if (outs := space.from_json(answer))}
+        outs = {i: valid for i, answer in enumerate(given) if (valid := space.from_json(answer))}
         asked, outs = list(outs), list(outs.values())
     if asked:  # greedy answers, held to the schema: drafted, then verified many tokens at a time (engine.py)
         got, n_read = answer_batched(engine, space, drafts, [ids[i] for i in asked], meta['after'], meta['constrain'],

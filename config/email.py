@@ -1,7 +1,6 @@
 # Triage of mails: is it spam, what kind of mail is it, how urgent is it, does it need a reply? One field is
 # known, as it often is: people have sorted these mails into spam and others. The other fields are answered by
-# Qwen2.5-Coder 1.5B, which is told the known one. (Of spam itself it knows
-# little: balanced 0.74.)
+# Qwen2.5-Coder 1.5B, which is told the known one. (Of spam itself it knows little: balanced 0.74.)
 name = 'email'
 dataset = 'mail'       # python data/mail/prepare.py makes its input.jsonl
 labels = 'data/mail/input.jsonl'

@@ -3,11 +3,10 @@ all.
 
     checkpoint, student, space = load_checkpoint('out/demo', 'cpu')
 
-checkpoint is a dict: student (its StudentConfig), config (the settings it was trained with), task (TASK, and the
-students it learned from), n_train, split (distil/split.py), step, finished, best (the best epoch so far), figures
-and per_field (of the last evaluation), linear (the linear baseline), work (hours and speeds), target (if
-tools/evaluate.py set one), format. The file also has model (the weights), and a ckpt.pt that is not finished has
-optimizer. resume.py builds this dict.
+checkpoint is a dict: student (its StudentConfig), config (the settings it was trained with), task (TASK), n_train,
+split (distil/split.py), step, finished, best (the best epoch so far), figures and per_field (of the last
+evaluation), linear (the linear baseline), work (hours and speeds), target (if tools/evaluate.py set one), format.
+The file also has model (the weights), and a ckpt.pt that is not finished has optimizer. resume.py builds this dict.
 """
 import json
 import os

@@ -22,6 +22,7 @@ known, so a field is assumed to be independent of the fields before it.
 """
 import json
 import math
+import os
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -227,7 +228,9 @@ def open_labels(config):
     paths = [config['labels']] if Path(config['labels']).exists() else config['labels'].split(',')
     for path in paths:
         if not Path(path).is_file():
-            stop(f'{path} is not a file' if Path(path).exists() else f'{path} does not exist')
+            maker = Path(path).parent / 'prepare.py'
+            advice = f'; run: python {os.path.relpath(maker)}' if maker.is_file() else ''
+            stop(f'{path} is not a file' if Path(path).exists() else f'{path} does not exist{advice}')
     if config['template'] and config['template'].count('{text}') != 1:
         stop('the template must hold {text} once, where the text goes')
     try:

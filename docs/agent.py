@@ -16,7 +16,7 @@ from openai import OpenAI
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure
-from data import Shards
+from distil.records import open_shards
 
 dataset = 'questions'  # word; data/<dataset>/<name>-* has the questions
 name = 'router'        # word
@@ -46,7 +46,7 @@ def choose_tool(client, question):
 
 def read_questions():
     """[(question, the teacher's tool)] of held-out records."""
-    shards = Shards(dataset, name)
+    shards = open_shards(dataset, name)
     space, rows = shards.open_space(), shards.split()[1]
     return [(space.tokenizer.decode(shards.ids(i).tolist()), space.to_json(shards.answer(i).tolist())['tool'])
             for i in rows[:limit]]

@@ -231,7 +231,9 @@ def test_the_teacher_answers_the_fields_that_labels_do_not_have(project, tmp_pat
     other = [{'text': texts[0], 'answer': {'tone': 'friendly'}}]
     write_lines(root / 'labels.jsonl', other)
     assert 'another label now: 1 of the stored texts' in run(*command).stdout
-    for arguments, message in ((['--label_fields=["odd"]'], "there is no field 'odd'; there are: tone, spam"),
+    (root / 'data/toy/prepare.py').touch()
+    for arguments, message in ((['--labels=data/toy/gone.jsonl'], 'does not exist; run: python data/toy/prepare.py'),
+                               (['--label_fields=["odd"]'], "there is no field 'odd'; there are: tone, spam"),
                                (['--label_fields=["tone", "spam"]'], 'leaves no field to ask'),
                                (['--labels=', '--label_fields=["tone"]'], 'set labels, too'),
                                (['--teacher=http://localhost:9/v1'], 'needs a teacher that runs here')):

@@ -78,12 +78,14 @@ def measure(field, values, records, answers, others):
     right = np.array([json.dumps(record[field]) for record, _ in pairs]) == truth
     balanced = np.mean([right[truth == value].mean() for value in set(truth)])
     figures = {'name': field, 'texts': len(right), 'right': float(right.mean()), 'balanced': float(balanced)}
-    of_value = lambda p: max(p.values()) if isinstance(p, dict) else p
-    confidence = lambda records: [of_value(record['_confidence'][field]) for record in records if 'error' not in record]
+    name_of = dict(zip(map(json.dumps, values), value_names(values)))  # {JSON text: key of _confidence}
+
+    def confidence(records):
+        known = [(record['_confidence'][field], json.dumps(record[field])) for record in records if 'error' not in record]
+        return [p[name_of[value]] if isinstance(p, dict) else p for p, value in known]
     if len(values) == 2 and len({*truth}) == 2:                 # the rarer one is what people look for
-        rare = min(map(json.dumps, values), key=[*truth].count)
-        key = value_names(values)[[*map(json.dumps, values)].index(rare)]
-        scores = np.array([record['_confidence'][field][key] for record, _ in pairs])
+        rare = min(name_of, key=[*truth].count)
+        scores = np.array([record['_confidence'][field][name_of[rare]] for record, _ in pairs])
         figures |= {'rare': rare.replace(' ', '_'), 'recall_at_95': recall_at_precision(scores, truth == rare)}
     if others:
         figures |= {'outside': len(others),
