@@ -45,8 +45,8 @@ MIN_PROBABILITY = 1e-6  # smallest probability of a legal token
 def read_value(name, value, values):
     """the probabilities of a field's values if one of them is the label: a list of 0 and 1. ValueError if it is
     none of them."""
-    text = json.dumps(value)                                    # in Python 1 == True
-    found = [float(text == json.dumps(other)) for other in values]
+    text = json.dumps(value)                                    # 1 == True in Python, not in JSON
+    found = [float(value == other and text == json.dumps(other)) for other in values]
     if not sum(found):
         shown = ', '.join(json.dumps(other, ensure_ascii=False) for other in values)
         raise ValueError(f'{name} is {json.dumps(value, ensure_ascii=False)[:80]}, not one of {shown[:200]}')
@@ -188,10 +188,10 @@ class Labels:
                 yield text, self.label_of(text_hash(text)), ''
 
     def label_of(self, hash_):
-        """the label of a text, the mean of all that it has."""
+        """the label of a text, the mean of all that it has; without the values of probability 0."""
         ends = np.cumsum([len(values) for values in self.fields.values()])
         parts = np.split(self.known[hash_][0], ends[:-1])
-        return {'probabilities': {name: dict(zip(value_names(values), part.tolist()))
+        return {'probabilities': {name: {key: p for key, p in zip(value_names(values), part.tolist()) if p}
                                   for (name, values), part in zip(self.fields.items(), parts)}}
 
     def read_label(self, line):

@@ -50,8 +50,15 @@ def value_name(value):
 def value_names(values):
     """the values of a field as different strings, for the keys of a JSON object: True is 'true'. If two would
     be the same, as True and 'true', all are written as JSON: 'true' and '"true"'."""
-    names = [value_name(value) for value in values]
-    return names if len(set(names)) == len(names) else [json.dumps(value) for value in values]
+    return [*names_of(json.dumps(values))]
+
+
+@lru_cache(maxsize=1000)
+def names_of(values):
+    """value_names as a tuple; values: the list as JSON."""
+    values = json.loads(values)
+    names = tuple(map(value_name, values))
+    return names if len(set(names)) == len(names) else tuple(map(json.dumps, values))
 
 
 def check_fields(fields):
@@ -271,17 +278,17 @@ class OutputSpace:
                 self.bias[int(state), int(out)] = value
 
     def token_shares(self, field, probabilities):
-        """{state: {output index: probability}} at every decision in a field's value. The probability of a
-        token is the sum over the values that it leads to, normalised at each state; uniform if all these sums
-        are 0. probabilities: a list, one per value of the field, in order."""
+        """{state: {output index: probability}} at the decisions on the way to each value of a field that has a
+        probability above 0. The probability of a token is the sum over the values that it leads to, normalised
+        at each state. probabilities: a list, one per value of the field, in order."""
         rows = {}
         for path, p in zip(self.value_paths.get(field, []), probabilities):
-            for state, out, _ in path:
+            for state, out, _ in path if p else ():
                 row = rows.setdefault(state, dict.fromkeys(self.transitions[state], 0.0))
                 row[out] += p
         for row in rows.values():
             total = sum(row.values())
-            row.update({out: p / total if total else 1 / len(row) for out, p in row.items()})
+            row.update({out: p / total for out, p in row.items()})
         return rows
 
     @cached_property

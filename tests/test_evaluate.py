@@ -230,7 +230,7 @@ def test_accuracy_counts_right_values_and_parts_texts_outside_by_confidence(proj
     assert 'gone.jsonl does not exist' in one_line(run(root, 'tools/accuracy.py', '--input=gone.jsonl'))
 
 
-def test_the_linear_baseline_is_the_better_of_words_and_characters_and_stops_no_training(space):
+def test_the_linear_baseline_is_the_better_of_words_and_characters_and_stops_no_training(space, monkeypatch, capsys):
     pytest.importorskip('sklearn')
     rng = np.random.default_rng(0)
 
@@ -249,3 +249,8 @@ def test_the_linear_baseline_is_the_better_of_words_and_characters_and_stops_no_
     assert words['field'] == 1.0
     nothing = baseline([chr(0x4e00 + n) for n in range(100)], tones)  # in which only the blanks come twice
     assert nothing['fields'] == {'n': 1.0, 'tone': 0.5, 'ok': 1.0}
+    assert not capsys.readouterr().out
+    monkeypatch.setattr('distil.agreement.LINEAR_COST', 20 * len(max(space.fields.values(), key=len)))
+    late = ["bad x" if tone == "friendly" or n < 20 else "good x" for n, tone in enumerate(tones)]
+    assert baseline(late, tones)['fields']['tone'] == 0.5       # the first 20 records teach it nothing
+    assert 'from the first 20 records alone' in capsys.readouterr().out

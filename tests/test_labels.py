@@ -41,6 +41,18 @@ def test_stored_logits_give_each_value_its_probability(tokenizer, fields, indent
     assert product == pytest.approx(probabilities.max(), rel=1e-3)
 
 
+def test_labels_of_a_thousand_values_are_read_as_those_of_few(tokenizer):
+    """thousands of them a second. 1, 1.0, true and their names stay apart."""
+    values = [*range(-500, 500), True, 1.5, 'true', [1], [True]]
+    space = OutputSpace(tokenizer, {'n': values}, auxiliary=range(4, 90))
+    for value in (-500, 0, 1, 499, True, 1.5, 'true', [1], [True]):
+        outs, logits = record_from_label(space, {'answer': {'n': value}})
+        assert json.dumps(space.to_json(outs)) == json.dumps({'n': value})
+        assert (np.exp(logits)[range(len(outs)), outs] > 0.999).all()
+    for value in (1.0, 500, 'TRUE', [1.0], None):
+        assert record_from_label(space, {'answer': {'n': value}}) is None
+
+
 @pytest.mark.parametrize('label', [
     {}, {'answer': {'tone': 'friendly'}}, {'answer': {'tone': 'friendly', 'spam': 'true'}}, {'answer': 'x'},
     {'probabilities': {'tone': {'friendly': 1}, 'spam': {'maybe': 1}}},
@@ -119,7 +131,7 @@ def test_the_labels_of_a_text_are_averaged_and_contradictions_counted(tmp_path):
                                                 'duplicate']
     assert lines[1][0] == 'a' and lines[1][1]['probabilities']['tone'] == pytest.approx(
         {'friendly': 2.25 / 4, 'neutral': 1.75 / 4})
-    assert lines[2][1]['probabilities'] == {'tone': {'neutral': 1, 'friendly': 0}, 'spam': {'true': 1, 'false': 0}}
+    assert lines[2][1]['probabilities'] == {'tone': {'neutral': 1}, 'spam': {'true': 1}}
 
 
 @pytest.mark.parametrize('label, message', [
