@@ -1,9 +1,9 @@
-"""Tiny equations -> data/math/input.jsonl, with the solution of each as its truth
+"""Tiny equations with their solutions -> data/math/input.jsonl
 
     python data/math/prepare.py
 
-ax + b = c or ax = c, with one integer solution from -99 to 99, written in several ways. The generator is
-seeded, so the file is the same on every machine.
+ax + b = c or ax = c, with one integer solution from -99 to 99, written in several ways. The answer of each is the
+value of the term with x, then x. The generator is seeded, so the file is the same on every machine.
 """
 import json
 import os
@@ -16,19 +16,21 @@ if {'-h', '--help'} & {*sys.argv}:
 
 
 def make_equation(rng):
-    """returns a random equation as text, and its solution."""
+    """returns a random equation as text, and its solution: {'ax': the value of the term with x, 'x': x}."""
     size = rng.choice([9, 30, 99])  # each of the three ranges is as frequent
     x, a, b = rng.randint(-size, size), rng.choice([1, 1, 2, 3, 4, 5]), rng.randint(1, size)
     ax, sign = 'x' if a == 1 else f'{a}x', rng.choice('+-')
     c = a * x + (b if sign == '+' else -b)
     third = f'{ax} = {a * x}' if a > 1 else f'x {sign} {b} = {c}'
-    return rng.choice([f'{ax} {sign} {b} = {c}', f'{c} = {ax} {sign} {b}', third]), x
+    return rng.choice([f'{ax} {sign} {b} = {c}', f'{c} = {ax} {sign} {b}', third]), {'ax': a * x, 'x': x}
 
 
-rng = random.Random(1337)
-texts = dict(make_equation(rng) for _ in range(20000))
+rng, solutions = random.Random(1337), {}
+while len(solutions) < 60000:
+    text, solution = make_equation(rng)
+    solutions[text] = solution
 target = Path(__file__).parent / 'input.jsonl'
 with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
-    file.writelines(json.dumps({'text': text, 'truth': {'x': x}}) + '\n' for text, x in texts.items())
+    file.writelines(json.dumps({'text': text, 'answer': solution}) + '\n' for text, solution in solutions.items())
 os.replace(target.with_suffix('.tmp'), target)
-print(f'{target}: {len(texts)} equations')
+print(f'{target}: {len(solutions)} equations')
