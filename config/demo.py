@@ -1,4 +1,6 @@
 # Chat messages, labelled by Qwen2.5-Coder 0.5B. Small enough for two CPU cores: text to student in minutes.
+import json
+
 name = 'demo'
 dataset = 'chitchat'   # python data/chitchat/prepare.py makes its input.jsonl
 teacher = 'data/teachers/qwen2.5-coder-0.5b.gguf'  # python data/teachers/prepare.py qwen2.5-coder-0.5b
@@ -9,17 +11,39 @@ fields = {
     'sentiment': ['neutral', 'positive', 'negative'],
     'topic': ['people', 'food', 'school', 'work', 'music', 'movies', 'games', 'animals', 'places', 'other'],
 }
-prompt = '''Classify the message below. Answer with one JSON object and nothing else, like these two:
-{"sentiment":"neutral","topic":"other"}
-{"sentiment":"positive","topic":"other"}
-sentiment is positive, negative or neutral. A question, a fact or a remark without feeling is neutral. Thanks, praise, joy, love, hope and amusement are positive. Anger, sadness, fear, disgust and disappointment are negative.
+_shots = [             # without examples this teacher calls thanks neutral, and what was great, food
+    ('Thank you so much, you too!', 'positive', 'other'),
+    ('My cat ate my pizza and I hate it', 'negative', 'animals'),
+    ('it was great', 'positive', 'other'),
+    ('Have you been to Italy?', 'neutral', 'places'),
+    ('that soup was amazing', 'positive', 'food'),
+    ('you are fake and rude', 'negative', 'people'),
+    ('Do you have homework today?', 'neutral', 'school'),
+    ('I really do not know', 'neutral', 'other'),
+    ('I lost my job, it is awful', 'negative', 'work'),
+    ('I love this song!', 'positive', 'music'),
+    ('Is the last Batman any good?', 'neutral', 'movies'),
+    ('I got a high score in Mario Kart', 'positive', 'games'),
+]
+
+
+def _shot(text, *values):
+    """an example as it stands in the prompt; its answer has the form that the schema requires."""
+    return f'Message: {text}\n{json.dumps(dict(zip(fields, values)), separators=(",", ":"))}\n'
+
+
+prompt = '''Classify the message below. Answer with one JSON object and nothing else.
+sentiment is positive for thanks, praise, joy, love, hope and amusement; negative for anger, sadness, fear, disgust and disappointment; neutral for a question, a fact or a remark without feeling.
 topic is what the message is about: people, food, school, work, music, movies, games, animals, places, or other where it is none of these or too short to tell.
+Examples:
+''' + ''.join(_shot(*shot) for shot in _shots) + '''Now this one.
 Message: {text}
 '''
-# without calibration the teacher labels almost no message negative, and a third of them food
+# without calibration the teacher knows no animals, and a third of the messages are about people or places
 calibrate = 256
-# the texts were selected by words of feeling, so more than a third of them are positive
-prior = {'sentiment': {'neutral': 0.3, 'positive': 0.4}, 'topic': {'other': 0.22}}
+# the texts were selected by words of feeling, so half of them are positive; most are about nothing in this list
+prior = {'sentiment': {'positive': 0.5, 'neutral': 0.25},
+         'topic': {'other': 0.45, 'people': 0.1, 'food': 0.1, 'places': 0.08}}
 max_records = 2000
 # student: a pre-trained encoder reads the text, one layer writes the answer
 reader = 'data/teachers/minilm'  # python data/teachers/prepare.py minilm
