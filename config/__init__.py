@@ -41,6 +41,14 @@ def json_line(value):
     return json.dumps(value, ensure_ascii=codecs.lookup(encoding).name != 'utf-8')
 
 
+def write_examples(template, fields, examples):
+    """the examples of a prompt as text. template: of one, with {} for its text and {} for its answer, which gets the
+    form of answers on one line; examples: (text, value of each field, in order)."""
+    answers = (json.dumps(dict(zip(fields, values)), ensure_ascii=False, separators=(',', ':'))
+               for _, *values in examples)
+    return ''.join(template.format(text, answer) for (text, *_), answer in zip(examples, answers))
+
+
 # -----------------------------------------------------------------------------
 # the settings block and its limits
 

@@ -1,5 +1,5 @@
 # Chat messages, labelled by Qwen2.5-Coder 0.5B. Small enough for two CPU cores: text to student in minutes.
-import json
+from config import write_examples
 
 name = 'demo'
 dataset = 'chitchat'   # python data/chitchat/prepare.py makes its input.jsonl
@@ -11,7 +11,7 @@ fields = {
     'sentiment': ['neutral', 'positive', 'negative'],
     'topic': ['people', 'food', 'school', 'work', 'music', 'movies', 'games', 'animals', 'places', 'other'],
 }
-_shots = [             # without examples this teacher calls thanks neutral, and what was great, food
+_examples = [          # without examples this teacher calls thanks neutral, and what was great, food
     ('Thank you so much, you too!', 'positive', 'other'),
     ('My cat ate my pizza and I hate it', 'negative', 'animals'),
     ('it was great', 'positive', 'other'),
@@ -25,18 +25,11 @@ _shots = [             # without examples this teacher calls thanks neutral, and
     ('Is the last Batman any good?', 'neutral', 'movies'),
     ('I got a high score in Mario Kart', 'positive', 'games'),
 ]
-
-
-def _shot(text, *values):
-    """an example as it stands in the prompt; its answer has the form that the schema requires."""
-    return f'Message: {text}\n{json.dumps(dict(zip(fields, values)), separators=(",", ":"))}\n'
-
-
 prompt = '''Classify the message below. Answer with one JSON object and nothing else.
 sentiment is positive for thanks, praise, joy, love, hope and amusement; negative for anger, sadness, fear, disgust and disappointment; neutral for a question, a fact or a remark without feeling.
 topic is what the message is about: people, food, school, work, music, movies, games, animals, places, or other where it is none of these or too short to tell.
 Examples:
-''' + ''.join(_shot(*shot) for shot in _shots) + '''Now this one.
+''' + write_examples('Message: {}\n{}\n', fields, _examples) + '''Now this one.
 Message: {text}
 '''
 # without calibration the teacher knows no animals, and a third of the messages are about people or places

@@ -1,6 +1,6 @@
 # Moderation on the device: is this message allowed, and what is wrong with it? Labelled by Qwen2.5-Coder
 # 1.5B; the 0.5B model finds nothing wrong in any message.
-import json
+from config import write_examples
 
 name = 'moderation'
 dataset = 'reddit'     # python data/reddit/prepare.py makes its input.jsonl
@@ -10,7 +10,7 @@ fields = {             # the reason first: the decision that follows from it is 
     'reason': ['none', 'insult', 'hate', 'threat', 'sexual', 'profanity'],
     'allowed': [True, False],
 }
-_shots = [             # without examples this teacher calls two comments in five an insult
+_examples = [          # without examples this teacher calls two comments in five an insult
     ('I hope you get well soon', 'none', True),
     ('You are an idiot and nobody likes you', 'insult', False),
     ('This movie was terrible, what a waste of money', 'none', True),
@@ -24,18 +24,11 @@ _shots = [             # without examples this teacher calls two comments in fiv
     ('Damn, I missed the bus again', 'profanity', True),
     ('I do not agree with you at all', 'none', True),
 ]
-
-
-def _shot(text, *values):
-    """an example as it stands in the prompt; its answer has the form that the schema requires."""
-    return f'Comment: {text}\n{json.dumps(dict(zip(fields, values)), separators=(",", ":"))}\n'
-
-
 prompt = '''Moderate the comment below. Answer with one JSON object and nothing else.
 reason: insult calls someone stupid, ugly or worse; hate is against a group of people; threat is to hurt someone; sexual speaks of sex or bodies; profanity is foul language at nobody; none is all else, also where a comment is sad, critical or angry about a thing.
 allowed: true for none and for profanity, else false.
 Examples:
-''' + ''.join(_shot(*shot) for shot in _shots) + '''Now this one.
+''' + write_examples('Comment: {}\n{}\n', fields, _examples) + '''Now this one.
 Comment: {text}
 '''
 calibrate = 256

@@ -1,6 +1,6 @@
 # The small benchmark: the reference fields on Reddit comments, labelled by Gemma 3 270M, a base model that
 # follows examples. Its bias is stronger than the influence of the text, so it is calibrated.
-import json
+from config import write_examples
 
 name = 'reddit_270m'
 dataset = 'reddit'     # python data/reddit/prepare.py makes its input.jsonl
@@ -14,7 +14,7 @@ fields = {             # sentiment first: earlier answers influence a field, and
     'safety': ['safe', 'harmful'],
     'toxicity': ['respectful', 'toxic'],
 }
-_shots = [
+_examples = [
     ('I hate those liars, they make me sick.', 'negative', 'aggressive', 'harmful', 'toxic'),
     ('Sure, because that worked so well last time.', 'negative', 'sarcastic', 'safe', 'respectful'),
     ('The meeting is at three tomorrow.', 'neutral', 'neutral', 'safe', 'respectful'),
@@ -24,15 +24,7 @@ _shots = [
     ('Shut up, you stupid idiot.', 'negative', 'aggressive', 'harmful', 'toxic'),
     ('My sister taught me how to bake bread.', 'neutral', 'neutral', 'safe', 'respectful'),
 ]
-
-
-def _shot(text, *values):
-    """an example as it stands in the prompt; its answer has the form that the schema requires."""
-    answer = json.dumps(dict(zip(fields, values)), separators=(',', ':'))
-    return f'Comment: {text}\nLabel:\n{answer}\n'
-
-
-prompt = ''.join(_shot(*shot) for shot in _shots) + 'Comment: {text}\nLabel:\n'
+prompt = write_examples('Comment: {}\nLabel:\n{}\n', fields, _examples) + 'Comment: {text}\nLabel:\n'
 calibrate = 512
 max_records = 6000
 # student: a pre-trained encoder reads the text, one layer writes the answer

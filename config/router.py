@@ -1,6 +1,6 @@
 # An agent's decision point: which tool answers this question? Labelled by Qwen2.5-Coder 1.5B. (The 0.5B model
 # takes the weather for a place.)
-import json
+from config import write_examples
 
 name = 'router'
 dataset = 'questions'  # python data/questions/prepare.py makes its input.jsonl
@@ -9,7 +9,7 @@ chat = True
 fields = {
     'tool': ['weather', 'calendar', 'music', 'movies', 'recipes', 'travel', 'search', 'none'],
 }
-_shots = [             # without examples this teacher chooses search for three questions in four
+_examples = [          # without examples this teacher chooses search for three questions in four
     ('Will it snow this weekend?', 'weather'),
     ('When is your birthday?', 'calendar'),
     ('Who sings that song?', 'music'),
@@ -27,17 +27,10 @@ _shots = [             # without examples this teacher chooses search for three 
     ('Do you play the piano?', 'music'),
     ('Why do you say that?', 'none'),
 ]
-
-
-def _shot(text, *values):
-    """an example as it stands in the prompt; its answer has the form that the schema requires."""
-    return f'Question: {text}\n{json.dumps(dict(zip(fields, values)), separators=(",", ":"))}\n'
-
-
 prompt = '''Route the question below to a tool. Answer with one JSON object and nothing else.
 tool: weather for rain, sun and heat; calendar for dates, plans and appointments; music for songs, bands and instruments; movies for films and shows; recipes for food and cooking; travel for places, trips and flights; search for facts about the world; none for small talk about oneself, such as how are you.
 Examples:
-''' + ''.join(_shot(*shot) for shot in _shots) + '''Now this one.
+''' + write_examples('Question: {}\n{}\n', fields, _examples) + '''Now this one.
 Question: {text}
 '''
 calibrate = 256

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import config as configure_module
+from distil.space import OutputSpace
 from tests.conftest import CONFIGS, FIELDS, PROGRAMS, ROOT, clone_task, one_line, run
 
 ALL = (*PROGRAMS, 'tools/accuracy.py', 'tools/batch.py', 'serve/serve.py', 'serve/bench.py',
@@ -149,6 +150,16 @@ def test_a_prompt_may_be_a_list_of_messages(settings):
     for wrong in [], [1], [{'role': 'user'}], [message | {'name': 'x'}], [{'role': 'user', 'content': 1}], {'a': 1}:
         with pytest.raises(SystemExit, match='my.py: a is .*; it must be'):
             settings([settings.file], f'a = {wrong!r}', script=script)
+
+
+def test_examples_of_a_prompt_have_the_form_that_the_schema_requires(settings, tokenizer):
+    fields = {'tone': ['neutral', 'é "x"'], 'n': [1, None], 'ok': [True, False]}
+    space = OutputSpace(tokenizer, fields, end_id=1)
+    text = f"""from config import write_examples
+_examples = [('a {{}} b', 'é "x"', 1, True), ('c', 'neutral', None, False)]
+a = write_examples('Text: {{}}\\n{{}}\\n', {fields!r}, _examples)"""
+    first, second = space.text(['é "x"', 1, True]), space.text(['neutral', None, False])
+    assert settings([settings.file], text, script="a = ''\n")['a'] == f'Text: a {{}} b\n{first}\nText: c\n{second}\n'
 
 
 def test_a_broken_config_file_exits_with_a_message(settings):
