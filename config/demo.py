@@ -34,9 +34,9 @@ Message: {text}
 '''
 # without calibration the teacher knows no animals, and a third of the messages are about people or places
 calibrate = 256
-# the texts were selected by words of feeling, so half of them are positive; most are about nothing in this list
-prior = {'sentiment': {'positive': 0.5, 'neutral': 0.25},
-         'topic': {'other': 0.45, 'people': 0.1, 'food': 0.1, 'places': 0.08}}
+# guesses, made after reading sixty messages: most are cheerful, and about nothing in this list
+prior = {'sentiment': {'positive': 0.42, 'neutral': 0.3},
+         'topic': {'other': 0.38, 'people': 0.1, 'food': 0.1, 'places': 0.08}}
 max_records = 2000
 # student: a pre-trained encoder reads the text, one layer writes the answer
 reader = 'data/teachers/minilm'  # python data/teachers/prepare.py minilm
