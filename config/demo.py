@@ -24,6 +24,10 @@ _examples = [          # without examples this teacher calls thanks neutral, and
     ('I love this song!', 'positive', 'music'),
     ('Is the last Batman any good?', 'neutral', 'movies'),
     ('I got a high score in Mario Kart', 'positive', 'games'),
+    ('Painting is so much fun, I want to learn it', 'positive', 'other'),
+    ('I broke my arm last week', 'negative', 'other'),
+    ('He told her a joke and she laughed', 'positive', 'people'),
+    ('Do you have a car?', 'neutral', 'other'),
 ]
 prompt = '''Classify the message below. Answer with one JSON object and nothing else.
 sentiment is positive for thanks, praise, joy, love, hope and amusement; negative for anger, sadness, fear, disgust and disappointment; neutral for a question, a fact or a remark without feeling.
@@ -36,7 +40,7 @@ Message: {text}
 calibrate = 256
 # guesses, made after reading sixty messages: most are cheerful, and about nothing in this list
 prior = {'sentiment': {'positive': 0.42, 'neutral': 0.3},
-         'topic': {'other': 0.38, 'people': 0.1, 'food': 0.1, 'places': 0.08}}
+         'topic': {'other': 0.42, 'people': 0.1, 'food': 0.1, 'places': 0.08}}
 max_records = 2000
 # student: a pre-trained encoder reads the text, one layer writes the answer
 reader = 'data/teachers/minilm'  # python data/teachers/prepare.py minilm

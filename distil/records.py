@@ -124,9 +124,11 @@ def check_data(shards, space, train_rows, val_rows, rng):
     overlap = len(texts[0] & texts[1])
     if overlap:
         stop(f'{overlap} held-out texts are also trained on; extract again')
-    decode = lambda rows: map(simplify, space.tokenizer.decode_batch([shards.ids(i).tolist() for i in rows]))
-    trained, held_out = {*decode(train_rows)}, list(decode(val_rows))
-    near = sum(text in trained for text in held_out) / len(held_out)
+    def simplified(rows):                                       # with its answer: 3x - 5 is not 3x + 5
+        decoded = space.tokenizer.decode_batch([shards.ids(i).tolist() for i in rows])
+        return [(simplify(text), shards.answer(i).tobytes()) for text, i in zip(decoded, rows)]
+    trained, held_out = {*simplified(train_rows)}, simplified(val_rows)
+    near = sum(record in trained for record in held_out) / len(held_out)
     if near > 0.05:
         print(f'note: {near:.0%} of the held-out texts are also trained on, but for case and punctuation: the '
               'figures flatter')

@@ -422,6 +422,12 @@ def test_near_duplicates_across_the_split_are_pointed_out(project, tmp_path):
     assert 'of the held-out texts are also trained on, but for case' in done.stdout, done.stderr
     check = next(line for line in done.stdout.splitlines() if line.startswith('check '))
     assert 0.5 < float(check.partition('near_overlap=')[2])
+    for n, line in enumerate(lines):                            # the other answer after a "!": no text gives it away
+        line['answer'] = {'tone': 'neutral' if n % 2 else 'friendly', 'spam': n % 2 == 0}
+    (root / 'labels.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    assert run(root, 'extract.py', '--labels=labels.jsonl', '--calibrate=0', '--prior={}', '--name=other').returncode == 0
+    done = run(root, 'train.py', '--max_epochs=1', '--name=other')
+    assert ' near_overlap=0\n' in done.stdout and 'but for case' not in done.stdout, done.stderr
 
 
 def test_what_few_records_of_many_values_mean_is_said(space, capsys):
