@@ -9,7 +9,7 @@ indent = None          # one line and no fence: half the tokens of the reference
 fence = False
 fields = {
     'sentiment': ['neutral', 'positive', 'negative'],
-    'topic': ['people', 'food', 'school', 'work', 'music', 'movies', 'games', 'animals', 'places', 'other'],
+    'topic': ['people', 'food', 'school', 'music', 'movies', 'animals', 'places', 'other'],
 }
 _examples = [          # without examples this teacher calls thanks neutral, and what was great, food
     ('Thank you so much, you too!', 'positive', 'other'),
@@ -20,10 +20,10 @@ _examples = [          # without examples this teacher calls thanks neutral, and
     ('you are fake and rude', 'negative', 'people'),
     ('Do you have homework today?', 'neutral', 'school'),
     ('I really do not know', 'neutral', 'other'),
-    ('I lost my job, it is awful', 'negative', 'work'),
+    ('I lost my job, it is awful', 'negative', 'other'),
     ('I love this song!', 'positive', 'music'),
     ('Is the last Batman any good?', 'neutral', 'movies'),
-    ('I got a high score in Mario Kart', 'positive', 'games'),
+    ('I got a high score in Mario Kart', 'positive', 'other'),
     ('Painting is so much fun, I want to learn it', 'positive', 'other'),
     ('I broke my arm last week', 'negative', 'other'),
     ('He told her a joke and she laughed', 'positive', 'people'),
@@ -31,16 +31,16 @@ _examples = [          # without examples this teacher calls thanks neutral, and
 ]
 prompt = '''Classify the message below. Answer with one JSON object and nothing else.
 sentiment is positive for thanks, praise, joy, love, hope and amusement; negative for anger, sadness, fear, disgust and disappointment; neutral for a question, a fact or a remark without feeling.
-topic is what the message is about: people, food, school, work, music, movies, games, animals, places, or other where it is none of these or too short to tell.
+topic is what the message is about: people, food, school, music, movies, animals, places, or other where it is none of these or too short to tell.
 Examples:
 ''' + write_examples('Message: {}\n{}\n', fields, _examples) + '''Now this one.
 Message: {text}
 '''
 # without calibration the teacher knows no animals, and a third of the messages are about people or places
 calibrate = 256
-# guesses, made after reading sixty messages: most are cheerful, and about nothing in this list
-prior = {'sentiment': {'positive': 0.42, 'neutral': 0.3},
-         'topic': {'other': 0.42, 'people': 0.1, 'food': 0.1, 'places': 0.08}}
+# guesses, made after reading a hundred messages: most are cheerful, and about nothing in this list
+prior = {'sentiment': {'positive': 0.47, 'neutral': 0.27},
+         'topic': {'other': 0.5, 'people': 0.1, 'food': 0.1, 'places': 0.08}}
 max_records = 2000
 # student: a pre-trained encoder reads the text, one layer writes the answer
 reader = 'data/teachers/minilm'  # python data/teachers/prepare.py minilm
