@@ -50,7 +50,7 @@ n_embd = 384
 n_mlp = 1536
 block_size = 64        # tokens of the encoder, and 15 of the answer
 # training
-max_epochs = 6
+max_epochs = 4
 batch_size = 32
 learning_rate = 1e-3
 min_lr = 1e-4
