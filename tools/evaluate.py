@@ -74,8 +74,8 @@ def simulate_cascade(confidence, hits, shares=(0, 0.05, 0.1, 0.2, 0.3, 0.5)):
 
 def compute_cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
     """the figures of the cost line: after how many calls a student has paid for itself. work: {extract_hours,
-    train_hours, teacher_rec_s}. Prices are per million calls. break_even is in calls: inf if a call of the student saves nothing, nan if
-    the teacher was not timed."""
+    train_hours, teacher_rec_s}. Prices are per million calls. break_even is in calls: inf if a call of the student
+    saves nothing, nan if the teacher was not timed."""
     price_of_million = lambda rec_s: 1e6 / rec_s / 3600 * hour_price
     teacher_million = teacher_price or price_of_million(work['teacher_rec_s'])
     student_million = price_of_million(student_rec_s)
