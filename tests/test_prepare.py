@@ -561,8 +561,10 @@ def test_of_two_runs_at_once_the_last_one_wins(tmp_path):
 
 
 def test_messages_are_read_from_the_catalogues_of_packages(tmp_path):
-    messages = {'Your password is too short': 'A jelszó <b>túl</b> rövid', 'Delete %(name)s now, for good?': 'Biztosan törli ezt: %(name)s?',
-                'Save': 'Mentés', 'The same in both languages': 'The same in both languages', '': 'Content-Type: text/plain; charset=UTF-8\n'}
+    messages = {'Your password is too short': 'A jelszó <b>túl</b> rövid',
+                'Delete %(name)s now, for good?': 'Biztosan törli ezt: %(name)s?', 'Save': 'Mentés',
+                'The same in both languages': 'The same in both languages',
+                '': 'Content-Type: text/plain; charset=UTF-8\n'}
     pairs, offset = sorted(messages.items()), 28 + 16 * len(messages)
     strings, tables = b'', [[], []]                             # the format of .mo files
     for column in (0, 1):

@@ -417,7 +417,8 @@ def test_extract_asks_a_server_trains_and_pays_no_text_twice(project, teachers, 
                 probability.append(float(np.exp(row[out]) / np.exp(row[legal]).sum()))
     assert {round(p, 2) for p in probability} == {0.75, 0.9}
     assert run(root, 'train.py', '--max_epochs=1').returncode == 0
-    asked = run(root, 'sample.py', '--min_confidence=1', '--ask_teacher=True', f'--teacher={fake.url}', '--text=buy it now')
+    asked = run(root, 'sample.py', '--min_confidence=1', '--ask_teacher=True', f'--teacher={fake.url}',
+                '--text=buy it now')
     assert json.loads(asked.stdout) == {'tone': 'friendly', 'spam': True, '_teacher': True}
     calibrated = run(root, 'extract.py', *arguments(Fake(), teachers), '--name=calibrated', '--calibrate=60',
                      '--prior={"spam": {True: 0.5}}')

@@ -425,7 +425,8 @@ def test_near_duplicates_across_the_split_are_pointed_out(project, tmp_path):
     for n, line in enumerate(lines):                            # the other answer after a "!": no text gives it away
         line['answer'] = {'tone': 'neutral' if n % 2 else 'friendly', 'spam': n % 2 == 0}
     (root / 'labels.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    assert run(root, 'extract.py', '--labels=labels.jsonl', '--calibrate=0', '--prior={}', '--name=other').returncode == 0
+    done = run(root, 'extract.py', '--labels=labels.jsonl', '--calibrate=0', '--prior={}', '--name=other')
+    assert done.returncode == 0
     done = run(root, 'train.py', '--max_epochs=1', '--name=other')
     assert ' near_overlap=0\n' in done.stdout and 'but for case' not in done.stdout, done.stderr
 
@@ -433,7 +434,8 @@ def test_near_duplicates_across_the_split_are_pointed_out(project, tmp_path):
 def test_what_few_records_of_many_values_mean_is_said(space, capsys):
     answer = lambda i: np.array(space.from_json({'n': i, 'tone': 'friend', 'ok': True}))
     note_rare_values(SimpleNamespace(answer=answer), space, range(50), range(3), 4)  # n has 25 values, tone three
-    few = 'note: each of the {} values of {} is seen about {} times in 4 epochs, which is few: --max_epochs={}, or label more'
+    few = ('note: each of the {} values of {} is seen about {} times in 4 epochs, which is few: --max_epochs={}, '
+           'or label more')
     none = 'note: {} of {} values of {} have no held-out record; the figures say nothing of them'
     assert capsys.readouterr().out.splitlines() == [
         few.format(25, 'n', 8, 100), none.format(22, 25, 'n'), few.format(3, 'tone', 67, 12), none.format(2, 3, 'tone'),

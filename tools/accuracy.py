@@ -81,7 +81,8 @@ def measure(field, values, records, answers, others):
     name_of = dict(zip(map(json.dumps, values), value_names(values)))  # {JSON text: key of _confidence}
 
     def confidence(records):
-        known = [(record['_confidence'][field], json.dumps(record[field])) for record in records if 'error' not in record]
+        known = [(record['_confidence'][field], json.dumps(record[field]))
+                 for record in records if 'error' not in record]
         return [p[name_of[value]] if isinstance(p, dict) else p for p, value in known]
     if len(values) == 2 and len({*truth}) == 2:                 # the rarer one is what people look for
         rare = min(name_of, key=[*truth].count)
