@@ -188,10 +188,10 @@ class Labels:
                 yield text, self.label_of(text_hash(text)), ''
 
     def label_of(self, hash_):
-        """the label of a text, the mean of all that it has; without the values of probability 0."""
+        """the label of a text, the mean of all that it has."""
         ends = np.cumsum([len(values) for values in self.fields.values()])
         parts = np.split(self.known[hash_][0], ends[:-1])
-        return {'probabilities': {name: {key: p for key, p in zip(value_names(values), part.tolist()) if p}
+        return {'probabilities': {name: dict(zip(value_names(values), part.tolist()))
                                   for (name, values), part in zip(self.fields.items(), parts)}}
 
     def read_label(self, line):

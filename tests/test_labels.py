@@ -131,7 +131,7 @@ def test_the_labels_of_a_text_are_averaged_and_contradictions_counted(tmp_path):
                                                 'duplicate']
     assert lines[1][0] == 'a' and lines[1][1]['probabilities']['tone'] == pytest.approx(
         {'friendly': 2.25 / 4, 'neutral': 1.75 / 4})
-    assert lines[2][1]['probabilities'] == {'tone': {'neutral': 1}, 'spam': {'true': 1}}
+    assert lines[2][1]['probabilities'] == {'tone': {'neutral': 1, 'friendly': 0}, 'spam': {'true': 1, 'false': 0}}
 
 
 @pytest.mark.parametrize('label, message', [
