@@ -42,7 +42,7 @@ def test_stored_logits_give_each_value_its_probability(tokenizer, fields, indent
 
 
 def test_labels_of_a_thousand_values_are_read_as_those_of_few(tokenizer):
-    """thousands of them a second. 1, 1.0, true and their names stay apart."""
+    """1, 1.0, true and their names stay apart."""
     values = [*range(-500, 500), True, 1.5, 'true', [1], [True]]
     space = OutputSpace(tokenizer, {'n': values}, auxiliary=range(4, 90))
     for value in (-500, 0, 1, 499, True, 1.5, 'true', [1], [True]):
