@@ -303,6 +303,8 @@ if __name__ == '__main__':
     meta['dtype'] = str(dtype).removeprefix('torch.')
     space = OutputSpace.from_task(Tokenizer.from_str(tokenizer_json), meta)  # the automaton and the V tokens
     print_changed(given, dataset, name, space)
+    folder = Path('data', dataset, f'{name}-{RANK:02d}')        # each process writes a shard of its own
+    writer = None if verify else open_writer(folder, len(space.output_ids))
     run_in_first(lambda: verify or store_split(dataset, name, source, given, space.tokenizer, max_text))
     shards = open_shards(dataset, name) if verify else None
     model = None
@@ -314,9 +316,6 @@ if __name__ == '__main__':
         equal, line = verify_records(model, shards, space, rows)
         print(line)
         sys.exit(not equal)
-
-    folder = Path('data', dataset, f'{name}-{RANK:02d}')        # each process writes a shard of its own
-    writer = open_writer(folder, len(space.output_ids))
     if n_todo:
         engine = Teacher(model, meta['before'], space.output_ids) if model else None  # reads the prompt once
         if engine and compile in ('True', 'true'):

@@ -25,7 +25,8 @@ with it. A cell is text: TRUE, 1.0 and none mean true, 1 and null in a field wit
 .jsonl keep `truth`, `answer` and `probabilities`, without NaN.
 
 --split names the column (or key) that says to which part a text belongs: train, or test (val, validation, valid,
-dev, eval, held_out), which is held out from training; without it a key `split` is not kept.
+dev, eval, held_out), which is held out from training. A key `split` of a .json or .jsonl with one of these
+words needs no option.
 
 Empty and repeated texts are left out. If anything fails, an earlier input.jsonl stays.
 
@@ -45,6 +46,7 @@ import sys
 import zipfile
 import zlib
 from collections import Counter
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -52,7 +54,7 @@ from logs import Log, is_log  # these lie beside this file
 from stub import write_stub
 from tables import DELIMITERS, csv_rows, find_value, read_part, read_table, read_typed, xlsx_rows
 
-KEPT = 'truth', 'answer', 'probabilities'
+KEPT = 'truth', 'answer', 'probabilities', 'split'
 UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 BINARY = {  # what a file is, and what to do: how it begins
     'a zip archive or a damaged workbook; unpack it, or save its table as .csv': (b'PK\3\4', b'PK\5\6'),
@@ -214,9 +216,14 @@ def find_files(path):
 
 
 def pop_part(extra, split):
-    """takes the column `split` out of the truth of a record, which read_records has put there. Returns 'train' or
-    'test', '' if the record has none. ValueError if its value is another word."""
-    if not split or 'truth' not in extra:
+    """takes the split out of a record: of the column `split`, which read_records has put into its truth; if that is
+    '', of its key `split`. Returns 'train' or 'test', '' if it has none. ValueError if the column has another word."""
+    own = extra.pop('split', '')
+    if not split:
+        with suppress(ValueError):                              # a split of another kind
+            return read_part(own) if own else ''
+        return ''
+    if 'truth' not in extra:
         return ''
     value = extra['truth'].pop(split, '')
     if not extra['truth']:

@@ -25,6 +25,11 @@ def open_shards(dataset, name):
         stop(str(error))
 
 
+def labels_given(meta):
+    """True if the answers of a shard, with this meta.json, were given (people, a log): no teacher wrote them."""
+    return meta.get('score') == 'labels' and 'server' not in meta
+
+
 def open_records(dataset, name, max_records, eval_records, held_out, train_on):
     """(Shards, record numbers to train on, record numbers to evaluate on) of a task. Exits with a message if
     there are none, or if a split that people made leaves none to one of the two. The arguments are settings of

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from config import data_line, stop
 from config.machine import RANK, can_compile, on_stop, pick_dtype, run_in_first
 from distil.checkpoint import CHECKPOINT, TASK, is_large, load_checkpoint, save_checkpoint
+from distil.records import labels_given
 from distil.space import OutputSpace
 from distil.split import describe_split, pack_split
 from distil.start import SeenRows, new_student
@@ -177,8 +178,7 @@ def work_before(shards):
     for meta in shards.metas:
         timed.update(meta.get('timed', {}))
     teacher_rec_s = timed['records'] / timed['seconds'] if timed else math.nan
-    given = shards.meta.get('score') == 'labels' and 'server' not in shards.meta
-    hours = 0.0 if given else len(shards) / teacher_rec_s / 3600
+    hours = 0.0 if labels_given(shards.meta) else len(shards) / teacher_rec_s / 3600
     return {'extract_hours': hours, 'train_hours': 0.0, 'teacher_rec_s': teacher_rec_s}
 
 

@@ -87,7 +87,8 @@ def store_split(dataset, name, source, labels, tokenizer, max_text):
         stop(f'cannot write to {folder}: {error.strerror}')
     counts, known = Counter(train=0, held_out=0, both=0), set(hashes.tolist())
     for text, part in read_parts(read()):
-        counts['held_out' if part == 'test' else 'both' if text_hash(text) in known else 'train'] += 1
+        both = part == 'train' and not known.isdisjoint(hash_texts([text], tokenizer, max_text).tolist())
+        counts['held_out' if part == 'test' else 'both' if both else 'train'] += 1
     print(data_line('split', counts))
     if counts['both']:
         print(f'both: {counts["both"]} lines of the training part have a text of the test part, so it is held out')

@@ -511,6 +511,10 @@ def test_a_column_says_to_which_part_a_text_belongs(tmp_path):
     assert all('truth' not in r for r in records) and records[-1] == {'text': 'six', 'answer': 1}
     done, records = run_prepare(tmp_path, 'a.csv', '--split=part', '--truth=team')
     assert records[1] == {'text': 'two', 'truth': {'team': 'y'}, 'split': 'test'} and 'truth' not in records[3]
+    (tmp_path / 'b.jsonl').write_text('{"text": "a", "split": "test"}\n{"text": "b", "split": 3}\n'
+                                      '{"text": "c", "split": "Train"}\n{"text": "d", "split": ""}\n')
+    records = run_prepare(tmp_path, 'b.jsonl')[1]               # a key that says so needs no option
+    assert [(r['text'], r.get('split')) for r in records] == [('a', 'test'), ('b', None), ('c', 'train'), ('d', None)]
     (tmp_path / 'c.csv').write_text('text,part\na,1\nb,2\n')
     (tmp_path / 'd.csv').write_text('text,part\na,\n')
     for args, message in ((['c.csv', '--split=part'], "'a': its split is '1', neither train nor one of test, val"),

@@ -24,7 +24,7 @@ from distil.agreement import (calibration_error, evaluate, field_texts, read_tru
 from distil.checkpoint import (checkpoint_path, load_checkpoint, read_checkpoint, read_work, save_checkpoint,
                                warn_changed_task)
 from distil.decode import confidence_of, decode, generate
-from distil.records import choose_rows, load_records
+from distil.records import choose_rows, labels_given, load_records
 from distil.report import draw_report, start_drawing
 
 name = ''            # word; data/<dataset>/<name>-* has the held-out records
@@ -88,6 +88,11 @@ def compute_cost(work, student_rec_s, hour_price, teacher_price, calls_per_day):
             'days': calls / calls_per_day}
 
 
+def known_line(tag, figures):
+    """data_line of those figures that are known: not nan."""
+    return data_line(tag, {key: value for key, value in figures.items() if not math.isnan(value)})
+
+
 def print_confidence_and_cost(checkpoint, student, space, shards, rows, free_answers, batch_size, *prices):
     """prints how well the student's confidence is calibrated, the agreement of a cascade, and the cost.
     prices: the last arguments of compute_cost. Returns that cost, and of the odd records the student's
@@ -110,11 +115,13 @@ def print_confidence_and_cost(checkpoint, student, space, shards, rows, free_ans
                                     'free_differs': free_differs}))
     points = list(simulate_cascade(confidence, hits))
     for point in points:
-        million = cost['student_million'] + point['deferred'] * cost['teacher_million']
-        print(data_line('cascade', point | {'million': million}))
+        million = cost['student_million'] + (point['deferred'] and point['deferred'] * cost['teacher_million'])
+        print(known_line('cascade', point | {'million': million}))
     if max(point['kept_field'] for point in points[1:]) <= points[0]['kept_field']:
         print('confident records agree no more often than all records: the confidence is of no use yet')
-    print(data_line('cost', cost))
+    print(known_line('cost', cost))
+    if math.isnan(cost['teacher_million']):
+        print('what a call of the LLM costs is not known, since the labels were given: --teacher_price= of a million')
     if cost['break_even'] == math.inf:
         print('at these prices a call of the student is no cheaper than one of the teacher: keep the teacher')
     return cost, confidence, hits
@@ -175,8 +182,9 @@ def set_target(folder, which, confidence, hits, target_agreement):
 # examples and summary
 
 
-def print_examples(space, shards, rows, answers, n):
-    """prints n texts with the values of teacher and student below; < marks where they differ."""
+def print_examples(space, shards, rows, answers, n, source):
+    """prints n texts with the values of the source (teacher, or label) and of the student below; < marks where they
+    differ."""
     def values_of(outs):
         answer = space.to_json(outs)
         return [str(value) for value in answer.values()] if answer else ['(not JSON)'] * len(space.fields)
@@ -185,16 +193,16 @@ def print_examples(space, shards, rows, answers, n):
     print(' ' * 10, *(name.ljust(width + 1) for name, width in zip(space.fields, widths)))
     for i, (teacher_values, student_values) in zip(rows, pairs):
         print(space.tokenizer.decode(shards.ids(i).tolist()))
-        print('   teacher', *(value.ljust(width + 1) for value, width in zip(teacher_values, widths)))
+        print(f'   {source:<7}', *(value.ljust(width + 1) for value, width in zip(teacher_values, widths)))
         marked = [student + '<' * (student != teacher)
                   for student, teacher in zip(student_values, teacher_values)]
         print('   student', *(value.ljust(width + 1) for value, width in zip(marked, widths)))
 
 
-def print_summary(figures, linear, cost):
+def print_summary(figures, linear, cost, source):
     """prints in prose how often the student agrees, the majority and linear baselines, and the speed."""
     of_100 = lambda share: f'{100 * share:.0f}'
-    line = (f'the student agrees with its teacher in {of_100(figures["field"])} of 100 fields; the majority '
+    line = (f'the student agrees with its {source} in {of_100(figures["field"])} of 100 fields; the majority '
             f'baseline agrees in {of_100(figures["majority"])}')
     if linear:
         line += (f', the linear baseline in {of_100(linear["field"])}. Whole answers: '
@@ -293,10 +301,10 @@ if __name__ == '__main__':
         train_rows = choose_rows(shards, settings['max_records'], 0, settings.get('train_on', 'all'))[0]
         encoder = settings.get('reader') or 'data/teachers/minilm'
         print(data_line('encoder', encoder_baseline(shards, space, train_rows, rows, encoder, device, dtype)))
-    source = Path('data', dataset, 'input.jsonl')
-    if source.is_file():
-        truth = read_truth(source, shards, rows)
-        outs_of = {'teacher': [shards.answer(rows[n]).tolist() for n in truth],
+    source, texts = 'label' if labels_given(shards.meta) else 'teacher', Path('data', dataset, 'input.jsonl')
+    if texts.is_file():
+        truth = read_truth(texts, shards, rows)
+        outs_of = {source: [shards.answer(rows[n]).tolist() for n in truth],
                    'student': [answers[n] for n in truth]}
         for line in truth_lines(space, truth, outs_of):
             print(data_line(*line))
@@ -304,7 +312,7 @@ if __name__ == '__main__':
                                                        sample_batch, hour_price, teacher_price, calls_per_day)
     if target_agreement:
         set_target(out, which, confidence, hits, target_agreement)
-    print_examples(space, shards, rows, answers, examples)
-    print_summary(figures, checkpoint['linear'], cost)
+    print_examples(space, shards, rows, answers, examples, source)
+    print_summary(figures, checkpoint['linear'], cost, source)
     if picture := draw_report(out, shards, rows[:500], dtype, which):
         print(f'{picture} shows the training, the fields, the confidence and the confusions')
