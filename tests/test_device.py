@@ -370,6 +370,13 @@ def test_the_page_shows_the_answers_of_sample_py_and_works_offline(page, student
             assert all(abs(shown[field][value] - p) < 0.006 for value, p in probabilities.items())
     assert page.evaluate('document.documentElement.scrollWidth') <= 390  # it fits a phone
 
+    page.fill('#text', 'hello there!\nשלום עולם!')              # a line from left to right, one from right to left
+    expect(page.locator('#answers > li')).to_have_count(2)
+    assert page.evaluate('''() => [...document.querySelectorAll("#answers p")].map((p) => {
+        const left = (n) => { const range = document.createRange(); range.setStart(p.firstChild, n);
+            range.setEnd(p.firstChild, n + 1); return range.getBoundingClientRect().left; };
+        return left(0) < left(p.textContent.length - 1); })''') == [True, False]
+
     (tmp_path / 'lines.txt').write_bytes(as_lines([*ALIKE * 5, '', 'é日']))
     page.set_input_files('#file', tmp_path / 'lines.txt')
     with page.expect_download() as download:
