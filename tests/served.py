@@ -20,6 +20,8 @@ for package in ('fastapi', 'uvicorn', 'httpx', 'openai', 'typesafe_sdk', 'jevcom
 import httpx
 
 from serve.app import make_app
+from serve.prompts import Prompts
+from serve.service import Service
 from serve.students import Student
 
 FIELDS = {'tone': ['neutral', 'friendly', 'friend'], 'spam': [True, False], 'stars': [2, 1, 3],
@@ -103,3 +105,67 @@ def post_all(service, *calls, **settings):
     if not service.decoder.is_alive():
         service.decoder.start()
     return asyncio.run(go())
+
+
+# -----------------------------------------------------------------------------
+# requests to an application in this process
+
+TEXT = TEXTS[0]
+CHAT = [{'role': 'user', 'content': TEXT}]
+
+
+@pytest.fixture(scope='module')
+def service(labeler):
+    service = Service(labeler, 'toy')
+    service.decoder.start()
+    return service
+
+
+@pytest.fixture
+def send(service):
+    """send(method, path, body, headers, ...) -> a response from an application in this process."""
+    def send(method, path, body=None, headers=None, students=None, **arguments):
+        students = students or [Student(service, **MEANING)]
+
+        async def go():
+            transport = httpx.ASGITransport(make_app(students, service.metrics, **arguments))
+            async with httpx.AsyncClient(transport=transport, base_url='http://test') as client:
+                content = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+                return await client.request(method, path, content=content, headers=headers)
+        return asyncio.run(go())
+    return send
+
+
+@pytest.fixture
+def chat(send):
+    """chat(**body) -> (the message of a chat completion, its finish_reason); the error's text if it fails."""
+    def chat(templates=(), turns='refuse', **body):
+        student = None
+        if templates or turns != 'refuse':
+            student = [Student(chat.service, Prompts([PROMPT, *templates], turns), **MEANING)]
+        reply = send('POST', '/v1/chat/completions', {'messages': CHAT, **body}, students=student)
+        chat.headers = reply.headers
+        if reply.status_code != 200:
+            return reply.json()['error']['message'], reply.json()['error']['param']
+        choice = reply.json()['choices'][0]
+        return choice['message'], choice['finish_reason']
+    return chat
+
+
+@pytest.fixture(autouse=True)
+def give_service(request, service):
+    if 'chat' in request.fixturenames:
+        request.getfixturevalue('chat').service = service
+
+
+def answer_of(truth, text=TEXT, names=tuple(FIELDS)):
+    return {name: truth[text][name] for name in names}
+
+
+def json_schema(schema):
+    return {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': schema, 'strict': True}}
+
+
+def of(properties, required=None):
+    return {'type': 'object', 'properties': properties, 'additionalProperties': False,
+            'required': list(properties) if required is None else required}
