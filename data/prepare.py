@@ -249,7 +249,8 @@ def write_texts(records, file, counts, truths, split):
         counts[reason] += 1
         if reason == 'kept':
             seen.add(key)
-            file.write(json.dumps({'text': text, **extra, **({'split': part} if part else {})}) + '\n')
+            record = {'text': text, **extra, **({'split': part} if part else {})}
+            file.write(json.dumps(record, ensure_ascii=False) + '\n')
     return known
 
 
@@ -292,7 +293,7 @@ if __name__ == '__main__':
     try:
         target.parent.mkdir(exist_ok=True)
         log = Log(logs, template)
-        with open(tmp, 'w', encoding='utf-8') as file:
+        with open(tmp, 'w', encoding='utf-8', errors='backslashreplace') as file:  # half an emoji is \ud83d in JSON
             others = read_files([path for path in files if path not in logs], column, truths, delimiter, counts)
             known = write_texts(chain(read_log(log, counts, problems), others), file, counts, truths, split)
         shown = ['read', 'kept', 'empty', 'duplicate', 'bad_utf8']

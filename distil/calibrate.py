@@ -45,8 +45,10 @@ def find_priors(fields, prior, only):
     priors = {}
     for name in only or fields:
         values, known = fields[name], prior.get(name, {})
-        text = [json.dumps(value) for value in values]
-        given = {json.dumps(value): p for value, p in known.items()} if isinstance(known, dict) else None
+        text = [json.dumps(value, ensure_ascii=False) for value in values]
+        given = None
+        if isinstance(known, dict):
+            given = {json.dumps(value, ensure_ascii=False): p for value, p in known.items()}
         if given is None or not all(type(p) in (int, float) and 0 < p <= 1 for p in given.values()):
             raise ValueError(f'{name!r} needs {{value: share above 0}}, not {known!r}')
         if unknown := [value for value in given if value not in text]:
@@ -134,7 +136,7 @@ def print_bias(report, space):
         for value in space.fields[field]:
             outs = space.from_json({**first, field: value})
             out = outs[space.states_before(outs).index(state)]
-            names.setdefault(out, []).append(json.dumps(value).strip('"'))
+            names.setdefault(out, []).append(json.dumps(value, ensure_ascii=False).strip('"'))
         top = sorted(names, key=lambda out: -before[out] - after[out])[:8]
         shares = [','.join(f'{"|".join(names[out][:2])}:{share[out]:.2f}' for out in top).replace(' ', '_')
                   for share in (before, after)]

@@ -3,6 +3,7 @@ Without matplotlib nothing is drawn.
 """
 import importlib.util
 import json
+import warnings
 
 import numpy as np
 
@@ -11,13 +12,21 @@ from distil.checkpoint import load_checkpoint
 from distil.decode import confidence_of
 
 
+SCRIPTS = 'CJK', 'Gothic', 'YaHei', 'Hiragino', 'PingFang', 'Devanagari'  # in names of fonts of other scripts
+
+
 def start_drawing():
-    """returns matplotlib.pyplot, set to draw without a screen, or None if matplotlib is not installed."""
+    """returns matplotlib.pyplot, set to draw without a screen, or None if matplotlib is not installed. Values in
+    scripts that its own font lacks are drawn with the fonts of this machine; without one they are boxes."""
     if not importlib.util.find_spec('matplotlib'):
         return None
     import matplotlib
     matplotlib.use('Agg')
+    import matplotlib.font_manager
     import matplotlib.pyplot
+    names = sorted({font.name for font in matplotlib.font_manager.fontManager.ttflist})
+    matplotlib.rcParams['font.family'] = ['DejaVu Sans', *(n for n in names if any(script in n for script in SCRIPTS))]
+    warnings.filterwarnings('ignore', 'Glyph')
     return matplotlib.pyplot
 
 
@@ -56,8 +65,9 @@ def draw_confusion(ax, field, values, student_values, teacher_values):
     for i, j in np.ndindex(table.shape):
         ax.text(j, i, int(table[i, j]), ha='center', va='center', fontsize=8)
     ax.set(title=field, xlabel='student', ylabel='teacher')
-    ax.set_xticks(range(len(names)), names, rotation=45, fontsize=7)
-    ax.set_yticks(range(len(names)), names, fontsize=7)
+    shown = [json.dumps(value, ensure_ascii=False) for value in values][:12]
+    ax.set_xticks(range(len(shown)), shown, rotation=45, fontsize=7)
+    ax.set_yticks(range(len(shown)), shown, fontsize=7)
 
 
 def draw_report(out, shards, rows, dtype='float32', which='best'):

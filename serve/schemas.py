@@ -219,8 +219,8 @@ def check_answers(shape, space, validator, n_objects):
         for error in validator.iter_errors(answer):
             field = next(iter(error.absolute_path), '')
             of_field = f' (field {field!r})' if field else ''
-            raise ValueError(f'the student can answer {json.dumps(answer)}, which the schema does not '
-                             f'allow{of_field}: {error.message[:200]}')
+            raise ValueError(f'the student can answer {json.dumps(answer, ensure_ascii=False)}, which the schema does '
+                             f'not allow{of_field}: {error.message[:200]}')
 
 
 @lru_cache(maxsize=256)  # a caller sends the same one every time

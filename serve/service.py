@@ -160,7 +160,7 @@ class Service:
             self.metrics.cut.labels(self.name).inc(n_cut > 0)
             self.metrics.texts.labels(self.name, answer.by).inc()
             for field, value in answer.record.items():
-                self.metrics.values.labels(self.name, field, json.dumps(value)).inc()
+                self.metrics.values.labels(self.name, field, json.dumps(value, ensure_ascii=False)).inc()
         return answers
 
     def add_waiting(self, n):

@@ -14,6 +14,7 @@ from distil.agreement import (BROKEN, calibration_error, field_texts, fit_temper
                               measure_agreement, read_truth, truth_lines)
 from distil.checkpoint import load_checkpoint
 from distil.decode import generate
+from distil.report import draw_confusion, start_drawing
 from distil.space import OutputSpace
 from tests.conftest import FIELDS, clone_task, one_line, run
 from tools.accuracy import area_under_roc, recall_at_precision
@@ -254,3 +255,12 @@ def test_the_linear_baseline_is_the_better_of_words_and_characters_and_stops_no_
     late = ["bad x" if tone == "friendly" or n < 20 else "good x" for n, tone in enumerate(tones)]
     assert baseline(late, tones)['fields']['tone'] == 0.5       # the first 20 records teach it nothing
     assert 'from the first 20 records alone' in capsys.readouterr().out
+
+
+def test_the_picture_names_values_in_their_own_script():
+    pytest.importorskip('matplotlib')
+    _, ax = start_drawing().subplots()
+    values = ['jó', '好', True]
+    draw_confusion(ax, 'hang', values, *[[*map(json.dumps, values)]] * 2)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ['"jó"', '"好"', 'true']
+    assert [text.get_text() for text in ax.texts] == ['1', '0', '0', '0', '1', '0', '0', '0', '1']

@@ -585,3 +585,11 @@ def test_messages_are_read_from_the_catalogues_of_packages(tmp_path):
         package.writestr('a/locale/de/LC_MESSAGES/django.mo', catalogue)
     assert {(r['text'], r['english']) for r in run_source(tmp_path, 'messages')} == {
         ('A jelszó túl rövid', 'Your password is too short'), ('Biztosan törli ezt: …?', 'Delete … now, for good?')}
+
+
+def test_texts_of_any_script_can_be_read_in_the_file_and_half_an_emoji_stays(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"text": "nem t\\u00f6r\\u00f6lhet\\u0151 \\ud83d"}\n{"text": "好 😀"}\n')
+    records = run_prepare(tmp_path, 'a.jsonl')[1]
+    assert [r['text'] for r in records] == ['nem törölhető \ud83d', '好 😀']
+    written = (tmp_path / 'data/mine/input.jsonl').read_bytes().decode()
+    assert 'törölhető \\ud83d"' in written and '好 😀' in written

@@ -202,8 +202,8 @@ def print_examples(space, shards, rows, answers, n, source):
 def print_summary(figures, linear, cost, source):
     """prints in prose how often the student agrees, the majority and linear baselines, and the speed."""
     of_100 = lambda share: f'{100 * share:.0f}'
-    line = (f'the student agrees with its {source} in {of_100(figures["field"])} of 100 fields; the majority '
-            f'baseline agrees in {of_100(figures["majority"])}')
+    line = (f'the student agrees with {"its teacher" if source == "teacher" else "the labels"} in '
+            f'{of_100(figures["field"])} of 100 fields; the majority baseline agrees in {of_100(figures["majority"])}')
     if linear:
         line += (f', the linear baseline in {of_100(linear["field"])}. Whole answers: '
                  f'{of_100(figures["exact"])}, the linear baseline {of_100(linear["exact"])}')
