@@ -28,7 +28,7 @@ with it. A cell is text: TRUE, 1.0 and none mean true, 1 and null in a field wit
 dev, eval, held_out), which is held out from training. A key `split` of a .json or .jsonl with one of these
 words needs no option.
 
-Empty and repeated texts are left out. If anything fails, an earlier input.jsonl stays.
+Empty and repeated texts are left out; those with a label (`answer`, `probabilities`) stay. If anything fails, an earlier input.jsonl stays.
 
 A .jsonl may be the log of an LLM that does the task today: fine-tuning files, requests with their responses,
 batch inputs and outputs (data/logs.py has the forms). The text is what differs between the prompts, or stands
@@ -245,7 +245,8 @@ def write_texts(records, file, counts, truths, split):
             sys.exit(f'{text[:60]!r}: {error}')
         key = (text, part) if part == 'test' else text
         counts['read'] += 1
-        reason = 'empty' if not text else 'duplicate' if key in seen else 'kept'
+        labelled = 'answer' in extra or 'probabilities' in extra  # several labels of a text are averaged by extract.py
+        reason = 'empty' if not text else 'duplicate' if key in seen and not labelled else 'kept'
         counts[reason] += 1
         if reason == 'kept':
             seen.add(key)

@@ -3,6 +3,7 @@ Without matplotlib nothing is drawn.
 """
 import importlib.util
 import json
+import logging
 import warnings
 
 import numpy as np
@@ -27,6 +28,7 @@ def start_drawing():
     names = sorted({font.name for font in matplotlib.font_manager.fontManager.ttflist})
     matplotlib.rcParams['font.family'] = ['DejaVu Sans', *(n for n in names if any(script in n for script in SCRIPTS))]
     warnings.filterwarnings('ignore', 'Glyph')
+    logging.getLogger('matplotlib.font_manager').setLevel(logging.ERROR)
     return matplotlib.pyplot
 
 

@@ -1,5 +1,6 @@
 """Templates from logged requests: the common beginnings and ends of their messages."""
 import json
+import sys
 from collections import Counter, defaultdict
 
 from serve.prompts import read_turns
@@ -74,9 +75,13 @@ def learn_templates(prompts):
 
 
 def print_templates(path):
-    """prints the templates of a file of logged requests, ready to paste into a config."""
-    with open(path, encoding='utf-8-sig', errors='replace') as file:
-        prompts = list(read_prompts(line for line in file if line.strip()))
+    """prints the templates of a file of logged requests, ready to paste into a config. Exits with a
+    message if it cannot be read."""
+    try:
+        with open(path, encoding='utf-8-sig', errors='replace') as file:
+            prompts = list(read_prompts(line for line in file if line.strip()))
+    except OSError as error:
+        sys.exit(f'{path} cannot be read: {error.strerror}')
     readable = [prompt for prompt in prompts if prompt]
     templates = learn_templates(readable)
     print(f'# {len(prompts)} requests, {len(readable)} with a user message')

@@ -61,7 +61,7 @@ def read_options(part, root):
     options = [part['const']] if 'const' in part else options
     for one in part.get('anyOf') or part.get('oneOf') or []:
         inner_options, inner_types, nullable = read_options(one, root)
-        types |= inner_types
+        types |= inner_types | ({'null'} if nullable else set())
         if inner_options is not None:
             options = (options or []) + inner_options
     nullable = 'null' in types or options is not None and None in options

@@ -587,6 +587,12 @@ def test_messages_are_read_from_the_catalogues_of_packages(tmp_path):
         ('A jelszó túl rövid', 'Your password is too short'), ('Biztosan törli ezt: …?', 'Delete … now, for good?')}
 
 
+def test_contradicting_labels_of_a_text_stay(tmp_path):
+    labels = [{'text': 'a', 'answer': {'team': team}} for team in ('x', 'y', 'y')]
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in [*labels, {'text': 'a'}]))
+    assert run_prepare(tmp_path, 'a.jsonl')[1] == labels        # the last line has none, so it is a duplicate
+
+
 def test_texts_of_any_script_can_be_read_in_the_file_and_half_an_emoji_stays(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "nem t\\u00f6r\\u00f6lhet\\u0151 \\ud83d"}\n{"text": "好 😀"}\n')
     records = run_prepare(tmp_path, 'a.jsonl')[1]

@@ -41,6 +41,7 @@ from serve.schemas import read_schema
      {'tone': {'friend': 'FRIEND', 'neutral': 'Neutral', 'friendly': 'friend-ly'}}),
     (of({'tone': {}, 'why': {'type': 'string'}}, ['tone']), {'tone': 'tone'}),
     (of({'tone': {}, 'why': {'type': ['string', 'null']}}), {'tone': 'tone', 'why': None}),
+    (of({'tone': {}, 'why': {'anyOf': [{'type': 'string'}, {'type': 'null'}]}}), {'tone': 'tone', 'why': None}),
     (of({'type': {'const': 'label'}, 'tone': {}}), {'type': 'label', 'tone': 'tone'})])
 def test_a_schema_is_answered_in_the_callers_words(chat, truth, schema, expected):
     for text in TEXTS:
