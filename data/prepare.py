@@ -26,7 +26,7 @@ with it. A cell is text: TRUE, 1.0 and none mean true, 1 and null in a field wit
 
 --split names the column (or key) that says to which part a text belongs: train, or test (val, validation, valid,
 dev, eval, held_out), which is held out from training. A key `split` of a .json or .jsonl with one of these
-words needs no option.
+words needs no option; other_split counts those with another word, which is not kept.
 
 Empty and repeated texts are left out; those with a label (`answer`, `probabilities`) stay. If anything fails, an earlier input.jsonl stays.
 
@@ -215,13 +215,15 @@ def find_files(path):
     return files or sys.exit(f'{path} is a directory without .parquet files; name the files in it')
 
 
-def pop_part(extra, split):
+def pop_part(extra, split, counts):
     """takes the split out of a record: of the column `split`, which read_records has put into its truth; if that is
-    '', of its key `split`. Returns 'train' or 'test', '' if it has none. ValueError if the column has another word."""
+    '', of its key `split`, if that has a known word; others are counted in counts['other_split']. Returns 'train' or
+    'test', '' if it has none. ValueError if the column has another word."""
     own = extra.pop('split', '')
     if not split:
-        with suppress(ValueError):                              # a split of another kind
+        with suppress(ValueError):
             return read_part(own) if own else ''
+        counts['other_split'] += 1                              # of another kind, or misspelt
         return ''
     if 'truth' not in extra:
         return ''
@@ -240,7 +242,7 @@ def write_texts(records, file, counts, truths, split):
         text = ' '.join(text.split()) if isinstance(text, str) else ''
         known |= {column for column in truths if text and column in extra.get('truth', ())}
         try:
-            part = pop_part(extra, split)
+            part = pop_part(extra, split, counts)
         except ValueError as error:
             sys.exit(f'{text[:60]!r}: {error}')
         key = (text, part) if part == 'test' else text
@@ -298,7 +300,7 @@ if __name__ == '__main__':
             others = read_files([path for path in files if path not in logs], column, truths, delimiter, counts)
             known = write_texts(chain(read_log(log, counts, problems), others), file, counts, truths, split)
         shown = ['read', 'kept', 'empty', 'duplicate', 'bad_utf8']
-        shown += [key for key in ('bad_json', 'bad_row', 'unusable') if counts[key]]
+        shown += [key for key in ('bad_json', 'bad_row', 'unusable', 'other_split') if counts[key]]
         figures = ' '.join(f'{key}={counts[key]}' for key in shown)
         if not counts['kept']:
             sys.exit(f'{", ".join(paths)}: no text found ({figures}{"; " if problems else ""}{"".join(problems[:1])})')

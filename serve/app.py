@@ -194,7 +194,9 @@ def add_models(app, students):
         listed = []
         for student in students:
             day = time.strftime('%Y-%m-%d', time.gmtime(student.created))
-            about = f'answers {", ".join(student.space.fields)}, as {student.task["teacher"]} would'
+            task = student.task                                 # given labels, or a server, have no fingerprint
+            teacher = 'its labels say' if task['fingerprint'] == 'labels' else f'{task["teacher"]} would'
+            about = f'answers {", ".join(student.space.fields)}, as {teacher}'
             listed.append({'name': student.name, 'description': about, 'release_date': day})
         return json_response({'object': 'list', 'data': [student.describe() for student in students],
                               'models': listed})

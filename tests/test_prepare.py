@@ -513,7 +513,8 @@ def test_a_column_says_to_which_part_a_text_belongs(tmp_path):
     assert records[1] == {'text': 'two', 'truth': {'team': 'y'}, 'split': 'test'} and 'truth' not in records[3]
     (tmp_path / 'b.jsonl').write_text('{"text": "a", "split": "test"}\n{"text": "b", "split": 3}\n'
                                       '{"text": "c", "split": "Train"}\n{"text": "d", "split": ""}\n')
-    records = run_prepare(tmp_path, 'b.jsonl')[1]               # a key that says so needs no option
+    done, records = run_prepare(tmp_path, 'b.jsonl')            # a key that says so needs no option
+    assert b' other_split=1' in done.stdout
     assert [(r['text'], r.get('split')) for r in records] == [('a', 'test'), ('b', None), ('c', 'train'), ('d', None)]
     (tmp_path / 'c.csv').write_text('text,part\na,1\nb,2\n')
     (tmp_path / 'd.csv').write_text('text,part\na,\n')
