@@ -194,9 +194,9 @@ def add_models(app, students):
         listed = []
         for student in students:
             day = time.strftime('%Y-%m-%d', time.gmtime(student.created))
-            task = student.task                                 # given labels, or a server, have no fingerprint
-            teacher = 'its labels say' if task['fingerprint'] == 'labels' else f'{task["teacher"]} would'
-            about = f'answers {", ".join(student.space.fields)}, as {teacher}'
+            teacher = student.task.get('server') or student.task['teacher']
+            given = student.task['fingerprint'] == 'labels' and 'server' not in student.task
+            about = f'answers {", ".join(student.space.fields)}, as {"its labels say" if given else f"{teacher} would"}'
             listed.append({'name': student.name, 'description': about, 'release_date': day})
         return json_response({'object': 'list', 'data': [student.describe() for student in students],
                               'models': listed})
