@@ -1,6 +1,6 @@
 """Run the teacher once over unlabelled text and store its logits on the few hundred tokens an answer can need.
 
-    python extract.py config/demo.py                            # about 2 minutes on 2 cores
+    python extract.py config/demo.py                            # 2 to 8 minutes on 2 cores
     python extract.py config/demo.py --verify=50                # compare stored records with plain passes
     python extract.py config/tweets.py                          # labels that exist already (distil/labels.py)
     torchrun --nproc_per_node=8 extract.py config/reddit.py     # one shard per GPU; nodes share a disk

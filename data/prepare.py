@@ -28,7 +28,8 @@ with it. A cell is text: TRUE, 1.0 and none mean true, 1 and null in a field wit
 dev, eval, held_out), which is held out from training. A key `split` of a .json or .jsonl with one of these
 words needs no option; other_split counts those with another word, which is not kept.
 
-Empty and repeated texts are left out; those with a label (`answer`, `probabilities`) stay. If anything fails, an earlier input.jsonl stays.
+Empty and repeated texts are left out, but all labels of a text (`answer`, `probabilities`) are kept. If anything
+fails, an earlier input.jsonl stays.
 
 A .jsonl may be the log of an LLM that does the task today: fine-tuning files, requests with their responses,
 batch inputs and outputs (data/logs.py has the forms). The text is what differs between the prompts, or stands

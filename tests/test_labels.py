@@ -93,7 +93,7 @@ def test_a_student_learns_from_given_labels_without_a_teacher(project, tmp_path)
     assert best > 0.9
     done = run(root, 'tools/evaluate.py', '--name=given')     # no teacher was timed: no verdict on its cost
     assert done.returncode == 0 and 'keep the teacher' not in done.stdout and 'nan' not in done.stdout
-    for shown in ('what a call of the LLM costs is not known', '   label ', 'agrees with the labels in'):
+    for shown in ('what a call of the LLM costs is not known', '   labels ', 'agrees with the labels in'):
         assert shown in done.stdout
     refused = run(root, 'sample.py', '--name=given', '--text=a', '--min_confidence=0.9', '--ask_teacher=True')
     assert refused.returncode == 1 and 'no teacher' in refused.stderr

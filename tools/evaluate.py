@@ -115,13 +115,14 @@ def print_confidence_and_cost(checkpoint, student, space, shards, rows, free_ans
                                     'free_differs': free_differs}))
     points = list(simulate_cascade(confidence, hits))
     for point in points:
-        million = cost['student_million'] + (point['deferred'] and point['deferred'] * cost['teacher_million'])
+        of_teacher = point['deferred'] and point['deferred'] * cost['teacher_million']  # 0 * nan is nan
+        million = cost['student_million'] + of_teacher
         print(known_line('cascade', point | {'million': million}))
     if max(point['kept_field'] for point in points[1:]) <= points[0]['kept_field']:
         print('confident records agree no more often than all records: the confidence is of no use yet')
     print(known_line('cost', cost))
     if math.isnan(cost['teacher_million']):
-        print('what a call of the LLM costs is not known, since the labels were given: --teacher_price= of a million')
+        print('what a call of the LLM costs is not known; --teacher_price= says what a million cost')
     if cost['break_even'] == math.inf:
         print('at these prices a call of the student is no cheaper than one of the teacher: keep the teacher')
     return cost, confidence, hits
@@ -183,7 +184,7 @@ def set_target(folder, which, confidence, hits, target_agreement):
 
 
 def print_examples(space, shards, rows, answers, n, source):
-    """prints n texts with the values of the source (teacher, or label) and of the student below; < marks where they
+    """prints n texts with the values of the source (teacher, or labels) and of the student below; < marks where they
     differ."""
     def values_of(outs):
         answer = space.to_json(outs)
@@ -301,7 +302,8 @@ if __name__ == '__main__':
         train_rows = choose_rows(shards, settings['max_records'], 0, settings.get('train_on', 'all'))[0]
         encoder = settings.get('reader') or 'data/teachers/minilm'
         print(data_line('encoder', encoder_baseline(shards, space, train_rows, rows, encoder, device, dtype)))
-    source, texts = 'label' if labels_given(shards.meta) else 'teacher', Path('data', dataset, 'input.jsonl')
+    source = 'labels' if labels_given(shards.meta) else 'teacher'
+    texts = Path('data', dataset, 'input.jsonl')
     if texts.is_file():
         truth = read_truth(texts, shards, rows)
         outs_of = {source: [shards.answer(rows[n]).tolist() for n in truth],
