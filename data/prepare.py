@@ -2,6 +2,7 @@
 
     python data/prepare.py mine messages.csv                   # writes data/mine/input.jsonl
     python data/prepare.py mine a.xlsx b.csv.gz --column=body  # several files, the text in column `body`
+    python data/prepare.py mine rated.csv --column=body --answer=team,urgent   # labels: also prints a config
     python data/prepare.py mine rated.csv --column=body --truth=team,urgent
     python data/prepare.py mine rated.csv --column=body --split=part   # whose cells say train or test
     python data/prepare.py mine lines.csv --delimiter=none     # one column: commas belong to the texts
@@ -20,9 +21,10 @@ table without a header needs a column number: --column=2. Dots name nested keys,
 it: comma, semicolon, tab, pipe, none, or another character. bad_row counts the rows with more cells than the
 first, which are left out.
 
---truth names columns (or keys) with the truth of a field. It is never trained on; tools/evaluate.py compares
-with it. A cell is text: TRUE, 1.0 and none mean true, 1 and null in a field with these values. .json and
-.jsonl keep `truth`, `answer` and `probabilities`, without NaN.
+--answer names columns (or keys) with the labels of a field, which a student learns without a teacher. A cell with
+true, false or a whole number is that, any other is text. --truth names columns with the truth of a field. It is never
+trained on; tools/evaluate.py compares with it. Here a cell is text: TRUE, 1.0 and none mean true, 1 and null in a
+field with these values. .json and .jsonl keep `truth`, `answer` and `probabilities`, without NaN.
 
 --split names the column (or key) that says to which part a text belongs: train, or test (val, validation, valid,
 dev, eval, held_out), which is held out from training. A key `split` of a .json or .jsonl with one of these
@@ -33,8 +35,8 @@ fails, an earlier input.jsonl stays.
 
 A .jsonl may be the log of an LLM that does the task today: fine-tuning files, requests with their responses,
 batch inputs and outputs (data/logs.py has the forms). The text is what differs between the prompts, or stands
-where --template='... {text} ...' says. Prints a config with the fields, the values and the prompt of the log,
-or writes it to the file that --config names.
+where --template='... {text} ...' says. Prints a config with the fields, the values and the prompt of the log, or of
+the labels of any other file, or writes it to the file that --config names.
 """
 import codecs
 import gzip
@@ -52,8 +54,8 @@ from itertools import chain
 from pathlib import Path
 
 from logs import Log, is_log  # these lie beside this file
-from stub import write_stub
-from tables import DELIMITERS, csv_rows, find_value, read_part, read_table, read_typed, xlsx_rows
+from stub import label_answers, log_answers, write_stub
+from tables import DELIMITERS, by_option, csv_rows, find_value, read_part, read_table, read_typed, xlsx_rows
 
 KEPT = 'truth', 'answer', 'probabilities', 'split'
 UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
@@ -122,9 +124,9 @@ def is_json(value):
         return False
 
 
-def read_objects(objects, path, column, truths, counts):
+def read_objects(objects, path, column, options, counts):
     """yields (text, {key: value} of the KEPT keys) for each JSON value: a text, or an object with one. Counts
-    other values in counts['bad_json']."""
+    other values in counts['bad_json']. options: as for read_table."""
     for value in objects:
         if isinstance(value, str):
             yield value, {}
@@ -132,9 +134,9 @@ def read_objects(objects, path, column, truths, counts):
             known = {name: of_name for name, of_name in value.items() if name not in KEPT}
             text = find_value(known, column, path) if known else ''
             extra = {key: value[key] for key in KEPT if key in value}
-            if truths:
-                truth = extra['truth'] if isinstance(extra.get('truth'), dict) else {}
-                extra['truth'] = truth | {name: value[name] for name in truths if name in value}
+            named = by_option({name: value[name] for name in options if name in value}, options)
+            for option, cells in named.items():
+                extra[option] = (extra[option] if isinstance(extra.get(option), dict) else {}) | cells
             for key, known in extra.items():
                 if isinstance(known, dict):
                     extra[key] = {name: known[name] for name in known if is_json(known[name])}
@@ -153,20 +155,20 @@ def parse_lines(lines):
                 yield None
 
 
-def read_records(path, column, truths, delimiter, counts):
+def read_records(path, column, options, delimiter, counts):
     """yields (text, {key: value} of the KEPT keys) for each record of a file of any kind."""
     raw = open_bytes(path)
     kind, lines = find_kind(raw, path, column or delimiter), open_lines(raw, counts)
     if kind in ('csv', 'tsv'):
         rows = csv_rows(lines, path, delimiter, column, kind == 'tsv', counts)
         hint = '' if delimiter else '; or --delimiter=none, if each line is one text'
-        yield from read_table(rows, path, column, truths, hint)
+        yield from read_table(rows, path, column, options, hint)
     elif kind == 'xlsx':
-        yield from read_table(xlsx_rows(raw, path), path, column, truths)
+        yield from read_table(xlsx_rows(raw, path), path, column, options)
     elif kind in ('parquet', 'arrow'):
-        yield from read_typed(raw, path, kind, column, truths)
+        yield from read_typed(raw, path, kind, column, options)
     elif kind in ('jsonl', 'ndjson'):
-        yield from read_objects(parse_lines(lines), path, column, truths, counts)
+        yield from read_objects(parse_lines(lines), path, column, options, counts)
     elif kind == 'json':
         try:
             values = json.loads(''.join(lines))
@@ -174,7 +176,7 @@ def read_records(path, column, truths, delimiter, counts):
             sys.exit(f'{path} is not JSON: {error}; if each line is one object, name it .jsonl')
         if not isinstance(values, list):
             sys.exit(f'{path} must hold a list, not one {type(values).__name__}')
-        yield from read_objects(values, path, column, truths, counts)
+        yield from read_objects(values, path, column, options, counts)
     else:
         yield from ((line, {}) for line in lines)
 
@@ -217,7 +219,7 @@ def find_files(path):
 
 
 def pop_part(extra, split, counts):
-    """takes the split out of a record: of the column `split`, which read_records has put into its truth; if that is
+    """takes the split out of a record: of the column `split`, which read_records has put into its split; if that is
     '', of its key `split`, if that has a known word; others are counted in counts['other_split']. Returns 'train' or
     'test', '' if it has none. ValueError if the column has another word."""
     own = extra.pop('split', '')
@@ -226,22 +228,18 @@ def pop_part(extra, split, counts):
             return read_part(own) if own else ''
         counts['other_split'] += 1                              # of another kind, or misspelt
         return ''
-    if 'truth' not in extra:
-        return ''
-    value = extra['truth'].pop(split, '')
-    if not extra['truth']:
-        del extra['truth']
+    value = own.get(split) if isinstance(own, dict) else None
     return '' if value in ('', None) else read_part(value)
 
 
-def write_texts(records, file, counts, truths, split):
+def write_texts(records, file, counts, split):
     """writes each different text to an opened input.jsonl, and counts. records: (text, what else is kept of it);
     split: '', or the column of it. A text of both parts is written twice: extract.py then holds it out. Returns the
-    set of columns that have a value for at least one text. Exits with a message if a split is no known word."""
+    set of names that have a value for at least one text. Exits with a message if a split is no known word."""
     seen, known = set(), set()
     for text, extra in records:
         text = ' '.join(text.split()) if isinstance(text, str) else ''
-        known |= {column for column in truths if text and column in extra.get('truth', ())}
+        known |= {name for part in extra.values() if text and isinstance(part, dict) for name in part}
         try:
             part = pop_part(extra, split, counts)
         except ValueError as error:
@@ -264,8 +262,8 @@ if __name__ == '__main__':
     sys.stdout.reconfigure(errors='backslashreplace')  # for names that it cannot encode
     typed = [arg.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace') for arg in sys.argv[1:]]  # in any locale
     options = dict(arg[2:].partition('=')[::2] for arg in typed if arg.startswith('--'))
-    if unknown := options.keys() - {'column', 'truth', 'split', 'delimiter', 'template', 'config'}:
-        sys.exit(f'data/prepare.py has no option --{unknown.pop()}; its options are --column=, --truth=, '
+    if unknown := options.keys() - {'column', 'answer', 'truth', 'split', 'delimiter', 'template', 'config'}:
+        sys.exit(f'data/prepare.py has no option --{unknown.pop()}; its options are --column=, --answer=, --truth=, '
                  '--split=, --delimiter=, --template= and --config=')
     if '' in options.values():
         sys.exit('an option needs a value right after its =; the shell needs quotes around ; and |')
@@ -273,9 +271,13 @@ if __name__ == '__main__':
     delimiter = DELIMITERS.get(delimiter.lower(), delimiter)
     if len(delimiter) > 1 or delimiter in (' ', '"'):
         sys.exit(f'--delimiter={delimiter} is not comma, semicolon, tab, pipe, none or one other character')
-    truths = {name.strip(): 'truth' for name in options.get('truth', '').split(',') if name.strip()}
     split = options.get('split', '')
-    truths |= {split: 'split'} if split else {}                 # {column: the option that names it}
+    named = [(split, 'split')] if split else []                 # (column, the option that names it)
+    named += [(name.strip(), option) for option in ('answer', 'truth')
+              for name in options.get(option, '').split(',') if name.strip()]
+    if len(dict(named)) < len(named):
+        sys.exit('--answer=, --truth= and --split= name the same column')
+    named = dict(named)
     template, config = options.get('template', ''), options.get('config', '')
     if template and template.count('{text}') != 1:
         sys.exit('--template= must hold {text} once, where the text goes')
@@ -283,13 +285,13 @@ if __name__ == '__main__':
         sys.exit(f'{config} exists; remove it, or name another file')
     name, *paths = [arg for arg in sys.argv[1:] if not arg.startswith('--')] or ['']
     if not paths or not re.fullmatch(r'\w[\w.-]*', name, re.ASCII):
-        sys.exit('run: python data/prepare.py NAME FILE... [--column=C] [--truth=C,C] [--split=C] [--delimiter=D] '
-                 '[--template=T] [--config=FILE]; NAME is the dataset')
+        sys.exit('run: python data/prepare.py NAME FILE... [--column=C] [--answer=C,C] [--truth=C,C] [--split=C] '
+                 '[--delimiter=D] [--template=T] [--config=FILE]; NAME is the dataset')
     files = [file for path in paths for file in find_files(path)]
     lines = [path for path in files if re.search(r'\.(jsonl|ndjson)(\.gz)?$', path.lower())]
     logs = [path for path in lines if not column and is_log(path)]
-    if (template or config) and not logs:
-        sys.exit(f'{", ".join(paths)}: no file is the log of an LLM, so there is no use for --template= and --config=')
+    if template and not logs:
+        sys.exit(f'{", ".join(paths)}: no file is the log of an LLM, so there is no use for --template=')
     root = Path(__file__).absolute().parents[1]
     target = root / 'data' / name / 'input.jsonl'
     tmp = target.with_suffix(f'.{secrets.token_hex(4)}.tmp')  # its own, for another run may write now
@@ -298,18 +300,22 @@ if __name__ == '__main__':
         target.parent.mkdir(exist_ok=True)
         log = Log(logs, template)
         with open(tmp, 'w', encoding='utf-8', errors='backslashreplace') as file:  # half an emoji is \ud83d in JSON
-            others = read_files([path for path in files if path not in logs], column, truths, delimiter, counts)
-            known = write_texts(chain(read_log(log, counts, problems), others), file, counts, truths, split)
+            others = read_files([path for path in files if path not in logs], column, named, delimiter, counts)
+            known = write_texts(chain(read_log(log, counts, problems), others), file, counts, split)
         shown = ['read', 'kept', 'empty', 'duplicate', 'bad_utf8']
         shown += [key for key in ('bad_json', 'bad_row', 'unusable', 'other_split') if counts[key]]
         figures = ' '.join(f'{key}={counts[key]}' for key in shown)
         if not counts['kept']:
             sys.exit(f'{", ".join(paths)}: no text found ({figures}{"; " if problems else ""}{"".join(problems[:1])})')
-        if missing := [truth for truth in truths if truth not in known]:
-            sys.exit(f'no text has a value in {missing[0]!r}; correct --{truths[missing[0]]}=, or leave it out')
+        if missing := [column for column in named if column not in known]:
+            sys.exit(f'no text has a value in {missing[0]!r}; correct --{named[missing[0]]}=, or leave it out')
+        labels = ','.join(os.path.relpath(path, root) for path in logs) or f'data/{name}/input.jsonl'
+        answers = log_answers(log) if logs else label_answers(tmp)
+        prompt = '\n\n'.join(filter(None, (log.system, log.template)))
+        stub = write_stub(name, answers, labels, counts['kept'], prompt)
+        if config and not stub and not logs:
+            sys.exit(f'{", ".join(paths)}: no labels of a few values, so there is no use for --config=')
         os.replace(tmp, target)
-        labels = ','.join(os.path.relpath(path, root) for path in logs)
-        stub = write_stub(name, log, labels, counts['kept']) if logs else ''
         if stub and config:
             Path(config).write_text(stub, encoding='utf-8')
     except (OSError, EOFError, zlib.error) as error:  # the last two: an incomplete or damaged .gz

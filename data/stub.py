@@ -1,7 +1,9 @@
-"""The config of a task, from the log of the LLM that does it today: its fields, its prompt, a student."""
+"""The config of a task, from the log of the LLM that does it today, or from labels: its fields, its prompt, a
+student."""
 import json
 import math
 from collections import Counter
+from contextlib import suppress
 
 from logs import read_reply  # these lie beside this file
 from objects import find_object
@@ -9,21 +11,32 @@ from objects import find_object
 MANY = 20  # a field with more values may be free text
 
 
-def count_values(log):
-    """({field: Counter of the JSON texts of its values}, the longest text in bytes, the longest answer in bytes)
-    of the calls of a log."""
-    fields, longest_text, longest_answer = {}, 0, 0
+def log_answers(log):
+    """yields (text, answer as dict or None) of the calls of a log."""
     for line in log:
-        if line.problem or line.reply is None:
-            continue
-        longest_text = max(longest_text, len(' '.join(line.text.split()).encode()))
-        try:
-            answer, _ = find_object(read_reply(line.reply)[0])
+        if not line.problem and line.reply is not None:
+            with suppress(ValueError):                          # no answer
+                yield line.text, find_object(read_reply(line.reply)[0])[0]
+
+
+def label_answers(path):
+    """[(text, answer as dict)] of the labels in an input.jsonl; [] if some have probabilities."""
+    records = [json.loads(line) for line in open(path, encoding='utf-8')]
+    if any('probabilities' in record for record in records):
+        return []
+    return [(record['text'], record['answer']) for record in records if isinstance(record.get('answer'), dict)]
+
+
+def count_answers(answers):
+    """({field: Counter of the JSON texts of its values}, the longest text in bytes, the longest answer in bytes)
+    of (text, answer) each."""
+    fields, longest_text, longest_answer = {}, 0, 0
+    for text, answer in answers:
+        longest_text = max(longest_text, len(' '.join(text.split()).encode()))
+        with suppress(ValueError):                              # NaN
             for name, value in (answer or {}).items():
                 fields.setdefault(name, Counter())[json.dumps(value, allow_nan=False)] += 1
-        except ValueError:                                      # no answer, or NaN in it
-            continue
-        longest_answer = max(longest_answer, len(json.dumps(answer or {})))
+            longest_answer = max(longest_answer, len(json.dumps(answer or {})))
     return fields, longest_text, longest_answer
 
 
@@ -44,10 +57,10 @@ def quote(text):
     return f"'''{text}'''" if plain else repr(text)
 
 
-def write_stub(name, log, labels, n_texts):
-    """the text of a config file for the task of a log, '' if its answers leave nothing to decide. labels: what
-    extract.py reads; n_texts: different texts in the log."""
-    found, longest_text, longest_answer = count_values(log)
+def write_stub(name, answers, labels, n_texts, prompt):
+    """the text of a config file for a task, '' if its answers leave nothing to decide. answers: (text, answer as
+    dict) each; labels: what extract.py reads; n_texts: different texts; prompt: of a log, '' of labels."""
+    found, longest_text, longest_answer = count_answers(answers)
     if not any(len(counts) > 1 and not why_no_field(counts) for counts in found.values()):
         return ''
     fields = []
@@ -58,15 +71,17 @@ def write_stub(name, log, labels, n_texts):
         fields += [f'# {field!r} is left out: {reason}'] if reason else [f'# {often}', f'{field!r}: [{values}],']
     max_text = min(LONGEST, 8 * math.ceil((longest_text / 2.5 + 4) / 8))
     return CONFIG.format(
-        name=name, labels=labels, fields='\n'.join(f'    {line}' for line in fields), max_text=max_text,
+        source=FROM_LOG if prompt else FROM_LABELS, name=name, labels=labels, fields='\n'.join(f'    {line}' for line in fields), max_text=max_text,
         block_size=max_text + longest_answer // 2 + 24,
-        prompt=quote(f'{log.system}\n\n{log.template}' if log.system else log.template),
+        prompt=f'prompt = {quote(prompt)}\n' if prompt else '',
         max_epochs=max(4, min(40, round(STEPS * 32 / n_texts))))
 
 
 LONGEST = 448  # tokens of a text: the reader sees 512
 STEPS = 600    # of training; few texts need many epochs
-CONFIG = """# From a log of the LLM that does this task today. Look at fields and prompt: are these all? Then:
+FROM_LOG = 'From a log of the LLM that does this task today. Look at fields and prompt: are these all? Then:'
+FROM_LABELS = 'From labels that exist already. Look at fields: are these all? Then:'
+CONFIG = """# {source}
 #     python extract.py config/{name}.py
 #     python train.py config/{name}.py
 #     python tools/evaluate.py config/{name}.py
@@ -74,11 +89,10 @@ name = {name!r}
 dataset = {name!r}
 labels = {labels!r}
 teacher = 'data/teachers/qwen2.5-coder-0.5b.gguf'  # not asked; the student writes its answers with these tokens
-fields = {{             # above each its values in the log, and how often they occur
+fields = {{             # above each its values, and how often they occur
 {fields}
 }}
-prompt = {prompt}
-max_text = {max_text}         # tokens
+{prompt}max_text = {max_text}         # tokens
 too_long = 'cut'
 # student: a pre-trained encoder reads the text, one layer writes the answer
 reader = 'data/teachers/minilm'  # python data/teachers/prepare.py qwen2.5-coder-0.5b minilm

@@ -15,6 +15,7 @@ from itertools import chain, islice
 ONE_COLUMN = '\x1f'  # as a delimiter: no text has it
 DELIMITERS = {'comma': ',', 'semicolon': ';', 'tab': '\t', 'pipe': '|', 'none': ONE_COLUMN}
 QUOTED = re.compile(r'(?<![^,;\t|\r\n]) *"[^"]*(?:""[^"]*)*"(?![^,;\t|\r\n])')  # a cell in quotes
+CONSTANT = re.compile('true|false|0|-?[1-9][0-9]{0,14}')
 
 TEST = 'test', 'val', 'validation', 'valid', 'dev', 'eval', 'held_out'  # names of a part to measure on
 
@@ -145,9 +146,22 @@ def xlsx_rows(raw, path):
                 yield cells
 
 
-def read_table(rows, path, column, truths, hint=''):
-    """yields (text, {'truth': ...} or {}) for each row but the header. rows: lists of texts; truths: {column: the
-    option that names it}. Exits with a message if a column is unknown."""
+def read_constant(cell):
+    """a cell as the label that it means: true, false or a whole number, in any case; else its text."""
+    return json.loads(cell.lower()) if CONSTANT.fullmatch(cell.lower()) else cell
+
+
+def by_option(cells, options):
+    """{option: {column: its cell}} of {column: its cell}. options: {column: the option that names it}."""
+    parts = {}
+    for column, cell in cells.items():
+        parts.setdefault(options[column], {})[column] = cell
+    return parts
+
+
+def read_table(rows, path, column, options, hint=''):
+    """yields (text, {option: {column: cell}}) for each row but the header. rows: lists of texts; options: {column:
+    the option that names it}. Exits with a message if a column is unknown."""
     rows = iter(rows)
     names = [name.strip() for name in next(rows, [])]
     if not names:
@@ -159,16 +173,17 @@ def read_table(rows, path, column, truths, hint=''):
         if not 0 <= at < len(names):
             sys.exit(f'{path} has no column {column}; it has {len(names)}, counted from 1'
                      + ('; if there are more, add --delimiter=' if hint else ''))
-        if truths:
-            sys.exit(f'{path} has no header, so it has no column {[*truths][0]!r}; add a header')
+        if options:
+            sys.exit(f'{path} has no header, so it has no column {[*options][0]!r}; add a header')
     else:
         at = find_column(names, column, path, hint='; or its number, if there is no header' + hint)
-    columns = {truth: find_column(names, truth, path, truths[truth]) for truth in truths}
+    columns = {name: find_column(names, name, path, option) for name, option in options.items()}
     for row in rows:
         if len(names) == 1 and any(row[1:]):  # only in a workbook
             sys.exit(f'{path} has one cell in its first row, more below; delete the rows above the header')
-        truth = {name: row[i].strip() for name, i in columns.items() if len(row) > i and row[i].strip()}
-        yield row[at] if len(row) > at else '', {'truth': truth} if truth else {}
+        cells = {name: row[i].strip() for name, i in columns.items() if len(row) > i and row[i].strip()}
+        cells |= {name: read_constant(cell) for name, cell in cells.items() if options[name] == 'answer'}
+        yield row[at] if len(row) > at else '', by_option(cells, options)
 
 
 def open_batches(raw, kind):
@@ -186,14 +201,15 @@ def open_batches(raw, kind):
     return file.schema.names, lambda _: map(file.get_batch, range(file.num_record_batches))
 
 
-def read_typed(raw, path, kind, column, truths):
-    """yields (text, {'truth': ...} or {}) for each row of a Parquet or Arrow file. truths: as for read_table."""
+def read_typed(raw, path, kind, column, options):
+    """yields what read_table yields for each row of a Parquet or Arrow file."""
     with use_package('pyarrow', path, {'parquet': 'a Parquet file', 'arrow': 'an Arrow file'}[kind]):
         names, read_batches = open_batches(raw, kind)
         top = column if column in names else column.partition('.')[0]
         top = names[find_column(names, top, path)]
-        wanted = list(dict.fromkeys([top, *(names[find_column(names, t, path, truths[t])] for t in truths)]))
+        others = (names[find_column(names, name, path, option)] for name, option in options.items())
+        wanted = list(dict.fromkeys([top, *others]))
         nested = column not in ('', top)
         rows = ([cell_text(find_value({top: row[0]}, column, path) if nested else row[0]), *map(cell_text, row[1:])]
                 for batch in read_batches(wanted) for row in zip(*(batch[name].to_pylist() for name in wanted)))
-        yield from read_table(chain([wanted], rows), path, top, truths)
+        yield from read_table(chain([wanted], rows), path, top, options)

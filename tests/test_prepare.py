@@ -18,6 +18,7 @@ import zipfile
 
 import pytest
 
+from distil.labels import read_label
 from tests.conftest import ROOT
 
 
@@ -521,6 +522,32 @@ def test_a_column_says_to_which_part_a_text_belongs(tmp_path):
     for args, message in ((['c.csv', '--split=part'], "'a': its split is '1', neither train nor one of test, val"),
                           (['d.csv', '--split=part'], "no text has a value in 'part'; correct --split="),
                           (['a.csv', '--split=no'], "has no column 'no'; add --split= with one of: text, part, team")):
+        done, after = run_prepare(tmp_path, *args)
+        line, = done.stderr.decode().splitlines()
+        assert done.returncode == 1 and message in line and after == records
+
+
+def test_columns_with_labels_become_answers_and_a_config(tmp_path):
+    (tmp_path / 'a.csv').write_text('body,team,urgent,stars,by\nlate,shipping,TRUE,1,ann\ntwice,billing,False,05,bob\n'
+                                    'where,shipping,true,5,ann\nlate,billing,true,1,eve\nempty,,,,eve\n')
+    done, records = run_prepare(tmp_path, 'a.csv', '--column=body', '--answer=team,urgent, stars', '--truth=by',
+                                '--config=mine.py')
+    assert records[1] == {'text': 'twice', 'answer': {'team': 'billing', 'urgent': False, 'stars': '05'},
+                          'truth': {'by': 'bob'}}, done.stderr
+    assert records[3]['text'] == 'late' and records[4] == {'text': 'empty', 'truth': {'by': 'eve'}}
+    exec((tmp_path / 'mine.py').read_text(), config := {})
+    assert config['fields'] == {'team': ['shipping', 'billing'], 'urgent': [True, False], 'stars': [1, '05', 5]}
+    assert config['labels'] == 'data/mine/input.jsonl' and 'prompt' not in config
+    assert all(read_label(config['fields'], record) for record in records[:4])
+    (tmp_path / 'b.jsonl').write_text('{"text": "late", "label": "5", "answer": {"team": "x"}}\n{"text": "b"}\n'
+                                      '{"text": "c", "label": "4"}\n')
+    done, records = run_prepare(tmp_path, 'b.jsonl', '--answer=label')  # JSON says itself what is a text
+    assert records[0] == {'text': 'late', 'answer': {'team': 'x', 'label': '5'}} and records[1] == {'text': 'b'}
+    assert b"'label': ['5', '4']," in done.stdout
+    (tmp_path / 'c.csv').write_text('text,team\na,x\nb,x\n')
+    for args, message in ((['a.csv', '--column=body', '--answer=by', '--truth=by'], 'name the same column'),
+                          (['a.csv', '--column=body', '--answer=no'], "has no column 'no'; add --answer= with one of:"),
+                          (['c.csv', '--answer=team', '--config=new.py'], 'c.csv: no labels of a few values')):
         done, after = run_prepare(tmp_path, *args)
         line, = done.stderr.decode().splitlines()
         assert done.returncode == 1 and message in line and after == records
