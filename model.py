@@ -174,7 +174,7 @@ class Student(nn.Module):
         head_size = config.head_size or config.n_embd / config.n_head
         if head_size % 2 or config.n_head % config.n_kv_head:
             sizes = f'n_embd = {config.n_embd}, n_head = {config.n_head}, n_kv_head = {config.n_kv_head}'
-            raise ValueError(f'{sizes}: a head needs an even number of channels, and n_head a multiple of n_kv_head')
+            raise ValueError(f'{sizes}: n_embd / n_head must be an even number, and n_head a multiple of n_kv_head')
         self.config = config
         width = config.n_table or config.n_embd
         self.wte = nn.Embedding(config.vocab_size, width)   # text and answer share one input embedding

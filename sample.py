@@ -1,10 +1,9 @@
 """Turn text into JSON with the student, greedily.
 
     python sample.py config/demo.py --text="you are great"      # one JSON line
-    python sample.py config/demo.py --input=texts.txt           # one JSON line per input line, in order
-    cat texts.txt | python sample.py config/demo.py | jq .topic
+    python sample.py config/demo.py --input=texts.txt           # one JSON line per input line, in order; or a .jsonl
+    cat texts.txt | python sample.py config/demo.py --confidence=True | jq ._confidence.topic
     python sample.py config/demo.py                             # on a terminal: asks for texts
-    python sample.py config/demo.py --input=texts.txt --confidence=True
     python sample.py config/demo.py --input=texts.txt --min_confidence=0.4 --ask_teacher=True
 
 Needs only out/<name>/ (best.pt or ckpt.pt, and tokenizer.json), neither the teacher nor data/. JSON goes to
@@ -22,7 +21,7 @@ from config.machine import pick_device
 import torch
 
 from distil.checkpoint import find_threshold, load_checkpoint, warn_changed_task
-from distil.decode import confidence_of, count_cut, decode, read_ahead, value_probabilities
+from distil.decode import confidence_of, count_cut, decode, read_ahead, read_lines, value_probabilities
 from distil.space import clean, value_names
 
 name = ''            # word; out/<name> is the student ...
@@ -30,7 +29,7 @@ run = ''             # word; ... or out/<run>
 which = 'best'       # 'best' or 'last'; the epoch to use: the best by train.py's best_by
 # texts
 text = None          # None or text; one text to label, which may be empty
-input = ''           # file; a file with one text per line
+input = ''           # file; one text per line; or a .jsonl, {"text": ...} per line
 too_long = 'cut'     # 'cut' or 'refuse'; what happens to texts longer than the student reads
 constrain = True     # answers are held to the schema, so that they always parse; False: free decoding
 sample_batch = 128   # 1..; texts decoded together; of 16 to 512 the fastest on 2 CPU cores
@@ -234,8 +233,10 @@ if __name__ == '__main__':
     if not name and not run:
         stop('no task; run: python sample.py config/demo.py')
     device = pick_device(device)
-    if input and (not Path(input).exists() or Path(input).is_dir()):
+    if input and (Path(input).is_dir() or not Path(input).exists()):
         stop(f'{input} is a directory' if Path(input).is_dir() else f'{input} does not exist')
+    if Path(input).suffix.lower() in ('.csv', '.tsv', '.json', '.xlsx', '.parquet', '.gz'):
+        stop(f'{input} is not one text per line; python data/prepare.py NAME {input} writes data/NAME/input.jsonl')
     if input and text is not None:
         stop('set text or input, not both')
     piped = terminal = False
@@ -251,7 +252,7 @@ if __name__ == '__main__':
         if text is not None:
             print_labels(labeler, [text])
         elif input or piped:
-            print_labels(labeler, open(input or 0, 'rb'))       # 0: standard input
+            print_labels(labeler, read_lines(input) if input else open(0, 'rb'))
         else:
             for line in typed_lines():
                 print_labels(labeler, [line])

@@ -12,7 +12,6 @@ report.png.
 import importlib
 import importlib.util
 import math
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -337,8 +336,7 @@ if __name__ == '__main__':
     if training.tracker:
         training.tracker.finish()
     if training.step < n_steps and not enough:
-        print(f'stopped after step {training.step} of {n_steps}; the same command continues')
-        sys.exit()
+        stop(f'stopped after step {training.step} of {n_steps}; the same command continues')
     draw_report(out, shards, val_rows[:500], dtype)
     if training.best['step'] == n_steps:
         print(f'the last epoch was the best: more (max_epochs = {2 * max_epochs}) may be better still')

@@ -6,6 +6,7 @@ The forced tokens between two decisions cost no pass. confidence_of returns the 
 value, value_probabilities the probabilities of all its values. B rows, T tokens, H heads of D, V =
 output_vocab.
 """
+import json
 import math
 import queue
 import threading
@@ -224,6 +225,17 @@ def decode(student, space, texts, batch_size=64, constrain=True):
         while n_out in done:
             yield done.pop(n_out)
             n_out += 1
+
+
+def read_lines(path):
+    """yields the lines of a file as bytes, or of a .jsonl their texts; '' for a line without one."""
+    for line in open(path, 'rb'):
+        if path.lower().endswith(('.jsonl', '.ndjson')):
+            try:
+                line = json.loads(line)['text']
+            except (ValueError, LookupError, TypeError, RecursionError):
+                line = ''
+        yield line
 
 
 def read_ahead(items):

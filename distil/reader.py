@@ -150,7 +150,9 @@ def load_reader(name, n_layer=0):
         c, wrapped = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         hint = '; run: python data/teachers/prepare.py minilm' if Path(name) == Path('data/teachers/minilm') else ''
-        stop(f'reader = {name} cannot be loaded: {str(error).strip().splitlines()[0]}{hint}')
+        is_path = name.count('/') > 1 or name.startswith(('.', '/'))  # a Hugging Face id is owner/name
+        problem = 'no such directory' if is_path and not Path(name).is_dir() else str(error).strip().splitlines()[0]
+        stop(f'reader = {name} cannot be loaded: {problem}{hint}')
     absolute = getattr(c, 'position_embedding_type', None) in (None, 'absolute')
     if c.model_type != 'bert' or c.hidden_act != 'gelu' or not absolute:
         stop(f'reader = {name} is a {c.model_type} model; it must be of BERT\'s family, such as MiniLM, bge or e5')

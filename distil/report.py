@@ -106,7 +106,8 @@ def draw_report(out, shards, rows, dtype='float32', which='best'):
     axes[1, 1].set(title='reliability', xlabel='confidence of the student',
                    ylabel='share equal to the teacher')
     for ax in (*axes[0, :3], axes[1, 0]):
-        ax.legend(fontsize=7, framealpha=0.5)
+        if ax.get_legend_handles_labels()[0]:                   # a run of a few steps has no line yet
+            ax.legend(fontsize=7, framealpha=0.5)
     for k, (field, values) in enumerate(space.fields.items()):
         draw_confusion(axes[2, k], field, values, student_values[field], teacher_values[field])
     for ax in axes.flat:

@@ -158,6 +158,16 @@ def test_each_input_line_gives_one_json_line_in_order(project, tmp_path):
     assert answers[0] == answers[6] and answers[1] == {'error': 'empty text'}
     assert all(list(a) == list(FIELDS) for a in answers[:1] + answers[2:])
     assert '1 texts were longer' in from_pipe.stderr
+    lines = ['{"text": "hello my friend", "answer": 1}', '{"answer": 1}', '', '{"text": 3}', '"hello"',
+             '{"text": "h\\u00e9llo"}']
+    (tmp_path / 'texts.JSONL').write_text('\n'.join(lines))
+    done = run(project, 'sample.py', f'--input={tmp_path}/texts.JSONL')
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert records[0] == answers[0] and list(records[5]) == list(FIELDS)
+    assert [r.get('error') for r in records[1:5]] == ['empty text', 'empty text', 'not a text but int', 'empty text']
+    (tmp_path / 'texts.csv').write_text('hello\n')              # commas, quotes and a header would be read as text
+    said = one_line(run(project, 'sample.py', f'--input={tmp_path}/texts.csv'))
+    assert 'texts.csv is not one text per line; python data/prepare.py NAME' in said
 
 
 def test_too_long_texts_can_be_refused_and_confidence_is_added(project):
