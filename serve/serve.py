@@ -154,6 +154,8 @@ if __name__ == '__main__':
     names = [task['run'] or task['name'] for task in tasks]
     if twice := {one for one in names if names.count(one) > 1}:
         stop(f'two students are called {twice.pop()}; a model has one name')
+    if upstream and not upstream.startswith(('http://', 'https://')):
+        stop(f'upstream = {upstream} is no URL: it starts with http:// or https://')
     if keep and not (upstream and all(task['dataset'] for task in tasks)):
         stop('keep needs an upstream, whose answers are kept, and a dataset, the folder they go to')
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')

@@ -229,6 +229,13 @@ def test_accuracy_counts_right_values_and_parts_texts_outside_by_confidence(proj
     assert figures['outside'] == '2' and 0 <= float(figures['auroc']) <= 1
     assert 'has the answer to one of' in one_line(run(root, 'tools/accuracy.py', '--input=others.jsonl'))
     assert 'gone.jsonl does not exist' in one_line(run(root, 'tools/accuracy.py', '--input=gone.jsonl'))
+    assert 'was trained on' not in done.stdout
+    root = clone_task(project, tmp_path / 'known', 'toy-00', 'out')
+    shards = data.Shards('toy', 'toy', root / 'data')
+    rows = [*shards.split()[0][:3], *shards.split()[1][:2]]     # three of the training, two held out
+    texts = [shards.space.tokenizer.decode(shards.ids(i).tolist()) for i in rows]
+    (root / 'known.jsonl').write_text(''.join(json.dumps({'text': text, 'answer': answers[0]}) + '\n' for text in texts))
+    assert 'was trained on 3 of these texts' in run(root, 'tools/accuracy.py', '--input=known.jsonl').stdout
 
 
 def test_the_linear_baseline_is_the_better_of_words_and_characters_and_stops_no_training(space, monkeypatch, capsys):

@@ -403,6 +403,7 @@ def test_a_disconnected_client_leaves_no_work_and_sigterm_finishes_requests(root
     (['--ordered=["size"]'], "ordered: there is no field 'size'"), (['--host=256.0.0.1'], 'cannot listen'),
     (['--min_confidence=target'], 'no target was set'), (['--port=70000'], 'port'),
     (['--upstream=http://x', '--audit=0.1'], 'upstream needs upstream_model'),
+    (['--upstream=localhost:9000/v1'], 'is no URL: it starts with http:// or https://'),
     (['--template=x'], 'must be a text with {text}'),
     (['--upstream=http://[::1', '--upstream_model=x', '--audit=0.1'], 'upstream: ')])
 def test_a_wrong_setting_exits_with_a_message(root, args, why):

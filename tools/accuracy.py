@@ -22,7 +22,9 @@ from config import configure, data_line, stop
 from config.machine import pick_device
 from data import read_texts
 from distil.agreement import find_value
+from distil.records import load_records
 from distil.space import value_names
+from distil.split import hash_texts
 from sample import Labeler
 
 name = ''            # word; out/<name> is the student ...
@@ -64,6 +66,15 @@ def read_lines(path):
         if not reason:
             lines.append((text, known if isinstance(known, dict) else {}))
     return lines
+
+
+def count_trained(texts, labeler):
+    """how many of these texts the student was trained on; 0 if its records are not here."""
+    checkpoint, task = labeler.checkpoint, labeler.task
+    shards = load_records(checkpoint['config']['dataset'], checkpoint['config']['name'], checkpoint)
+    trained = set(shards.hashes[shards.split()[0]].tolist()) if shards else set()
+    hashes = (hash_texts([text], labeler.space.tokenizer, task['max_text']).tolist() for text in texts)
+    return sum(not trained.isdisjoint(of_text) for of_text in hashes)
 
 
 def measure(field, values, records, answers, others):
@@ -111,6 +122,8 @@ if __name__ == '__main__':
         stop(f'no line of {input} has the answer to one of: {", ".join(fields)}')
     for figures in filter(None, found):
         print(data_line('accuracy', figures))
+    if n := count_trained([text for text, answer in lines if answer], labeler):
+        print(f'the student was trained on {n} of these texts, which flatters')
     if errors := [record['error'] for record in records if 'error' in record]:
         print(f'{len(errors)} texts have no answer: {errors[0]}')
     print(f'the student answers {len(lines) / seconds:,.0f} texts per second here')
