@@ -111,6 +111,24 @@ def evaluate(student, space, shards, rows, batch_size=64):
     return figures, per_field, answers, decisions
 
 
+def compare_epochs(figures, best, best_by):
+    """(does this epoch become the best one?, the highest share `top` so far). figures: of this epoch; best:
+    {'value', 'kl', 'top'} of the best one before, or None; best_by: key of figures.
+
+    Of kl and ce the lowest is best. Of a share, which has a standard error, all epochs that are less than one below
+    the highest are equal, and the lowest KL is best (the one-standard-error rule, Breiman et al. 1984; Hastie et al.
+    2009, 7.10): so few held-out records cannot tell them apart, and the KL looks at every probability.
+    """
+    value, kl = figures[best_by], figures['kl']
+    if best is None:
+        return True, value
+    if best_by in ('kl', 'ce'):
+        return value < best['value'], value
+    top = max(value, best.get('top', best['value']))            # older checkpoints have none
+    floor = top - math.sqrt(top * (1 - top) / figures['records'])
+    return value >= floor and (kl < best['kl'] or best['value'] < floor), top
+
+
 def report_lines(step, figures, per_field, linear):
     """yields (tag, figures) of the val line and of a field line per field, each with the linear baseline."""
     baseline = {'linear_field': linear['field'], 'linear_exact': linear['exact']} if linear else {}

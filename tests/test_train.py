@@ -376,17 +376,23 @@ def test_a_loss_that_is_not_finite_exits_with_a_message_and_keeps_the_last_check
     assert all(p.isfinite().all() for p in state['model'].values())
 
 
-def test_of_equally_good_epochs_the_one_with_lower_kl_is_kept(tmp_path, monkeypatch):
-    results = iter([(0.9, 3.0), (0.9, 0.5), (0.9, 0.7), (0.8, 0.1)])
+@pytest.mark.parametrize('best_by, records, epochs, best, enough', [
+    ('field', 10**9, [(0.9, 3.0), (0.9, 0.5), (0.9, 0.7), (0.8, 0.1)], 2, [False, False, False, True]),
+    ('field', 100, [(0.9, 3.0), (0.88, 0.5), (0.86, 0.2), (0.94, 0.7)], 4, [False] * 4),  # 0.94 +- 0.024
+    ('field', 100, [(0.9, 3.0), (0.89, 0.5), (0.86, 0.2), (0.91, 0.7)], 2, [False, False, False, True]),
+    ('kl', 100, [(0.9, 3.0), (0.7, 0.5), (0.95, 0.7), (0.7, 0.4)], 4, [False] * 4)])
+def test_of_epochs_within_a_standard_error_the_one_with_the_lowest_kl_is_kept(tmp_path, monkeypatch, best_by, records,
+                                                                              epochs, best, enough):
+    results = iter(epochs)
 
-    def fake_evaluate(student, space, shards, rows, batch_size):
-        field, kl = next(results)
-        return {'field': field, 'kl': kl}, {}, [], []
+    def fake_evaluate(*args):
+        return dict(zip(('field', 'kl', 'records'), (*next(results), records))), {}, [], []
     training = Training(tmp_path, {}, None, None, linear={})
     monkeypatch.setattr(train, 'evaluate', fake_evaluate)
     monkeypatch.setattr(Training, 'save', lambda *args, **options: None)
-    enough = [train.end_epoch(training, epoch, None, [], 1, 'field', 2, False) for epoch in (1, 2, 3, 4)]
-    assert training.best['epoch'] == 2 and enough == [False, False, False, True]
+    assert [train.end_epoch(training, epoch, None, [], 1, best_by, 2, False) for epoch in (1, 2, 3, 4)] == enough
+    assert training.best['epoch'] == best and training.best['top'] == (
+        epochs[-1][1] if best_by == 'kl' else max(value for value, _ in epochs))
 
 
 def test_a_large_student_is_evaluated_in_the_type_it_is_decoded_in(space, tmp_path, monkeypatch):
