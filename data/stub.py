@@ -71,8 +71,9 @@ def write_stub(name, answers, labels, n_texts, prompt):
         fields += [f'# {field!r} is left out: {reason}'] if reason else [f'# {often}', f'{field!r}: [{values}],']
     max_text = min(LONGEST, 8 * math.ceil((longest_text / 2.5 + 4) / 8))
     return CONFIG.format(
-        source=FROM_LOG if prompt else FROM_LABELS, name=name, labels=labels, fields='\n'.join(f'    {line}' for line in fields), max_text=max_text,
-        block_size=max_text + longest_answer // 2 + 24,
+        source=FROM_LOG if prompt else FROM_LABELS, name=name, labels=labels,
+        fields='\n'.join(f'    {line}' for line in fields),
+        max_text=max_text, block_size=max_text + longest_answer // 2 + 24,
         prompt=f'prompt = {quote(prompt)}\n' if prompt else '',
         max_epochs=max(4, min(40, round(STEPS * 32 / n_texts))))
 

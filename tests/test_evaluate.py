@@ -234,7 +234,8 @@ def test_accuracy_counts_right_values_and_parts_texts_outside_by_confidence(proj
     shards = data.Shards('toy', 'toy', root / 'data')
     rows = [*shards.split()[0][:3], *shards.split()[1][:2]]     # three of the training, two held out
     texts = [shards.space.tokenizer.decode(shards.ids(i).tolist()) for i in rows]
-    (root / 'known.jsonl').write_text(''.join(json.dumps({'text': text, 'answer': answers[0]}) + '\n' for text in texts))
+    lines = [{'text': text, 'answer': answers[0]} for text in texts]
+    (root / 'known.jsonl').write_text('\n'.join(map(json.dumps, lines)))
     assert 'was trained on 3 of these texts' in run(root, 'tools/accuracy.py', '--input=known.jsonl').stdout
 
 
