@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import batches
-from distil.agreement import compare_epochs, evaluate, linear_baseline, report_lines
+from distil.agreement import evaluate, linear_baseline, report_lines, update_best
 from distil.decode import convert_records
 from distil.records import check_data, check_sizes, note_rare_values, open_records
 from distil.report import draw_report
@@ -89,7 +89,7 @@ compile = 'auto'       # 'auto', 'True', 'False', 'true', 'false'; torch.compile
                        # in bfloat16 with a C++ compiler, in runs long enough to pay for it
 eval_records = 2000    # 0..; of the held-out ones, at the end of each epoch; 0: all
 best_by = 'field'      # 'field', 'exact', 'kl', 'ce', 'teacher_forced', 'student_only', 'valid'; which epoch
-                       # becomes best.pt: of those within a standard error, the one with the lowest kl
+                       # becomes best.pt: the last of those within a standard error of the highest
 patience = 0           # 0..; stop after so many epochs without a better one; 0: never
 save_steps = 0         # 0..; checkpoint also every so many steps; 0: at the end of each epoch
 log_steps = 10         # 1..; steps between train lines
@@ -225,13 +225,10 @@ def end_epoch(training, epoch, shards, val_rows, batch_size, best_by, patience, 
     training.figures, training.per_field = figures, per_field
     for tag, values in report_lines(training.step, figures, per_field, training.linear):
         training.log(tag, values)
-    better, top = compare_epochs(figures, training.best, best_by)
-    if better:
-        training.best = {'value': figures[best_by], 'kl': figures['kl'], 'epoch': epoch, 'step': training.step}
-    training.best |= {'top': top}
-    if better:
+    training.best, is_best = update_best(training.best, figures, best_by, epoch, training.step)
+    if is_best:
         training.save('best.pt', finished=True)                 # without the optimizer's state
-    enough = bool(patience) and epoch - training.best['epoch'] >= patience
+    enough = bool(patience) and epoch - training.best['top_epoch'] >= patience
     training.save('ckpt.pt', finished=last or enough)
     if enough:
         print(f'no better {best_by} in {patience} epochs: stopping early')
@@ -339,7 +336,7 @@ if __name__ == '__main__':
     if training.step < n_steps and not enough:
         stop(f'stopped after step {training.step} of {n_steps}; the same command continues')
     draw_report(out, shards, val_rows[:500], dtype)
-    if training.best['step'] == n_steps:
+    if training.best['top_epoch'] == max_epochs:
         print(f'the last epoch was the best: more (max_epochs = {2 * max_epochs}) may be better still')
     print(f'trained; best {best_by} at step {training.best["step"]}, chosen on the held-out records, which flatters a '
           f'little. Look: {next_command("tools/evaluate.py")}. Use it: {next_command("sample.py")} --text="..."')

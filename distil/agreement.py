@@ -111,22 +111,23 @@ def evaluate(student, space, shards, rows, batch_size=64):
     return figures, per_field, answers, decisions
 
 
-def compare_epochs(figures, best, best_by):
-    """(does this epoch become the best one?, the highest share `top` so far). figures: of this epoch; best:
-    {'value', 'kl', 'top'} of the best one before, or None; best_by: key of figures.
+def update_best(best, figures, best_by, epoch, step):
+    """(what is known of the best epoch after this one, is it this one?). best: before, a dict or None; figures: of
+    this epoch; best_by: key of figures.
 
-    Of kl and ce the lowest is best. Of a share, which has a standard error, all epochs that are less than one below
-    the highest are equal, and the lowest KL is best (the one-standard-error rule, Breiman et al. 1984; Hastie et al.
-    2009, 7.10): so few held-out records cannot tell them apart, and the KL looks at every probability.
+    Of kl and ce the lowest is best. A share has a standard error: of the epochs that are less than one below the
+    highest, the *last* is best. So few records cannot tell these apart, and the learning rate has been falling. (The
+    one-standard-error rule of Breiman et al. 1984 for choices that measure alike.)
     """
-    value, kl = figures[best_by], figures['kl']
-    if best is None:
-        return True, value
-    if best_by in ('kl', 'ce'):
-        return value < best['value'], value
-    top = max(value, best.get('top', best['value']))            # older checkpoints have none
-    floor = top - math.sqrt(top * (1 - top) / figures['records'])
-    return value >= floor and (kl < best['kl'] or best['value'] < floor), top
+    is_loss = best_by in ('kl', 'ce')
+    value = -figures[best_by] if is_loss else figures[best_by]
+    best = best or {'value': value, 'epoch': epoch}
+    best = {'top': best['value'], 'top_epoch': best['epoch'], **best}  # older checkpoints have none
+    if value > best['top']:
+        best |= {'top': value, 'top_epoch': epoch}
+    margin = 0 if is_loss else math.sqrt(best['top'] * (1 - best['top']) / figures['records'])
+    is_best = not value < best['top'] - margin                  # also if it is nan
+    return best | ({'value': value, 'epoch': epoch, 'step': step} if is_best else {}), is_best
 
 
 def report_lines(step, figures, per_field, linear):

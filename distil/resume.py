@@ -48,7 +48,7 @@ class Training:
     finished: bool = False
     figures: dict = None   # of the last evaluation
     per_field: dict = None  # of the last evaluation, for each field
-    best: dict = None      # {'value', 'kl', 'epoch', 'step'} of the best epoch so far, 'top': the highest value
+    best: dict = None      # of the best epoch so far, see agreement.update_best
     linear: dict = None    # figures of the linear baseline, {} without scikit-learn
     work: dict = None      # hours and speeds, for the cost line of tools/evaluate.py
     optimizer: object = None

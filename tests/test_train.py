@@ -376,23 +376,24 @@ def test_a_loss_that_is_not_finite_exits_with_a_message_and_keeps_the_last_check
     assert all(p.isfinite().all() for p in state['model'].values())
 
 
-@pytest.mark.parametrize('best_by, records, epochs, best, enough', [
-    ('field', 10**9, [(0.9, 3.0), (0.9, 0.5), (0.9, 0.7), (0.8, 0.1)], 2, [False, False, False, True]),
-    ('field', 100, [(0.9, 3.0), (0.88, 0.5), (0.86, 0.2), (0.94, 0.7)], 4, [False] * 4),  # 0.94 +- 0.024
-    ('field', 100, [(0.9, 3.0), (0.89, 0.5), (0.86, 0.2), (0.91, 0.7)], 2, [False, False, False, True]),
-    ('kl', 100, [(0.9, 3.0), (0.7, 0.5), (0.95, 0.7), (0.7, 0.4)], 4, [False] * 4)])
-def test_of_epochs_within_a_standard_error_the_one_with_the_lowest_kl_is_kept(tmp_path, monkeypatch, best_by, records,
-                                                                              epochs, best, enough):
-    results = iter(epochs)
+@pytest.mark.parametrize('best_by, records, values, best, enough', [
+    ('field', 10**9, [0.9, 0.9, 0.89, 0.8], 2, [False, False, True]),
+    ('field', 100, [0.9, 0.88, 0.86, 0.94, 0.92, 0.91], 5, [False, False, True]),  # 0.9 +- 0.03, 0.94 +- 0.024
+    ('field', 100, [0.9, 0.91, 0.5, 0.92, 0.5, 0.5], 4, [False, False, False, False, False, True]),
+    ('kl', 100, [0.5, 0.3, 0.4, 0.2], 4, [False] * 4), ('kl', 100, [0.5, 0.3, 0.3001, 0.31], 2, [False] * 3 + [True])])
+def test_the_last_of_the_epochs_within_a_standard_error_is_kept(tmp_path, monkeypatch, best_by, records, values, best,
+                                                                enough):
+    results, kept = iter(values), []
 
     def fake_evaluate(*args):
-        return dict(zip(('field', 'kl', 'records'), (*next(results), records))), {}, [], []
+        return {'field': 0.5, 'kl': 1.0, 'records': records, best_by: next(results)}, {}, [], []
     training = Training(tmp_path, {}, None, None, linear={})
     monkeypatch.setattr(train, 'evaluate', fake_evaluate)
-    monkeypatch.setattr(Training, 'save', lambda *args, **options: None)
-    assert [train.end_epoch(training, epoch, None, [], 1, best_by, 2, False) for epoch in (1, 2, 3, 4)] == enough
-    assert training.best['epoch'] == best and training.best['top'] == (
-        epochs[-1][1] if best_by == 'kl' else max(value for value, _ in epochs))
+    monkeypatch.setattr(Training, 'save', lambda self, file, **_: file == 'best.pt' and kept.append(self.best['epoch']))
+    end = lambda epoch: train.end_epoch(training, epoch, None, [], 1, best_by, 2, False)
+    assert [end(epoch + 1) for epoch in range(len(values))][:len(enough)] == enough
+    assert training.best['epoch'] == kept[-1] == best
+    assert abs(training.best['top']) == (min if best_by == 'kl' else max)(values)
 
 
 def test_a_large_student_is_evaluated_in_the_type_it_is_decoded_in(space, tmp_path, monkeypatch):
