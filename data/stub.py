@@ -20,11 +20,13 @@ def log_answers(log):
 
 
 def label_answers(path):
-    """[(text, answer as dict)] of the labels in an input.jsonl; [] if some have probabilities."""
+    """[(text, answer as dict)] of the labels in an input.jsonl, the complete ones first, for they show the order of
+    the fields; [] if some have probabilities."""
     records = [json.loads(line) for line in open(path, encoding='utf-8')]
     if any('probabilities' in record for record in records):
         return []
-    return [(record['text'], record['answer']) for record in records if isinstance(record.get('answer'), dict)]
+    known = [(record['text'], record['answer']) for record in records if isinstance(record.get('answer'), dict)]
+    return sorted(known, key=lambda of_text: -len(of_text[1]))
 
 
 def count_answers(answers):

@@ -528,15 +528,17 @@ def test_a_column_says_to_which_part_a_text_belongs(tmp_path):
 
 
 def test_columns_with_labels_become_answers_and_a_config(tmp_path):
-    (tmp_path / 'a.csv').write_text('body,team,urgent,stars,by\nlate,shipping,TRUE,1,ann\ntwice,billing,False,05,bob\n'
+    (tmp_path / 'a.csv').write_text('body,team,urgent,stars,by\nfirst,,,5,\nlate,shipping,TRUE,1,ann\ntwice,billing,False,05,bob\n'
                                     'where,shipping,true,5,ann\nlate,billing,true,1,eve\nempty,,,,eve\n')
     done, records = run_prepare(tmp_path, 'a.csv', '--column=body', '--answer=team,urgent, stars', '--truth=by',
                                 '--config=mine.py')
+    assert records.pop(0) == {'text': 'first', 'answer': {'stars': 5}}  # not complete
     assert records[1] == {'text': 'twice', 'answer': {'team': 'billing', 'urgent': False, 'stars': '05'},
                           'truth': {'by': 'bob'}}, done.stderr
     assert records[3]['text'] == 'late' and records[4] == {'text': 'empty', 'truth': {'by': 'eve'}}
     exec((tmp_path / 'mine.py').read_text(), config := {})
-    assert config['fields'] == {'team': ['shipping', 'billing'], 'urgent': [True, False], 'stars': [1, '05', 5]}
+    assert config['fields'] == {'team': ['shipping', 'billing'], 'urgent': [True, False], 'stars': [1, 5, '05']}
+    assert list(config['fields']) == ['team', 'urgent', 'stars']
     assert config['labels'] == 'data/mine/input.jsonl' and 'prompt' not in config
     assert all(read_label(config['fields'], record) for record in records[:4])
     (tmp_path / 'b.jsonl').write_text('{"text": "late", "label": "5", "answer": {"team": "x"}}\n{"text": "b"}\n'
