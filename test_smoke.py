@@ -149,16 +149,16 @@ def test_a_stopped_training_resumes_bit_for_bit(project, teachers, tmp_path, how
         settings += ['--grad_accum=3', '--block_size=70', '--learning_rate=1e-3', *start]
         start = ['--init_from=teacher']
     process = subprocess.Popen([sys.executable, 'train.py', 'config/toy.py', '--log_steps=1', *settings, *start],
-                               cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                               cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     want, saved = 'train step=5', True
     while process.poll() is None and not (log.exists() and want in log.read_text() and saved):
         time.sleep(0.005)
         if how == signal.SIGKILL:  # a kill costs what came after the last epoch: there must be one
             want, saved = 'val step=23', (root / 'out/toy/ckpt.pt').exists()
     process.send_signal(how)
-    stdout = process.communicate()[0].decode()
+    stderr = process.communicate()[1].decode()
     if how != signal.SIGKILL:
-        assert process.returncode == 0 and 'the same command continues' in stdout
+        assert process.returncode == 1 and 'the same command continues' in stderr
     step = torch.load(root / 'out/toy/ckpt.pt', weights_only=True)['step']
     assert 0 < step < 115
     done = run(root, 'train.py', *settings, '--init_from=resume')
