@@ -10,10 +10,11 @@
     some-command | python data/prepare.py mine -               # one text per line
 
 .txt: one text per line. .csv, .tsv: a table with a header, or one column. .jsonl: {"text": ...} per line.
-.json: a list of such objects, or of texts. .xlsx: the first sheet (needs openpyxl). .parquet and .arrow, or a
-directory of them, such as a saved Hugging Face data set (needs pyarrow). Each may end in .gz; upper and lower
-case are the same. Pipes and other names are read as .txt, with --column or --delimiter as .csv. The encoding is
-UTF-8, or UTF-16 with a byte-order mark. Bytes that are neither become U+FFFD, and their lines are counted.
+.json: a list of such objects, or of texts. .xlsx: the first sheet (needs openpyxl); a merged cell has its value in
+all of its rows. .parquet and .arrow, or a directory of them, such as a saved Hugging Face data set (needs pyarrow);
+of a class label its name is taken, and -1 is none. Each may end in .gz; upper and lower case are the same. Pipes and
+other names are read as .txt, with --column or --delimiter as .csv. The encoding is UTF-8, or UTF-16 with a byte-order
+mark. Bytes that are neither become U+FFFD, and their lines are counted.
 
 The text is in the column (or under the key) that --column names, else in `text`, else in the only one. A
 table without a header needs a column number: --column=2. Dots name nested keys, in .json, .jsonl, .parquet and
@@ -27,8 +28,9 @@ trained on; tools/evaluate.py compares with it. Here a cell is text: TRUE, 1.0 a
 field with these values. .json and .jsonl keep `truth`, `answer` and `probabilities`, without NaN.
 
 --split names the column (or key) that says to which part a text belongs: train, or test (val, validation, valid,
-dev, eval, held_out), which is held out from training. A key `split` of a .json or .jsonl with one of these
-words needs no option; other_split counts those with another word, which is not kept.
+dev, eval, held_out), which is held out from training. A key `split` of a .json or .jsonl with one of these words
+needs no option; other_split counts those with another word, which is not kept. Else the names of the files say so, if
+there are some of both parts: train.csv and test.csv, or in a directory train/0000.parquet and test/0000.parquet.
 
 Empty and repeated texts are left out, but all labels of a text (`answer`, `probabilities`) are kept. If anything
 fails, an earlier input.jsonl stays.
@@ -44,7 +46,6 @@ import io
 import json
 import os
 import re
-import secrets
 import sys
 import zipfile
 import zlib
@@ -54,8 +55,11 @@ from itertools import chain
 from pathlib import Path
 
 from logs import Log, is_log  # these lie beside this file
+from output import describe_error, exit_on_stop, replace_file
+from parts import find_files, split_files
 from stub import label_answers, log_answers, write_stub
-from tables import DELIMITERS, by_option, csv_rows, find_value, read_part, read_table, read_typed, xlsx_rows
+from tables import DELIMITERS, by_option, csv_rows, find_value, read_part, read_table
+from typed import read_typed, xlsx_rows
 
 KEPT = 'truth', 'answer', 'probabilities', 'split'
 UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
@@ -155,7 +159,7 @@ def parse_lines(lines):
                 yield None
 
 
-def read_records(path, column, options, delimiter, counts):
+def read_records(path, column, options, delimiter, counts, notes):
     """yields (text, {key: value} of the KEPT keys) for each record of a file of any kind."""
     raw = open_bytes(path)
     kind, lines = find_kind(raw, path, column or delimiter), open_lines(raw, counts)
@@ -164,7 +168,7 @@ def read_records(path, column, options, delimiter, counts):
         hint = '' if delimiter else '; or --delimiter=none, if each line is one text'
         yield from read_table(rows, path, column, options, hint)
     elif kind == 'xlsx':
-        yield from read_table(xlsx_rows(raw, path), path, column, options)
+        yield from read_table(xlsx_rows(raw, path, notes), path, column, options)
     elif kind in ('parquet', 'arrow'):
         yield from read_typed(raw, path, kind, column, options)
     elif kind in ('jsonl', 'ndjson'):
@@ -181,84 +185,87 @@ def read_records(path, column, options, delimiter, counts):
         yield from ((line, {}) for line in lines)
 
 
-def read_files(files, *how):
-    """yields the records of several files. how: as for read_records. Exits with a message if one is damaged."""
+def read_files(files, parts, *how):
+    """yields (text, {key: value} of the KEPT keys, part) of several files. parts: {file: its part}; how: as for
+    read_records. Exits with a message if a file is damaged."""
     for path in files:
         try:
-            yield from read_records(path, *how)
+            for text, extra in read_records(path, *how):
+                yield text, extra, parts.get(path, '')
         except (OSError, EOFError, zlib.error) as error:  # the last two: an incomplete or damaged .gz
-            sys.exit(f'{path}: {error}')
+            sys.exit(f'{path}: {getattr(error, "strerror", None) or error}')
 
 
-def read_log(log, counts, problems):
-    """yields (text, {}) for each line of a Log. Counts those without a text by their reason, and adds up to three
-    messages to problems."""
+def read_log(log, parts, counts, problems):
+    """yields (text, {}, part) for each line of a Log. Counts those without a text by their reason, and adds up to
+    three messages to problems. parts: {file: its part}."""
     for line in log:
         if line.problem and line.problem[0] != 'request':       # the input of a batch has a text
             counts[line.problem[0]] += 1
             problems += [line.say(line.problem[1])] if len(problems) < 3 else []
         else:
             is_text = line.reply is None and isinstance(line.record, dict)
-            yield line.record.get('text') if is_text else line.text, {}
+            yield line.record.get('text') if is_text else line.text, {}, parts.get(line.file, '')
 
 
-def find_files(path):
-    """the files that a path means: itself, or those of a folder: of a saved Hugging Face data set the ones it
-    names, else all .parquet files. Exits with a message if there are none."""
-    if path == '-' or not os.path.isdir(path):
-        return [path] if path == '-' or os.path.exists(path) else sys.exit(f'{path} does not exist')
-    files = []
-    for state in sorted(Path(path).rglob('state.json')):        # written by Dataset.save_to_disk
-        try:
-            names = [file['filename'] for file in json.loads(state.read_text(encoding='utf-8'))['_data_files']]
-        except (ValueError, LookupError, TypeError):
-            sys.exit(f'{state} is damaged, or not of a Hugging Face data set; name the .arrow files')
-        files += [str(state.parent / name) for name in names]
-    files = files or sorted(map(str, Path(path).rglob('*.parquet')))
-    return files or sys.exit(f'{path} is a directory without .parquet files; name the files in it')
-
-
-def pop_part(extra, split, counts):
+def pop_part(extra, split, part, counts):
     """takes the split out of a record: of the column `split`, which read_records has put into its split; if that is
-    '', of its key `split`, if that has a known word; others are counted in counts['other_split']. Returns 'train' or
-    'test', '' if it has none. ValueError if the column has another word."""
+    '', of its key `split`, if that has a known word, else `part`; other words are counted in counts['other_split'].
+    Returns 'train' or 'test', '' if it has none. ValueError if the column has another word."""
     own = extra.pop('split', '')
     if not split:
         with suppress(ValueError):
-            return read_part(own) if own else ''
+            return read_part(own) if own else part
         counts['other_split'] += 1                              # of another kind, or misspelt
-        return ''
+        return part
     value = own.get(split) if isinstance(own, dict) else None
     return '' if value in ('', None) else read_part(value)
 
 
-def write_texts(records, file, counts, split):
-    """writes each different text to an opened input.jsonl, and counts. records: (text, what else is kept of it);
-    split: '', or the column of it. A text of both parts is written twice: extract.py then holds it out. Returns the
-    set of names that have a value for at least one text. Exits with a message if a split is no known word."""
-    seen, known = set(), set()
-    for text, extra in records:
-        text = ' '.join(text.split()) if isinstance(text, str) else ''
-        known |= {name for part in extra.values() if text and isinstance(part, dict) for name in part}
+def describe_value(value):
+    """what a value is that stands where a text should."""
+    kinds = {list: 'a list', dict: 'an object', bytes: 'binary', bool: 'true or false', int: 'a number',
+             float: 'a number'}
+    return kinds.get(type(value), type(value).__name__)
+
+
+def write_texts(records, file, counts, split, problems):
+    """writes each different text to an opened input.jsonl, and counts. records: (text, what else is kept of it, the
+    part of its file); split: '', or the column of it. A text of both parts is written twice: extract.py then holds it
+    out. Returns {name: number of the texts that have a value for it}. Adds to problems what was no text. Exits with a
+    message if a split is no known word."""
+    seen, known, others = set(), Counter(), Counter()
+    for value, extra, part in records:
+        text = ' '.join(value.split()) if isinstance(value, str) else ''
+        names = {name for of_key in extra.values() if isinstance(of_key, dict) for name in of_key}
         try:
-            part = pop_part(extra, split, counts)
+            part = pop_part(extra, split, part, counts)
         except ValueError as error:
             sys.exit(f'{text[:60]!r}: {error}')
         key = (text, part) if part == 'test' else text
         counts['read'] += 1
         labelled = 'answer' in extra or 'probabilities' in extra  # several labels of a text are averaged by extract.py
         reason = 'empty' if not text else 'duplicate' if key in seen and not labelled else 'kept'
+        if value is not None and not isinstance(value, str):
+            reason = 'not_text'
+            others[describe_value(value)] += 1
         counts[reason] += 1
         if reason == 'kept':
             seen.add(key)
+            known.update(names)
             record = {'text': text, **extra, **({'split': part} if part else {})}
             file.write(json.dumps(record, ensure_ascii=False) + '\n')
+    if others:
+        found = ', '.join(f'{kind} {n} times' for kind, n in others.most_common())
+        problems.append(f'not_text: where the text should be there is {found}; name another column, or one inside it, '
+                        'with --column=')
     return known
 
 
 if __name__ == '__main__':
     if {'-h', '--help'} & {*sys.argv}:
         sys.exit(print(__doc__))
+    exit_on_stop()
     sys.stdout.reconfigure(errors='backslashreplace')  # for names that it cannot encode
     typed = [arg.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace') for arg in sys.argv[1:]]  # in any locale
     options = dict(arg[2:].partition('=')[::2] for arg in typed if arg.startswith('--'))
@@ -287,43 +294,50 @@ if __name__ == '__main__':
     if not paths or not re.fullmatch(r'\w[\w.-]*', name, re.ASCII):
         sys.exit('run: python data/prepare.py NAME FILE... [--column=C] [--answer=C,C] [--truth=C,C] [--split=C] '
                  '[--delimiter=D] [--template=T] [--config=FILE]; NAME is the dataset')
-    files = [file for path in paths for file in find_files(path)]
-    lines = [path for path in files if re.search(r'\.(jsonl|ndjson)(\.gz)?$', path.lower())]
+    parts = {file: part for path in paths for file, part in find_files(path).items()}
+    lines = [path for path in parts if re.search(r'\.(jsonl|ndjson)(\.gz)?$', path.lower())]
     logs = [path for path in lines if not column and is_log(path)]
     if template and not logs:
         sys.exit(f'{", ".join(paths)}: no file is the log of an LLM, so there is no use for --template=')
+    others = [path for path in parts if path not in logs]
+    parts = {} if split else split_files(parts)
     root = Path(__file__).absolute().parents[1]
     target = root / 'data' / name / 'input.jsonl'
-    tmp = target.with_suffix(f'.{secrets.token_hex(4)}.tmp')  # its own, for another run may write now
     counts, problems = Counter(), []
     try:
         target.parent.mkdir(exist_ok=True)
         log = Log(logs, template)
-        with open(tmp, 'w', encoding='utf-8', errors='backslashreplace') as file:  # half an emoji is \ud83d in JSON
-            others = read_files([path for path in files if path not in logs], column, named, delimiter, counts)
-            known = write_texts(chain(read_log(log, counts, problems), others), file, counts, split)
-        shown = ['read', 'kept', 'empty', 'duplicate', 'bad_utf8']
-        shown += [key for key in ('bad_json', 'bad_row', 'unusable', 'other_split') if counts[key]]
-        figures = ' '.join(f'{key}={counts[key]}' for key in shown)
-        if not counts['kept']:
-            sys.exit(f'{", ".join(paths)}: no text found ({figures}{"; " if problems else ""}{"".join(problems[:1])})')
-        if missing := [column for column in named if column not in known]:
-            sys.exit(f'no text has a value in {missing[0]!r}; correct --{named[missing[0]]}=, or leave it out')
-        labels = ','.join(os.path.relpath(path, root) for path in logs) or f'data/{name}/input.jsonl'
-        answers = log_answers(log) if logs else label_answers(tmp)
-        prompt = '\n\n'.join(filter(None, (log.system, log.template)))
-        stub = write_stub(name, answers, labels, counts['kept'], prompt)
-        if config and not stub and not logs:
-            sys.exit(f'{", ".join(paths)}: no labels of a few values, so there is no use for --config=')
-        os.replace(tmp, target)
-        if stub and config:
-            Path(config).write_text(stub, encoding='utf-8')
-    except (OSError, EOFError, zlib.error) as error:  # the last two: an incomplete or damaged .gz
-        sys.exit(f'{getattr(error, "filename", None) or ", ".join(logs) or target}: {error}')
-    finally:
-        tmp.unlink(missing_ok=True)
+        with replace_file(target) as file:
+            records = chain(read_log(log, parts, counts, problems),
+                            read_files(others, parts, column, named, delimiter, counts, problems))
+            known = write_texts(records, file, counts, split, problems)
+            file.flush()
+            shown = ['read', 'kept', 'empty', 'duplicate', 'bad_utf8']
+            shown += [key for key in ('bad_json', 'bad_row', 'not_text', 'unusable', 'other_split') if counts[key]]
+            figures = ' '.join(f'{key}={counts[key]}' for key in shown)
+            if not counts['kept']:
+                sys.exit(f'{", ".join(paths)}: no text found ({"; ".join([figures, *problems[:1]])})')
+            if missing := [column for column in named if not known[column]]:
+                sys.exit('; '.join([f'no text has a value in {missing[0]!r}; correct --{named[missing[0]]}=, or leave '
+                                    'it out', *problems[:1]]))
+            labels = ','.join(os.path.relpath(path, root) for path in logs) or f'data/{name}/input.jsonl'
+            answers = log_answers(log) if logs else label_answers(file.name)
+            prompt = '\n\n'.join(filter(None, (log.system, log.template)))
+            stub = write_stub(name, answers, labels, counts['kept'], prompt)
+            if config and not stub and not logs:
+                sys.exit(f'{", ".join(paths)}: no labels of a few values, so there is no use for --config=')
+            if stub and config:
+                with replace_file(Path(config)) as config_file:
+                    config_file.write(stub)
+    except (EOFError, zlib.error) as error:  # of an incomplete or damaged .gz
+        sys.exit(f'{", ".join(logs)}: {error}')
+    except OSError as error:  # of a log, if it has no name
+        sys.exit(describe_error(error, ', '.join(logs)))
     log.print_template()
     print('\n'.join(['prepare ' + figures, *problems]))
+    for column in named:
+        if known[column] < counts['kept']:
+            print(f'{counts["kept"] - known[column]} of {counts["kept"]} texts have no value in {column!r}')
     print(f'{os.path.relpath(target)} is written; next: '
           + (f'look at {config}, then extract.py' if stub and config else f'a config with dataset = {name!r}'
              + (', such as this one:' if stub else '')))

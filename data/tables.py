@@ -1,4 +1,4 @@
-"""Tables of any format, for prepare.py: .csv, .xlsx, .parquet and .arrow files -> their texts.
+"""Tables, for prepare.py: .csv files, and the rows of those that typed.py reads -> their texts.
 
 Rows are lists of texts. Whatever a file's column is called or separated by, a message says what to type.
 """
@@ -7,9 +7,7 @@ import json
 import re
 import sys
 import textwrap
-import warnings
 from collections import Counter
-from contextlib import contextmanager
 from itertools import chain, islice
 
 ONE_COLUMN = '\x1f'  # as a delimiter: no text has it
@@ -27,17 +25,6 @@ def read_part(split):
     if word not in ('', 'train', *TEST):
         raise ValueError(f'its split is {split!r}, neither train nor one of {", ".join(TEST)}')
     return 'test' if word in TEST else 'train'
-
-
-@contextmanager
-def use_package(package, path, what):
-    """exits with a message if the block cannot import an optional package, or cannot read the file."""
-    try:
-        yield
-    except ImportError:
-        sys.exit(f'{path} is {what}; to read it: pip install {package}')
-    except Exception as error:  # whatever the package raises for a damaged file
-        sys.exit(f'{path} cannot be read as {what}: {" ".join(str(error).split())}')
 
 
 def find_column(names, column, path, option='column', hint=''):
@@ -117,38 +104,12 @@ def csv_rows(lines, path, delimiter, column, is_tsv, counts):
                  'missing? If each line is one text, name it .txt')
 
 
-def cell_text(cell):
-    """a cell of a typed table as text: numbers, true and false as in JSON; '' for nothing, NaN, objects."""
-    if cell is None or cell != cell:
-        return ''
-    if isinstance(cell, float) and cell.is_integer():
-        return str(int(cell))
-    if isinstance(cell, (bool, int, float)):
-        return json.dumps(cell)
-    return '' if isinstance(cell, (list, dict, bytes)) else str(cell)
-
-
-def xlsx_rows(raw, path):
-    """yields the rows of the first sheet of an Excel workbook as lists of texts."""
-    with use_package('openpyxl', path, 'an Excel workbook'):
-        import openpyxl
-        warnings.simplefilter('ignore')  # about formats that it does not know
-        book = openpyxl.load_workbook(raw, read_only=True, data_only=True)
-        sheet = book.worksheets[0]
-        if len(book.worksheets) > 1:
-            print(f'{path} has {len(book.worksheets)} sheets; only the first, {sheet.title!r}, is read')
-        sheet.reset_dimensions()  # some programs write wrong ones, which would cut the rows
-        for row in sheet.iter_rows(values_only=True):
-            cells = [cell_text(cell).replace('_x000D_', '\r') for cell in row]  # a carriage return
-            while cells and not cells[-1]:
-                cells.pop()
-            if cells:
-                yield cells
-
-
-def read_constant(cell):
-    """a cell as the label that it means: true, false or a whole number, in any case; else its text."""
-    return json.loads(cell.lower()) if CONSTANT.fullmatch(cell.lower()) else cell
+def read_cell(cell, is_answer):
+    """a cell of a column with labels. In an answer a text is what it means: true, false or a whole number, in any
+    case; else it is itself, as is a list."""
+    cell = cell.strip() if isinstance(cell, str) else cell
+    is_constant = is_answer and isinstance(cell, str) and CONSTANT.fullmatch(cell.lower())
+    return json.loads(cell.lower()) if is_constant else cell
 
 
 def by_option(cells, options):
@@ -160,8 +121,8 @@ def by_option(cells, options):
 
 
 def read_table(rows, path, column, options, hint=''):
-    """yields (text, {option: {column: cell}}) for each row but the header. rows: lists of texts; options: {column:
-    the option that names it}. Exits with a message if a column is unknown."""
+    """yields (text, {option: {column: cell}}) for each row but the header. rows: lists of texts, but for what is no text
+    in a table with types; options: {column: the option that names it}. Exits with a message if a column is unknown."""
     rows = iter(rows)
     names = [name.strip() for name in next(rows, [])]
     if not names:
@@ -181,35 +142,6 @@ def read_table(rows, path, column, options, hint=''):
     for row in rows:
         if len(names) == 1 and any(row[1:]):  # only in a workbook
             sys.exit(f'{path} has one cell in its first row, more below; delete the rows above the header')
-        cells = {name: row[i].strip() for name, i in columns.items() if len(row) > i and row[i].strip()}
-        cells |= {name: read_constant(cell) for name, cell in cells.items() if options[name] == 'answer'}
+        cells = {name: read_cell(row[i], options[name] == 'answer') for name, i in columns.items() if len(row) > i}
+        cells = {name: cell for name, cell in cells.items() if cell != ''}
         yield row[at] if len(row) > at else '', by_option(cells, options)
-
-
-def open_batches(raw, kind):
-    """(names of the columns, a function from names of columns to batches of their rows) of a Parquet or Arrow
-    file. The latter is a file or a stream, as Hugging Face datasets save it."""
-    if kind == 'parquet':
-        from pyarrow.parquet import ParquetFile
-        file = ParquetFile(raw)
-        return file.schema_arrow.names, lambda wanted: file.iter_batches(columns=wanted)
-    from pyarrow import ipc
-    if raw.peek(6)[:6] != b'ARROW1':
-        stream = ipc.open_stream(raw)
-        return stream.schema.names, lambda _: stream
-    file = ipc.open_file(raw)
-    return file.schema.names, lambda _: map(file.get_batch, range(file.num_record_batches))
-
-
-def read_typed(raw, path, kind, column, options):
-    """yields what read_table yields for each row of a Parquet or Arrow file."""
-    with use_package('pyarrow', path, {'parquet': 'a Parquet file', 'arrow': 'an Arrow file'}[kind]):
-        names, read_batches = open_batches(raw, kind)
-        top = column if column in names else column.partition('.')[0]
-        top = names[find_column(names, top, path)]
-        others = (names[find_column(names, name, path, option)] for name, option in options.items())
-        wanted = list(dict.fromkeys([top, *others]))
-        nested = column not in ('', top)
-        rows = ([cell_text(find_value({top: row[0]}, column, path) if nested else row[0]), *map(cell_text, row[1:])]
-                for batch in read_batches(wanted) for row in zip(*(batch[name].to_pylist() for name in wanted)))
-        yield from read_table(chain([wanted], rows), path, top, options)

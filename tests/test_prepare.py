@@ -26,6 +26,7 @@ def run_source(folder, name, *args):
     """the records that a copy of data/<name>/prepare.py in folder writes."""
     (folder / name).mkdir(exist_ok=True)
     shutil.copy(ROOT / 'data' / name / 'prepare.py', folder / name)
+    shutil.copy(ROOT / 'data/output.py', folder)
     done = subprocess.run([sys.executable, f'{name}/prepare.py', *args], cwd=folder, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
@@ -184,8 +185,8 @@ def test_mails_of_every_form_are_read(tmp_path):
 def run_prepare(folder, *args, stdin=b'', **env):
     """runs data/prepare.py. Returns the finished process, and the records of data/mine/input.jsonl or []."""
     (folder / 'data').mkdir(exist_ok=True)
-    for name in ('prepare', 'tables', 'logs', 'objects', 'stub'):
-        shutil.copy(ROOT / f'data/{name}.py', folder / 'data')
+    for path in (ROOT / 'data').glob('*.py'):
+        shutil.copy(path, folder / 'data')
     done = subprocess.run([sys.executable, 'data/prepare.py', 'mine', *args], cwd=folder, capture_output=True,
                           input=stdin, env={**os.environ, **env})
     target = folder / 'data/mine/input.jsonl'

@@ -13,8 +13,12 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
+from output import exit_on_stop, write_lines
+
 if {'-h', '--help'} & {*sys.argv}:
     sys.exit(print(__doc__))
+exit_on_stop()
 
 WORDS = '''
 love loved lovely great awesome amazing thanks thank glad happy beautiful best fun nice cool sweet
@@ -32,7 +36,5 @@ texts = [part['text'] for talk in conversations for turn in talk['messages'] for
 kept = sorted({text for text in texts if OPINION.search(text)})
 random.Random(1337).shuffle(kept)  # on every machine alike: the first n texts are a random sample
 target = Path(__file__).parent / 'input.jsonl'
-with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
-    file.writelines(json.dumps({'text': text}) + '\n' for text in kept)
-os.replace(target.with_suffix('.tmp'), target)
+write_lines(target, ({'text': text} for text in kept))
 print(f'{os.path.relpath(target)}: {len(kept)} of {len(texts)} messages')

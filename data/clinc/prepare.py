@@ -16,8 +16,12 @@ from collections import defaultdict
 from itertools import zip_longest
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
+from output import exit_on_stop, write_lines, write_text
+
 if {'-h', '--help'} & {*sys.argv}:
     sys.exit(print(__doc__))
+exit_on_stop()
 
 HOME = 'https://raw.githubusercontent.com/clinc/oos-eval/master/data/data_full.json'
 
@@ -45,9 +49,10 @@ if len(sys.argv) == 1 and not paths[0].is_file():
     print(f'fetching {HOME}')
     try:
         with urllib.request.urlopen(HOME, timeout=60) as reply:
-            paths[0].write_bytes(reply.read())
+            content = reply.read()
     except OSError as error:
         sys.exit(f'cannot fetch {HOME} ({error}); without a network: python data/clinc/prepare.py FILE')
+    write_text(paths[0], [content.decode('utf-8', 'replace')])
 for path in paths:
     try:
         parts = read_parts(path)
@@ -57,8 +62,5 @@ for path in paths:
         sys.exit(f'{path} is neither data_full.json nor a part of it as .jsonl: {error!r}')
     for part, rows in parts.items():
         target = here / ('input.jsonl' if part == 'train' else f'{part}.jsonl')
-        with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
-            for text, intent in interleave(rows):
-                file.write(json.dumps({'text': text, 'answer': {'intent': intent}}) + '\n')
-        os.replace(target.with_suffix('.tmp'), target)
+        write_lines(target, ({'text': text, 'answer': {'intent': intent}} for text, intent in interleave(rows)))
         print(f'{os.path.relpath(target)}: {len(rows)} sentences')

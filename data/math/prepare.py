@@ -5,14 +5,16 @@
 ax + b = c or ax = c, with one integer solution from -99 to 99, written in several ways. The answer of each is the
 value of the term with x, then x. The generator is seeded, so the file is the same on every machine.
 """
-import json
-import os
 import random
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
+from output import exit_on_stop, write_lines
+
 if {'-h', '--help'} & {*sys.argv}:
     sys.exit(print(__doc__))
+exit_on_stop()
 
 
 def make_equation(rng):
@@ -30,7 +32,5 @@ while len(solutions) < 60000:
     text, solution = make_equation(rng)
     solutions[text] = solution
 target = Path(__file__).parent / 'input.jsonl'
-with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
-    file.writelines(json.dumps({'text': text, 'answer': solution}) + '\n' for text, solution in solutions.items())
-os.replace(target.with_suffix('.tmp'), target)
+write_lines(target, ({'text': text, 'answer': solution} for text, solution in solutions.items()))
 print(f'{target}: {len(solutions)} equations')

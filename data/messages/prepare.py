@@ -8,7 +8,6 @@ line also has the English original, which extract.py does not read.
 """
 import gettext
 import io
-import json
 import os
 import random
 import re
@@ -18,8 +17,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
+from output import exit_on_stop, write_lines
+
 if {'-h', '--help'} & {*sys.argv}:
     sys.exit(print(__doc__))
+exit_on_stop()
 
 PACKAGES = ('django==5.2', 'django-cms==5.0.1', 'mayan-edms==4.9.2', 'pretix==2025.5.0',
             'wagtail==7.0', 'weblate==5.11.4')
@@ -56,7 +59,5 @@ if not texts:
     sys.exit(f'no package has messages in {language!r}; try hu, de, fr, es, ja, ar, he')
 order = random.Random(1337).sample(list(texts), len(texts))     # the first n texts are a random sample
 target = here / 'input.jsonl'
-with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
-    file.writelines(json.dumps({'text': text, 'english': texts[text]}, ensure_ascii=False) + '\n' for text in order)
-os.replace(target.with_suffix('.tmp'), target)
+write_lines(target, ({'text': text, 'english': texts[text]} for text in order))
 print(f'{os.path.relpath(target)}: {len(texts)} messages in {language}')

@@ -8,14 +8,17 @@ from a file of your own: python data/prepare.py reddit FILE.
 If all emotions that people chose for a comment belong to one group of the paper (Demszky et al. 2020,
 https://arxiv.org/abs/2005.00547), that group is the comment's true sentiment.
 """
-import json
 import os
 import sys
 import urllib.request
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
+from output import exit_on_stop, write_lines, write_text
+
 if {'-h', '--help'} & {*sys.argv}:
     sys.exit(print(__doc__))
+exit_on_stop()
 
 HOME = 'https://raw.githubusercontent.com/google-research/google-research/master/goemotions/data/'
 FILES = 'train.tsv', 'dev.tsv', 'test.tsv'
@@ -44,16 +47,13 @@ for name in FILES:
         except OSError as error:
             sys.exit(f'cannot fetch {HOME}{name} ({error}); without a network put the file beside this '
                      'script, or use a file of your own: python data/prepare.py reddit FILE')
-        path.write_bytes(content)
+        write_text(path, [content.decode('utf-8', 'replace')])
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         text, labels = (line.split('\t') + [''])[:2]
         if text.strip():
             texts.setdefault(text.strip(), find_sentiment(labels))
 target = here / 'input.jsonl'
-with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
-    for text, sentiment in texts.items():
-        truth = {'truth': {'sentiment': sentiment}} if sentiment else {}
-        file.write(json.dumps({'text': text, **truth}) + '\n')
-os.replace(target.with_suffix('.tmp'), target)
+write_lines(target, ({'text': text} | ({'truth': {'sentiment': sentiment}} if sentiment else {})
+                     for text, sentiment in texts.items()))
 known = sum(sentiment is not None for sentiment in texts.values())
 print(f'{os.path.relpath(target)}: {len(texts)} texts, the true sentiment of {known} is known')

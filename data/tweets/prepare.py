@@ -8,7 +8,6 @@ that is within half a point of 0; `probabilities` is the share of people who cho
 """
 import ast
 import html
-import json
 import os
 import random
 import subprocess
@@ -17,8 +16,12 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
+from output import exit_on_stop, write_lines
+
 if {'-h', '--help'} & {*sys.argv}:
     sys.exit(print(__doc__))
+exit_on_stop()
 
 SETS = 'tweets', 'movieReviewSnippets', 'amazonReviewSnippets', 'nytEditorialSnippets'
 
@@ -62,7 +65,5 @@ with tarfile.open(sorted(here.glob('*.tar.gz'))[-1]) as package:
             random.Random(1337).shuffle(part)  # the same order on every machine
             records += part
 target = here / 'input.jsonl'
-with open(target.with_suffix('.tmp'), 'w', encoding='utf-8') as file:
-    file.writelines(json.dumps(record) + '\n' for record in records)
-os.replace(target.with_suffix('.tmp'), target)
+write_lines(target, records)
 print(f'{os.path.relpath(target)}: {len(records)} texts; the published mean of {n_differ} differs')
