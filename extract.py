@@ -31,8 +31,8 @@ from data import FORMAT, Hashes, first_answers, read_texts, shard_folders, store
 from data.texts import prefetch, read_groups
 from distil.calibrate import calibrated_answers, learn_bias, print_bias
 from distil.engine import Drafts, Teacher, answer_batched, peak_memory_gb
-from distil.extraction import (check_calibration, check_settings, check_source, open_writer, print_totals,
-                               read_task, try_compiling, write_meta)
+from distil.extraction import (check_calibration, check_settings, check_source, open_writer, print_filter,
+                               print_totals, read_task, try_compiling, write_meta)
 from distil.labels import find_known, open_labels, print_changed, record_from_label
 from distil.prompts import prompt_text
 from distil.records import open_shards
@@ -172,8 +172,7 @@ def scan_texts(task, dataset, name, source, lines, filters):
         n_todo += sum(hash_ not in done for hash_, _, _ in group)
         if n_sample:  # the texts of lowest hash: the same ones in whatever order the file is
             sample = sorted([*sample, *((hash_, ids.tolist(), label) for hash_, ids, label in group)])[:n_sample]
-    refused = [f'{reason}={n}' for reason, n in sorted(counts.items()) if reason != 'kept']
-    print(f'filter read={counts.total()} kept={counts["kept"]}', *refused)
+    print_filter(counts, task['max_text'])
     if not counts['kept']:
         sys.exit(f'no text of {source} passes the filter; see the filter line')
     if not folders:

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 
 
 def exit_on_stop():
-    """makes Ctrl-C, kill and the end of a terminal exit with one line and status 1, so that `finally` is reached."""
+    """makes Ctrl-C, kill and the end of a terminal exit with one line and status 1, so that
+    `finally` is reached."""
     def stop(*_):
         sys.exit('\nstopped')
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -23,7 +24,8 @@ def exit_on_stop():
 
 
 class NamedFile(io.FileIO):
-    """a file whose errors have its name: without it nobody knows whether an input or the output failed."""
+    """a file whose errors have its name: without it nobody knows whether an input or the output
+    failed."""
 
     def __init__(self, path, target):
         self.target = str(target)
@@ -44,8 +46,8 @@ class NamedFile(io.FileIO):
 
 @contextmanager
 def replace_file(target):
-    """a text file, in UTF-8, that takes the place of target when the block ends; if anything fails, what was there
-    stays. OSError with target as its filename if it cannot be written."""
+    """a text file, in UTF-8, that takes the place of target when the block ends; if anything fails,
+    what was there stays. OSError with target as its filename if it cannot be written."""
     tmp = target.with_suffix(f'.{secrets.token_hex(4)}.tmp')    # its own, for another run may write now
     try:
         # half an emoji is \ud83d in JSON, too
@@ -66,7 +68,8 @@ def write_text(target, parts):
 
 
 def write_lines(target, records):
-    """writes a .jsonl of these records (dicts), whole or not at all. Exits with a message if that fails."""
+    """writes a .jsonl of these records (dicts), whole or not at all. Exits with a message if that
+    fails."""
     write_text(target, (json.dumps(record, ensure_ascii=False) + '\n' for record in records))
 
 

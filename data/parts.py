@@ -23,7 +23,8 @@ def find_part(path):
 
 
 def find_saved(folder):
-    """the files of the data sets in a folder that save_to_disk wrote. Exits with a message if one is damaged."""
+    """the files of the data sets in a folder that save_to_disk wrote. Exits with a message if one
+    is damaged."""
     files = []
     for state in sorted(folder.rglob('state.json')):
         try:
@@ -35,8 +36,9 @@ def find_saved(folder):
 
 
 def find_files(path):
-    """{file: its part, '' if unknown} of what a path means: itself, or, of a folder, the files of a saved data set,
-    else all .parquet, else all .arrow files. Exits with a message if there are none."""
+    """{file: its part, '' if unknown} of what a path means: itself, or, of a folder, the files of a
+    saved data set, else all .parquet, else all .arrow files. Exits with a message if there are
+    none."""
     if path == '-' or not os.path.isdir(path):
         if path != '-' and not os.path.exists(path):
             sys.exit(f'{path} does not exist')
@@ -52,15 +54,16 @@ def find_files(path):
 
 
 def split_files(parts):
-    """{file: 'train' or 'test'} of {file: its part, or ''} if there are files of both parts, else {}: then a tenth of
-    the texts is held out. Prints which files are held out, and those whose name does not say it."""
+    """{file: 'train' or 'test'} of {file: its part, or ''} if there are files of both parts, else
+    {}: then a tenth of the texts is held out. Prints which files are held out, and those whose name
+    does not say it."""
     if {'train', 'test'} - {*parts.values()}:
         return {}
     held_out = [file for file, part in parts.items() if part == 'test']
     unnamed = [file for file, part in parts.items() if not part]
-    print(f'held out, as the names of the files say: {list_files(held_out)}')
+    print(f'held out, as the names of the files say: {list_files(held_out)} (rename them if they do not mean it)')
     if unnamed:
-        print(f'trained on, though no name says so: {list_files(unnamed)}; to leave them out, name the other files')
+        print(f'trained on, though no name says so: {list_files(unnamed)}; to leave them out, name the others')
     return {file: part or 'train' for file, part in parts.items()}
 
 

@@ -129,8 +129,8 @@ def is_json(value):
 
 
 def read_objects(objects, path, column, options, counts):
-    """yields (text, {key: value} of the KEPT keys) for each JSON value: a text, or an object with one. Counts
-    other values in counts['bad_json']. options: as for read_table."""
+    """yields (text, {key: value} of the KEPT keys) for each JSON value: a text, or an object with
+    one. Counts other values in counts['bad_json']. options: as for read_table."""
     for value in objects:
         if isinstance(value, str):
             yield value, {}
@@ -186,8 +186,8 @@ def read_records(path, column, options, delimiter, counts, notes):
 
 
 def read_files(files, parts, *how):
-    """yields (text, {key: value} of the KEPT keys, part) of several files. parts: {file: its part}; how: as for
-    read_records. Exits with a message if a file is damaged."""
+    """yields (text, {key: value} of the KEPT keys, part) of several files. parts: {file: its part};
+    how: as for read_records. Exits with a message if a file is damaged."""
     for path in files:
         try:
             for text, extra in read_records(path, *how):
@@ -197,8 +197,8 @@ def read_files(files, parts, *how):
 
 
 def read_log(log, parts, counts, problems):
-    """yields (text, {}, part) for each line of a Log. Counts those without a text by their reason, and adds up to
-    three messages to problems. parts: {file: its part}."""
+    """yields (text, {}, part) for each line of a Log. Counts those without a text by their reason,
+    and adds up to three messages to problems. parts: {file: its part}."""
     for line in log:
         if line.problem and line.problem[0] != 'request':       # the input of a batch has a text
             counts[line.problem[0]] += 1
@@ -209,9 +209,10 @@ def read_log(log, parts, counts, problems):
 
 
 def pop_part(extra, split, part, counts):
-    """takes the split out of a record: of the column `split`, which read_records has put into its split; if that is
-    '', of its key `split`, if that has a known word, else `part`; other words are counted in counts['other_split'].
-    Returns 'train' or 'test', '' if it has none. ValueError if the column has another word."""
+    """takes the split out of a record: of the column `split`, which read_records has put into its
+    split; if that is '', of its key `split`, if that has a known word, else `part`; other words are
+    counted in counts['other_split']. Returns 'train' or 'test', '' if it has none. ValueError if
+    the column has another word."""
     own = extra.pop('split', '')
     if not split:
         with suppress(ValueError):
@@ -224,16 +225,16 @@ def pop_part(extra, split, part, counts):
 
 def describe_value(value):
     """what a value is that stands where a text should."""
-    kinds = {list: 'a list', dict: 'an object', bytes: 'binary', bool: 'true or false', int: 'a number',
-             float: 'a number'}
-    return kinds.get(type(value), type(value).__name__)
+    kinds = {list: 'a list', dict: 'an object', bytes: 'binary', bool: 'true or false'}
+    return kinds.get(type(value), 'a number')
 
 
 def write_texts(records, file, counts, split, problems):
-    """writes each different text to an opened input.jsonl, and counts. records: (text, what else is kept of it, the
-    part of its file); split: '', or the column of it. A text of both parts is written twice: extract.py then holds it
-    out. Returns {name: number of the texts that have a value for it}. Adds to problems what was no text. Exits with a
-    message if a split is no known word."""
+    """writes each different text to an opened input.jsonl, and counts. records: (text, what else is
+    kept of it, the part of its file); split: '', or the column of it. A text of both parts is
+    written twice: extract.py then holds it out. Returns {name: number of the texts that have a
+    value for it}. Adds to problems what was no text. Exits with a message if a split is no known
+    word."""
     seen, known, others = set(), Counter(), Counter()
     for value, extra, part in records:
         text = ' '.join(value.split()) if isinstance(value, str) else ''

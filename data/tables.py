@@ -19,8 +19,8 @@ TEST = 'test', 'val', 'validation', 'valid', 'dev', 'eval', 'held_out'  # names 
 
 
 def read_part(split):
-    """'test' if a split, such as a cell or the value of a line, is one of TEST; 'train' for train, or nothing.
-    ValueError if it is anything else."""
+    """'test' if a split, such as a cell or the value of a line, is one of TEST; 'train' for train,
+    or nothing. ValueError if it is anything else."""
     word = '' if split is None else str(split).strip().lower().replace('-', '_')
     if word not in ('', 'train', *TEST):
         raise ValueError(f'its split is {split!r}, neither train nor one of {", ".join(TEST)}')
@@ -28,8 +28,8 @@ def read_part(split):
 
 
 def find_column(names, column, path, option='column', hint=''):
-    """the index of the column named `column`, or else of the column of the text. Exits with a message if none
-    or several are known. option, hint: for the message."""
+    """the index of the column named `column`, or else of the column of the text. Exits with a
+    message if none or several are known. option, hint: for the message."""
     found = [i for i, name in enumerate(names) if (name == column if column else name.lower() == 'text')]
     if len(found) == 1 or not column and len(names) == 1:
         return found[0] if found else 0
@@ -41,9 +41,9 @@ def find_column(names, column, path, option='column', hint=''):
 
 
 def find_value(value, column, path):
-    """the value of an object (a dict that is not empty) under a column, which may name nested keys with dots:
-    request.text, messages.0.content. None if there is nothing to look in. Exits with a message if a key is
-    unknown."""
+    """the value of an object (a dict that is not empty) under a column, which may name nested keys
+    with dots: request.text, messages.0.content. None if there is nothing to look in. Exits with a
+    message if a key is unknown."""
     for key in column.split('.') if column not in value else [column]:
         if isinstance(value, list):                             # a number counts from 0
             value = value[int(key)] if key.isdecimal() and int(key) < len(value) else None
@@ -56,8 +56,9 @@ def find_value(value, column, path):
 
 
 def find_delimiter(start, column, path):
-    """the delimiter of a table that starts with these lines: the one that makes a cell of its header the name
-    of the text's column, else one that all lines have, or nine in ten equally often, else ONE_COLUMN."""
+    """the delimiter of a table that starts with these lines: the one that makes a cell of its
+    header the name of the text's column, else one that all lines have, or nine in ten equally
+    often, else ONE_COLUMN."""
     named, shares = {ONE_COLUMN: 1}, {}  # {delimiter: cells in the header}, {delimiter: share of like lines}
     lines = [line for line in re.split('[\r\n]+', QUOTED.sub('', ''.join(start)[:100_000])) if line.strip()]
     for delimiter in ',;\t|':
@@ -81,7 +82,8 @@ def find_delimiter(start, column, path):
 
 
 def csv_rows(lines, path, delimiter, column, is_tsv, counts):
-    """yields the rows of a .csv or .tsv as lists of cells. Exits with a message if it is no table."""
+    """yields the rows of a .csv or .tsv as lists of cells. Exits with a message if it is no
+    table."""
     csv.field_size_limit(1 << 30)
     start = list(islice(lines, 100))
     excel = re.fullmatch(r'"?sep=(.)"?\s*', start[0], re.I) if start else None  # a first line of Excel's own
@@ -105,15 +107,16 @@ def csv_rows(lines, path, delimiter, column, is_tsv, counts):
 
 
 def read_cell(cell, is_answer):
-    """a cell of a column with labels. In an answer a text is what it means: true, false or a whole number, in any
-    case; else it is itself, as is a list."""
+    """a cell of a column with labels. In an answer a text is what it means: true, false or a whole
+    number, in any case; else it is itself, as is a list."""
     cell = cell.strip() if isinstance(cell, str) else cell
     is_constant = is_answer and isinstance(cell, str) and CONSTANT.fullmatch(cell.lower())
     return json.loads(cell.lower()) if is_constant else cell
 
 
 def by_option(cells, options):
-    """{option: {column: its cell}} of {column: its cell}. options: {column: the option that names it}."""
+    """{option: {column: its cell}} of {column: its cell}. options: {column: the option that names
+    it}."""
     parts = {}
     for column, cell in cells.items():
         parts.setdefault(options[column], {})[column] = cell
@@ -121,8 +124,9 @@ def by_option(cells, options):
 
 
 def read_table(rows, path, column, options, hint=''):
-    """yields (text, {option: {column: cell}}) for each row but the header. rows: lists of texts, but for what is no text
-    in a table with types; options: {column: the option that names it}. Exits with a message if a column is unknown."""
+    """yields (text, {option: {column: cell}}) for each row but the header. rows: lists of texts,
+    but for what is no text in a table with types; options: {column: the option that names it}.
+    Exits with a message if a column is unknown."""
     rows = iter(rows)
     names = [name.strip() for name in next(rows, [])]
     if not names:

@@ -33,13 +33,14 @@ def refusal_reason(text, ids, too_long, min_text, special, keep_markup=False):
 def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut=False, keep_markup=False,
                 counts=None):
     """yields the texts worth labelling in groups of `size`, each a list of (hash, ids, answer), in the order
-    of the file. Streams: it keeps only 16 bytes per text.
+    of the file. Streams: it keeps only 16 bytes per text, and 8 more if cut.
 
     texts: from data.read_texts. cut: True keeps the first max_text tokens of a longer text, False refuses the
     text. limit: number of texts to keep; 0: all. keep_markup: as for refusal_reason. counts: a Counter that is
-    updated with the outcome of each line.
+    updated with the outcome of each line: `equal_once_cut` is a text that equals an earlier one only because of the
+    cut.
     """
-    special, seen, pairs, group = special_ids(tokenizer), Hashes(), Hashes(), []
+    special, seen, pairs, wholes, group = special_ids(tokenizer), Hashes(), Hashes(), Hashes(), []
     counts, texts = Counter() if counts is None else counts, iter(texts)
     max_chars = 100 * max_text  # no need to tokenize a book
     while block := list(islice(texts, 1024)):
@@ -47,13 +48,17 @@ def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut=False, 
         for (text, answer, reason), encoding in zip(block, encodings):
             ids = encoding.ids
             too_long = len(ids) > max_text or len(text) > max_chars
+            hash_ = whole = text_hash(text)
             if cut and too_long:  # keep the text as the student will read it
                 ids, text = first_tokens(text, encoding, max_text)
-            hash_ = text_hash(text)
+                hash_ = text_hash(text)
             reason = reason or refusal_reason(text, ids, too_long and not cut, min_text, special, keep_markup)
             pair = hash_ if answer is None else text_hash(text + json.dumps(answer, sort_keys=True))
             if not reason and hash_ in seen:  # of two answers to a text the first one counts
-                reason = 'duplicate' if pair in pairs else 'conflicting'
+                is_new = cut and whole not in wholes
+                reason = 'equal_once_cut' if is_new else 'duplicate' if pair in pairs else 'conflicting'
+            if cut:
+                wholes.add(whole)
             counts[reason or 'kept'] += 1
             if reason:
                 continue

@@ -17,7 +17,8 @@ from tables import find_column, find_value, read_table  # it lies beside this fi
 
 @contextmanager
 def use_package(package, path, what):
-    """exits with a message if the block cannot import an optional package, or cannot read the file."""
+    """exits with a message if the block cannot import an optional package, or cannot read the
+    file."""
     try:
         yield
     except ImportError:
@@ -27,8 +28,8 @@ def use_package(package, path, what):
 
 
 def cell_text(cell):
-    """a cell of a typed table as text: numbers, true and false as in JSON; '' for nothing and NaN. Lists, objects and
-    bytes that are no UTF-8 stay as they are: they are no text."""
+    """a cell of a typed table as text: numbers, true and false as in JSON; '' for nothing and NaN.
+    Lists, objects and bytes that are no UTF-8 stay as they are: they are no text."""
     if cell is None or cell != cell:
         return ''
     if isinstance(cell, float) and cell.is_integer():
@@ -44,7 +45,8 @@ def cell_text(cell):
 
 
 def cell_label(cell):
-    """a cell of a typed table as a label: its text, or the list or object; '' if JSON does not have it."""
+    """a cell of a typed table as a label: its text, or the list or object; '' if JSON does not have
+    it."""
     cell = cell_text(cell)
     try:
         return '' if isinstance(cell, bytes) else json.loads(json.dumps(cell, allow_nan=False))
@@ -55,7 +57,7 @@ def cell_label(cell):
 # -----------------------------------------------------------------------------
 # Excel
 
-MERGED = re.compile(rb'<(?:\w+:)?mergeCell\s[^>]*\bref="(\w+:\w+)"')  # some programs write a prefix, as in <x:mergeCell
+MERGED = re.compile(rb'<(?:\w+:)?mergeCell\s[^>]*\bref="(\w+:\w+)"')  # x: a prefix of some programs
 NO_VALUE = re.compile(rb'''
     <(?:\w+:)?c\s([^>]*)>\s*                                   # a cell, as <c r="B2">
     <(?:\w+:)?f\b(?:[^>]*/>|[^<]*</(?:\w+:)?f>)\s*             # with a formula
@@ -64,8 +66,9 @@ NO_VALUE = re.compile(rb'''
 
 
 def scan_sheet(file):
-    """([range, as B2:B9] of the merged cells, Counter of the formulas without a value in each column, as B) of the
-    opened XML of a sheet. The merged cells stand behind all rows; this scan takes a thirtieth of the reading."""
+    """([range, as B2:B9] of the merged cells, Counter of the formulas without a value in each
+    column, as B) of the opened XML of a sheet. The merged cells stand behind all rows; this scan
+    takes a thirtieth of the reading."""
     merged, formulas, rest = [], Counter(), b''
     while rest := rest + (block := file.read(1 << 20)):
         end = rest.rfind(b'c>') + 1 if block else len(rest)     # after </c, so that no cell is cut in two
@@ -79,27 +82,28 @@ def scan_sheet(file):
 
 
 def fill_merged(rows, ranges):
-    """yields rows, lists of texts, with the value of each merged cell in all of its rows. ranges: (first column, first
-    row, last column, last row), from 1. Those of the first row that is not empty stay: they are a header."""
-    starts, open_, is_header = {}, {}, True                     # open_: {column: (last row, value)}
+    """yields rows, lists of texts, with the value of each merged cell in all of its rows. ranges:
+    (first column, first row, last column, last row), from 1. Those of the first row that is not
+    empty stay: they are a header."""
+    starts, below, is_header = {}, {}, True                     # below: {column: (last row, value)}
     for column, first, _, last in ranges:
         starts.setdefault(first, []).append((column - 1, last))
     for n, cells in enumerate(rows, 1):
-        for column, (last, value) in [*open_.items()]:
+        for column, (last, value) in [*below.items()]:
             if n > last:
-                del open_[column]
+                del below[column]
                 continue
             cells += [''] * (column + 1 - len(cells))
             cells[column] = value
         if not is_header:
-            open_ |= {column: (last, cells[column]) for column, last in starts.get(n, ()) if len(cells) > column}
+            below |= {column: (last, cells[column]) for column, last in starts.get(n, ()) if len(cells) > column}
         is_header = is_header and not any(cells)
         yield cells
 
 
 def xlsx_rows(raw, path, notes):
-    """yields the rows of the first sheet of an Excel workbook as lists of texts. Adds to notes, a list of sentences,
-    what cannot be read."""
+    """yields the rows of the first sheet of an Excel workbook as lists of texts. Adds to notes, a
+    list of sentences, what cannot be read."""
     with use_package('openpyxl', path, 'an Excel workbook'):
         import openpyxl
         warnings.simplefilter('ignore')  # about formats that it does not know
@@ -127,10 +131,11 @@ def xlsx_rows(raw, path, notes):
 
 
 def find_features(metadata, path):
-    """{column: its type} as Hugging Face datasets describe them, in the metadata of a schema or else in the
-    dataset_info.json beside the file; {} if they do not."""
+    """{column: its type} as Hugging Face datasets describe them, in the metadata of a schema or
+    else in the dataset_info.json beside the file; {} if they do not."""
     info = Path(path).parent / 'dataset_info.json'
-    for content in ((metadata or {}).get(b'huggingface', b''), info.read_bytes() if info.is_file() else b''):
+    beside = info.read_bytes() if path != '-' and info.is_file() else b''
+    for content in ((metadata or {}).get(b'huggingface', b''), beside):
         try:
             known = json.loads(content)
             features = known.get('info', known)['features']
@@ -142,17 +147,17 @@ def find_features(metadata, path):
 
 
 def name_labels(value, feature):
-    """a value with the names of its class labels in place of their numbers; -1 is no label: None. feature: its type,
-    as find_features has it. ValueError if a number has no name."""
+    """a value with the names of its class labels in place of their numbers; -1 is no label: None.
+    feature: its type, as find_features has it. ValueError if a number has no name."""
     if isinstance(feature, list):                               # as older versions write the type of a list
         return name_labels(value, feature[0] if feature else {})
     if not isinstance(feature, dict) or value is None:
         return value
     kind = feature['_type'] if isinstance(feature.get('_type'), str) else ''
+    inner = feature['feature'] if kind and 'feature' in feature else feature  # of a list
     if isinstance(value, list):
-        return [name_labels(part, feature['feature'] if 'feature' in feature and kind else feature) for part in value]
-    if isinstance(value, dict):
-        inner = feature['feature'] if 'feature' in feature and kind else feature  # a dict of lists is a list of dicts
+        return [name_labels(part, inner) for part in value]
+    if isinstance(value, dict) and isinstance(inner, dict):     # a list of objects is kept as an object of lists
         return {key: name_labels(part, inner.get(key)) for key, part in value.items()}
     names = feature.get('names')
     if kind != 'ClassLabel' or not isinstance(names, list) or not isinstance(value, int):
@@ -163,8 +168,8 @@ def name_labels(value, feature):
 
 
 def open_batches(raw, kind):
-    """(schema, a function from names of columns to batches of their rows) of a Parquet or Arrow file. The latter is a
-    file or a stream, as Hugging Face datasets save it."""
+    """(schema, a function from names of columns to batches of their rows) of a Parquet or Arrow
+    file. The latter is a file or a stream, as Hugging Face datasets save it."""
     if kind == 'parquet':
         from pyarrow.parquet import ParquetFile
         file = ParquetFile(raw)

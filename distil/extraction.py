@@ -139,7 +139,7 @@ def write_meta(folder, meta, model, tokenizer):
 
 
 # -----------------------------------------------------------------------------
-# speed
+# figures and speed
 
 
 def try_compiling(engine, costs, n_left):
@@ -154,6 +154,15 @@ def try_compiling(engine, costs, n_left):
         before, after = np.median(costs[:4]), np.median(costs[5:])
         engine.compile(after < before)
         tqdm.write(f'compiled: {before / after:.2f} times as fast{"" if engine.compiled else "; undone"}')
+
+
+def print_filter(counts, max_text):
+    """prints the filter line, and advice if texts are lost because they begin alike. counts: of read_groups."""
+    refused = [f'{reason}={n}' for reason, n in sorted(counts.items()) if reason != 'kept']
+    print(f'filter read={counts.total()} kept={counts["kept"]}', *refused)
+    if n := counts['equal_once_cut']:
+        print(f'equal_once_cut: {n} texts are left out, because they equal another one in their first {max_text} '
+              'tokens, which are all that is read; raise max_text, or take out what they begin with')
 
 
 def print_totals(totals):

@@ -1,7 +1,6 @@
 """The records a student is trained on: opened, and checked before the first step."""
 import json
 import math
-import re
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from config import next_command, stop
 from data import Shards
 from distil.agreement import field_texts, find_value, read_truth
-from distil.split import hold_out_file, split_of
+from distil.split import count_near, hold_out_file, split_of
 
 SEEN = 100  # so often a value should be seen in training, on average
 
@@ -129,13 +128,12 @@ def check_data(shards, space, train_rows, val_rows, rng):
     overlap = len(texts[0] & texts[1])
     if overlap:
         stop(f'{overlap} held-out texts are also trained on; extract again')
-    def simplified(rows):                                       # with its answer: 3x - 5 is not 3x + 5
+    def answered(rows):                                         # a text and its answer each
         decoded = space.tokenizer.decode_batch([shards.ids(i).tolist() for i in rows])
-        return [(simplify(text), shards.answer(i).tobytes()) for text, i in zip(decoded, rows)]
-    trained, held_out = {*simplified(train_rows)}, simplified(val_rows)
-    near = sum(record in trained for record in held_out) / len(held_out)
+        return [(text, shards.answer(i).tobytes()) for text, i in zip(decoded, rows)]
+    near = count_near(answered(train_rows), answered(val_rows)) / len(val_rows)
     if near > 0.05:
-        print(f'note: {near:.0%} of the held-out texts are also trained on, but for case and punctuation: the '
+        print(f'note: {near:.0%} of the held-out texts are also trained on, but for case, punctuation and numbers: the '
               'figures flatter')
     return {'stored_tokens': 1 - n_wrong / n_steps, 'teacher_ce': ce / n_steps, 'overlap': overlap,
             'near_overlap': near}
@@ -154,8 +152,3 @@ def note_rare_values(shards, space, train_rows, val_rows, max_epochs):
         if n := len(values) - len({*held_out[name]} & {*map(json.dumps, values)}):
             print(f'note: {n} of {len(values)} values of {name} have no held-out record; the figures say nothing '
                   'of them')
-
-
-def simplify(text):
-    """a text without case and punctuation, to find near-duplicates."""
-    return re.sub(r'[\W_]+', ' ', text.lower()).strip()

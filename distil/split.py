@@ -122,6 +122,26 @@ def hold_out_file(path, shards):
 
 
 # -----------------------------------------------------------------------------
+# near duplicates
+
+
+def simplify(text):
+    """a text without case and punctuation."""
+    return re.sub(r'[\W_]+', ' ', text.lower()).strip()
+
+
+def count_near(trained, held_out):
+    """number of the held-out texts that are trained on but for case and punctuation, with the same answer, or also but
+    for the numbers in them, if these change no answer: of 3x - 5 they do. Both: lists of (text, answer)."""
+    without_numbers = lambda text: simplify(re.sub(r'\d+([.,:]\d+)*', '0', text))
+    known, answers = {(simplify(text), answer) for text, answer in trained}, {}
+    for text, answer in trained:
+        answers.setdefault(without_numbers(text), set()).add(answer)
+    return sum((simplify(text), answer) in known or answers.get(without_numbers(text)) == {answer}
+               for text, answer in held_out)
+
+
+# -----------------------------------------------------------------------------
 # of a student
 
 

@@ -16,6 +16,7 @@ import torch
 
 import data
 from data.texts import prefetch, read_groups
+from distil.extraction import print_filter
 from distil.space import OutputSpace
 from tests.conftest import (CHILDREN, FIELDS, clone_task, free_port, load_teacher, one_line, run, run_script,
                             torchrun)
@@ -60,11 +61,31 @@ def test_long_texts_are_cut_as_the_student_will_cut_them(tokenizer):
                                 counts=(counts := Counter()))
         assert [ids.tolist() for _, ids, _ in group] == list(
             map(list, dict.fromkeys(tuple(encode(text)[:max_text]) for text in long))) and not counts['long']
-    assert counts['kept'] + counts['duplicate'] == len(long)
+    assert counts['kept'] + counts['equal_once_cut'] == len(long)
     text = 'the cat sat'
     ((hash_, ids, _), ), = read_groups([(f'{text} on www.cat.org', None, '')], tokenizer, 9, 1,
                                        len(encode(text)), cut=True)
     assert hash_ == data.text_hash(text) and ids.tolist() == encode(text)  # the part cut off is not filtered
+
+
+def test_texts_that_are_equal_only_because_of_the_cut_are_told_apart(tokenizer, capsys):
+    note, answers = 'the cat sat on a mat ' * 9, ({'a': 1}, {'a': 2})
+    rows = [(note + 'hello', answers[0], ''), (note + 'good', answers[1], ''), (note + 'good', answers[1], ''),
+            (note + 'hello', answers[0], ''), (note + 'hello', answers[1], ''), ('the cat', answers[0], '')]
+    for cut, expected in ((True, dict(kept=2, equal_once_cut=1, duplicate=1, conflicting=2)),
+                          (False, dict(kept=1, long=5))):
+        list(read_groups(rows, tokenizer, 9, 1, 12, cut=cut, counts=(counts := Counter())))
+        assert counts == expected
+        print_filter(counts, 12)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith('filter read=6 kept=')
+        assert [line[:25] for line in lines[1:]] == ['equal_once_cut: 1 texts a'] * cut
+    # a short text that equals the beginning of a long one
+    start = tokenizer.decode(tokenizer.encode(note, add_special_tokens=False).ids[:4])
+    for texts in ((note, start), (start, note)):
+        list(read_groups([(text, None, '') for text in texts], tokenizer, 9, 1, 4, cut=True,
+                         counts=(counts := Counter())))
+        assert counts == dict(kept=1, equal_once_cut=1)
 
 
 def test_the_data_lines_of_extract_can_be_parsed(project):

@@ -8,7 +8,9 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -454,6 +456,198 @@ def test_saved_hugging_face_data_sets_are_read_part_by_part(tmp_path):
         assert message in line, line
 
 
+FEATURES = {'text': {'dtype': 'string', '_type': 'Value'},
+            'label': {'names': ['neg', 'pos', 'TRUE', '7'], '_type': 'ClassLabel'},
+            'odd': {'names': [5, False, None], '_type': 'ClassLabel'},
+            'tags': {'feature': {'names': ['a', 'b'], '_type': 'ClassLabel'}, '_type': 'List'},
+            'old': [{'names': ['c', 'd'], '_type': 'ClassLabel'}],
+            'rows': {'feature': {'x': {'names': ['e', 'f'], '_type': 'ClassLabel'}}, '_type': 'Sequence'},
+            'meta': {'feature': {'names': ['u', 'v'], '_type': 'ClassLabel'}}}
+
+
+def label_table(texts, as_metadata=True):
+    """a table as Hugging Face datasets 5 writes it to Parquet and Arrow files"""
+    pyarrow = pytest.importorskip('pyarrow')
+    labels = [1, -1, 0, None, 2, 3]
+    table = pyarrow.table({
+        'text': texts, 'label': pyarrow.array(labels[:len(texts)], pyarrow.int64()),
+        'odd': [n % 3 for n in range(len(texts))], 'tags': [[0, 1], [1]] * (len(texts) // 2), 'old': [[1]] * len(texts),
+        'rows': [{'x': [0, 1]}] * len(texts), 'meta': [{'feature': 1}] * len(texts)})
+    return table.replace_schema_metadata({'huggingface': json.dumps({'info': {'features': FEATURES}})}
+                                         if as_metadata else None)
+
+
+def test_the_names_of_class_labels_are_the_values_and_minus_one_is_none(tmp_path):
+    from pyarrow.parquet import write_table
+    texts = ['a', 'b', 'c', 'd', 'e', 'f']
+    save_to_disk(tmp_path / 'set', label_table(texts))
+    save_to_disk(tmp_path / 'older', label_table(texts, False))  # then the file beside it has the names
+    (tmp_path / 'older/dataset_info.json').write_text(json.dumps({'features': FEATURES}))
+    write_table(label_table(texts), tmp_path / 'a.parquet')
+    for path in ('set', 'older', 'older/data-00000-of-00001.arrow', 'a.parquet'):
+        done, records = run_prepare(tmp_path, path, '--answer=label')
+        assert [r.get('answer', {}).get('label') for r in records] == ['pos', None, 'neg', None, True, 7], done.stderr
+        assert b"2 of 6 texts have no value in 'label'" in done.stdout
+        assert b"'label': ['pos', 'neg', True, 7]" in done.stdout
+    done, records = run_prepare(tmp_path, 'a.parquet', '--truth=label')
+    assert [r.get('truth', {}).get('label') for r in records] == ['pos', None, 'neg', None, 'TRUE', '7']
+    done, records = run_prepare(tmp_path, 'a.parquet', '--answer=odd,tags,old,rows,meta')
+    assert records[0]['answer'] == {'odd': 5, 'tags': ['a', 'b'], 'old': ['d'], 'rows': {'x': ['e', 'f']},
+                                    'meta': {'feature': 'v'}}, done.stderr
+    assert [r['answer'].get('odd') for r in records] == [5, False, None] * 2
+    write_table(label_table(texts, False), tmp_path / 'b.parquet')  # without names they are numbers
+    assert [r.get('answer') for r in run_prepare(tmp_path, 'b.parquet', '--answer=label')[1]][1] == {'label': -1}
+    short = {**FEATURES, 'label': {'names': ['neg'], '_type': 'ClassLabel'}}
+    table = label_table(texts).replace_schema_metadata({'huggingface': json.dumps({'info': {'features': short}})})
+    write_table(table, tmp_path / 'c.parquet')
+    line, = run_prepare(tmp_path, 'c.parquet', '--answer=label')[0].stderr.decode().splitlines()
+    assert 'a class label is 1, but there are 1 names' in line
+
+
+def test_the_parts_of_a_data_set_are_its_split(tmp_path):
+    from pyarrow.parquet import write_table
+    texts = {'train': ['a', 'b'], 'validation': ['c'], 'test': ['d', 'a']}
+    for name, of_part in texts.items():
+        table = label_table(of_part * 2)
+        save_to_disk(tmp_path / 'saved' / name, table)
+        for path in (f'hub/data/{name}-00000-of-00001.parquet', f'converted/default/{name}/0000.parquet',
+                     f'long/default/partial-{name}/0000.parquet', f'other/mnli-{name}_matched.parquet'):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            write_table(table, tmp_path / path)
+        (tmp_path / 'cache').mkdir(exist_ok=True)
+        shutil.copy(tmp_path / 'saved' / name / 'data-00000-of-00001.arrow', tmp_path / f'cache/imdb-{name}.arrow')
+        (tmp_path / f'{name}.csv').write_text('text\n' + '\n'.join(of_part) + '\n')
+        (tmp_path / f'{name}.txt').write_text('\n'.join(of_part) + '\n')
+    (tmp_path / 'saved/dataset_dict.json').write_text(json.dumps({'splits': [*texts]}))
+    (tmp_path / 'cache/cache-1.arrow').write_text('left over')
+    expected = {('a', 'train'), ('b', 'train'), ('c', 'test'), ('d', 'test'), ('a', 'test')}
+    for paths in (['saved'], ['hub'], ['converted'], ['long'], ['other'], ['cache'],
+                  *([f'{name}.{kind}' for name in texts] for kind in ('csv', 'txt')),
+                  [f'saved/{name}' for name in texts]):
+        done, records = run_prepare(tmp_path, *paths)
+        assert sorted((r['text'], r['split']) for r in records) == sorted(expected), (paths, done.stderr)
+        assert b'held out, as the names of the files say: ' in done.stdout
+    for paths in (['saved/test'], ['hub/data/test-00000-of-00001.parquet'], ['train.csv', 'train.txt'],
+                  ['test.csv', 'validation.csv']):              # one part is no split
+        done, records = run_prepare(tmp_path, *paths)
+        assert all('split' not in r for r in records) and b'held out' not in done.stdout
+    write_table(label_table(['x', 'y']), tmp_path / 'hub/data/unsupervised-00000-of-00001.parquet')
+    done, records = run_prepare(tmp_path, 'hub')
+    assert {r['text']: r['split'] for r in records}['x'] == 'train'
+    assert 'trained on, though no name says so: hub/data/unsupervised-' in done.stdout.decode()
+
+
+def test_what_a_record_says_of_its_part_goes_before_the_name_of_its_file(tmp_path):
+    (tmp_path / 'train.jsonl').write_text('{"text": "a", "split": "test"}\n{"text": "b"}\n'
+                                          '{"text": "c", "part": "dev"}\n')
+    (tmp_path / 'test.jsonl').write_text('{"text": "d"}\n{"text": "e", "split": 3}\n'
+                                         '{"text": "f", "split": "train"}\n')
+    files = 'train.jsonl', 'test.jsonl'
+    parts = {r['text']: r.get('split') for r in run_prepare(tmp_path, *files)[1]}
+    assert parts == {'a': 'test', 'b': 'train', 'c': 'train', 'd': 'test', 'e': 'test', 'f': 'train'}
+    done, records = run_prepare(tmp_path, *files, '--split=part')  # then only this column counts
+    assert [r.get('split') for r in records] == [None, None, 'test', None, None, None], done.stderr
+    log = [json.dumps({'messages': [{'role': 'user', 'content': f'label: {word}'},
+                                    {'role': 'assistant', 'content': '{"a": 1}'}]}) for word in ('one', 'two', 'six')]
+    (tmp_path / 'train.jsonl').write_text('\n'.join(log[:2]) + '\n')
+    (tmp_path / 'test.jsonl').write_text(log[2] + '\n')
+    assert [r['split'] for r in run_prepare(tmp_path, *files)[1]] == ['train', 'train', 'test']
+
+
+def test_lists_are_labels_in_parquet_as_in_json(tmp_path):
+    pyarrow = pytest.importorskip('pyarrow')
+    from pyarrow.parquet import write_table
+    rows = [{'text': f'text {n}', 'tags': ['x', 'y'][:1 + n % 2], 'numbers': [1, None]} for n in range(4)]
+    write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'a.parquet')
+    (tmp_path / 'a.json').write_text(json.dumps(rows))
+    for option in ('answer', 'truth'):
+        ways = [run_prepare(tmp_path, path, f'--{option}=tags,numbers') for path in ('a.parquet', 'a.json')]
+        assert ways[0][1] == ways[1][1] and ways[0][0].stdout == ways[1][0].stdout, ways[0][0].stderr
+        assert ways[0][1][1] == {'text': 'text 1', option: {'tags': ['x', 'y'], 'numbers': [1, None]}}
+    write_table(pyarrow.table({'text': ['a', 'b'], 'nan': [[float('nan')], [1.0]]}), tmp_path / 'b.parquet')
+    _, records = run_prepare(tmp_path, 'b.parquet', '--answer=nan')
+    assert records == [{'text': 'a'}, {'text': 'b', 'answer': {'nan': [1.0]}}]
+
+
+def test_what_is_no_text_is_told(tmp_path):
+    pyarrow = pytest.importorskip('pyarrow')
+    from pyarrow.parquet import write_table
+    write_table(pyarrow.table({'text': [b'\xff\xd8'] * 2 + [None], 'list': [['a']] * 3, 'old': ['é'.encode()] * 3,
+                               'label': [b'\xff'] * 3}), tmp_path / 'a.parquet')
+    (tmp_path / 'a.jsonl').write_text('{"text": 5}\n{"text": {"a": 1}}\n{"text": {}}\n')
+    for args, figures, found in ((['a.parquet'], 'empty=1', 'binary 2 times'),
+                                 (['a.parquet', '--column=list'], 'empty=0', 'a list 3 times'),
+                                 (['a.jsonl'], 'empty=0', 'an object 2 times, a number 1 times')):
+        line, = run_prepare(tmp_path, *args)[0].stderr.decode().splitlines()
+        assert 'no text found (read=3 kept=0' in line and figures in line and found in line, line
+    assert [r['text'] for r in run_prepare(tmp_path, 'a.parquet', '--column=old')[1]] == ['é']
+    line, = run_prepare(tmp_path, 'a.parquet', '--column=old', '--answer=label')[0].stderr.decode().splitlines()
+    assert "no text has a value in 'label'" in line
+    (tmp_path / 'b.jsonl').write_text('{"text": ["a"]}\n{"text": "b"}\n')
+    done, _ = run_prepare(tmp_path, 'b.jsonl')
+    assert b' not_text=1\nnot_text: where the text should be there is a list 1 times' in done.stdout
+    for content, figures in ((b'', 'read=0'), (b'id,text\n', 'read=0'), (b'id,text\n1,\n', 'empty=1')):
+        (tmp_path / 'a.csv').write_bytes(content)
+        line, = run_prepare(tmp_path, 'a.csv')[0].stderr.decode().splitlines()
+        assert 'a.csv: no text found (' in line and figures in line
+
+
+def test_merged_cells_have_their_value_in_all_their_rows(tmp_path):
+    openpyxl = pytest.importorskip('openpyxl')
+    book = openpyxl.Workbook()
+    for row in (['team', 'text', 'n'], ['', 'title', ''], *[['', f'text {n}', ''] for n in range(1, 9)]):
+        book.active.append(row)
+    for ref, value in (('A1:A2', 'team'), ('A3:A5', 'billing'), ('A6:A10', 'shipping'), ('C4:D6', 7)):
+        book.active[ref.partition(':')[0]] = value
+        book.active.merge_cells(ref)
+    book.save(tmp_path / 'a.xlsx')
+    done, records = run_prepare(tmp_path, 'a.xlsx', '--answer=team,n')
+    answers = [r.get('answer', {}) for r in records]            # the header has one row
+    assert [a.get('team') for a in answers] == [None] + ['billing'] * 3 + ['shipping'] * 5, done.stderr
+    assert [a.get('n') for a in answers] == [None, None, 7, 7, 7] + [None] * 4
+    assert b"1 of 9 texts have no value in 'team'" in done.stdout
+
+
+def test_formulas_without_a_stored_value_are_told(tmp_path):
+    openpyxl = pytest.importorskip('openpyxl')
+    book = openpyxl.Workbook()
+    for row in (['text', 'label'], *[[f'text {n}', f'=A{n}&"x"'] for n in range(2, 6)]):
+        book.active.append(row)
+    book.save(tmp_path / 'a.xlsx')
+    done, records = run_prepare(tmp_path, 'a.xlsx')
+    note = 'a.xlsx: 4 formulas, in the columns B, have no stored value'
+    assert len(records) == 4 and note in done.stdout.decode()
+    for args in (['--answer=label'], ['--column=label']):
+        line, = run_prepare(tmp_path, 'a.xlsx', *args)[0].stderr.decode().splitlines()
+        assert note in line
+    # the forms of other programs: a stored value, an empty text, a prefix
+    content = zipfile.ZipFile(tmp_path / 'a.xlsx')
+    sheet = content.read('xl/worksheets/sheet1.xml').decode()
+    cells = iter(('<v>ax</v>', '<v></v>', '', '<v/>'))
+    sheet = re.sub('<v ?/>', lambda _: next(cells), sheet).replace('r="B2"', 'r="B2" t="str"').replace(
+        'r="B3"', 'r="B3" t="str"')
+    for rename, n in ((sheet, 2), (re.sub('<(/?)(?=[a-z])', r'<\1x:', sheet).replace('xmlns=', 'xmlns:x='), 2)):
+        with zipfile.ZipFile(tmp_path / 'b.xlsx', 'w') as file:
+            for name in content.namelist():
+                file.writestr(name, rename if name.endswith('sheet1.xml') else content.read(name))
+        done, records = run_prepare(tmp_path, 'b.xlsx', '--answer=label')
+        assert f'b.xlsx: {n} formulas, in the columns B,' in done.stdout.decode(), done.stderr
+        assert records[0] == {'text': 'text 2', 'answer': {'label': 'ax'}} and 'answer' not in records[1]
+
+
+def test_a_sheet_is_scanned_in_pieces(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'data'))
+    scan_sheet = importlib.import_module('typed').scan_sheet
+    sheet = (b'<row><c r="A1"><v>1</v></c><c r="B1"><f>1+1</f><v/></c></row>' * 9 + b'</sheetData><mergeCells>'
+             + b'<mergeCell ref="B2:B3"/>' * 9 + b'</mergeCells>')
+
+    class Slow(io.BytesIO):
+        def read(self, _):
+            return super().read(size)
+    for size in range(1, 80):
+        assert scan_sheet(Slow(sheet)) == (['B2:B3'] * 9, {'B': 9})
+
+
 def test_dots_name_nested_keys(tmp_path):
     pyarrow = pytest.importorskip('pyarrow')
     from pyarrow.parquet import write_table
@@ -630,3 +824,90 @@ def test_texts_of_any_script_can_be_read_in_the_file_and_half_an_emoji_stays(tmp
     assert [r['text'] for r in records] == ['nem törölhető \ud83d', '好 😀']
     written = (tmp_path / 'data/mine/input.jsonl').read_bytes().decode()
     assert 'törölhető \\ud83d"' in written and '好 😀' in written
+
+
+def start_pipe(folder, *command, n_bytes=2_000_000):
+    """a started program that has written a part of its file: it reads standard input, which stays open."""
+    process = subprocess.Popen([sys.executable, *command], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdin.write(b'a text\n' * (n_bytes // 7))
+    while not list(folder.glob('data/mine/*.tmp')):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_exits_with_one_line_and_leaves_the_earlier_texts(tmp_path, number):
+    _, before = run_prepare(tmp_path, '-', stdin=b'earlier\n')
+    process = start_pipe(tmp_path, 'data/prepare.py', 'mine', '-')
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert errors.split() == [b'stopped'] and process.returncode == 1
+    assert [path.name for path in (tmp_path / 'data/mine').iterdir()] == ['input.jsonl']
+    assert [json.loads(line) for line in (tmp_path / 'data/mine/input.jsonl').open()] == before
+
+
+def run_limited(folder, *command):
+    """runs a program whose files may have 100 kB, as on a full disk. Returns the finished process."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    return subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, preexec_fn=limit)
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file_that_cannot_be_written(tmp_path):
+    (tmp_path / 'many.txt').write_text(''.join(f'{n} a text\n' for n in range(20_000)))
+    call = {'messages': [{'role': 'user', 'content': 'say: a'}, {'role': 'assistant', 'content': '{}'}]}
+    (tmp_path / 'log.jsonl').write_text(''.join(json.dumps(call).replace('say: a', f'say: {n} a') + '\n'
+                                                for n in range(9000)))
+    run_prepare(tmp_path, '-', stdin=b'earlier\n')
+    for file in ('many.txt', 'log.jsonl'):
+        done = run_limited(tmp_path, 'data/prepare.py', 'mine', file)
+        line, = done.stderr.splitlines()
+        assert line == f'{tmp_path}/data/mine/input.jsonl: cannot be written: File too large' and done.returncode == 1
+        assert [path.name for path in (tmp_path / 'data/mine').iterdir()] == ['input.jsonl']
+    shutil.copytree(ROOT / 'data/math', tmp_path / 'data/math', ignore=lambda *_: ['input.jsonl'])
+    done = run_limited(tmp_path, 'data/math/prepare.py')
+    line, = done.stderr.splitlines()
+    assert line.endswith('data/math/input.jsonl: cannot be written: File too large') and done.returncode == 1
+    assert not list(tmp_path.glob('data/math/*.tmp')) and not list(tmp_path.glob('data/math/*.jsonl'))
+    (tmp_path / 'data/other').write_text('a file where the folder should be')
+    done = run_limited(tmp_path, 'data/prepare.py', 'other', 'many.txt')
+    line, = done.stderr.splitlines()
+    assert line.endswith('data/other: File exists')
+    (tmp_path / 'a.csv').write_text('text,team\na,x\nb,y\n')
+    (tmp_path / 'data/mine/input.jsonl').write_text('earlier\n')
+    done = run_prepare_only(tmp_path, 'a.csv', '--answer=team', '--config=nowhere/mine.py')
+    assert done.stderr == 'nowhere/mine.py: cannot be written: No such file or directory\n'
+    assert (tmp_path / 'data/mine/input.jsonl').read_text() == 'earlier\n'  # neither, or both
+
+
+def run_prepare_only(folder, *args):
+    return subprocess.run([sys.executable, 'data/prepare.py', 'mine', *args], cwd=folder, capture_output=True,
+                          text=True)
+
+
+@pytest.mark.parametrize('name', ['chitchat', 'clinc', 'mail', 'math', 'messages', 'questions', 'reddit', 'tweets'])
+def test_every_source_stops_with_one_line(name):
+    """all of them write by data/output.py, which the tests above try"""
+    source = (ROOT / 'data' / name / 'prepare.py').read_text(encoding='utf-8')
+    assert '\nexit_on_stop()\n' in source and 'write_lines(target, ' in source
+    assert not re.search(r"open\([^)]*'w|os\.replace|write_bytes|\.write_text", source)
+
+
+def test_a_source_that_is_stopped_prints_one_line(tmp_path):
+    shutil.copy(ROOT / 'data/output.py', tmp_path)
+    (tmp_path / 'math').mkdir()
+    source = (ROOT / 'data/math/prepare.py').read_text().replace('60000', '10 ** 9')
+    (tmp_path / 'math/prepare.py').write_text(source.replace('rng, sol', 'print(flush=True)\nrng, sol'))
+    process = subprocess.Popen([sys.executable, 'math/prepare.py'], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1].split() == [b'stopped'] and process.returncode == 1
+    assert [path.name for path in (tmp_path / 'math').iterdir()] == ['prepare.py']
+
+
+def test_long_texts_and_emoji_stay_whole(tmp_path):
+    long = 'word 😀 ' * 600 + '👩‍👩‍👧 end'
+    (tmp_path / 'a.csv').write_text(f'text\n"{long}"\n', encoding='utf-8')
+    assert [r['text'] for r in run_prepare(tmp_path, 'a.csv')[1]] == [' '.join(long.split())]

@@ -8,7 +8,7 @@ import torch
 
 import data
 from data.logs import read_lines
-from distil.split import hash_texts, read_parts, split_of
+from distil.split import count_near, hash_texts, read_parts, split_of
 from tests.conftest import clone_task, make_shards, one_line, random_records, run
 
 TRAIN = 'train.py', '--max_epochs=1', '--overwrite=True'
@@ -144,6 +144,17 @@ def test_the_texts_of_a_file_are_held_out(project, task):
     (root / 'none.txt').write_text('of no record\n')
     assert 'none of its 1 texts is among the 400 records' in one_line(run(root, *TRAIN, '--held_out=none.txt'))
     assert 'gone.txt cannot be read' in one_line(run(root, *TRAIN, '--held_out=gone.txt'))
+
+
+def test_near_duplicates_are_equal_but_for_case_punctuation_and_numbers_that_decide_nothing():
+    orders = [(f'Order {n}: where is it?', 'shipping') for n in (17, 2, 3.5, '1,200', '12:30')]
+    assert count_near(orders[:1], orders[1:]) == 4
+    assert count_near([('ORDER 2 - where is it', 'shipping')], orders) == 5
+    assert count_near([('Order: where is it?', 'shipping')], orders) == 0  # no number is not another one
+    assert count_near(orders, [('order 17, where is it', 'billing')]) == 0
+    sums = [(f'{n} + 1', str(n + 1)) for n in range(9)]         # the number decides
+    assert count_near(sums, [('3 + 2', '5'), ('3 + 1 ', '4'), ('9 + 3', '12')]) == 1
+    assert count_near([], orders) == count_near(orders, []) == 0
 
 
 def test_all_shards_share_the_split_and_half_of_it_tests_the_confidence(tmp_path):
