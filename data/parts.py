@@ -14,6 +14,8 @@ from pathlib import Path
 
 WORDS = dict.fromkeys(('train', 'training'), 'train') | dict.fromkeys(
     ('test', 'testing', 'eval', 'evaluation', 'validation', 'valid', 'val', 'dev'), 'test')
+TABLE = re.compile(r'\.(parquet|arrow|csv|tsv|jsonl|ndjson|xlsx)(\.gz)?$')
+CACHE = re.compile(r'cache-\w+\.arrow')  # what a map() of Hugging Face datasets has left there
 
 
 def find_part(path):
@@ -44,11 +46,14 @@ def find_files(path):
             sys.exit(f'{path} does not exist')
         return {path: find_part(os.path.basename(path))}
     folder = Path(path)
-    files = find_saved(folder) or sorted(folder.rglob('*.parquet'))
-    # cache-*.arrow: what a map() has left there
-    files = files or sorted(file for file in folder.rglob('*.arrow') if not file.name.startswith('cache-'))
+    tables = sorted(file for file in folder.rglob('*') if TABLE.search(file.name) and not CACHE.match(file.name))
+    files = find_saved(folder)
+    files = files or [file for file in tables if file.suffix == '.parquet']
+    files = files or [file for file in tables if file.suffix == '.arrow']
     if not files:
         sys.exit(f'{path} is a directory without .parquet or .arrow files; name the files in it')
+    if others := [str(file) for file in tables if file not in files]:
+        print(f'{path}: not read are {list_files(others)}; to read other files too, name them all')
     is_part = (folder / 'state.json').exists()                  # then its own name says which
     return {str(file): find_part(file.relative_to(folder.parent if is_part else folder)) for file in files}
 

@@ -535,6 +535,9 @@ def test_the_parts_of_a_data_set_are_its_split(tmp_path):
     done, records = run_prepare(tmp_path, 'hub')
     assert {r['text']: r['split'] for r in records}['x'] == 'train'
     assert 'trained on, though no name says so: hub/data/unsupervised-' in done.stdout.decode()
+    assert 'not read' not in done.stdout.decode()
+    shutil.copy(tmp_path / 'test.csv', tmp_path / 'hub/test.csv')
+    assert b'hub: not read are hub/test.csv; to read' in run_prepare(tmp_path, 'hub')[0].stdout
 
 
 def test_what_a_record_says_of_its_part_goes_before_the_name_of_its_file(tmp_path):
