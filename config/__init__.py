@@ -17,6 +17,7 @@ import runpy
 import shlex
 import sys
 import tokenize
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -29,10 +30,36 @@ PROGRAMS = ('extract.py', 'train.py', 'sample.py', 'tools/evaluate.py', 'tools/b
             'tools/accuracy.py', 'tools/batch.py', 'serve/serve.py', 'serve/bench.py', 'device/export.py')
 
 
+# a value that is written as it is; any other one is written as a JSON text
+PLAIN = re.compile(r'[^\s="\x00-\x1f\x7f\ud800-\udfff]+')
+PAIR = re.compile(r'(?<!\S)("(?:[^"\\]|\\.)*"|[^\s="]+)=("(?:[^"\\]|\\.)*"(?!\S)|\S*)')  # of a data line
+
+
+def quote(text):
+    """a text as it is if it has no blank, no = and no quotes, else as a JSON text that has no other white space than
+    blanks, and no =. One at which a line may break is escaped, and so is half of a character."""
+    if PLAIN.fullmatch(text):
+        return text
+    escape = lambda found: f'\\u{ord(found[0]):04x}'
+    return re.sub(r'[^\S ]|[=\x7f\ud800-\udfff]', escape, json.dumps(text, ensure_ascii=False))
+
+
 def data_line(tag, figures):
-    """'<tag> key=value ...' from a dict; floats to four significant digits."""
-    pairs = (f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in figures.items())
-    return ' '.join([tag, *pairs])
+    """'<tag> key=value ...' from a dict; floats to four significant digits, other values as str() has them. What
+    cannot stand between blanks is quoted, such as name="two words"; read_data_line() reads it."""
+    shown = {key: f'{value:.4g}' if isinstance(value, float) else str(value) for key, value in figures.items()}
+    return ' '.join([tag, *(f'{quote(key)}={quote(value)}' for key, value in shown.items())])
+
+
+def read_data_line(line):
+    """(tag, {key: value}) of a line that data_line() wrote, the values as texts; ('', {}) of an empty one. What is no
+    pair is skipped: earlier versions quoted nothing."""
+    def unquote(text):
+        with suppress(ValueError):
+            return json.loads(text) if text.startswith('"') else text
+        return text
+    tag, _, pairs = line.strip().partition(' ')
+    return tag, {unquote(key): unquote(value) for key, value in PAIR.findall(pairs)}
 
 
 def json_line(value):

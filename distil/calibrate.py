@@ -25,6 +25,7 @@ from itertools import chain
 import numpy as np
 import torch
 
+from config import data_line
 from data import write_json
 from distil.space import value_names
 
@@ -140,7 +141,7 @@ def print_bias(report, space):
         top = sorted(names, key=lambda out: -before[out] - after[out])[:8]
         shares = [','.join(f'{"|".join(names[out][:2])}:{share[out]:.2f}' for out in top).replace(' ', '_')
                   for share in (before, after)]
-        print(f'calibrate field={field} texts={n} before={shares[0]} after={shares[1]}')
+        print(data_line('calibrate', {'field': field, 'texts': n, 'before': shares[0], 'after': shares[1]}))
 
 
 # -----------------------------------------------------------------------------
@@ -224,4 +225,4 @@ def print_value_bias(labels, bias):
             count = Counter(max(p, key=p.get) for p in (label['probabilities'][name] for label in of))
             top = ','.join(f'{value}:{n / len(labels):.2f}' for value, n in count.most_common(8))
             shares.append(top.replace(' ', '_'))
-        print(f'calibrate field={name} texts={len(labels)} before={shares[0]} after={shares[1]}')
+        print(data_line('calibrate', {'field': name, 'texts': len(labels), 'before': shares[0], 'after': shares[1]}))

@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 
+from config import read_data_line
 from distil.agreement import evaluate, field_texts, reliability_bins, same_values
 from distil.checkpoint import load_checkpoint
 from distil.decode import confidence_of
@@ -23,6 +24,7 @@ def start_drawing():
         return None
     import matplotlib
     matplotlib.use('Agg')
+    matplotlib.rcParams['text.parse_math'] = False              # a $ in a name is a $
     import matplotlib.font_manager
     import matplotlib.pyplot
     names = sorted({font.name for font in matplotlib.font_manager.fontManager.ttflist})
@@ -34,7 +36,7 @@ def start_drawing():
 
 def draw_log(axes, log):
     """draws losses, curriculum and held-out agreement over the steps on three axes. log: lines of log.txt."""
-    lines = [(line.split()[0], dict(pair.split('=') for pair in line.split()[1:])) for line in log]
+    lines = [read_data_line(line) for line in log]
 
     def draw_curve(ax, tag, key, style='-', label=None, of_peak=False):
         points = [(int(f['step']), float(f[key])) for t, f in lines if t == tag and key in f]

@@ -39,8 +39,9 @@ def print_coverage(shards, space, min_coverage):
     for meta in shards.metas:
         dropped.update(meta.get('dropped', {}))
         missing.update(meta.get('missing', {}))
-    print(f'coverage mass={mean:.4f} worst_field={worst} worst_mass={means[worst]:.4f} steps={steps} '
-          f'dropped_invalid={dropped["invalid"]} dropped_vocab={dropped["vocab"]}')
+    print(data_line('coverage', {
+        'mass': f'{mean:.4f}', 'worst_field': worst, 'worst_mass': f'{means[worst]:.4f}', 'steps': steps,
+        'dropped_invalid': dropped['invalid'], 'dropped_vocab': dropped['vocab']}))
     if means[worst] < min_coverage and missing:
         print(f'at {worst}, {1 - means[worst]:.1%} of the teacher\'s probability is on tokens that are not '
               'kept; the most probable of them, over all fields:')

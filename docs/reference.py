@@ -23,7 +23,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.initialization import no_init_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
-from config import configure, data_line, stop
+from config import configure, data_line, read_data_line, stop
 from config.machine import pick_dtype
 from data import read_meta, read_texts
 from distil.checkpoint import lower_precision
@@ -69,8 +69,8 @@ def estimate_hours(records, epochs, extraction, log):
     """a data line with the hours of this many records and epochs, from the rates that extract.py and train.py
     stored. extraction: a shard's folder; log: a run's log.txt."""
     timed = read_meta(extraction)['timed']
-    steps = [dict(part.split('=') for part in line.split()[1:]) for line in log.read_text(encoding='utf-8').splitlines()
-             if line.startswith('train ')]
+    lines = map(read_data_line, log.read_text(encoding='utf-8').splitlines())
+    steps = [figures for tag, figures in lines if tag == 'train']
     rec_s = timed['records'] / timed['seconds']
     step_s = float(np.median([float(s['ms']) for s in steps])) / 1e3
     # nine of ten records are trained on, in batches of 64

@@ -112,7 +112,7 @@ if __name__ == '__main__':
         stop('every text was trained on, or lacks the answer of a teacher; choose other --runs or --teachers')
     test_texts, test_truth = [texts[n] for n in chosen], np.array([truth[n] for n in chosen])
     for value in VALUES:
-        print(f'truth value={value} share={np.mean(test_truth == value):.3f}')
+        print(data_line('truth', {'value': value, 'share': f'{np.mean(test_truth == value):.3f}'}))
 
     for package, make in (('vaderSentiment', load_vader), ('sparrow_decider', load_sparrow)):
         if importlib.util.find_spec(package):

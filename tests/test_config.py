@@ -1,4 +1,4 @@
-"""Settings: defaults, config files, the command line."""
+"""Data lines; settings: defaults, config files, the command line."""
 import json
 import os
 import re
@@ -7,14 +7,53 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 import config as configure_module
+from config import data_line, read_data_line
 from distil.space import OutputSpace
 from tests.conftest import CONFIGS, FIELDS, PROGRAMS, ROOT, clone_task, one_line, run
 
 ALL = (*PROGRAMS, 'tools/accuracy.py', 'tools/batch.py', 'serve/serve.py', 'serve/bench.py',
        'device/export.py', 'device/web.py', 'device/bench.py')
+
+
+
+# -----------------------------------------------------------------------------
+# data lines
+
+texts = st.one_of(st.text(), st.text(alphabet='a =:,"\'\\\n\t\0\x7f\x85\xa0\u2028😀{}'))
+
+
+@hypothesis.settings(max_examples=500, deadline=None, derandomize=True)
+@hypothesis.given(st.dictionaries(texts, texts))
+def test_a_data_line_is_one_line_that_gives_back_every_text(figures):
+    line = data_line('field', figures)
+    assert len(line.splitlines()) == 1 and read_data_line(line) == read_data_line(f'{line}\n') == ('field', figures)
+    if not any(' ' in text for pair in figures.items() for text in pair):
+        assert len(dict(f.split('=') for f in line.split()[1:])) == len(figures)
+
+
+def test_a_data_line_quotes_only_what_cannot_be_read_otherwise():
+    plain = {'step': 200, 'lr': 3e-4, 'kl': 0.123456, 'ok': True, 'name': 'größe', 'mood': '😀', 'file': 'C:\\a', 'n': -1}
+    line = 'train step=200 lr=0.0003 kl=0.1235 ok=True name=größe mood=😀 file=C:\\a n=-1'
+    assert data_line('train', plain) == line
+    assert read_data_line(line) == ('train', dict(f.split('=') for f in line.split()[1:]))
+    odd = {'a': 'two words', 'b': 'x=y', 'c': '', 'd': '"q"', 'e': 'half \ud83d', 'f': None}
+    line = 'field a="two words" b="x\\u003dy" c="" d="\\"q\\"" e="half \\ud83d" f=None'
+    assert data_line('field', odd) == line and read_data_line(line) == ('field', odd | {'f': 'None'})
+    # as earlier versions wrote them, and lines that a kill or a full disk cut off
+    for line, pairs in (('field name=order status agree=0.81', {'name': 'order', 'agree': '0.81'}),
+                        ('field name=a=b agree=1', {'name': 'a=b', 'agree': '1'}), ('val', {}), ('val kl=', {'kl': ''}),
+                        ('val name="two wo', {'name': '"two'}), ('truth name="q" n=1', {'name': 'q', 'n': '1'})):
+        assert read_data_line(line) == (line.split()[0], pairs)
+    assert read_data_line('') == read_data_line('\n') == ('', {})
+
+
+# -----------------------------------------------------------------------------
+# settings
 
 
 @pytest.fixture

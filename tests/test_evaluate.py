@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data
+from config import read_data_line
 from distil.agreement import (BROKEN, calibration_error, field_texts, fit_temperature, linear_baseline,
                               measure_agreement, read_truth, truth_lines)
 from distil.checkpoint import load_checkpoint
@@ -134,6 +135,30 @@ def test_the_report_shows_teacher_and_student_side_by_side(project):
         assert picture.stat().st_size > 10000 and str(picture.relative_to(project)) in done.stdout
 
 
+
+@pytest.mark.slow
+def test_names_and_values_may_have_any_character(project, tmp_path):
+    root = clone_task(project, tmp_path)
+    fields = {'order status': ['on hold', 'a=b'], '=': ['"', "it's"], '😀 mood': ['😀', ''], 'x\u2028y\n': ['$\\frac', '$']}
+    lines = [{'text': json.loads(line)['text'], 'answer': {name: values[n % 2] for name, values in fields.items()}}
+             for n, line in enumerate(open(root / 'data/toy/input.jsonl'))]
+    (root / 'labels.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    with open(root / 'config/toy.py', 'a', encoding='utf-8') as file:
+        file.write(f'fields = {fields!r}\nprompt = "{{text}}"\nlabels = "labels.jsonl"\ncalibrate = 0\nprior = {{}}\n'
+                   'max_epochs = 2\nmax_text = 40\nblock_size = 120\n')
+    (root / 'data/toy/input.jsonl').write_text('\n'.join(
+        json.dumps({'text': line['text'], 'truth': line['answer']}) for line in lines))
+    for program, *args in (('extract.py',), ('train.py',), ('tools/evaluate.py',),
+                           ('tools/accuracy.py', '--input=labels.jsonl', '--outside=labels.jsonl')):
+        done = run(root, program, *args)
+        assert done.returncode == 0, (program, done.stderr)
+        read = map(read_data_line, done.stdout.splitlines())
+        shown = [figures['name'] for tag, figures in read if tag in ('field', 'truth', 'accuracy')]
+        assert shown[-4:] == ([] if program == 'extract.py' else list(fields)), program
+    read = map(read_data_line, (root / 'out/toy/log.txt').read_text(encoding='utf-8').splitlines())
+    assert [figures['name'] for tag, figures in read if tag == 'field'] == 2 * list(fields)
+
+
 def test_without_held_out_records_the_figures_of_the_training_are_shown(project, tmp_path):
     root = clone_task(project, tmp_path, 'out')
     shutil.rmtree(root / 'data/toy')
@@ -223,9 +248,9 @@ def test_accuracy_counts_right_values_and_parts_texts_outside_by_confidence(proj
     done = run(root, 'tools/accuracy.py', '--input=known.jsonl', '--outside=others.jsonl')
     assert done.returncode == 0, done.stderr
     line, = [line for line in done.stdout.splitlines() if line.startswith('accuracy ')]
-    figures = dict(pair.split('=') for pair in line.split()[1:])
+    figures = read_data_line(line)[1]
     assert (figures['name'], figures['texts'], float(figures['right'])) == (field, '4', 0.75)
-    assert figures['rare'] in map(json.dumps, FIELDS[field]) and 0 <= float(figures['recall_at_95']) <= 1
+    assert figures['rare'] in FIELDS[field] and 0 <= float(figures['recall_at_95']) <= 1
     assert figures['outside'] == '2' and 0 <= float(figures['auroc']) <= 1
     assert 'has the answer to one of' in one_line(run(root, 'tools/accuracy.py', '--input=others.jsonl'))
     assert 'gone.jsonl does not exist' in one_line(run(root, 'tools/accuracy.py', '--input=gone.jsonl'))

@@ -98,7 +98,7 @@ def measure(field, values, records, answers, others):
     if len(values) == 2 and len({*truth}) == 2:                 # the rarer one is what people look for
         rare = min(name_of, key=[*truth].count)
         scores = np.array([record['_confidence'][field][name_of[rare]] for record, _ in pairs])
-        figures |= {'rare': rare.replace(' ', '_'), 'recall_at_95': recall_at_precision(scores, truth == rare)}
+        figures |= {'rare': name_of[rare], 'recall_at_95': recall_at_precision(scores, truth == rare)}
     if others:
         figures |= {'outside': len(others),
                     'auroc': area_under_roc(confidence(record for record, _ in pairs), confidence(others))}
