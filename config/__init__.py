@@ -5,6 +5,9 @@
 A program's settings are its top-level `name = value` lines above `config = configure(globals())`.
 A config file is plain Python. Names in it that start with _ are private to the file.
 """
+# first: it handles Ctrl-C while the other imports are slow
+from config.machine import RANK, ROOT, WORLD, interrupt, on_stop, open_streams, print_exception, stop
+
 import ast
 import codecs
 import difflib
@@ -21,9 +24,6 @@ from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
-from config.machine import RANK, WORLD, stop
-
-ROOT = Path(__file__).resolve().parent.parent
 STARTED_IN = os.getcwd()  # the user's folder; configure() leaves it
 # the programs that share one config file
 PROGRAMS = ('extract.py', 'train.py', 'sample.py', 'tools/evaluate.py', 'tools/bench.py',
@@ -190,22 +190,6 @@ def read_config(path):
             if not (name.startswith('_') or callable(value) or isinstance(value, ModuleType))]
 
 
-def print_exception(kind, error, trace):
-    """sys.excepthook of the programs: after Ctrl-C it prints one line and no traceback."""
-    if issubclass(kind, KeyboardInterrupt):
-        print('\nstopped', file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-def escape_unprintable():
-    """makes print() write a character that the encoding of a stream lacks as an escape, such as \\xe9, in place of a
-    UnicodeEncodeError."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):                      # a service may have none
-            stream.reconfigure(errors='backslashreplace')
-
-
 def configure(g):
     """applies config files and the command line to the settings in g = globals(). Returns them as a dict.
 
@@ -218,8 +202,9 @@ def configure(g):
     defaults = {name: g[name] for name in names}
     if g['__name__'] != '__main__':
         return defaults
-    escape_unprintable()
+    open_streams()
     sys.excepthook = print_exception
+    on_stop(interrupt)                                          # the slow imports are over
     if WORLD > 1 and program not in ('extract.py', 'train.py'):
         stop(f'{program} is one process; run it without torchrun')
     limits, owners = read_limits(block), {}                     # owners: programs of the other settings

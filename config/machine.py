@@ -1,13 +1,81 @@
-"""The machine a program runs on: device and precision, the processes that torchrun starts, signals, the exit.
+"""The machine a program runs on: signals, the exit, files and streams, device and precision, the processes that
+torchrun starts.
 
     device = pick_device('auto')            # 'cuda', 'mps' or 'cpu'
     dtype = pick_dtype('auto', device)      # torch.bfloat16 where it is faster, else torch.float32
 """
+import atexit
 import datetime
+import errno
 import os
 import signal
 import sys
 import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WORLD, RANK = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))  # set by torchrun
+
+# -----------------------------------------------------------------------------
+# signals
+
+
+STOP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+def on_stop(handler):
+    """calls handler(number, frame) on Ctrl-C, on kill and when the terminal closes (unless nohup ignores
+    that)."""
+    for number in STOP:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def end_at_once(number, frame=None):
+    """a handler for on_stop: prints a line and ends the process by this signal; no other code runs."""
+    if RANK == 0:
+        with suppress(OSError):
+            os.write(2, b'\nstopped\n')
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)                                      # the first process of a container ignores it
+
+
+def interrupt(number, frame=None):
+    """a handler for on_stop: ends the program by an exception, so that unfinished files are removed."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    if RANK == 0:
+        print('\nstopped', file=sys.stderr)
+    sys.exit(128 + number)
+
+
+@contextmanager
+def stop_anyway():
+    """context: a signal ends the program, at the latest after this block, even if the code in it turns every exception
+    into one of its own, as torch.onnx does."""
+    caught, before = [], {number: signal.getsignal(number) for number in STOP}
+
+    def note(number, frame):
+        caught.append(number)
+        raise KeyboardInterrupt
+    on_stop(note)
+    try:
+        yield
+    except BaseException:
+        if not caught:
+            raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught:
+        interrupt(caught[0])
+
+
+# while a program of ours loads torch, which takes seconds; another one that imports this keeps its own handlers
+if ROOT in Path(getattr(sys.modules['__main__'], '__file__', None) or '/').resolve().parents[:2]:
+    on_stop(end_at_once)
 
 # before torch is loaded: how long its threads spin when they wait for each other, before they sleep. On cores that
 # others use too the default makes a training step 7 to 13 times slower (docs/scale.md)
@@ -15,12 +83,77 @@ os.environ.setdefault('GOMP_SPINCOUNT', '2000')
 import torch
 import torch.distributed as dist
 
-WORLD, RANK = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('RANK', 0))  # set by torchrun
+# -----------------------------------------------------------------------------
+# the exit, files and streams
 
 
 def stop(message):
     """exits with this message and status 1. Of several processes only the first prints it."""
     sys.exit(message if RANK == 0 else 1)
+
+
+@contextmanager
+def whole_file(path, advice=''):
+    """context: the path of a temporary file, which then becomes the file `path`: it is written whole or stays as it
+    was. Exits with a message, ended by the advice, if it cannot be written."""
+    path = Path(path)
+    tmp = path.with_suffix('.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
+        if not isinstance(cause, OSError):
+            raise
+        stop(f'cannot write {path}: {cause.strerror or cause}' + (f'; {advice}' if advice else ''))
+    finally:
+        with suppress(OSError):                                 # a read-only disk has none
+            tmp.unlink(missing_ok=True)
+
+
+def print_exception(kind, error, trace):
+    """sys.excepthook of the programs: no traceback for what is no fault of the program: Ctrl-C, a disk that is full
+    or cannot be written, output that nobody reads (| head)."""
+    if issubclass(kind, KeyboardInterrupt):
+        print('\nstopped', file=sys.stderr)
+    elif issubclass(kind, BrokenPipeError):
+        flush_stdout()
+        print('\nstopped: nobody reads the output', file=sys.stderr)
+    elif issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        flush_stdout()
+        print(f'\ncannot write {error.filename or "the output"}: {error.strerror}', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def open_streams():
+    """prepares stdout and stderr of a program. A character that their encoding lacks becomes an escape, such as
+    \\xe9, in place of a UnicodeEncodeError. A closed one (>&-) takes text and forgets it. If the end of the output
+    cannot be written, the program exits with a message, unless nobody reads it (| head)."""
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
+        if hasattr(getattr(sys, name), 'reconfigure'):          # a notebook's has none
+            getattr(sys, name).reconfigure(errors='backslashreplace')
+    atexit.register(end_output)
+
+
+def flush_stdout():
+    """writes what print() has kept back. Returns None, or the OSError for which it is lost."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
+        return error
+
+
+def end_output():
+    """the last thing that a program does; see open_streams."""
+    error = flush_stdout()
+    if error and not isinstance(error, BrokenPipeError):
+        os.write(2, f'cannot write the output: {error.strerror}\n'.encode())
+        os._exit(1)
 
 
 # -----------------------------------------------------------------------------
@@ -130,11 +263,3 @@ def any_process(flag, device):
     if WORLD > 1:
         dist.all_reduce(flags)
     return flags.item() > 0
-
-
-def on_stop(handler):
-    """calls handler(number, frame) on Ctrl-C, on kill and when the terminal closes (unless nohup ignores
-    that)."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)

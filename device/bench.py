@@ -20,10 +20,12 @@ from functools import partial
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+# before the slow imports, see config/machine.py
+from config import configure, data_line, stop
+
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
-from config import configure, data_line, stop
 from device.export import read_check, read_corpus, shrink_student, write_onnx
 from device.run import Student
 from device.web import Handler

@@ -17,12 +17,14 @@ import shutil
 import sys
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 # before torch, see config/machine.py
 from config import configure, data_line, stop
+from config.machine import on_stop, stop_anyway
 
 import torch
 
@@ -68,16 +70,32 @@ def write_onnx(student, path):
     example = {'idx': torch.zeros(3, 7, dtype=torch.long), 'keep': torch.tensor([6, 13, 16, 20])}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        program = torch.onnx.export(
-            student, kwargs=example, dynamic_shapes=shapes, opset_version=23, optimize=False, verbose=False,
-            input_names=['ids', 'asked'], output_names=['logits'], dynamo=True, external_data=False)
-        program.optimize()  # folds small constants; the 8-bit matrices stay
+        with stop_anyway():
+            program = torch.onnx.export(
+                student, kwargs=example, dynamic_shapes=shapes, opset_version=23, optimize=False, verbose=False,
+                input_names=['ids', 'asked'], output_names=['logits'], dynamo=True, external_data=False)
+            program.optimize()  # folds small constants; the 8-bit matrices stay
     model = program.model_proto
     del model.metadata_props[:], model.graph.value_info[:]
     for node in model.graph.node:  # the source lines and paths that it came from: a megabyte
         del node.metadata_props[:]
         node.ClearField('doc_string')
     Path(path).write_bytes(model.SerializeToString())
+
+
+@contextmanager
+def new_folder(path):
+    """context: an empty folder to write to, which is removed if an error or a signal ends it. Exits with a message if
+    a file cannot be written."""
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        yield
+    except BaseException as error:
+        shutil.rmtree(path, ignore_errors=True)
+        if isinstance(error, OSError):
+            stop(f'cannot write {error.filename or path}: {error.strerror or error}; an earlier export is kept')
+        raise
 
 
 # -----------------------------------------------------------------------------
@@ -282,11 +300,13 @@ if __name__ == '__main__':
         stop('no task; run: python device/export.py config/demo.py')
     out = Path('out', run or name)
     checkpoint, student, space = load_checkpoint(out, 'cpu', which)
-    lock = open(out / 'export.lock', 'w')  # until the program ends: both would write the same folder
     try:
+        lock = open(out / 'export.lock', 'w')  # until the program ends: both would write the same folder
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         stop(f'another export is writing to {out}/device; wait for it')
+    except OSError as error:
+        stop(f'cannot write to {out}: {error.strerror}')
     corpus = Path('data', dataset, 'input.jsonl')
     if not corpus.is_file() and keep_tokens and not student.reader:
         stop(f'{corpus} does not exist; its tokens are the ones to keep: add it, or set --keep_tokens=0')
@@ -312,27 +332,27 @@ if __name__ == '__main__':
               + ('' if reader else ', --keep_tokens=0 loses least'))
 
     folder, tmp = out / 'device', out / 'device.tmp'
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir()
-    write_onnx(small, tmp / 'student.onnx')
-    tokenizer = reader.tokenizer if reader else small_space.tokenizer
-    tokenizer.no_truncation()  # the runners cut
-    tokenizer.save(str(tmp / 'tokenizer.json'), pretty=False)
-    sizes = {file: (tmp / file).stat().st_size for file in ('student.onnx', 'tokenizer.json')}
-    task = make_task(run or name, checkpoint, small_space, small) | {'bytes': sizes}
-    write_json(tmp / 'task.json', task)
-    for file in RUNNERS:
-        shutil.copy(HERE / file, tmp)
-    write_card(tmp, checkpoint, figures, source, small_space, n_tokens, vocab)
+    with new_folder(tmp):
+        write_onnx(small, tmp / 'student.onnx')
+        tokenizer = reader.tokenizer if reader else small_space.tokenizer
+        tokenizer.no_truncation()  # the runners cut
+        (tmp / 'tokenizer.json').write_text(tokenizer.to_str(), encoding='utf-8')
+        sizes = {file: (tmp / file).stat().st_size for file in ('student.onnx', 'tokenizer.json')}
+        task = make_task(run or name, checkpoint, small_space, small) | {'bytes': sizes}
+        write_json(tmp / 'task.json', task)
+        for file in RUNNERS:
+            shutil.copy(HERE / file, tmp)
+        write_card(tmp, checkpoint, figures, source, small_space, n_tokens, vocab)
 
-    from device.run import Student
-    runner, probe = Student(tmp), checked or ['one text', 'another']
-    values = label_texts(small, small_space, probe, max_text)
-    expected = [{field: json.loads(values[field][n]) for field in space.fields} for n in range(len(probe))]
-    same = sum(json.dumps(a) == json.dumps(b) for a, b in zip(runner(probe), expected, strict=True))
-    print(data_line('onnx', {'texts': len(probe), 'same_records': same / len(probe)}))
+        from device.run import Student
+        runner, probe = Student(tmp), checked or ['one text', 'another']
+        values = label_texts(small, small_space, probe, max_text)
+        expected = [{field: json.loads(values[field][n]) for field in space.fields} for n in range(len(probe))]
+        same = sum(json.dumps(a) == json.dumps(b) for a, b in zip(runner(probe), expected, strict=True))
+        print(data_line('onnx', {'texts': len(probe), 'same_records': same / len(probe)}))
     if same < 0.99 * len(probe):
         stop(f'the graph and the student give different answers; the export is left in {tmp}')
+    on_stop(lambda *_: None)                                    # the moves take no time: they are finished
     if (folder / 'npm').is_dir():
         (folder / 'npm').rename(tmp / 'npm')
     shutil.rmtree(folder, ignore_errors=True)

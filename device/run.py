@@ -22,10 +22,13 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+if __name__ == '__main__':  # Ctrl-C ends it without a traceback while the next lines, and the student, are loaded
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
@@ -198,6 +201,7 @@ if __name__ == '__main__':
     confidence = {'False': False, 'True': True}.get(args.confidence, args.confidence)
     student, n_cut = Student(Path(__file__).resolve().parent, confidence, threshold), 0
     sys.stdout.reconfigure(encoding='utf-8')
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for lines in parts:
             for record in student.label(lines):

@@ -9,7 +9,6 @@ evaluation), linear (the linear baseline), work (hours and speeds), target (if t
 The file also has model (the weights), and a ckpt.pt that is not finished has optimizer. resume.py builds this dict.
 """
 import json
-import os
 import pickle
 import sys
 import zipfile
@@ -19,7 +18,7 @@ import torch
 from tokenizers import Tokenizer
 
 from config import next_command, stop
-from config.machine import pick_dtype
+from config.machine import pick_dtype, whole_file
 from distil.space import OutputSpace, tokenizer_hash
 from distil.reader import Reader, ReaderConfig, read_tokenizer
 from model import Student, StudentConfig
@@ -138,13 +137,14 @@ def warn_changed_task(task, fields, prompt):
               'trained', file=sys.stderr, flush=True)
 
 
+def what_is_kept(folder):
+    """the advice after a file of a training could not be written."""
+    if not Path(folder, 'ckpt.pt').is_file():
+        return 'there is no checkpoint yet: make room, and run the same command again'
+    return 'the last checkpoint is kept: make room, and the same command continues'
+
+
 def save_checkpoint(path, state):
-    """writes the dict whole or not at all. Exits with a message if the disk is full."""
-    tmp = path.with_suffix('.tmp')
-    try:
-        torch.save(state, tmp)
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError on a full disk
-        tmp.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        sys.exit(f'cannot write {path}: {reason}; the previous checkpoint is intact')
+    """writes the dict whole or not at all. Exits with a message if it cannot be written."""
+    with whole_file(path, what_is_kept(path.parent)) as tmp, open(tmp, 'wb') as file:
+        torch.save(state, file)                                 # by its name torch would not say why it fails

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from config import stop
-from config.machine import WORLD, can_compile
+from config.machine import WORLD, can_compile, whole_file
 from data import FORMAT, Writer, read_meta, write_json
 from distil.calibrate import find_priors
 from distil.prompts import prompt_text
@@ -133,7 +133,8 @@ def write_meta(folder, meta, model, tokenizer):
         old = read_meta(folder)
     counts = {key: Counter(old.get(key, {})) for key in ('dropped', 'missing', 'timed')}
     meta = {**meta, 'fingerprint': weights, **counts}
-    (folder / 'tokenizer.json').write_text(tokenizer, encoding='utf-8')
+    with whole_file(folder / 'tokenizer.json', 'make room, and the same command continues') as tmp:
+        tmp.write_text(tokenizer, encoding='utf-8')
     write_json(path, meta)
     return meta
 

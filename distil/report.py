@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 
 from config import read_data_line
+from config.machine import whole_file
 from distil.agreement import evaluate, field_texts, reliability_bins, same_values
 from distil.checkpoint import load_checkpoint
 from distil.decode import confidence_of
@@ -32,6 +33,14 @@ def start_drawing():
     warnings.filterwarnings('ignore', 'Glyph')
     logging.getLogger('matplotlib.font_manager').setLevel(logging.ERROR)
     return matplotlib.pyplot
+
+
+def save_picture(plt, fig, path):
+    """writes a figure to a file. Exits with a message if it cannot be written."""
+    fig.tight_layout()
+    with whole_file(path, 'all figures are complete, only the picture is missing') as tmp:
+        fig.savefig(tmp, dpi=80, format='png')
+    plt.close(fig)
 
 
 def draw_log(axes, log):
@@ -115,7 +124,5 @@ def draw_report(out, shards, rows, dtype='float32', which='best'):
     for ax in axes.flat:
         if not ax.has_data():
             ax.axis('off')
-    fig.tight_layout()
-    fig.savefig(out / 'report.png', dpi=80)
-    plt.close(fig)
+    save_picture(plt, fig, out / 'report.png')
     return out / 'report.png'

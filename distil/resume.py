@@ -6,12 +6,11 @@ not be saved.
 """
 import fcntl
 import math
-import shutil
 import signal
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from config import data_line, stop
-from config.machine import RANK, can_compile, on_stop, pick_dtype, run_in_first
-from distil.checkpoint import CHECKPOINT, TASK, is_large, load_checkpoint, save_checkpoint
+from config.machine import RANK, can_compile, on_stop, pick_dtype, run_in_first, whole_file
+from distil.checkpoint import CHECKPOINT, TASK, is_large, load_checkpoint, save_checkpoint, what_is_kept
 from distil.records import labels_given
 from distil.space import OutputSpace
 from distil.split import describe_split, pack_split
@@ -69,8 +68,10 @@ class Training:
         """writes a data line to the terminal, log.txt and the tracker."""
         line = data_line(tag, figures)
         tqdm.write(line)
-        with open(self.out / 'log.txt', 'a', encoding='utf-8') as file:
-            file.write(line + '\n')
+        try:
+            append_whole(self.out / 'log.txt', line.encode() + b'\n')
+        except OSError as error:
+            stop(f'cannot write {self.out}/log.txt: {error.strerror}; {what_is_kept(self.out)}')
         if self.tracker and tag != 'field':
             self.tracker.log({f'{tag}/{key}': v for key, v in figures.items() if isinstance(v, (int, float))})
 
@@ -100,6 +101,19 @@ class Training:
         print(f'training in {"bfloat16" if bf16 else "float32"} on {device}'
               + (', compiled' if self.compiled else ''))
         return autocast
+
+
+def append_whole(path, data):
+    """appends bytes to a file. After an OSError it is as long as before."""
+    with open(path, 'ab', buffering=0) as file:
+        size = file.tell()
+        try:
+            while data:
+                data = data[file.write(data):]
+        except OSError:
+            with suppress(OSError):                             # no file of this disk, such as a pipe
+                file.truncate(size)
+            raise
 
 
 def compiling_pays(student, device, bf16, n_tokens):
@@ -162,9 +176,12 @@ def new_training(out, facts, student, shards):
     tokenizer = Tokenizer.from_file(str(shards.folder / 'tokenizer.json'))
     space = OutputSpace.from_task(tokenizer, task)
     if RANK == 0:
-        shutil.copy(shards.folder / 'tokenizer.json', out / 'tokenizer.json')
+        contents = {'tokenizer.json': (shards.folder / 'tokenizer.json').read_bytes()}
         if student.reader:
-            student.reader.tokenizer.save(str(out / 'reader.json'))
+            contents['reader.json'] = student.reader.tokenizer.to_str(True).encode()
+        for file, content in contents.items():
+            with whole_file(out / file, what_is_kept(out)) as tmp:
+                tmp.write_bytes(content)
         for file in ('ckpt.pt', 'best.pt'):
             (out / file).unlink(missing_ok=True)
         (out / 'log.txt').write_text('')

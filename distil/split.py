@@ -6,7 +6,6 @@
 extract.py stores the hashes of the texts whose lines say test as held_out.bin, and data.Shards reads it. A student
 keeps the hashes that it was trained without (`split` of its checkpoint), so that it is measured on no other text.
 """
-import os
 import re
 import zlib
 from collections import Counter
@@ -17,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from config import data_line, stop
+from config.machine import whole_file
 from data import DTYPES, first_tokens, text_hash
 from data.logs import Log, read_lines
 from data.tables import read_part
@@ -80,9 +80,8 @@ def store_split(dataset, name, source, labels, tokenizer, max_text):
         if not len(hashes):
             path.unlink(missing_ok=True)                        # of an earlier run
             return 0
-        folder.mkdir(parents=True, exist_ok=True)
-        hashes.tofile(path.with_suffix('.tmp'))
-        os.replace(path.with_suffix('.tmp'), path)
+        with whole_file(path) as tmp:
+            tmp.write_bytes(hashes.tobytes())
     except OSError as error:
         stop(f'cannot write to {folder}: {error.strerror}')
     counts, known = Counter(train=0, held_out=0, both=0), set(hashes.tolist())

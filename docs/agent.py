@@ -12,10 +12,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+# before the slow imports, see config/machine.py
+from config import configure
+
 from openai import OpenAI
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
-from config import configure
 from distil.records import open_shards
 
 dataset = 'questions'  # word; data/<dataset>/<name>-* has the questions

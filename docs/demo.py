@@ -7,10 +7,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+# before the slow imports, see config/machine.py
+from config import configure, stop
+
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
-from config import configure, stop
 from distil.checkpoint import load_checkpoint
 from distil.decode import decode
 from distil.records import load_records

@@ -15,12 +15,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+# before the slow imports, see config/machine.py
+from config import configure, data_line, stop
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
-from config import configure, data_line, stop
 from data import Shards
 from distil.agreement import evaluate, field_texts, same_values
 from distil.checkpoint import load_checkpoint

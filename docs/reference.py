@@ -16,15 +16,17 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+# before the slow imports, see config/machine.py
+from config import configure, data_line, read_data_line, stop
+from config.machine import pick_dtype
+
 import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.initialization import no_init_weights
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
-from config import configure, data_line, read_data_line, stop
-from config.machine import pick_dtype
 from data import read_meta, read_texts
 from distil.checkpoint import lower_precision
 from distil.decode import generate

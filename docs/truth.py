@@ -13,12 +13,14 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+# before the slow imports, see config/machine.py
+from config import configure, data_line, stop
+
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
-from config import configure, data_line, stop
 from data import Shards, read_texts, text_hash
 from distil.agreement import linear_models
 from distil.records import load_records

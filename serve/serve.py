@@ -27,6 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 from config import configure, read_settings, split_tasks, stop
+from config.machine import end_at_once, on_stop
 from distil.checkpoint import warn_changed_task
 from distil.prompts import prompt_text
 from sample import Labeler
@@ -158,6 +159,7 @@ if __name__ == '__main__':
         stop(f'upstream = {upstream} is no URL: it starts with http:// or https://')
     if keep and not (upstream and all(task['dataset'] for task in tasks)):
         stop('keep needs an upstream, whose answers are kept, and a dataset, the folder they go to')
+    on_stop(end_at_once)                                        # until it listens there is nothing to finish
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
     logging.getLogger('httpx').setLevel(logging.WARNING)
     metrics, proxy = Metrics(), None

@@ -15,11 +15,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+# before the slow imports, see config/machine.py
 from config import configure, data_line, stop
 from config.machine import pick_device
+
+import numpy as np
+
 from data import read_texts
 from distil.agreement import find_value
 from distil.records import load_records

@@ -13,11 +13,13 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+# before the slow imports, see config/machine.py
+from config import STARTED_IN, configure, data_line, next_command, stop
+
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
-from config import STARTED_IN, configure, data_line, next_command, stop
 from data import Hashes, read_meta, read_texts, shard_folders, stored_hashes
 from data.texts import read_groups
 from distil.extraction import check_source

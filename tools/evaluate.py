@@ -14,18 +14,21 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+# before the slow imports, see config/machine.py
 from config import configure, data_line, stop
 from config.machine import pick_device
+
+import numpy as np
+
 from distil.agreement import (calibration_error, evaluate, field_texts, read_truth, report_lines,
                               same_values, truth_lines)
 from distil.checkpoint import (checkpoint_path, load_checkpoint, read_checkpoint, read_work, save_checkpoint,
                                warn_changed_task)
 from distil.decode import confidence_of, decode, generate
 from distil.records import choose_rows, labels_given, load_records
-from distil.report import draw_report, start_drawing
+from distil.report import draw_report, save_picture, start_drawing
+from distil.resume import lock_folder
 
 name = ''            # word; data/<dataset>/<name>-* has the held-out records
 dataset = ''         # word
@@ -169,6 +172,7 @@ def store_target(folder, which, target):
 
 def set_target(folder, which, confidence, hits, target_agreement):
     """chooses, stores and prints the threshold for a target agreement; see choose_threshold."""
+    lock = lock_folder(folder)                                  # a training could write the same file
     target = choose_threshold(confidence, hits, target_agreement)
     store_target(folder, which, target)
     if target:
@@ -242,8 +246,7 @@ def draw_comparison(points):
         ax.scatter(rec_s, field)
         ax.annotate(label, (rec_s, field), xytext=(5, 5), textcoords='offset points')
     ax.set(xlabel='records/s in batches of 64', ylabel='field agreement with the teacher', xscale='log')
-    fig.tight_layout()
-    fig.savefig('out/compare.png', dpi=80)
+    save_picture(plt, fig, 'out/compare.png')
     print('out/compare.png shows the students')
 
 
