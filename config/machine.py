@@ -106,7 +106,8 @@ def whole_file(path, advice=''):
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
         if not isinstance(cause, OSError):
             raise
-        stop(f'cannot write {path}: {cause.strerror or cause}' + (f'; {advice}' if advice else ''))
+        line = f'cannot write {path}: {cause.strerror or cause}' + (f'; {advice}' if advice else '')
+        stop('\n' + line)                                       # below a progress bar
     finally:
         with suppress(OSError):                                 # a read-only disk has none
             tmp.unlink(missing_ok=True)
