@@ -88,7 +88,10 @@ import torch.distributed as dist
 
 
 def stop(message):
-    """exits with this message and status 1. Of several processes only the first prints it."""
+    """exits with this message, below the progress bars, and status 1. Of several processes only the first prints it."""
+    if 'tqdm' in sys.modules:                                   # or the bars are drawn again at the exit
+        for bar in list(sys.modules['tqdm'].tqdm._instances):
+            bar.close()
     sys.exit(message if RANK == 0 else 1)
 
 
@@ -107,7 +110,7 @@ def whole_file(path, advice=''):
         if not isinstance(cause, OSError):
             raise
         line = f'cannot write {path}: {cause.strerror or cause}' + (f'; {advice}' if advice else '')
-        stop('\n' + line)                                       # below a progress bar
+        stop(line)
     finally:
         with suppress(OSError):                                 # a read-only disk has none
             tmp.unlink(missing_ok=True)

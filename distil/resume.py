@@ -71,7 +71,7 @@ class Training:
         try:
             append_whole(self.out / 'log.txt', line.encode() + b'\n')
         except OSError as error:
-            stop(f'\ncannot write {self.out}/log.txt: {error.strerror}; {what_is_kept(self.out)}')
+            stop(f'cannot write {self.out}/log.txt: {error.strerror}; {what_is_kept(self.out)}')
         if self.tracker and tag != 'field':
             self.tracker.log({f'{tag}/{key}': v for key, v in figures.items() if isinstance(v, (int, float))})
 
