@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from config.machine import interrupt, stop_anyway, whole_file
+from data import write_json
 from distil.checkpoint import save_checkpoint
 from distil.resume import Training
 from tests.conftest import ROOT, clone_task, one_line, run
@@ -155,6 +156,14 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
     with pytest.raises(RuntimeError, match='^another$'), whole_file(path):
         raise RuntimeError('another')                           # not of the disk: a fault, with its traceback
     assert path.read_text() == 'old' and os.listdir(path.parent) == ['file.json']
+
+
+def test_a_json_file_that_cannot_be_written_leaves_no_other_behind(tmp_path):
+    write_json(tmp_path / 'meta.json', {'a': 1})
+    (tmp_path / 'meta.tmp').symlink_to('/dev/full')
+    with pytest.raises(OSError):
+        write_json(tmp_path / 'meta.json', {'a': 2})
+    assert os.listdir(tmp_path) == ['meta.json'] and (tmp_path / 'meta.json').read_text() == '{\n "a": 1\n}'
 
 
 def test_on_a_full_disk_the_log_and_the_last_checkpoint_are_kept(tmp_path):
