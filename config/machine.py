@@ -154,6 +154,7 @@ def flush_stdout():
 
 def end_output():
     """the last thing that a program does; see open_streams."""
+    on_stop(end_at_once)                                        # an exception would no longer reach print_exception
     error = flush_stdout()
     if error and not isinstance(error, BrokenPipeError):
         os.write(2, f'cannot write the output: {error.strerror}\n'.encode())
