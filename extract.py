@@ -86,11 +86,11 @@ too_long = 'refuse'  # 'refuse' or 'cut'; skip longer texts, or label their firs
 output_vocab = 525   # 1..65535; tokens whose logits are kept: those of answers, then whitespace, the prompt,
                      # frequent words
 extra_vocab = []     # strings whose tokens are kept too; the coverage line says when some are missing
-min_coverage = 0.95  # 0..1; print advice if, at some field, the kept tokens hold less than this share of the
-                     # teacher's probability
+min_coverage = 0.95  # 0..1; print advice if the kept tokens hold less of the probability than this at a field
 full_lse = -1        # -1..; of the first so many records (of each process) also keep logsumexp over all tokens.
                      # -1: all on a GPU; 64 on a CPU, where Gemma 3 270M takes 2.7 times as long with it
 examples = 8         # 0..; texts shown with their answers at the end
+ask_again = False    # ask again about the texts whose answer was dropped
 # instead of extracting
 score = ''           # file; .jsonl of {"text": ..., "answer": {...}}: the teacher's logits on these answers
 labels = ''          # file; .jsonl of texts with "probabilities" or an "answer", or the log of an LLM; or several,
@@ -146,17 +146,17 @@ def new_task(task, wrapped, frequency):
 # which texts
 
 
-def scan_texts(task, dataset, name, source, lines, filters):
+def scan_texts(task, dataset, name, source, lines, filters, ask_again):
     """reads all texts once, before any is asked. Returns (meta, tokenizer as JSON, number of texts still to be
     labelled, (hash, ids, label) of the texts to calibrate with). Prints the filter and vocab lines.
 
     task: dict of the settings that define one; lines: of the file source, as read_texts yields them; filters:
-    arguments of read_groups.
+    arguments of read_groups; ask_again: also of texts whose answer was dropped.
     """
     folders, done = shard_folders(dataset, name), Hashes()
     if folders:                                                 # an earlier run: its vocabulary stays
         meta, tokenizer = read_task(folders[0], task)
-        done = stored_hashes(folders, meta)                     # 8 bytes a text
+        done = stored_hashes(folders, meta, ask_again)          # 8 bytes a text
     else:
         print(f'loading the tokenizer of {task["teacher"]}')
         wrapped = load_tokenizer(task['teacher'])
@@ -298,7 +298,7 @@ if __name__ == '__main__':
     answered = bool(score or labels)                            # then only what no student can read is left out
     filters = (0 if answered else 3) if min_text < 0 else min_text, max_text, max_records, too_long == 'cut', answered
     meta, tokenizer_json, n_todo, sample = run_in_first(
-        lambda: scan_texts(task, dataset, name, source, given or read_texts(source), filters))
+        lambda: scan_texts(task, dataset, name, source, given or read_texts(source), filters, ask_again))
     meta['dtype'] = str(dtype).removeprefix('torch.')
     space = OutputSpace.from_task(Tokenizer.from_str(tokenizer_json), meta)  # the automaton and the V tokens
     print_changed(given, dataset, name, space)
@@ -327,7 +327,7 @@ if __name__ == '__main__':
             # subtracted where the teacher chooses and where the student learns; the stored logits stay raw
             space.set_bias(meta['bias'])
             print_bias(report, space)
-        done, drafts = stored_hashes(shard_folders(dataset, name), meta), Drafts(space)
+        done, drafts = stored_hashes(shard_folders(dataset, name), meta, ask_again), Drafts(space)
         for outs in first_answers(folder, meta, DRAFT_TEXTS):   # of the run that is continued
             drafts.add(outs.tolist())
         groups = prefetch(read_groups(given or read_texts(source), space.tokenizer, extract_batch, *filters))
@@ -335,7 +335,7 @@ if __name__ == '__main__':
                 for n, group in enumerate(groups) if n % WORLD == RANK)
         todo = filter(None, mine)
         try:
-            meta = write_meta(folder, meta, model, tokenizer_json)
+            meta = write_meta(folder, meta, model, tokenizer_json, ask_again)
             if server:                                          # groups of what has been answered
                 ask = partial(server.answered, decode=space.tokenizer.decode)
                 todo = calibrated_answers(ask, todo, folder, meta, priors) if calibration else ask(todo)
@@ -349,7 +349,7 @@ if __name__ == '__main__':
             sys.exit(f'cannot write to {folder}: {error.strerror}; its {writer.n_records} records are safe, '
                      'the same command continues')
         except Stopped as reason:                               # the server is gone, or the money is spent
-            stop(f'{reason}; {writer.n_records} records are safe, the same command continues')
+            stop(f'{reason}; {writer.describe()}, the same command continues')
         print_totals(totals)
         if server:
             print(server.summary())

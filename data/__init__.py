@@ -13,7 +13,7 @@
 
 A record exists if its row of index.bin exists. That row is written last, so a run that is killed loses at
 most the batch it was writing. Offsets count elements, not bytes. A row without an answer is a text whose
-answer was dropped.
+answer was dropped; if a later row of its hash has an answer, that one counts.
 """
 import fcntl
 import hashlib
@@ -110,7 +110,8 @@ class Hashes:
 class Writer:
     """appends records to a shard. When it opens a shard, it cuts off what an interrupted run did not commit.
 
-    n_records, n_output: records and answer tokens in the shard. BlockingIOError if another run writes to it.
+    n_records, n_answered, n_output: rows, those with an answer and the tokens of these; without: hashes of the texts
+    that have no answer. BlockingIOError if another run writes to it.
     """
 
     def __init__(self, folder, V):
@@ -120,7 +121,9 @@ class Writer:
         index, (self.n_input, self.n_output) = read_index(folder, V), (0, 0)
         if len(index):
             self.n_input, self.n_output = map(int, index[-1, :2])
-        self.n_records = len(index)
+        answered = has_answer(index)
+        self.n_records, self.n_answered = len(index), int(answered.sum())
+        self.without = {*index[~answered, 2].tolist()} - {*index[answered, 2].tolist()}
         sizes = {'input': self.n_input, 'output': self.n_output, 'logits': self.n_output * V,
                  'stats': self.n_output * 2, 'index': index.size}
         for name, file in self.files.items():
@@ -131,6 +134,7 @@ class Writer:
         of them is stored."""
         parts, index = {name: [] for name in DTYPES}, []
         n_input, n_output = self.n_input, self.n_output
+        records = [record for record in records if len(record[2]) or record[0] not in self.without]
         for hash_, ids, outs, logits, lse in records:
             top = logits.max(axis=1)
             values = {'input': ids, 'output': outs, 'logits': logits - top[:, None],
@@ -148,6 +152,14 @@ class Writer:
                 os.fsync(file.fileno())  # before the index: after a power cut it must not point to lost data
         self.n_input, self.n_output = n_input, n_output
         self.n_records += len(index)
+        answered = {hash_ for hash_, _, outs, *_ in records if len(outs)}
+        self.n_answered += sum(len(record[2]) > 0 for record in records)
+        self.without = (self.without | {record[0] for record in records}) - answered
+
+    def describe(self):
+        """what the shard holds, for the message that ends a run."""
+        dropped = f', and {len(self.without)} texts have no answer (--ask_again=True asks about them again)'
+        return f'{self.n_answered} records are safe{dropped if self.without else ""}'
 
     def close(self):
         for file in self.files.values():
@@ -163,13 +175,19 @@ def read_index(folder, V):
     return index[(index[:, 0] <= sizes['input']) & (index[:, 1] <= steps)]
 
 
+def has_answer(index):
+    """(rows,) bool: False for the rows of read_index whose answer was dropped."""
+    return np.diff(index[:, 1].astype(np.int64), prepend=0) > 0
+
+
 def shard_folders(dataset, name, root='data'):
     return sorted(path.parent for path in (Path(root) / dataset).glob(f'{name}-[0-9][0-9]/meta.json'))
 
 
-def stored_hashes(folders, meta):
-    """the Hashes of all texts in these shards, including those whose answer was dropped."""
-    parts = [read_index(folder, len(meta['output_ids']))[:, 2] for folder in folders]
+def stored_hashes(folders, meta, answered=False):
+    """the Hashes of all texts in these shards, including those whose answer was dropped; answered: without these."""
+    indices = [read_index(folder, len(meta['output_ids'])) for folder in folders]
+    parts = [index[has_answer(index) | (not answered), 2] for index in indices]
     return Hashes(np.concatenate([np.empty(0, np.uint64), *parts]))
 
 
@@ -204,7 +222,7 @@ class Shards:
             index = read_index(folder, V)
             ends = index[:, :2].astype(np.int64)
             starts = np.concatenate((np.zeros((1, 2), np.int64), ends))[:-1]
-            answered = ends[:, 1] > starts[:, 1]  # False if the answer was dropped
+            answered = has_answer(index)
             if not answered.any():
                 continue
             spans.append(np.column_stack((np.full(len(index), len(self.shards)), starts, ends))[answered])

@@ -179,7 +179,8 @@ def calibrated_answers(ask, groups, folder, meta, priors):
     """
     path, bias, waiting, again = folder / 'calibrate.jsonl', meta.get('value_bias'), [], []
     lines = path.read_text().splitlines() if path.exists() else []
-    kept = {line[0]: line for line in map(read_line, lines) if line}  # by hash
+    # by hash; a text without an answer may get one now
+    kept = {line[0]: line for line in map(read_line, lines) if line and isinstance(line[2], dict)}
 
     def unknown():                                              # the texts to ask about
         for group in groups:

@@ -4,6 +4,7 @@
     answer_texts([[17, 4, 99], ...])                        # ids of texts -> output indices of their answers
 """
 import sys
+from functools import partial
 
 import torch
 
@@ -48,7 +49,8 @@ def ask_server(urls, task, space):
     check_httpx()
     if not urls.startswith(URL):
         stop(f'this student learned from {task["server"]} behind a URL; say where it is now: --teacher=URL')
-    server = Server(urls.split(','), task['server'], task['fields'], task['prompt'], patience=30)
+    server = Server(urls.split(','), task['server'], task['fields'], task['prompt'], patience=30,
+                    show=partial(print, file=sys.stderr))   # stdout is JSON alone
 
     def answer_texts(texts):
         outs = [None] * len(texts)

@@ -116,11 +116,12 @@ def open_writer(folder, V):
         sys.exit(f'cannot write to {folder}: {error.strerror}')
 
 
-def write_meta(folder, meta, model, tokenizer):
+def write_meta(folder, meta, model, tokenizer, ask_again=False):
     """writes meta.json and tokenizer.json before the first record. Returns meta with this model's fingerprint
     and the shard's counts so far. Exits with a message if the shard has records of another teacher.
 
-    model: the teacher, None where labels are given; tokenizer: as a JSON text.
+    model: the teacher, None where labels are given; tokenizer: as a JSON text; ask_again: the counts of dropped
+    answers start at 0, as all of these texts are asked about again.
     """
     teacher, path, old = meta['teacher'], folder / 'meta.json', {}
     weights = fingerprint(model) if model else 'labels'
@@ -133,6 +134,8 @@ def write_meta(folder, meta, model, tokenizer):
         old = read_meta(folder)
     counts = {key: Counter(old.get(key, {})) for key in ('dropped', 'missing', 'timed')}
     meta = {**meta, 'fingerprint': weights, **counts}
+    if ask_again:
+        meta['dropped'] = Counter()
     with whole_file(folder / 'tokenizer.json', 'make room, and the same command continues') as tmp:
         tmp.write_text(tokenizer, encoding='utf-8')
     write_json(path, meta)

@@ -7,21 +7,26 @@
 The labels are those of distil/labels.py: probabilities if the server tells log probabilities, else the
 shares of some samples, or one bare answer. The key is read from the environment, TEACHER_API_KEY, and
 never written anywhere.
+
+What a server refuses may be the text, or an option of the request. An option is given up only if the message names
+it, or if a harmless text (PROBE) is refused too; else the text has no answer, and the others are not touched.
 """
 import asyncio
 import json
-import os
 import queue
 import random
 import threading
 import time
 from collections import Counter
+from itertools import count
 
 from config import data_line, stop
 from config.machine import WORLD
 from data.logs import read_reply
 from distil.answers import label_from_answer, label_from_samples
+from distil.keys import failure_text, hide_keys, hide_password, read_key
 from distil.prompts import answer_format, prompt_messages
+from distil.replies import explain_invalid, find_refusal, judge_reply
 
 try:
     import httpx
@@ -30,10 +35,24 @@ except ImportError:                                         # extract.py says so
 
 URL = 'http://', 'https://'
 WAITING = 4096  # answers that wait to be stored, before no more texts are asked about
+PROBE = 'hello'  # a text that nobody refuses
+IN_A_ROW = 20   # so many texts without an answer, one after the other, are no longer the fault of the texts
+TRIES = 8       # so often a text may fail while others are answered
+QUIET = 5       # seconds without an answer, after which a line says what is waited for
+NAMES = {'response_format': ('response_format', 'response format', 'schema', 'json', 'grammar'),
+         'logprobs': ('logprob',), 'temperature': ('temperature',)}  # of the options, in a server's message
 
 
 class Stopped(Exception):
     """the run cannot or shall not go on; the message says why."""
+
+
+def read_answer(reply):
+    """(content, tokens) of a reply, as read_reply; ('', []) of nonsense, which breaks the schema."""
+    try:
+        return read_reply(reply)
+    except (TypeError, AttributeError, ValueError):
+        return '', []
 
 
 class Server:
@@ -41,11 +60,11 @@ class Server:
     the schema. prompt: a text or messages, with {text} in it. in_flight: requests at a time. samples:
     answers per text, if the server tells no log probabilities, drawn at sample_temperature. patience:
     seconds without any answer after which the run ends. prices are per million tokens; max_cost: the run
-    ends before it costs more, 0: never.
+    ends before it costs more, 0: never. show: function of a line, what becomes of it.
     """
 
     def __init__(self, urls, model, fields, prompt, in_flight=16, samples=1, sample_temperature=1.0,
-                 timeout=120, patience=300, price_in=0.0, price_out=0.0, max_cost=0.0):
+                 timeout=120, patience=300, price_in=0.0, price_out=0.0, max_cost=0.0, show=print):
         self.urls, self.model, self.fields, self.prompt = [url.rstrip('/') for url in urls], model, fields, prompt
         self.in_flight, self.samples, self.sample_temperature = in_flight, samples, sample_temperature
         self.timeout, self.patience, self.max_cost = timeout, patience, max_cost
@@ -54,10 +73,15 @@ class Server:
         # what makes answers better and a server may refuse: the alternatives in order, at last to do without
         self.options = {'response_format': [answer_format(fields), {'type': 'json_object'}, None],
                         'logprobs': [True, None], 'temperature': [0, None]}
+        self.key, self.show = read_key('TEACHER_API_KEY') if urls else '', show
+        for url in urls:
+            hide_password(url)
         self.used, self.n_answered, self.n_invalid, self.outside = Counter(), 0, 0, 0.0
         self.problem, self.under_way = 'it never answered', 0
-        self.last_answer = time.monotonic()
-        self.stopping = threading.Event()
+        self.last_answer, self.n_replies, self.is_quiet = time.monotonic(), 0, False
+        self.accepted = ''                                  # the options of a request that was answered, as JSON
+        self.n_refused, self.dropped, self.shown = 0, Counter(), set()  # n_refused: since the last answer
+        self.stopping, self.adapting = threading.Event(), None  # adapting: an asyncio.Lock
         self.identity = model                               # of the task: a URL may change
 
     # one request
@@ -71,87 +95,140 @@ class Server:
             body['temperature'] = self.sample_temperature
         return body | ({'top_logprobs': 20} if 'logprobs' in body else {})
 
-    def do_without(self, message):
-        """after a refusal: gives up the option that the server's message names, else the first that is
-        left. False if there is none."""
-        words = {'response_format': ('format', 'schema', 'json', 'grammar'), 'logprobs': ('logprob',),
-                 'temperature': ('temperature',)}
+    def do_without(self, message, named_only=False):
+        """gives up the option that a server's message names, else, unless named_only, the first that is left. False if
+        there is none."""
         able = [option for option, left in self.options.items() if left[0] is not None]
-        named = [option for option in able if any(word in message.lower() for word in words[option])]
-        for option in (named or able)[:1]:
+        named = [option for option in able if any(word in message.lower() for word in NAMES[option])]
+        chosen = (named or able * (not named_only))[:1]
+        for option in chosen:
             given_up = self.options[option].pop(0)
-            print(f'the server refuses {given_up["type"] if isinstance(given_up, dict) else option}, which is left out '
-                  f'({message})')
-        return bool(able)
+            name = given_up['type'] if isinstance(given_up, dict) else option
+            self.show(f'the server refuses {name}, which is left out ({message})')
+        return bool(chosen)
 
     async def post(self, client, body):
-        """(status, the server's reply as a dict, or its message) of a request, which is repeated until a
-        server has read it. Stopped if none can be used."""
-        for tries in range(10 ** 9):
+        """(kind, value) of the reply to a request, see judge_reply: 'answer', 'text', 'refused' or 'denied'. The
+        request is repeated until a server has read it; 'failed' if that does not help this one, while others are
+        answered. Stopped if no server can be used."""
+        n_failed, n_replies = 0, self.n_replies
+        for tries in count():
             now = time.monotonic()
             if now - self.last_answer > self.patience:
                 raise Stopped(f'no answer for {self.patience:g} seconds: {self.problem}')
             wait_for = lambda url: max(0.0, self.resting.get(url, 0.0) - now)
             url = min(self.urls, key=lambda url: (wait_for(url), self.busy[url]))
             await asyncio.sleep(wait_for(url))
-            wait = min(60, 0.5 * 2 ** min(tries, 7)) * random.uniform(0.5, 1)
+            wait, asked = min(60, 0.5 * 2 ** min(tries, 7)) * random.uniform(0.5, 1), ''
             self.busy[url] += 1
             try:
                 reply = await client.post(f'{url}/chat/completions', json=body)
-                if reply.status_code == 200:
-                    content = reply.json()
-                    self.last_answer = time.monotonic()
-                    return 200, content
-                message = error_message(reply)
-                if reply.status_code in (400, 413, 422):
-                    return reply.status_code, message
-                self.problem = f'{url} says {reply.status_code} {message}'
-                if reply.status_code in (401, 403, 404, 405):
-                    raise Stopped(self.problem)
+                kind, value = judge_reply(reply)
                 asked = reply.headers.get('retry-after', '')
-                wait = max(wait, min(600, int(asked)) if asked.isdigit() else 0)
-            except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # cut, slow, gone; or not JSON
-                self.problem = f'{url}: {error or type(error).__name__}'
+            except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
+                kind, value = 'stop', failure_text(error)   # no other try is better
+            except (httpx.HTTPError, ValueError) as error:  # cut, slow, gone; or not JSON
+                kind, value = 'failed', failure_text(error)
             finally:
                 self.busy[url] -= 1
+            if kind == 'answer':
+                self.last_answer, self.is_quiet = time.monotonic(), False
+                self.n_replies += 1
+            if kind not in ('busy', 'failed', 'stop'):
+                return kind, value
+            self.problem = hide_keys(f'{url} {value}')
+            if kind == 'stop':
+                raise Stopped(self.problem)
+            n_failed += kind == 'failed'
+            if n_failed >= TRIES and self.n_replies - n_replies >= TRIES:
+                return 'failed', self.problem
+            self.tell_quiet()
+            wait = max(wait, min(600, int(asked)) if asked.isdigit() else 0)
             self.resting[url] = time.monotonic() + wait
 
+    def tell_quiet(self):
+        """prints what the server says, if it has not answered for some seconds; once, until it does."""
+        quiet = time.monotonic() - self.last_answer
+        if quiet > QUIET and not self.is_quiet:
+            self.is_quiet = True
+            self.show(f'no answer for {quiet:.0f} seconds, the run ends after {self.patience:g}; it asks again: '
+                      f'{self.problem}')
+
     async def complete(self, client, text, sampled=False):
-        """(content, tokens as in value_probabilities) of an answer to a text, or None if the server
-        refuses it."""
+        """the JSON of the reply to a text, a dict; or (reason, message) if it has no answer."""
         while True:
             options = json.dumps(self.options)
-            status, reply = await self.post(client, self.body(text, sampled))
-            if status == 200:
-                break
-            if self.n_answered:
-                return None                                 # it has answered others: this text is the reason
-            if options == json.dumps(self.options) and not self.do_without(reply):
+            kind, reply = await self.post(client, self.body(text, sampled))
+            if kind == 'answer':
+                self.count_tokens(reply)
+                self.n_refused = 0
+                self.accepted = self.accepted if sampled else options
+                return reply
+            self.n_refused += 1
+            async with self.adapting:                       # one at a time finds out whose fault it is
+                known = options == self.accepted and kind != 'denied' and self.n_refused < IN_A_ROW
+                if not known and await self.adapt(client, options, kind, reply):
+                    continue
+            return 'failed' if kind == 'failed' else 'refused', reply
+
+    async def adapt(self, client, options, kind, message):
+        """after a refusal: True if the options are others by now, so that the text is worth another try. False if the
+        text is the reason. Stopped if the server refuses every request. options: of the request, as JSON; kind,
+        message: of the refusal, see post."""
+        if options != json.dumps(self.options):
+            return True
+        if kind == 'refused' and options != self.accepted and self.do_without(message, named_only=True):
+            return True
+        was_accepted = options == self.accepted
+        while True:
+            kind, reply = await self.post(client, self.body(PROBE, False))
+            if kind == 'answer':
+                self.count_tokens(reply)
+                self.accepted, self.n_refused = json.dumps(self.options), 0
+                return options != self.accepted
+            if kind == 'failed':
+                return False
+            changed = was_accepted or kind == 'denied'      # it is no option of the request
+            if changed or not self.do_without(reply, named_only=kind == 'text'):
                 raise Stopped(f'the server refuses every request: {reply}')
-        try:
-            usage = reply.get('usage') or {}
-            self.used.update({key: int(usage.get(key) or 0) for key in ('prompt_tokens', 'completion_tokens')})
-            return read_reply(reply)
-        except (TypeError, AttributeError, ValueError):
-            return '', []                                   # nonsense, which breaks the schema
+
+    def count_tokens(self, reply):
+        """adds the tokens of a reply to those that are paid for."""
+        usage = reply.get('usage') if isinstance(reply, dict) else None
+        for key in ('prompt_tokens', 'completion_tokens'):
+            n = usage.get(key) if isinstance(usage, dict) else 0
+            self.used[key] += n if isinstance(n, int) else 0
 
     async def label(self, client, text):
         """the label of a text, or the reason why it has none."""
         for _ in range(2):                                  # an answer that breaks the schema is asked for once more
-            if not (answer := await self.complete(client, text)):
-                return 'refused'
-            label, outside = label_from_answer(self.fields, *answer)
+            reply = await self.complete(client, text)
+            if isinstance(reply, tuple):
+                return self.drop(*reply)
+            content, tokens = read_answer(reply)
+            label, outside = label_from_answer(self.fields, content, tokens)
             if label and 'answer' in label and self.samples > 1:  # no log probabilities
                 more = [await self.complete(client, text, True) for _ in range(self.samples)]
-                label = label_from_samples(self.fields, [content for content, _ in filter(None, more)]) or label
+                contents = [read_answer(reply)[0] for reply in more if not isinstance(reply, tuple)]
+                label = label_from_samples(self.fields, contents) or label
             if label:
                 self.n_answered += 1
                 self.outside += outside
                 return label
         self.n_invalid += 1
-        if self.n_invalid == 20 and not self.n_answered:
-            raise Stopped(f'of 20 texts none has an answer that fits the schema; the last one: {answer[0][:200]!r}')
-        return 'invalid'
+        why = explain_invalid(self.fields, content, reply)
+        if self.n_invalid == IN_A_ROW and not self.n_answered:
+            raise Stopped(f'of {IN_A_ROW} texts none has an answer that fits the schema; the last one: {why}')
+        return self.drop('refused' if find_refusal(reply) else 'invalid', why)
+
+    def drop(self, reason, message):
+        """counts a text without an answer. Prints the message, if it is a new one of the reason. Returns the reason."""
+        self.dropped[reason] += 1
+        new = reason, ''.join(char for char in message if not char.isdigit())[:60]
+        if new not in self.shown and len(self.shown) < 8:
+            self.shown.add(new)
+            self.show(f'a text without an answer ({reason}): {message}')
+        return reason
 
     # -----------------------------------------------------------------------------
     # many requests
@@ -171,12 +248,14 @@ class Server:
         return data_line('server', {
             'answered': self.n_answered, 'tokens_in': self.used['prompt_tokens'],
             'tokens_out': self.used['completion_tokens'], 'cost': float(self.cost()),
-            'outside': self.outside / max(1, self.n_answered)})
+            'outside': self.outside / max(1, self.n_answered)}) + (
+                f'\n{self.dropped.total()} texts have no answer; --ask_again=True asks about them again'
+                if self.dropped else '')
 
     async def work(self, texts, results):
         """asks about all texts, in_flight at a time, and puts (hash, ids, label) into results."""
-        key = os.environ.get('TEACHER_API_KEY', '')
-        headers = {'Authorization': f'Bearer {key}'} if key else {}
+        headers = {'Authorization': f'Bearer {self.key}'} if self.key else {}
+        self.adapting = asyncio.Lock()                      # of this event loop
         certificates = httpx.create_ssl_context()           # slow to make, so shared
 
         async def worker():
@@ -254,13 +333,3 @@ def open_server(config):
         stop('max_cost needs price_in and price_out, per million tokens')
     return Server(config['teacher'].split(','), config['teacher_model'], config['fields'], config['prompt'],
                   **{name: config[name] for name in names})
-
-
-def error_message(reply):
-    """the message in the reply of a server that refuses, in one line."""
-    try:
-        error = reply.json()['error']
-        message = error['message'] if isinstance(error, dict) else error
-    except (ValueError, LookupError, TypeError):
-        message = reply.text
-    return ' '.join(str(message).split())[:200]

@@ -1,4 +1,5 @@
 """A teacher behind a URL: its answers as probabilities, and a server that behaves well, differently and badly."""
+import asyncio
 import json
 import math
 import signal
@@ -8,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ from distil.answers import find_object, label_from_answer, label_from_samples, v
 from distil.calibrate import calibrate_label, calibrated_answers, learn_value_bias
 from distil.prompts import prompt_text
 from distil.cascade import ask_server
-from distil.server import Server, Stopped
+from distil.keys import check_key, hide_in_stream, hide_keys, read_key
+from distil.server import IN_A_ROW, Server, Stopped
 from distil.space import OutputSpace
 from tests.conftest import FIELDS, clone_task, free_port, one_line, run
 
@@ -193,7 +196,7 @@ def test_a_server_without_probabilities_is_not_calibrated(tmp_path, capsys):
 
 class Fake(ThreadingHTTPServer):
     """behaves like an OpenAI-compatible server. behave(n, body) -> None, or what the n-th request gets instead:
-    a status, (status, message, headers), 'cut', 'hang' or a content."""
+    a status, (status, message, headers), 'cut', 'hang', a content, bytes (an HTML page), or a dict: the whole reply."""
     daemon_threads = True
     request_queue_size = 128
 
@@ -231,7 +234,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         if isinstance(odd, (int, tuple)):
             status, message, headers = odd if isinstance(odd, tuple) else (odd, 'no', {})
-            return self.reply(status, {'error': {'message': message}}, headers)
+            return self.reply(status, message if isinstance(message, (dict, bytes)) else {
+                'error': {'message': message}}, headers)
+        if isinstance(odd, (dict, bytes)):
+            return self.reply(200, odd, {})
         text = body['messages'][-1]['content'].removeprefix('label: ')
         fake.texts[text] += 1
         tone, spam = ('friendly', 'neutral')[len(text) % 2], 'true' if 'buy' in text else 'false'
@@ -249,7 +255,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {'choices': [choice], 'usage': usage}, {})
 
     def reply(self, status, content, headers):
-        content = json.dumps(content).encode()
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {'content-length': len(content), **headers}.items():
             self.send_header(name, str(value))
@@ -355,6 +361,181 @@ def test_of_two_servers_one_may_die(monkeypatch):
     assert len(labels) == 60 and all(isinstance(label, dict) for label in labels)
     assert sum(good.texts.values()) + sum(dying.texts.values()) == 60 and sum(good.texts.values()) > 30
     assert good.keys == {f'Bearer {KEY}'}
+
+
+def asked_text(body):
+    """the text that a request is about."""
+    return body['messages'][-1]['content'].removeprefix('label: ')
+
+
+def numbered(n):
+    return [f'text {i}' for i in range(n)]
+
+
+@pytest.mark.parametrize('message', [
+    'The prompt was filtered by the content management policy', "This model's maximum context length is 4096 tokens",
+    'no', 'json is not allowed here: flagged by moderation'])
+@pytest.mark.parametrize('in_flight, delay', [(16, 0.1), (16, 0), (1, 0)])
+def test_one_refused_text_costs_no_other_its_schema_nor_ends_the_work(message, in_flight, delay, capsys):
+    def behave(n, body):
+        if asked_text(body) in ('text 2', 'text 30'):
+            return 400, message, {}
+        time.sleep(delay)
+    fake = Fake(behave)
+    server, labels = ask([fake], numbered(60), in_flight=in_flight)
+    assert [n for n, label in enumerate(labels) if isinstance(label, str)] == [2, 30]
+    assert labels[2] == labels[30] == 'refused' and server.dropped == {'refused': 2}
+    assert all(body['response_format']['type'] == 'json_schema' and body['logprobs'] and body['temperature'] == 0
+               for body in fake.bodies)
+    printed = capsys.readouterr().out
+    assert printed.count(f'a text without an answer (refused): {message}') == 1 and 'the server refuses' not in printed
+    assert len(fake.bodies) <= 61                           # PROBE, once
+
+
+def test_an_option_that_no_message_names_is_found_by_a_harmless_text(capsys):
+    fake = Fake(lambda n, body: (400, 'bad request', {}) if 'response_format' in body else None)
+    server, labels = ask([fake], numbered(30), in_flight=16)
+    assert all('probabilities' in label for label in labels) and not server.dropped
+    assert all(body['logprobs'] for body in fake.bodies)
+    assert capsys.readouterr().out.count('the server refuses') == 2  # json_schema, json_object
+
+
+def test_when_all_texts_are_refused_that_were_answered_before_the_work_ends():
+    fake = Fake(lambda n, body: (400, 'your account is closed', {}) if n > 30 else None)
+    with pytest.raises(Stopped, match='refuses every request: your account is closed'):
+        ask([fake], numbered(200), in_flight=4)
+    assert len(fake.bodies) < 30 + 2 * IN_A_ROW
+    fake = Fake(lambda n, body: (403, 'flagged by moderation', {}) if asked_text(body) == 'text 5' else None)
+    assert ask([fake], numbered(20))[1][5] == 'refused'
+    with pytest.raises(Stopped, match='says 403'):
+        ask([Fake(lambda n, body: 403 if n > 5 else None)], numbered(20))
+
+
+def odd_choice(content=None, finish='stop', **message):
+    return {'choices': [{'message': {'role': 'assistant', 'content': content, **message}, 'finish_reason': finish}]}
+
+
+@pytest.mark.parametrize('error', [
+    {'error': {'code': 429, 'message': 'slow down'}}, {'error': {'code': 429}}, {'error': 'overloaded'},
+    {'error': {'message': 'upstream', 'code': 'server_error'}, 'choices': []}, odd_choice('', 'error'),
+    {'choices': [{'error': {'code': 502, 'message': 'gone'}, 'finish_reason': 'error', 'message': {'content': ''}}]}])
+def test_an_error_in_a_reply_with_status_200_is_no_answer(error):
+    fake = Fake(lambda n, body: error if n in (3, 5, 8) else None)
+    server, labels = ask([fake], numbered(20))
+    assert all(isinstance(label, dict) for label in labels) and not server.dropped
+    with pytest.raises(Stopped, match='no answer for 1 seconds: .*says'):
+        ask([Fake(lambda n, body: error)], numbered(5), patience=1)
+
+
+def test_the_code_of_an_error_in_a_reply_counts():
+    flagged = {'error': {'code': 400, 'message': 'content_filter'}}
+    assert ask([Fake(lambda n, body: flagged if asked_text(body) == 'text 3' else None)], numbered(9))[1][3] == 'refused'
+    with pytest.raises(Stopped, match='says 401 .*no key'):
+        ask([Fake(lambda n, body: {'error': {'code': 401, 'message': 'no key'}})], numbered(9))
+
+
+def test_a_text_that_fails_for_ever_does_not_hold_up_the_others(monkeypatch, capsys):
+    monkeypatch.setattr('distil.server.random.uniform', lambda low, high: 0.01)
+    fake = Fake(lambda n, body: 500 if asked_text(body) == 'text 3' else time.sleep(0.02))
+    server, labels = ask([fake], numbered(200))
+    assert labels[3] == 'failed' and sum(isinstance(label, str) for label in labels) == 1
+    assert fake.texts['text 3'] == 0 and 'a text without an answer (failed): ' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('reply, named', [
+    ((402, 'buy credits', {}), 'says 402 buy credits'), ((308, 'moved', {'location': 'https://x/v1'}), 'says 308 and points to https://x/v1'),
+    ((429, {'error': {'message': 'You exceeded it', 'code': 'insufficient_quota'}}, {}), 'says 429 You exceeded it'),
+    (b'<!DOCTYPE html><html>Sign in', 'a page for people, status 200'),
+    ((404, b'<html>nginx', {'content-type': 'text/html'}), 'a page for people, status 404'),
+    ((418, 'teapot', {}), 'says 418 teapot')])
+def test_what_does_not_pass_is_named_at_once(reply, named):
+    began = time.monotonic()
+    with pytest.raises(Stopped) as stopped:
+        ask([Fake(lambda n, body: reply)], numbered(5))
+    assert named in str(stopped.value) and time.monotonic() - began < 5
+
+
+def test_a_page_with_status_502_passes_and_what_is_waited_for_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr('distil.server.QUIET', 0.4)
+    fake = Fake(lambda n, body: (502, b'<html>bad gateway', {'content-type': 'text/html'}) if n < 4 else None)
+    assert all(isinstance(label, dict) for label in ask([fake], numbered(5), in_flight=1)[1])
+    printed = capsys.readouterr().out
+    assert printed.count('asks again') == 1 and 'says 502 <html>bad gateway' in printed
+
+
+@pytest.mark.parametrize('reply, why', [
+    (odd_choice('{"tone": "fri', 'length'), "'{\"tone\": \"fri' (finish_reason: length, it was cut off"),
+    (odd_choice(None, refusal='I cannot help'), "the model refuses: 'I cannot help'"),
+    (odd_choice(None, 'length', reasoning_content='let me think'), 'only thought (reasoning_content, 12 characters)'),
+    (odd_choice('{"tone": "Friendly", "spam": true}'), 'tone is "Friendly", "friendly" in another case or type'),
+    (odd_choice('{"tone": "friendly", "spam": "True"}'), 'spam is "True", true in another case or type'),
+    (odd_choice('{"tone": "rude", "spam": true}'), 'tone is "rude", not one of "neutral", "friendly"'),
+    (odd_choice('{"spam": true}'), 'it has no "tone"'), (odd_choice('{}', 'content_filter'), 'content_filter'),
+    ({'choices': []}, 'it has no JSON object'), ({'usage': {'prompt_tokens': 'x'}}, 'it has no JSON object')])
+def test_an_answer_that_is_none_is_explained(reply, why, capsys):
+    fake = Fake(lambda n, body: reply)
+    with pytest.raises(Stopped) as stopped:
+        ask([fake], numbered(30), in_flight=2)
+    assert why in str(stopped.value) and why in capsys.readouterr().out
+
+
+# -----------------------------------------------------------------------------
+# keys
+
+
+@pytest.mark.parametrize('value, key', [('sk-a-live-77\n', 'sk-a-live-77'), (' sk-a-live-77\r\n', 'sk-a-live-77'),
+                                        ('', ''), ('a b', 'a b')])
+def test_a_key_is_read_without_the_white_space_around_it(monkeypatch, value, key):
+    monkeypatch.setenv('TEACHER_API_KEY', value)
+    assert read_key('TEACHER_API_KEY') == key
+    fake = Fake()
+    ask([fake], ['a'])
+    assert fake.keys == {f'Bearer {key}' if key else None}
+
+
+@pytest.mark.parametrize('value, named', [
+    ('sk-\u201cquoted-77', 'character 4 is U+201C'), ('sk-\nlive-secret', 'character 4 is U+000A'), ('\ufeffsk-77', 'U+FEFF'),
+    ('  \n', 'only white space'), ('sk-caf\xe9', 'U+00E9'), ('\udcff-live', 'U+DCFF')])
+def test_a_key_that_no_header_takes_is_refused_by_the_name_of_its_variable(monkeypatch, value, named):
+    monkeypatch.setenv('TEACHER_API_KEY', value)
+    with pytest.raises(SystemExit) as stopped:
+        Server(['http://x/v1'], 'm', FIELDS, '{text}')
+    message = str(stopped.value)
+    assert message.startswith('TEACHER_API_KEY') and named in message and 'live' not in message and '77' not in message
+
+
+def test_keys_are_hidden_in_whatever_way_they_are_written():
+    key = check_key('sk/a+"77\\x=', 'KEY')
+    for text in (key, f'Illegal {key.encode()!r}', json.dumps({'a': key}), quote(key), quote(key, safe=''), f'é{key}\n'):
+        assert '77' not in hide_keys(text) and len(hide_keys(text)) == len(text), text
+        assert b'77' not in hide_keys(text.encode())
+
+    async def parts(size, body=b'head ' + key.encode() * 2 + b' sk/ tail sk'):
+        for n in range(0, len(body), size):
+            yield body[n:n + size]
+
+    async def collect(size):
+        return b''.join([part async for part in hide_in_stream(parts(size))])
+    for size in range(1, 30):
+        assert asyncio.run(collect(size)) == b'head ' + b'*' * 2 * len(key) + b' sk/ tail sk'
+
+
+def test_no_failure_shows_the_key(monkeypatch, capsys):
+    monkeypatch.setenv('TEACHER_API_KEY', KEY)
+    echo = f'wrong key: Bearer {KEY}'
+    free = f'http://127.0.0.1:{free_port()}/v1'
+    fakes = [Fake(lambda n, body, odd=odd: odd) for odd in (
+        (401, echo, {}), (400, echo, {}), (500, echo, {}), (429, echo, {}), (403, echo, {}), (402, echo, {}),
+        (308, echo, {'location': f'https://x/v1?key={KEY}'}), {'error': {'message': echo}}, {'error': echo}, echo,
+        (500, echo.encode(), {}), echo.encode(), odd_choice(echo), odd_choice(None, refusal=echo), 'hang', 'cut',
+        (200, {}, {f'x {KEY}': 'an illegal header'}))]
+    for url in [fake.url for fake in fakes] + [free, fakes[0].url.replace('http:', 'https:'), 'http://nowhere.invalid/v1',
+                                               'http://[::1', 'http://', f'http://u:{KEY}@127.0.0.1:9/v1']:
+        server = Server([url], 'm', FIELDS, '{text}', in_flight=1, patience=0.3, timeout=0.5)
+        with pytest.raises(Stopped) as stopped:
+            [*server.answered([[(n, [n], None)] for n in range(25)], lambda ids: f'text {ids[0]}')]
+        printed = capsys.readouterr()
+        assert KEY not in str(stopped.value) + printed.out + printed.err + server.problem, url
 
 
 @pytest.mark.parametrize('behave, settings, message', [
