@@ -50,6 +50,30 @@ def test_the_writer_cuts_off_what_was_not_committed(tmp_path):
     assert len(data.read_index(tmp_path / 'd/t-00', 8)) < 9
 
 
+def test_a_dropped_answer_is_kept_apart_and_a_later_one_counts(tmp_path):
+    records = list(random_records(6, 8))
+    empty = [(hash_, [], [], np.zeros((0, 8), np.float32), np.zeros(0, np.float32)) for hash_, *_ in records]
+    make_shards(tmp_path, [records[0], *empty[1:5]], 8)
+    folder, meta = tmp_path / 'd/t-00', {'output_ids': range(8)}
+    writer = data.Writer(folder, 8)
+    assert (writer.n_records, writer.n_answered, len(writer.without)) == (5, 1, 4)
+    assert writer.describe() == ('1 records are safe, and 4 texts have no answer (--ask_again=True asks about them '
+                                 'again)')
+    assert len(data.stored_hashes([folder], meta)) == 5
+    assert data.stored_hashes([folder], meta, answered=True).sorted.tolist() == [records[0][0]]
+    writer.append([records[2], empty[3], empty[5]])         # answered now; dropped again, which adds no row; new
+    writer.append([empty[3]])
+    assert (writer.n_records, writer.n_answered, len(writer.without)) == (7, 2, 4)
+    writer.close()
+    assert data.Writer(folder, 8).describe() == writer.describe()
+    shards = data.Shards('d', 't', tmp_path)
+    assert shards.hashes.tolist() == [records[0][0], records[2][0]]
+    assert shards.answer(1).tolist() == records[2][2].tolist() and shards.ids(1).tolist() == records[2][1].tolist()
+    assert sorted(np.concatenate(shards.split())) == [0, 1] and len(data.stored_hashes([folder], meta)) == 6
+    assert [len(outs) for outs in data.first_answers(folder, meta, 9)] == [len(records[0][2]), 0, 0, 0, 0,
+                                                                           len(records[2][2]), 0]
+
+
 def test_the_split_depends_on_the_text_and_not_on_its_place(tmp_path):
     records = list(random_records(300, 4))
     one, two = make_shards(tmp_path / 'a', records, 4), make_shards(tmp_path / 'b', records[::-1], 4,

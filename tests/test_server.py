@@ -640,3 +640,31 @@ def test_a_server_that_is_gone_ends_the_run_and_the_records_stay(project, teache
     assert len(stored_answers(root)) == 30
     gone = run(root, 'extract.py', *arguments(dead, teachers, '--patience=1', '--teacher=http://127.0.0.1:9/v1'))
     assert gone.returncode == 1 and '30 records are safe' in one_line(gone)
+
+
+@pytest.mark.slow
+def test_answers_that_were_dropped_are_counted_apart_and_asked_for_again(project, teachers, tmp_path):
+    root, mood = clone_task(project, tmp_path), {'content': '{"tone": "Friendly", "spam": true}'}
+    fake = Fake(lambda n, body: mood['content'])
+    broken = one_line(run(root, 'extract.py', *arguments(fake, teachers)))
+    assert 'tone is "Friendly", "friendly" in another case' in broken and '0 records are safe, and ' in broken
+    n_dropped = int(broken.partition('safe, and ')[2].split()[0])
+    assert 0 < n_dropped < 40 and '--ask_again=True' in broken
+    mood['content'] = None                                  # repaired
+    plain = run(root, 'extract.py', *arguments(fake, teachers))
+    n_answered = len(stored_answers(root))
+    assert plain.returncode == 0 and f'holds {n_dropped} texts' in plain.stdout
+    mood['content'] = 'Sorry!'
+    again = run(root, 'extract.py', *arguments(fake, teachers), '--ask_again=True')
+    assert f'holds {n_answered} texts, {n_dropped} are to do' in again.stdout
+    assert f'{n_answered} records are safe, and {n_dropped} texts' in again.stderr or again.returncode == 0
+    assert len(stored_answers(root)) == n_answered
+    mood['content'] = None
+    again = run(root, 'extract.py', *arguments(fake, teachers), '--ask_again=True')
+    assert again.returncode == 0, again.stderr
+    answers = stored_answers(root)
+    assert len(answers) == n_answered + n_dropped and 'dropped' not in again.stdout.partition('extract ')[2].partition('\n')[0]
+    last = run(root, 'extract.py', *arguments(fake, teachers), '--ask_again=True')
+    assert f'holds {len(answers)} texts, 0 are to do' in last.stdout and stored_answers(root) == answers
+    meta = json.loads((root / 'data/toy/toy-00/meta.json').read_text())
+    assert meta['dropped'] == {} and run(root, 'train.py', '--max_epochs=1').returncode == 0
