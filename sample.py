@@ -20,7 +20,7 @@ from config import configure, json_line, next_command, stop  # before torch, see
 from config.machine import pick_device
 import torch
 
-from distil.checkpoint import find_threshold, load_checkpoint, warn_changed_task
+from distil.checkpoint import find_threshold, load_checkpoint, problem_key, warn_changed_task
 from distil.decode import confidence_of, count_cut, decode, read_ahead, read_lines, value_probabilities
 from distil.space import clean, value_names
 
@@ -69,9 +69,9 @@ class Labeler:
     '_confidence': {'sentiment': 0.93, ...}}, ...].
 
     folder: of a training run. confidence, which, dtype, teacher: as the settings. too_long: 'cut', or 'refuse'
-    for {'error': ...} in place of an answer. min_confidence: records with a field below it get '_defer': True,
-    or, with ask_teacher, the teacher's answer and '_teacher': True. SystemExit if it cannot be loaded. It can be
-    pickled (the copy loads the folder again), and used in a forked process (on one thread).
+    for {'error': ...} in place of an answer, or what problem_key says. min_confidence: records with a field below
+    it get '_defer': True, or, with ask_teacher, the teacher's answer and '_teacher': True. SystemExit if it cannot be
+    loaded. It can be pickled (the copy loads the folder again), and used in a forked process (on one thread).
     """
 
     def __init__(self, folder, device='auto', which='best', batch_size=64, constrain=True, too_long='cut',
@@ -85,7 +85,7 @@ class Labeler:
         self.checkpoint, self.student, self.space = load_checkpoint(folder, device, which, dtype)
         self.task = self.checkpoint['task']                     # fields, prompt, max_text, ... of meta.json
         self.batch_size, self.constrain = batch_size, constrain
-        self.too_long, self.confidence = too_long, confidence
+        self.too_long, self.confidence, self.problem = too_long, confidence, problem_key(self.space.fields)
         self.min_confidence = find_threshold(self.checkpoint, min_confidence)
         self.temperature = {name: of_field['temperature']       # fitted on held-out records
                             for name, of_field in (self.checkpoint['per_field'] or {}).items()}
@@ -167,11 +167,11 @@ class Labeler:
         for n, (ids, error, n_cut, outs, decisions) in enumerate(results):
             answer = None if error else self.space.to_json(outs)  # dict, or None if it breaks the schema
             if error:                                           # no text, or too long
-                record = {'error': error}
+                record = {self.problem: error}
             elif answer is None:                                # only without constrain
                 raw = self.space.tokenizer.decode([self.space.output_ids[o] for o in outs],
                                                   skip_special_tokens=True)
-                record = {'error': 'answer breaks the schema', 'answer': raw}
+                record = {self.problem: 'answer breaks the schema', 'answer': raw}
                 if self.min_confidence:
                     below[n] = ids                              # surely not what the teacher says
             else:

@@ -152,7 +152,8 @@ class Student:
     def label(self, lines):
         """lines of bytes -> records, in their order. Texts of similar length are read together."""
         texts = self.encode(lines)
-        records = [None if ids else {'error': 'empty text'} for ids in texts]
+        problem = '_error' if 'error' in self.fields else 'error'
+        records = [None if ids else {problem: 'empty text'} for ids in texts]
         order = sorted((n for n, ids in enumerate(texts) if ids), key=lambda n: len(texts[n]))
 
         def label_batch(batch):

@@ -196,7 +196,8 @@ export class Student {
   /** texts -> records, in their order. options: confidence (true or 'full'), minConfidence. */
   async label(texts, options = {}) {
     const ids = texts.map((text) => this.encode(text));
-    const records = ids.map((row) => (row.length ? null : { error: 'empty text' }));
+    const problem = 'error' in this.task.fields ? '_error' : 'error';
+    const records = ids.map((row) => (row.length ? null : { [problem]: 'empty text' }));
     const order = ids.flatMap((row, n) => (row.length ? [n] : []));
     order.sort((a, b) => ids[a].length - ids[b].length); // texts of similar length are read together
     for (let at = 0; at < order.length; at += BATCH) {

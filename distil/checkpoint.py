@@ -128,6 +128,11 @@ def read_work(folder, checkpoint):
     return checkpoint['work']
 
 
+def problem_key(fields):
+    """the key under which a record says why there is no answer: 'error', or '_error' if a field is called so."""
+    return '_error' if 'error' in fields else 'error'
+
+
 def warn_changed_task(task, fields, prompt):
     """prints a note if the config file's fields or prompt are not those that the student was trained with."""
     now = {'fields': fields, 'prompt': prompt}

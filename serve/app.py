@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from prometheus_client import generate_latest
 from starlette.requests import ClientDisconnect
 
+from distil.checkpoint import problem_key
 from serve.batches import MAX_FILE, Batches
 from serve.completions import read_chat, read_completion
 from serve.middleware import Middleware, allow_origins
@@ -28,21 +29,25 @@ log = logging.getLogger('serve')
 
 
 def read_label(student, body):
-    """the Plan of POST /v1/label."""
+    """the Plan of POST /v1/label. A text that is empty, or null, has an error in place of an answer."""
     texts = require(body.get('texts'), list, 'a list of strings', 'texts', status=400)
     if not texts:
         raise Refusal(400, 'texts is an empty list; it needs at least one text', 'texts')
+    texts = ['' if text is None else text for text in texts]
     for n, text in enumerate(texts):
         require(text, str, 'a string', 'texts', n, status=400)
 
     def reply(answers):
         records = []
         for answer in answers:
+            if answer.error:
+                records.append({problem_key(student.space.fields): answer.error})
+                continue
             confidence = {field: round(p, 4) for field, p in answer.confidence.items()}
             by = {} if answer.by == 'student' else {'_answered_by': answer.by}
             records.append(answer.record | {'_confidence': confidence} | by)
         return {'model': student.name, 'answers': records}
-    return Plan(texts, ('texts',), reply, refuse_long=student.refuses_long(False))
+    return Plan(texts, ('texts',), reply, refuse_long=student.refuses_long(False), each=True)
 
 
 READERS = {  # functions of a Student and the body, that return a Plan
@@ -113,7 +118,7 @@ class Handler:
             except RecursionError:
                 raise Refusal(400, 'the body is nested too deeply') from None
             except Refusal as refusal:
-                if not self.proxy or refusal.status == 503 or path in NEVER_PASSED_ON:
+                if not self.proxy or refusal.status in (500, 503) or path in NEVER_PASSED_ON:
                     raise
                 passing = self.proxy.pass_on(request, parts, refusal, body)
                 return await (passing if refusal.status == 413 else watch(request, passing))
@@ -129,7 +134,7 @@ class Handler:
     async def refuse(self, request, refusal, parts=()):
         """the Response to a request that has no route here, or names a file or model that is not here. parts:
         what was read of its body."""
-        if self.proxy and (refusal.status in (404, 405) or parts):
+        if self.proxy and (refusal.status in (404, 405) or parts and refusal.status != 500):
             try:
                 return await self.proxy.pass_on(request, list(parts), refusal)
             except Refusal as failed:
@@ -167,6 +172,10 @@ def make_app(students, metrics, api_key='', proxy=None, batches_folder=None, cor
     if batches:
         add_batches(app, batches, handler)
     app.exception_handler(Refusal)(handler.refuse)
+
+    @app.exception_handler(Exception)
+    async def failed(request, error):                           # its traceback is in the log
+        return error_response(Refusal(500, "internal error; the server's log has the details"))
 
     @app.exception_handler(404)
     @app.exception_handler(405)
@@ -256,8 +265,7 @@ def add_batches(app, batches, handler):
 
     @app.get('/v1/files/{id}/content')
     async def content(id: str):
-        batches.find(id, 'file')
-        return Response(batches.content_path(id).read_bytes(), media_type='application/jsonl')
+        return Response(batches.read_content(id), media_type='application/jsonl')
 
     async def create(path, body):
         return json_response(batches.create(body))

@@ -12,12 +12,23 @@ import os
 import re
 import time
 import uuid
+from contextlib import contextmanager
 
 from serve.request import Refusal, parse_body, require
 
 MAX_FILE = 200 << 20  # bytes, as OpenAI's
 AT_A_TIME = 64       # lines under way
 log = logging.getLogger('serve')
+
+
+@contextmanager
+def using_disk():
+    """context: a Refusal in place of an OSError, of a full or read-only disk or of a missing file."""
+    try:
+        yield
+    except OSError as error:
+        log.warning('%s', error)
+        raise Refusal(500, f'the server cannot store or read its files: {error.strerror}') from None
 
 
 def read_multipart(body, content_type):
@@ -35,6 +46,14 @@ def read_multipart(body, content_type):
     return parts
 
 
+def custom_id_of(line):
+    """the custom_id of a line of a batch, None if it has none."""
+    try:
+        return parse_body(line).get('custom_id')
+    except Refusal:
+        return None
+
+
 class Batches:
     """the files and batches in a folder (a Path). answer: coroutine function of (path of a route, body) that
     returns the body of the reply, or raises a Refusal. paths: the routes that a batch may use."""
@@ -42,6 +61,7 @@ class Batches:
     def __init__(self, folder, answer, paths, write_error):
         self.folder, self.answer, self.paths, self.write_error = folder, answer, paths, write_error
         self.objects, self.tasks = {}, {}                       # {id: object}, {id of a batch: its task}
+        self.cancelled = set()                                  # ids of batches
 
     def load(self):
         """reads the folder, and starts its unfinished batches again."""
@@ -50,14 +70,17 @@ class Batches:
         for id_, found in self.objects.items():
             if found.get('status') in ('validating', 'in_progress', 'finalizing'):
                 self.start(id_)
+            elif found.get('status') == 'cancelling':           # when the server was killed
+                found |= {'status': 'cancelled', 'cancelled_at': int(time.time())}
 
     def save(self, found):
-        """stores an object, in memory and on disk."""
+        """stores an object, on disk and in memory. Refusal if the disk fails."""
+        with using_disk():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tmp = self.folder / f'{found["id"]}.tmp'
+            tmp.write_text(json.dumps(found), encoding='utf-8')
+            os.replace(tmp, self.folder / f'{found["id"]}.json')
         self.objects[found['id']] = found
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tmp = self.folder / f'{found["id"]}.tmp'
-        tmp.write_text(json.dumps(found), encoding='utf-8')
-        os.replace(tmp, self.folder / f'{found["id"]}.json')
         return found
 
     def find(self, id_, kind):
@@ -79,6 +102,12 @@ class Batches:
         """the path of a file's content."""
         return self.folder / f'{id_}.jsonl'
 
+    def read_content(self, id_):
+        """GET /v1/files/{id}/content: its bytes."""
+        self.find(id_, 'file')
+        with using_disk():
+            return self.content_path(id_).read_bytes()
+
     def upload(self, body, content_type):
         """POST /v1/files: stores the file of a multipart body."""
         parts = read_multipart(body, content_type)
@@ -94,17 +123,19 @@ class Batches:
     def add_file(self, name, content, purpose):
         """stores a file, and returns what the caller is told of it."""
         id_ = f'file-{uuid.uuid4().hex}'
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.content_path(id_).write_bytes(content)
+        with using_disk():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.content_path(id_).write_bytes(content)
         return self.save({'id': id_, 'object': 'file', 'bytes': len(content), 'created_at': int(time.time()),
                           'filename': name, 'purpose': purpose, 'status': 'processed'})
 
     def delete(self, id_):
         """DELETE /v1/files/{id}"""
         self.find(id_, 'file')
+        with using_disk():
+            self.content_path(id_).unlink(missing_ok=True)
+            (self.folder / f'{id_}.json').unlink(missing_ok=True)
         del self.objects[id_]
-        self.content_path(id_).unlink(missing_ok=True)
-        (self.folder / f'{id_}.json').unlink(missing_ok=True)
         return {'id': id_, 'object': 'file', 'deleted': True}
 
     def create(self, body):
@@ -130,14 +161,21 @@ class Batches:
         """starts the work on a batch."""
         task = asyncio.get_running_loop().create_task(self.run(self.objects[id_]))
         self.tasks[id_] = task
-        task.add_done_callback(lambda _: self.tasks.pop(id_, None))
+        task.add_done_callback(lambda _: self.forget(id_))
+
+    def forget(self, id_):
+        """of a batch that is no longer worked on."""
+        self.tasks.pop(id_, None)
+        if self.objects[id_]['status'] == 'cancelling':         # before the work began
+            self.objects[id_] |= {'status': 'cancelled', 'cancelled_at': int(time.time())}
 
     def cancel(self, id_):
         """POST /v1/batches/{id}/cancel"""
         batch = self.find(id_, 'batch')
         if id_ in self.tasks:
+            self.cancelled.add(id_)
             self.tasks[id_].cancel()
-            batch |= {'status': 'cancelled', 'cancelled_at': int(time.time())}
+            batch |= {'status': 'cancelling', 'cancelling_at': int(time.time())}
             self.save(batch)
         return batch
 
@@ -147,14 +185,16 @@ class Batches:
             task.cancel()
 
     async def run(self, batch):
-        """answers the lines of a batch, and stores the files of its answers and its errors."""
+        """answers the lines of a batch, and stores the files of its answers and its errors. If it is cancelled or
+        fails, what is answered is stored too, and each other line has the reason among the errors."""
+        lines, results = [], {}
         try:
-            lines = self.content_path(batch['input_file_id']).read_bytes().splitlines()
-            lines = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+            content = self.read_content(batch['input_file_id']).splitlines()
+            lines += [(n, line) for n, line in enumerate(content, 1) if line.strip()]
             batch |= {'status': 'in_progress', 'in_progress_at': int(time.time()),
                       'request_counts': {'total': len(lines), 'completed': 0, 'failed': 0}}
             self.save(batch)
-            results, todo = {}, iter(lines)
+            todo = iter(lines)
 
             async def work():
                 for n, line in todo:
@@ -164,19 +204,44 @@ class Batches:
             async with asyncio.TaskGroup() as group:
                 for _ in range(AT_A_TIME):
                     group.create_task(work())
-            done = [results[n] for n, _ in lines]
-            for key, wanted in (('output_file_id', True), ('error_file_id', False)):
-                rows = [row for row in done if (row['response']['status_code'] == 200) == wanted]
-                content = ''.join(json.dumps(row) + '\n' for row in rows).encode()
-                if rows:
-                    batch[key] = self.add_file(f'{batch["id"]}_{key[:-8]}.jsonl', content,
-                                               'batch_output')['id']
-            self.save(batch | {'status': 'completed', 'completed_at': int(time.time())})
+            self.finish(batch, 'completed', lines, results)
+        except asyncio.CancelledError:
+            if batch['id'] not in self.cancelled:               # the server ends; the next one goes on
+                raise
+            self.end_early(batch, 'cancelled', lines, results, 'batch_cancelled', 'the batch was cancelled')
         except Exception as error:
-            log.exception('batch %s failed', batch['id'])
-            self.save(batch | {'status': 'failed', 'failed_at': int(time.time()), 'errors': {
-                'object': 'list', 'data': [{'code': 'internal', 'message': str(error), 'line': None,
-                                            'param': None}]}})
+            while isinstance(error, ExceptionGroup):            # of the TaskGroup
+                error = error.exceptions[0]
+            if not isinstance(error, Refusal):
+                log.error('batch %s failed', batch['id'], exc_info=error)
+            reason = str(error) if isinstance(error, Refusal) else f'internal error ({type(error).__name__})'
+            self.end_early(batch, 'failed', lines, results, 'internal', reason)
+
+    def finish(self, batch, status, lines, results, more=None):
+        """stores the files of a batch, and its status. lines: [(number, line)] of its input; results: {number: line
+        of the output or error file}; more: what else becomes of the batch."""
+        done = [results[n] for n, _ in lines if n in results]
+        for key, wanted in (('output_file_id', True), ('error_file_id', False)):
+            rows = [row for row in done if ((row['response'] or {}).get('status_code') == 200) == wanted]
+            content = ''.join(json.dumps(row) + '\n' for row in rows).encode()
+            if rows:
+                batch[key] = self.add_file(f'{batch["id"]}_{key[:-8]}.jsonl', content, 'batch_output')['id']
+        self.save(batch | {'status': status, f'{status}_at': int(time.time())} | (more or {}))
+
+    def end_early(self, batch, status, lines, results, code, reason):
+        """stores what there is of a batch that is not completed. code, reason: why, for each line without a result."""
+        for n, line in lines:
+            if n not in results:
+                results[n] = self.row(custom_id_of(line), None, {'code': code, 'message': reason})
+        errors = {'object': 'list', 'data': [{'code': code, 'message': reason, 'line': None, 'param': None}]}
+        try:
+            self.finish(batch, status, lines, results, {'errors': errors} if status == 'failed' else None)
+        except Refusal:                                         # the disk is full: what is known stays in memory
+            self.objects[batch['id']] = batch | {'status': status, f'{status}_at': int(time.time()), 'errors': errors}
+
+    def row(self, custom_id, response, error=None):
+        """a line of an output or error file."""
+        return {'id': f'batch_req_{uuid.uuid4().hex}', 'custom_id': custom_id, 'error': error, 'response': response}
 
     async def answer_line(self, n, line, endpoint):
         """the line of the output or error file for line n of the input."""
@@ -204,5 +269,4 @@ class Batches:
             status, reply = 500, {'error': {'message': 'internal error', 'type': 'server_error',
                                             'param': None,
                                             'code': None}}
-        return {'id': f'batch_req_{uuid.uuid4().hex}', 'custom_id': custom_id, 'error': None,
-                'response': {'status_code': status, 'request_id': uuid.uuid4().hex, 'body': reply}}
+        return self.row(custom_id, {'status_code': status, 'request_id': uuid.uuid4().hex, 'body': reply})

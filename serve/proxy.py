@@ -3,7 +3,6 @@ back unchanged. Those with a schema can be kept, as texts for the next student."
 import hashlib
 import json
 import logging
-import os
 from urllib.parse import urlsplit
 
 import httpx
@@ -11,6 +10,7 @@ from starlette.responses import StreamingResponse
 
 from data.logs import read_reply
 from data.objects import find_object
+from distil.keys import failure_text, hide_in_stream, hide_keys, hide_password, read_key
 from serve.prompts import read_turns
 from serve.request import Refusal
 
@@ -29,7 +29,8 @@ class Proxy:
 
     def __init__(self, url, connect_timeout, metrics, own_key='', kept_folder=None, prompts=None):
         self.base, self.origin = url.rstrip('/'), '{0.scheme}://{0.netloc}'.format(urlsplit(url))
-        self.key, self.own_key = os.environ.get('UPSTREAM_API_KEY', ''), own_key
+        self.key, self.own_key = read_key('UPSTREAM_API_KEY'), own_key
+        hide_password(url)
         self.metrics, self.kept_folder, self.prompts = metrics, kept_folder, prompts
         timeout = httpx.Timeout(600, connect=connect_timeout)   # an LLM may think for minutes
         self.client = httpx.AsyncClient(timeout=timeout, follow_redirects=False)
@@ -69,23 +70,29 @@ class Proxy:
             reply = await self.client.send(sent, stream=True)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Refusal(502, f'the student cannot answer ({refusal}), and upstream cannot be reached: '
-                          f'{str(error) or type(error).__name__}', *refusal.where) from None
+                          f'{failure_text(error)}', *refusal.where) from None
         schema = find_schema(body) if body and self.kept_folder and reply.status_code == 200 else None
+
+        # an error may repeat the key; packed, it could not be seen there
+        unpacked = reply.status_code >= 400 and 'content-encoding' in reply.headers
 
         async def stream():
             copy = [] if schema else None
             try:
-                async for part in reply.aiter_raw():
+                async for part in hide_in_stream(reply.aiter_bytes() if unpacked else reply.aiter_raw()):
                     if copy is not None and sum(map(len, copy)) < MAX_KEPT:
                         copy.append(part)
                     yield part
                 if schema:
                     self.keep(body, schema, read_answer(reply, b''.join(copy)))
+            except httpx.HTTPError as error:                    # the caller's reply is cut off, too
+                raise ConnectionError(f'upstream: {failure_text(error)}') from None
             finally:
                 await reply.aclose()
         response = StreamingResponse(stream(), reply.status_code)
-        response.raw_headers = [(name.lower(), value) for name, value in reply.headers.raw
-                                if name.lower() not in HOP_BY_HOP]
+        left_out = HOP_BY_HOP | ({b'content-encoding', b'content-length'} if unpacked else set())
+        response.raw_headers = [(name.lower(), hide_keys(value)) for name, value in reply.headers.raw
+                                if name.lower() not in left_out]
         response.raw_headers.append((b'x-answered-by', b'upstream'))
         return response
 

@@ -33,6 +33,7 @@ def answer_headers(answers, ignored):
     """x-answered-by: who answered, the different names separated by commas; x-tokens-cut: how many tokens of
     the texts the student did not read, if any; x-ignored: the parts of the request that it did not read."""
     n_cut = sum(answer.n_cut for answer in answers)
-    headers = {'x-answered-by': ','.join(sorted({answer.by for answer in answers}))}
+    by = sorted({answer.by for answer in answers if not answer.error})
+    headers = {'x-answered-by': ','.join(by)} if by else {}
     headers |= {'x-tokens-cut': str(n_cut)} if n_cut else {}
     return headers | ({'x-ignored': ','.join(ignored)[:1000]} if ignored else {})

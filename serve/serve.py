@@ -19,7 +19,6 @@ questions that its student was trained on and refuses all others. With `upstream
 unchanged, and so do texts that the student is unsure of. More: docs/serve.md
 """
 import logging
-import os
 import signal
 import socket
 import sys
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's ro
 from config import configure, read_settings, split_tasks, stop
 from config.machine import end_at_once, on_stop
 from distil.checkpoint import warn_changed_task
+from distil.keys import Formatter, check_key, read_key
 from distil.prompts import prompt_text
 from sample import Labeler
 
@@ -99,7 +99,7 @@ def run_server(app, host, port):
         listener.listen(2048)
     except OSError as error:
         stop(f'cannot listen at {host}:{port}: {error.strerror}; another --port?')
-    server = uvicorn.Server(uvicorn.Config(app, log_level='warning', access_log=False,
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level='warning', access_log=False,
                                            timeout_graceful_shutdown=30))
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn replaces these while it runs, and raises the signal again once it has stopped
@@ -129,7 +129,10 @@ def load_student(task, metrics, among_others):
     kept_file = llm = None
     if task['keep']:
         kept_file = Path('data', task['dataset'], 'served.jsonl')
-        kept_file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            kept_file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            stop(f'keep: cannot make {kept_file.parent}: {error.strerror}')
     if task['upstream'] and task['upstream_model']:
         llm = Upstream(task['upstream'], task['upstream_model'], task['upstream_timeout'], labeler.space,
                        prompt)
@@ -160,10 +163,11 @@ if __name__ == '__main__':
     if keep and not (upstream and all(task['dataset'] for task in tasks)):
         stop('keep needs an upstream, whose answers are kept, and a dataset, the folder they go to')
     on_stop(end_at_once)                                        # until it listens there is nothing to finish
-    logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
+    logging.basicConfig(level=logging.INFO)
+    logging.getLogger().handlers[0].setFormatter(Formatter('%(asctime)s %(message)s'))
     logging.getLogger('httpx').setLevel(logging.WARNING)
     metrics, proxy = Metrics(), None
-    api_key = api_key or os.environ.get('SERVE_API_KEY', '')
+    api_key = check_key(api_key, 'api_key') or read_key('SERVE_API_KEY')
     try:
         students = [load_student(task, metrics, bool(upstream)) for task in tasks]
         if upstream:

@@ -34,6 +34,7 @@ class Answer:
     decisions: list             # of decode.decode
     by: str = 'student'
     n_cut: int = 0              # tokens of the text that the student did not read
+    error: str = ''             # why there is no answer; then all else is empty
 
 
 class Decoder(threading.Thread):
@@ -120,26 +121,28 @@ class Service:
         self.audit, self.auditing = Audit(self.space.fields, audit_min, self.metrics, name), set()
         self.add_waiting(0)
 
-    def encode(self, texts, where, refuse_long):
-        """(list of the ids of each text, how many tokens of each the student does not read). where: keys that
-        lead to the texts in the body. Refusal if a text is empty, or too long if refuse_long."""
-        ids_of_texts, cuts = [], []
+    def encode(self, texts, where, refuse_long, each):
+        """(list of the ids of each text, how many tokens of each the student does not read, why each has no answer
+        or ''). where: keys that lead to the texts in the body. A text has none if it is empty, or too long if
+        refuse_long: Refusal, unless each is to have its own error."""
+        ids_of_texts, cuts, errors = [], [], []
         for n, text in enumerate(texts):
             ids, error, n_cut = self.labeler.encode(text.encode())
             if n_cut and refuse_long:
                 error = (f'the text has {n_cut} tokens more than the student reads; if a prompt is around '
                          "it, name it: --template='... {text} ...' (docs/serve.md); --too_long=cut reads its "
                          'beginning')
-            if error:
+            if error and not each:
                 raise Refusal(400, error if len(texts) == 1 else f'text {n}: {error}', *where,
                               *([n] if len(texts) > 1 else []))
             ids_of_texts.append(ids)
             cuts.append(n_cut)
-        return ids_of_texts, cuts
+            errors.append(error)
+        return ids_of_texts, cuts, errors
 
-    async def answer(self, texts, full=False, offered=None, where=('texts',), refuse_long=False):
+    async def answer(self, texts, full=False, offered=None, where=('texts',), refuse_long=False, each=False):
         """list of Answers to strings. full: with the probabilities of all values. offered: {field: values as
-        JSON} that upstream may answer, if not all; where, refuse_long: see encode. Refusal if a text cannot
+        JSON} that upstream may answer, if not all; where, refuse_long, each: see encode. Refusal if a text cannot
         be read, or if too many are under way."""
         if len(texts) > self.max_waiting:
             raise Refusal(413, f'the request has {len(texts)} texts; the limit is {self.max_waiting}', *where)
@@ -147,17 +150,19 @@ class Service:
             raise Refusal(503, f'{self.n_waiting} texts are under way, the limit is {self.max_waiting}; '
                           'try again later')
         texts = [text.encode('utf-8', 'replace').decode() for text in texts]  # replaces lone surrogates
-        ids_of_texts, cuts = self.encode(texts, where, refuse_long)
+        ids_of_texts, cuts, errors = self.encode(texts, where, refuse_long, each)
+        good = [n for n, error in enumerate(errors) if not error]
+        answers = [Answer({}, {}, {}, [], [], [], error=error) for error in errors]
         self.add_waiting(len(texts))
         try:
-            answers = await self.decoder.answer(ids_of_texts, full)
-            answers = await asyncio.gather(*(self.choose_answer(text, answer, offered or {})
-                                             for text, answer in zip(texts, answers)))
+            found = await self.decoder.answer([ids_of_texts[n] for n in good], full)
+            found = await asyncio.gather(*(self.choose_answer(texts[n], answer, offered or {})
+                                           for n, answer in zip(good, found)))
         finally:
             self.add_waiting(-len(texts))
-        for answer, n_cut in zip(answers, cuts):
-            answer.n_cut = n_cut
-            self.metrics.cut.labels(self.name).inc(n_cut > 0)
+        for n, answer in zip(good, found):
+            answers[n], answer.n_cut = answer, cuts[n]
+            self.metrics.cut.labels(self.name).inc(cuts[n] > 0)
             self.metrics.texts.labels(self.name, answer.by).inc()
             for field, value in answer.record.items():
                 self.metrics.values.labels(self.name, field, json.dumps(value, ensure_ascii=False)).inc()

@@ -35,7 +35,8 @@ class Student:
 
     async def answer(self, plan):
         """list of Answers to the texts of a Plan."""
-        return await self.service.answer(plan.texts, plan.full, plan.offered, plan.where, plan.refuse_long)
+        return await self.service.answer(plan.texts, plan.full, plan.offered, plan.where, plan.refuse_long,
+                                         plan.each)
 
     def describe(self):
         """the entry of /v1/models."""

@@ -3,14 +3,16 @@ import asyncio
 import json
 import logging
 import math
-import os
 import time
 from collections import deque
 
 import httpx
 
+from data.logs import read_reply
 from data.objects import find_object
+from distil.keys import failure_text, hide_password, read_key
 from distil.prompts import answer_format, prompt_messages
+from distil.replies import explain_invalid, judge_reply
 
 log = logging.getLogger('serve')
 
@@ -20,7 +22,8 @@ class Upstream:
     minute (https://martinfowler.com/bliki/CircuitBreaker.html)."""
 
     def __init__(self, url, model, timeout, space, prompt):
-        key = os.environ.get('UPSTREAM_API_KEY', '')
+        key = read_key('UPSTREAM_API_KEY')
+        hide_password(url)
         headers = {'Authorization': f'Bearer {key}'} if key else {}
         self.client = httpx.AsyncClient(base_url=url.rstrip('/') + '/', headers=headers, timeout=timeout)
         self.model, self.space, self.prompt, self.timeout = model, space, prompt, timeout
@@ -31,25 +34,27 @@ class Upstream:
         """the LLM's answer to a text, {field: value}; None if it is down, slow or breaks the schema."""
         if time.monotonic() < self.paused_until:
             return None
+        kind = 'failed'
         try:
             reply = await asyncio.wait_for(self.client.post('chat/completions', json={
                 'model': self.model, 'messages': prompt_messages(self.prompt, text), 'temperature': 0,
                 'response_format': self.form}), self.timeout)
-            reply.raise_for_status()
-            content = reply.json()['choices'][0]['message']['content']
-            record = find_object(content)[0]
-            if record is None or self.space.from_json(record) is None:
-                raise ValueError(f'{content[:80]!r} is not an answer of the schema')
-        except (httpx.HTTPError, TimeoutError, ValueError, LookupError, TypeError, AttributeError,
+            kind, value = judge_reply(reply)
+            if kind == 'answer':
+                content = read_reply(value)[0]
+                record = find_object(content)[0]
+                if record is not None and self.space.from_json(record) is not None:
+                    self.failures = 0
+                    return {field: record[field] for field in self.space.fields}
+                value = explain_invalid(self.space.fields, content, value)
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError, LookupError, TypeError, AttributeError,
                 RecursionError) as error:
-            status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 0
-            self.failures += status not in (400, 413, 422)  # which concern only this text
-            if self.failures >= 3:
-                self.paused_until = time.monotonic() + 30
-            log.warning('upstream: %s', str(error) or type(error).__name__)
-            return None
-        self.failures = 0
-        return {field: record[field] for field in self.space.fields}
+            value = failure_text(error)
+        self.failures += kind not in ('text', 'refused')        # which concern only this text
+        if self.failures >= 3:
+            self.paused_until = time.monotonic() + 30
+        log.warning('upstream: %s', value)
+        return None
 
 
 class Audit:

@@ -96,10 +96,11 @@ def truth(labeler):
     return dict(zip(TEXTS, labeler(TEXTS)))
 
 
-def post_all(service, *calls, **settings):
+def post_all(service, *calls, too_long='auto', **settings):
     """responses to calls (path, body) from an application in this process."""
     async def go():
-        transport = httpx.ASGITransport(make_app([Student(service, **MEANING)], service.metrics, **settings))
+        student = Student(service, too_long=too_long, **MEANING)
+        transport = httpx.ASGITransport(make_app([student], service.metrics, **settings))
         async with httpx.AsyncClient(transport=transport, base_url='http://test') as client:
             return [await client.post(path, content=json.dumps(body)) for path, body in calls]
     if not service.decoder.is_alive():

@@ -245,7 +245,7 @@ CHAT = b'{"messages": [{"role": "user", "content": "a"}], %s}'
     ('label', b'{"texts": NaN}', 400, 'JSON'), ('label', b'[]', 400, 'object'),
     ('label', b'{}', 400, 'texts'), ('label', b'{"texts": []}', 400, 'texts'),
     ('label', b'{"texts": "a"}', 400, 'texts'), ('label', b'{"texts": ["a", 1]}', 400, 'texts.1'),
-    ('label', b'{"texts": ["a", " "]}', 400, 'text 1: empty'),
+    ('label', b'{"texts": ["a", [" "]]}', 400, 'texts.1'),
     ('label', b'{"x":"' + b'a' * (1 << 20) + b'"}', 413, 'long'),
     ('label', json.dumps({'texts': ['a'] * 4097}).encode(), 413, '4096'),
     ('decisions', b'{}', 422, 'a list of'), ('decisions', b'{"input": 1, "questions": []}', 422, 'questions'),
@@ -275,6 +275,24 @@ def test_a_wrong_request_gets_an_error_that_names_the_reason(url, path, body, st
     else:
         assert set(error['error']) == {'message', 'type', 'param', 'code'}
     assert httpx.get(url.replace('/v1', '/health')).status_code == 200
+
+
+def test_a_text_without_an_answer_has_an_error_of_its_own(url, truth, labeler):
+    texts = ['', *TEXTS, ' \n', None, 'the cat ' * 50]
+    reply = httpx.post(f'{url}/label', json={'texts': texts})
+    answers = reply.json()['answers']
+    assert reply.status_code == 200 and reply.headers['x-answered-by'] == 'student'
+    assert [answers[n] for n in (0, 6, 7)] == [{'error': 'empty text'}] * 3 and 'tone' in answers[8]
+    for text, answer in zip(TEXTS, answers[1:]):
+        assert {name: answer[name] for name in FIELDS} == {name: truth[text][name] for name in FIELDS}
+    assert httpx.post(f'{url}/label', json={'texts': [' ']}).json()['answers'] == [{'error': 'empty text'}]
+    service = Service(labeler, 'toy')
+    found = post_all(service, ('/v1/label', {'texts': ['a', 'the cat ' * 50, '']}), too_long='refuse')
+    first, long, empty = found[0].json()['answers']
+    assert 'tone' in first and 'tokens more than the student reads' in long['error'] and empty == {'error': 'empty text'}
+    service.space = type('Space', (), {'fields': FIELDS | {'error': [True]}})()  # a field of that name
+    reply = post_all(service, ('/v1/label', {'texts': ['']}))
+    assert reply[0].json()['answers'] == [{'_error': 'empty text'}]
 
 
 def test_deep_json_is_refused(url):
@@ -474,6 +492,31 @@ def test_an_upstream_that_fails_three_times_gets_no_requests_for_a_while(labeler
     answers, n_requests = asyncio.run(go())
     assert answers == [None] * 5
     assert n_requests == (5 if b'400' in (reply or b'') else 3)  # 400: the fault of the text
+
+
+@pytest.mark.parametrize('message, says', [
+    ({'content': '%s'}, ''), ({'content': [{'type': 'thinking', 'thinking': [{'type': 'text', 'text': 'hm {'}]},
+                                           {'type': 'text', 'text': '%s'}]}, ''),
+    ({'content': [{'type': 'text', 'text': 'so: '}, {'type': 'text', 'text': '%s'}]}, ''),
+    ({'content': None, 'tool_calls': [{'function': {'name': 'x', 'arguments': '%s'}}]}, ''),
+    ({'content': '{"tone": "Friendly"}'}, 'tone is "Friendly", "friendly" in another case'),
+    ({'content': None, 'refusal': 'I cannot'}, 'the model refuses'),
+    ({'content': None, 'reasoning_content': 'hm'}, 'the model only thought'),
+    (None, 'upstream: says 429 (in a reply with status 200) slow'),
+    (b'<html>', 'with a page for people')])
+def test_what_upstream_answers_is_read_in_each_form_or_named(labeler, caplog, message, says):
+    record = {name: values[0] for name, values in FIELDS.items()}
+
+    def reply(request):
+        if isinstance(message, bytes):
+            return httpx.Response(200, content=message)
+        body = {'error': {'code': 429, 'message': 'slow'}} if message is None else {
+            'choices': [{'message': json.loads(json.dumps(message).replace('%s', json.dumps(json.dumps(record))[1:-1]))}]}
+        return httpx.Response(200, json=body)
+    upstream = Upstream('http://up/v1', 'x', 5.0, labeler.space, PROMPT)
+    upstream.client._transport = httpx.MockTransport(reply)
+    assert asyncio.run(upstream.answer('hello')) == (None if says else record), caplog.text
+    assert says in caplog.text and upstream.failures == bool(says)
 
 
 class FakeUpstream:

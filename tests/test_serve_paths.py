@@ -2,10 +2,14 @@
 import asyncio
 import gzip
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -17,9 +21,11 @@ from tests.served import (CHAT, FIELDS, MEANING, PROMPT, TEXT, TEXTS, answer_of,
 import httpx
 import openai
 
+from serve.batches import Batches
 from serve.middleware import find_path
 from serve.prompts import Prompts
 from serve.proxy import Proxy
+from serve.replies import error_body
 from serve.request import MAX_BODY
 from serve.students import Student
 
@@ -147,6 +153,80 @@ def test_the_openai_client_runs_a_batch_and_a_new_server_still_has_it(root, trut
         assert client.files.delete(file.id).deleted
 
 
+def make_batch(tmp_path, answer, n=100):
+    """(Batches in tmp_path, its batch of n lines), to be used in an event loop."""
+    batches = Batches(tmp_path / 'batches', answer, ['/v1/x'], error_body)
+    lines = ''.join(json.dumps({'custom_id': f'{k}', 'url': '/v1/x', 'body': {'k': k}}) + '\n' for k in range(n))
+    file = batches.add_file('in.jsonl', lines.encode(), 'batch')
+    return batches, batches.create({'endpoint': '/v1/x', 'input_file_id': file['id']})
+
+
+def rows_of(batches, batch, key):
+    return [json.loads(line) for line in batches.read_content(batch[key]).splitlines()] if batch[key] else []
+
+
+async def ended(batches, batch):
+    while batch['id'] in batches.tasks:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
+    return batches.find(batch['id'], 'batch')
+
+
+def test_lines_of_a_batch_that_was_cancelled_or_failed_keep_their_answers_and_reasons(tmp_path, monkeypatch):
+    async def answer(path, body):
+        if body['k'] >= 50:
+            await asyncio.sleep(9)
+        return {'n': body['k']}
+
+    async def cancel(at_once):
+        batches, batch = make_batch(tmp_path, answer)
+        await asyncio.sleep(0 if at_once else 0.2)
+        assert batches.cancel(batch['id'])['status'] in ('cancelling', 'cancelled')
+        batch = await ended(batches, batch)
+        return batch, rows_of(batches, batch, 'output_file_id'), rows_of(batches, batch, 'error_file_id')
+    batch, rows, errors = asyncio.run(cancel(False))
+    assert batch['status'] == 'cancelled' and batch['cancelling_at'] and batch['cancelled_at']
+    assert [row['custom_id'] for row in rows] == [str(k) for k in range(50)]
+    assert [row['custom_id'] for row in errors] == [str(k) for k in range(50, 100)]
+    assert all(row['response'] is None and row['error'] == {'code': 'batch_cancelled', 'message':
+                                                            'the batch was cancelled'} for row in errors)
+    assert asyncio.run(cancel(True))[0]['status'] == 'cancelled'
+
+    async def fail(broken):
+        batches, batch = make_batch(tmp_path, answer, 40)
+        broken(batches, batch)
+        return batches, await ended(batches, batch)
+    gone = lambda batches, batch: batches.content_path(batch['input_file_id']).unlink()
+    _, batch = asyncio.run(fail(gone))
+    assert batch['status'] == 'failed' and 'No such file' in batch['errors']['data'][0]['message']
+
+    def odd_line(batches, batch):
+        whole = batches.answer_line
+
+        async def answer_line(n, line, endpoint):
+            if n == 30:
+                raise ZeroDivisionError('oh')
+            return await whole(n, line, endpoint)
+        batches.answer_line = answer_line
+    batches, batch = asyncio.run(fail(odd_line))
+    rows, errors = rows_of(batches, batch, 'output_file_id'), rows_of(batches, batch, 'error_file_id')
+    assert batch['errors']['data'][0]['message'] == 'internal error (ZeroDivisionError)' and len(rows + errors) == 40
+    assert rows and errors and errors[0]['error']['message'] == 'internal error (ZeroDivisionError)'
+
+
+def test_a_disk_that_cannot_be_written_is_an_error_in_the_contracts_form(send, service, tmp_path):
+    (tmp_path / 'file').write_text('')                      # no folder can be made below it
+    form = (b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--x\r\nContent-Disposition: form-data; '
+            b'name="file"; filename="a"\r\n\r\n{}\r\n--x--\r\n')
+    for proxy in (None, Proxy('http://127.0.0.1:9/v1', 1.0, service.metrics)):
+        reply = send('POST', '/v1/files', form, {'content-type': 'multipart/form-data; boundary=x'},
+                     batches_folder=tmp_path / 'file/batches', proxy=proxy)
+        error = reply.json()['error']
+        assert reply.status_code == 500 and {*error} == {'message', 'type', 'param', 'code'}
+        assert error['message'] == 'the server cannot store or read its files: Not a directory'
+        assert error['type'] == 'server_error' and str(tmp_path) not in reply.text
+
+
 # -----------------------------------------------------------------------------
 # upstream
 
@@ -259,6 +339,87 @@ def test_the_servers_own_key_is_not_passed_on(pass_on):
                                ('', '', b'Bearer secret')):
         pass_on(upstream, 'POST', '/v1/x', {}, mine, key=key, api_key=own)
         assert upstream.requests[-1][2].get(b'authorization') == expected
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_an_upstream_that_repeats_its_key_does_not_give_it_to_the_caller(pass_on, packed):
+    key, error = 'sk-up-live-77', json.dumps({'error': {'message': 'wrong key: Bearer sk-up-live-77'}}).encode()
+    parts = [gzip.compress(error)] if packed else [error[:40], error[40:]]
+    headers = [(b'x-echo', key.encode()), (b'content-encoding', b'gzip' if packed else b'identity'),
+               (b'content-length', str(sum(map(len, parts))).encode())]
+    reply = pass_on(Recorder(*parts, status=401, headers=headers), 'POST', '/v1/x', {}, key=f' {key}\r\n')
+    assert reply.status_code == 401 and key not in reply.text + str(reply.headers)
+    assert reply.json() == {'error': {'message': f'wrong key: Bearer {"*" * len(key)}'}}
+    whole = pass_on(Recorder(b'data: sk-up-', b'live-77', b' sk', b'-x'), 'POST', '/v1/x', {}, key=key)
+    assert whole.content == b'data: ' + b'*' * len(key) + b' sk-x'
+
+
+UP_KEY, ECHO = 'sk-live-of-upstream-77', b'Authorization: Bearer sk-live-of-upstream-77'
+FAILURES = {  # path: what an upstream sends, which repeats the key wherever it can
+    'nonsense': ECHO, 'nothing': b'', 'moved': b'HTTP/1.1 308 Moved\r\ncontent-length: 0\r\nlocation: /?' + ECHO + b'\r\n\r\n',
+    'header': b'HTTP/1.1 200 OK\r\n' + ECHO + b'\0 x\r\n\r\n', 'cut': b'HTTP/1.1 500 No\r\ncontent-length: 999\r\n\r\n' + ECHO,
+    'key': b'HTTP/1.1 401 No\r\ncontent-length: 70\r\n\r\n{"error": {"message": "%s"}}' % ECHO,
+    'chat': b'HTTP/1.1 200 OK\r\ncontent-length: 70\r\n\r\n{"error": {"message": "%s"}}' % ECHO}
+
+
+def start_failing():
+    """the base URL of an upstream that fails in the way that the path says."""
+    listener = socket.create_server(('127.0.0.1', 0))
+
+    def answer():
+        while True:
+            connection, _ = listener.accept()
+            asked = connection.recv(1 << 16).partition(b' HTTP')[0].decode('latin-1').split('/')
+            connection.sendall(FAILURES.get(asked[2] if len(asked) > 2 else '', b''))
+            time.sleep(0.05)
+            connection.close()
+    threading.Thread(target=answer, daemon=True).start()
+    return 'http://127.0.0.1:{1}/v1'.format(*listener.getsockname())
+
+
+def start_serve(root, *args, **environ):
+    """a process of serve.py with these variables in its environment, which the tests' other processes lack."""
+    return subprocess.Popen([sys.executable, 'serve/serve.py', 'config/toy.py', '--port=0', *args], cwd=root, text=True,
+                            env={**os.environ, **environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_no_failure_of_upstream_shows_the_key_to_callers_or_in_the_log(root):
+    process = start_serve(root, f'--upstream={start_failing()}', '--upstream_model=x', '--audit=1',
+                          UPSTREAM_API_KEY=f'{UP_KEY}\r\n', SERVE_API_KEY=' a-key-of-callers\n')
+    url, headers, codes = process.stdout.readline().strip(), {'authorization': 'Bearer a-key-of-callers'}, {}
+    for path in FAILURES:
+        with suppress(httpx.RemoteProtocolError):           # a reply that was cut off is passed on as one
+            reply = httpx.post(f'{url}/{path}', json={}, headers=headers, timeout=30)
+            codes[path] = reply.status_code
+            assert UP_KEY not in reply.text + str(reply.headers)
+    assert httpx.post(f'{url}/label', json={'texts': ['a']}, headers=headers).status_code == 200
+    time.sleep(0.3)                                         # of the audit, which nobody waits for
+    process.terminate()
+    _, log = process.communicate(timeout=30)
+    assert codes == {'nonsense': 502, 'nothing': 502, 'moved': 308, 'header': 502, 'key': 401, 'chat': 200}
+    assert UP_KEY not in log and 'upstream: says 500 (in a reply with status 200) Authorization: Bearer ***' in log, log
+
+
+def test_no_way_to_miss_upstream_shows_the_key_to_callers(send, service, monkeypatch, caplog):
+    monkeypatch.setenv('UPSTREAM_API_KEY', f'{UP_KEY}\n')
+    for url in ('http://127.0.0.1:9/v1', 'http://nowhere.invalid/v1', f'http://u:{UP_KEY}@127.0.0.1:9/v1',
+                start_failing().replace('http:', 'https:')):
+        reply = send('POST', '/v1/embeddings', {}, proxy=Proxy(url, 1.0, service.metrics))
+        assert reply.status_code == 502 and 'upstream cannot be reached: ' in reply.text and UP_KEY not in reply.text
+    proxy = Proxy(start_failing(), 1.0, service.metrics)
+    odd = send('POST', '/v1/embeddings', {}, {b'x-a': b'caller-secret\x01'}, proxy=proxy)
+    assert odd.status_code == 502 and 'a header that HTTP does not allow' in odd.text and 'secret' not in odd.text
+    assert UP_KEY not in caplog.text
+
+
+@pytest.mark.parametrize('name, value, message', [
+    ('UPSTREAM_API_KEY', 'sk-\u201clive\u201d', 'UPSTREAM_API_KEY: character 4 is U+201C'),
+    ('SERVE_API_KEY', '\n', 'SERVE_API_KEY is set, but there is only white space in it')])
+def test_a_key_that_cannot_be_one_ends_the_start_by_the_name_of_its_variable(root, name, value, message):
+    process = start_serve(root, '--upstream=http://127.0.0.1:9/v1', **{name: value})
+    process.stdout, (_, process.stderr) = None, process.communicate(timeout=60)
+    said = one_line(process)
+    assert said.startswith(message) and 'live' not in said
 
 
 def test_an_upstream_that_is_down_is_named(send, service):

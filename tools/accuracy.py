@@ -79,12 +79,12 @@ def count_trained(texts, labeler):
     return sum(not trained.isdisjoint(of_text) for of_text in hashes)
 
 
-def measure(field, values, records, answers, others):
+def measure(field, values, records, answers, others, problem='error'):
     """the figures of a field's accuracy line, or None if no answer names the field. values: of the field;
     records: of a Labeler with confidence, for the texts with answers [{field: true value}]; others: its
-    records for the texts outside."""
+    records for the texts outside; problem: the key of records without an answer."""
     pairs = [(record, json.dumps(find_value(answer[field], values)))
-             for record, answer in zip(records, answers) if field in answer and 'error' not in record]
+             for record, answer in zip(records, answers) if field in answer and problem not in record]
     if not pairs:
         return None
     truth = np.array([value for _, value in pairs])
@@ -95,7 +95,7 @@ def measure(field, values, records, answers, others):
 
     def confidence(records):
         known = [(record['_confidence'][field], json.dumps(record[field]))
-                 for record in records if 'error' not in record]
+                 for record in records if problem not in record]
         return [p[name_of[value]] if isinstance(p, dict) else p for p, value in known]
     if len(values) == 2 and len({*truth}) == 2:                 # the rarer one is what people look for
         rare = min(name_of, key=[*truth].count)
@@ -119,13 +119,14 @@ if __name__ == '__main__':
     seconds = time.perf_counter() - start
     others = labeler([text for text, _ in others])
     fields = labeler.space.fields
-    found = [measure(field, fields[field], records, [answer for _, answer in lines], others) for field in fields]
+    found = [measure(field, fields[field], records, [answer for _, answer in lines], others, labeler.problem)
+             for field in fields]
     if not any(found):
         stop(f'no line of {input} has the answer to one of: {", ".join(fields)}')
     for figures in filter(None, found):
         print(data_line('accuracy', figures))
     if n := count_trained([text for text, answer in lines if answer], labeler):
         print(f'the student was trained on {n} of these texts, which flatters')
-    if errors := [record['error'] for record in records if 'error' in record]:
+    if errors := [record[labeler.problem] for record in records if labeler.problem in record]:
         print(f'{len(errors)} texts have no answer: {errors[0]}')
     print(f'the student answers {len(lines) / seconds:,.0f} texts per second here')
