@@ -103,9 +103,11 @@ def explain_fields(fields, answer):
     """what is wrong with the values of an answer, a dict; '' if nothing is."""
     as_json = lambda value: json.dumps(value, ensure_ascii=False, sort_keys=True)
     for name, values in fields.items():
+        if name not in answer and None in values:
+            continue
         if name not in answer:
             return f'it has no {as_json(name)}'
-        if as_json(answer[name]) in map(as_json, values):
+        if any(answer[name] == value and isinstance(answer[name], bool) == isinstance(value, bool) for value in values):
             continue
         near = [as_json(value) for value in values if plain(value) == plain(answer[name])]
         meant = f'{near[0]} in another case or type' if near else f'one of {", ".join(map(as_json, values))[:200]}'
@@ -139,4 +141,4 @@ def explain_invalid(fields, content, reply):
         found.append('it has no JSON object')
     elif wrong := explain_fields(fields, answer):
         found.append(wrong)
-    return hide_keys(f'{content[:200]!r} ({"; ".join(found)})')
+    return hide_keys(f'{content[:200]!r} ({"; ".join(found) or "it breaks the schema"})')

@@ -13,6 +13,7 @@ from distil.checkpoint import CHECKPOINT, save_checkpoint
 from distil.space import OutputSpace, tokenizer_hash
 from sample import Labeler
 from tests.conftest import FIELDS, ROOT, one_line, run, tiny_student
+from tools.accuracy import measure
 
 
 @pytest.fixture(scope='module')
@@ -48,8 +49,8 @@ def test_an_iterable_that_fails_gives_its_answers_and_then_its_exception(labeler
     assert records == labeler(['hello my friend'] * n)
 
 
-def test_values_that_print_alike_keep_a_probability_each(tokenizer, tmp_path):
-    fields = {'answer': [True, 'true', 'no']}
+def save_student(tokenizer, tmp_path, fields):
+    """writes a tiny student of these fields to tmp_path."""
     space = OutputSpace(tokenizer, fields, end_id=2)
     student = tiny_student(space)
     task = {'fields': fields, 'indent': None, 'fence': False, 'end_id': 2, 'output_ids': space.output_ids,
@@ -57,7 +58,23 @@ def test_values_that_print_alike_keep_a_probability_each(tokenizer, tmp_path):
     tokenizer.save(str(tmp_path / 'tokenizer.json'))
     save_checkpoint(tmp_path / 'best.pt', {
         'format': CHECKPOINT, 'student': vars(student.config), 'model': student.state_dict(), 'task': task,
-        'per_field': {'answer': {'temperature': 1.0}}})
+        'per_field': {name: {'temperature': 1.0} for name in fields}})
+
+
+def test_a_field_called_error_is_not_taken_for_a_problem(tokenizer, tmp_path):
+    save_student(tokenizer, tmp_path, {'error': ['none', 'timeout'], 'ok': [True, False]})
+    labeler = Labeler(tmp_path, 'cpu', too_long='refuse')
+    answered, empty, no_text, long = labeler(['hello', '', None, 'the cat ' * 50])
+    assert answered['error'] in ('none', 'timeout') and '_error' not in answered
+    assert empty == {'_error': 'empty text'} and no_text == {'_error': 'not a text but NoneType'}
+    assert [*long] == ['_error'] and labeler.problem == '_error'
+    known = [{'error': 'none'}] * 4
+    figures = measure('error', ['none', 'timeout'], [answered, empty, no_text, long], known, [], labeler.problem)
+    assert figures['texts'] == 1
+
+
+def test_values_that_print_alike_keep_a_probability_each(tokenizer, tmp_path):
+    save_student(tokenizer, tmp_path, {'answer': [True, 'true', 'no']})
     record, = Labeler(tmp_path, 'cpu', confidence='full')(['hello'])
     probabilities = record['_confidence']['answer']
     assert list(probabilities) == ['true', '"true"', '"no"']
