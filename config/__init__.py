@@ -190,6 +190,16 @@ def read_config(path):
             if not (name.startswith('_') or callable(value) or isinstance(value, ModuleType))]
 
 
+def split_paths(value):
+    """the paths in a text, separated by commas. A path may have commas in it, if it exists."""
+    parts, paths = value.split(','), []
+    while parts:
+        n = next((n for n in range(len(parts), 1, -1) if Path(','.join(parts[:n])).exists()), 1)
+        paths.append(','.join(parts[:n]))
+        parts = parts[n:]
+    return paths
+
+
 def configure(g):
     """applies config files and the command line to the settings in g = globals(). Returns them as a dict.
 
@@ -246,8 +256,8 @@ def configure(g):
         if allowed and not any(allows(limit, value) for limit in allowed):
             stop(f'{source}: {key} is {value!r}; it must be {describe_limits(allowed)}')
         if 'file' in allowed and source == 'command line':      # or several, separated by commas
-            parts = [value] if Path(value).exists() else value.split(',')
-            value = ','.join(str(Path(part).absolute()) if part and Path(part).exists() else part for part in parts)
+            value = ','.join(str(Path(part).absolute()) if part and Path(part).exists() else part
+                             for part in split_paths(value))
         if value != g[key] and RANK == 0:
             new, old = (t if len(t) < 60 else f'{t[:56]} ...' for t in (repr(value), repr(g[key])))
             new = '(a secret)' if key.endswith('_key') else new

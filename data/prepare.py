@@ -23,7 +23,7 @@ it: comma, semicolon, tab, pipe, none, or another character. bad_row counts the 
 first, which are left out.
 
 --answer names columns (or keys) with the labels of a field, which a student learns without a teacher. A cell with
-true, false or a whole number is that, any other is text. --truth names columns with the truth of a field. It is never
+true, false or a whole number is that, any other is text. An empty cell beside labels is null. --truth names columns with the truth of a field. It is never
 trained on; tools/evaluate.py compares with it. Here a cell is text: TRUE, 1.0 and none mean true, 1 and null in a
 field with these values. .json and .jsonl keep `truth`, `answer` and `probabilities`, without NaN.
 
@@ -59,6 +59,7 @@ from output import describe_error, exit_on_stop, replace_file
 from parts import find_files, split_files
 from stub import label_answers, log_answers, write_stub
 from tables import DELIMITERS, by_option, csv_rows, find_value, read_part, read_table
+from templates import check_template
 from typed import read_typed, xlsx_rows
 
 KEPT = 'truth', 'answer', 'probabilities', 'split'
@@ -139,6 +140,8 @@ def read_objects(objects, path, column, options, counts):
             text = find_value(known, column, path) if known else ''
             extra = {key: value[key] for key in KEPT if key in value}
             named = by_option({name: value[name] for name in options if name in value}, options)
+            if not any(cell is not None for cell in named.get('answer', {}).values()):
+                named.pop('answer', None)                       # no label, as a table row without any cell of one
             for option, cells in named.items():
                 extra[option] = (extra[option] if isinstance(extra.get(option), dict) else {}) | cells
             for key, known in extra.items():
@@ -287,8 +290,10 @@ if __name__ == '__main__':
         sys.exit('--answer=, --truth= and --split= name the same column')
     named = dict(named)
     template, config = options.get('template', ''), options.get('config', '')
-    if template and template.count('{text}') != 1:
-        sys.exit('--template= must hold {text} once, where the text goes')
+    try:
+        check_template(template or '{text}')
+    except ValueError as error:
+        sys.exit(f'--template= {error}')
     if os.path.exists(config):
         sys.exit(f'{config} exists; remove it, or name another file')
     name, *paths = [arg for arg in sys.argv[1:] if not arg.startswith('--')] or ['']

@@ -5,18 +5,18 @@ import math
 from collections import Counter
 from contextlib import suppress
 
-from logs import read_reply  # these lie beside this file
-from objects import find_object
+from calls import read_replies  # these lie beside this file
+from objects import find_object, plain
 
 MANY = 20  # a field with more values may be free text
 
 
 def log_answers(log):
-    """yields (text, answer as dict or None) of the calls of a log."""
+    """yields (text, answer as dict or None) of the calls of a log, each answer if n > 1."""
     for line in log:
         if not line.problem and line.reply is not None:
             with suppress(ValueError):                          # no answer
-                yield line.text, find_object(read_reply(line.reply)[0])[0]
+                yield from ((line.text, find_object(content)[0]) for content, _ in read_replies(line.reply))
 
 
 def label_answers(path):
@@ -29,21 +29,48 @@ def label_answers(path):
     return sorted(known, key=lambda of_text: -len(of_text[1]))
 
 
-def count_answers(answers):
+def count_answers(answers, is_log):
     """({field: Counter of the JSON texts of its values}, the longest text in bytes, the longest answer in bytes)
     of (text, answer) each."""
-    fields, longest_text, longest_answer = {}, 0, 0
+    fields, longest_text, longest_answer, forms = {}, 0, 0, Counter()  # forms: the sets of keys
     for text, answer in answers:
         longest_text = max(longest_text, len(' '.join(text.split()).encode()))
+        if answer is not None:
+            forms[frozenset(answer)] += 1
         with suppress(ValueError):                              # NaN
             for name, value in (answer or {}).items():
                 fields.setdefault(name, Counter())[json.dumps(value, allow_nan=False)] += 1
             longest_answer = max(longest_answer, len(json.dumps(answer or {})))
-    return fields, longest_text, longest_answer
+    if is_log or any(form >= fields.keys() for form in forms):  # else each label tells of some fields only
+        add_missing(fields, forms)
+        longest_answer += sum(len(f'"{name}": null, ') for name in fields if any(name not in form for form in forms))
+    return {name: merge_numbers(counts) for name, counts in fields.items()}, longest_text, longest_answer
+
+
+def add_missing(fields, forms):
+    """counts null in fields, {name: Counter}, for each answer that lacks the key. forms: Counter of the sets of keys of
+    all answers. One that shares no key with the most common form, such as {"error": ...}, is none of the task."""
+    usual = max(forms, key=forms.get, default=frozenset())
+    alike = {form: n for form, n in forms.items() if form & usual or not form}
+    for name, counts in fields.items():
+        if not any(name in form for form in alike):
+            counts.clear()
+        elif n_missing := sum(n for form, n in alike.items() if name not in form):
+            counts['null'] += n_missing
+
+
+def merge_numbers(counts):
+    """a Counter of JSON texts in which 1 and 1.0 are one value, in its more common spelling."""
+    spelled, merged = {}, Counter()
+    for text, n in counts.most_common():
+        merged[spelled.setdefault(json.dumps(plain(json.loads(text))), text)] += n
+    return merged
 
 
 def why_no_field(counts):
     """why a field of the answers is not one of the student's; '' if it is."""
+    if not counts:
+        return 'only answers without the usual keys have it'
     values = [json.loads(text) for text in counts]
     if any('{' in text and not isinstance(value, str) for text, value in zip(counts, values)):
         return 'its values are objects'
@@ -62,7 +89,7 @@ def quote(text):
 def write_stub(name, answers, labels, n_texts, prompt):
     """the text of a config file for a task, '' if its answers leave nothing to decide. answers: (text, answer as
     dict) each; labels: what extract.py reads; n_texts: different texts; prompt: of a log, '' of labels."""
-    found, longest_text, longest_answer = count_answers(answers)
+    found, longest_text, longest_answer = count_answers(answers, bool(prompt))
     if not any(len(counts) > 1 and not why_no_field(counts) for counts in found.values()):
         return ''
     fields = []

@@ -8,11 +8,12 @@ The server's tokens are those of an unknown tokenizer, so all of this works on b
 token counts for the values that the text with it could still become.
 """
 import json
+from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
 
-from data.objects import find_object
+from data.objects import fill_missing, find_object, plain, same_value
 from distil.space import value_names
 
 # -----------------------------------------------------------------------------
@@ -23,8 +24,10 @@ from distil.space import value_names
 def spellings(constant):
     """the ways in which a server may write a JSON value, as bytes. constant: the value as JSON."""
     value = json.loads(constant)
-    return {json.dumps(value, ensure_ascii=ascii, separators=separators).encode('utf-8', 'replace')
-            for ascii in (True, False) for separators in (None, (',', ':'))}
+    forms = [value, plain(value)]                               # 1.0 and 1
+    forms += [float(value)] if type(value) is int and abs(value) < 1e15 else []
+    return {json.dumps(form, ensure_ascii=ascii, separators=separators).encode('utf-8', 'replace')
+            for form in forms for ascii in (True, False) for separators in (None, (',', ':'))}
 
 
 def may_become(written, spelling):
@@ -106,24 +109,27 @@ def value_probabilities(values, tokens, start, end):
 def label_from_answer(fields, content, tokens):
     """the label of an answer, as distil/labels.py reads it: {'probabilities': {field: {value:
     probability}}}, or {'answer': {field: value}} without tokens; and the largest share outside the
-    values. (None, 0.0) if the answer breaks the schema. content: the server's text; tokens: see
-    value_probabilities, or []."""
+    values. (None, 0.0) if the answer breaks the schema. A key that it lacks means null, in a field that has it.
+    content: the server's text; tokens: see value_probabilities, or []."""
     answer, spans = find_object(content)
-    exact = lambda value: json.dumps(value, sort_keys=True)
-    if not answer or any(exact(answer.get(name)) not in map(exact, values) or name not in answer
-                         for name, values in fields.items()):
+    if answer is None:
+        return None, 0.0
+    try:
+        answer = fill_missing(fields, answer)
+        answer = {name: same_value(answer[name], values) for name, values in fields.items()}
+    except (KeyError, ValueError):
         return None, 0.0
     joined = b''.join(token for token, *_ in tokens)
     offset = joined.find(content.encode('utf-8', 'replace'))    # a server may strip the text
     if not tokens or offset < 0:
-        return {'answer': {name: answer[name] for name in fields}}, 0.0
+        return {'answer': answer}, 0.0
     place = lambda n: offset + len(content[:n].encode('utf-8', 'replace'))
     probabilities, worst = {}, 0.0
     for name, values in fields.items():
-        try:
-            p, outside = value_probabilities(values, tokens, *map(place, spans[name]))
-        except ValueError:                                      # such as "\\u0061" for "a"
-            p, outside = np.array([float(exact(value) == exact(answer[name])) for value in values]), 0.0
+        p, outside = np.array([float(value is answer[name]) for value in values]), 0.0
+        if name in spans:                                       # not of a key that is left out
+            with suppress(ValueError):                          # such as "\\u0061" for "a"
+                p, outside = value_probabilities(values, tokens, *map(place, spans[name]))
         probabilities[name] = dict(zip(value_names(values), p.tolist()))
         worst = max(worst, outside)
     return {'probabilities': probabilities}, worst

@@ -14,7 +14,7 @@ the answer:
     {"text": "...", "answer": {"sentiment": "positive"}}
 
 or is a call to an LLM. Its probabilities are used if it has the answer's log probabilities. Several labels of
-one text are averaged.
+one text are averaged, also those of a request with n > 1.
 
 The stored logits are those of a teacher with exactly these probabilities: at each decision, the probability
 of a token is the sum over the values that it leads to. Only each field's own (marginal) probabilities are
@@ -30,11 +30,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import stop
+from config import split_paths, stop
 from config.machine import RANK
 from data import Shards, text_hash
-from data.logs import Log, read_reply
-from distil.answers import find_object, label_from_answer
+from data.calls import read_replies
+from data.logs import Log
+from data.objects import fill_missing, find_object, same_value
+from data.templates import check_template
+from distil.answers import label_from_answer
 from distil.prompts import prompt_text
 from distil.space import check_fields, clean, value_names
 
@@ -45,12 +48,12 @@ MIN_PROBABILITY = 1e-6  # smallest probability of a legal token
 def read_value(name, value, values):
     """the probabilities of a field's values if one of them is the label: a list of 0 and 1. ValueError if it is
     none of them."""
-    text = json.dumps(value)                                    # 1 == True in Python, not in JSON
-    found = [float(value == other and text == json.dumps(other)) for other in values]
-    if not sum(found):
+    try:
+        found = same_value(value, values)
+    except ValueError:
         shown = ', '.join(json.dumps(other, ensure_ascii=False) for other in values)
-        raise ValueError(f'{name} is {json.dumps(value, ensure_ascii=False)[:80]}, not one of {shown[:200]}')
-    return found
+        raise ValueError(f'{name} is {json.dumps(value, ensure_ascii=False)[:80]}, not one of {shown[:200]}') from None
+    return [float(other is found) for other in values]
 
 
 def read_weights(name, weights, values):
@@ -69,12 +72,12 @@ def read_weights(name, weights, values):
 
 def read_label(fields, label):
     """{field: probabilities of its values, in their order} of a label, a dict with "probabilities" or "answer".
-    If a field is in both, its probabilities are used. ValueError, which names the field, if one is missing or
-    has a value that the schema does not have."""
+    If a field is in both, its probabilities are used; if an answer lacks a field that may be null, it is null.
+    ValueError, which names the field, if one is missing or has a value that the schema does not have."""
     answer, weights = ({} if label.get(part) is None else label[part] for part in ('answer', 'probabilities'))
     if not isinstance(answer, dict) or not isinstance(weights, dict):
         raise ValueError('its answer is not an object with a value for each field')
-    probabilities = {}
+    answer, probabilities = answer if label.get('answer') is None else fill_missing(fields, answer), {}
     for name, values in fields.items():
         known = weights.get(name, answer.get(name, ''))
         if len(values) == 1:                                    # a constant
@@ -165,7 +168,7 @@ class Labels:
         self.known = {}         # {hash of a text: (mean probabilities of all values, labels, the first best answer)}
         for line in self.log:
             try:
-                hash_, probabilities = text_hash(read_text(line)), self.read_label(line).values()
+                hash_, answers = text_hash(read_text(line)), self.read_labels(line)
             except ValueError as error:
                 reason, what = error.args
                 if reason == 'request':                         # of a batch: its output has the label
@@ -174,10 +177,18 @@ class Labels:
                 self.problems.setdefault(reason, []).append(line.say(what))
                 self.outcomes.append(reason)
                 continue
-            p, best = np.concatenate([*probabilities], dtype=np.float32), [int(np.argmax(p)) for p in probabilities]
-            mean, n, first = self.known.get(hash_, (p, 0, best))
-            self.known[hash_] = mean + (p - mean) / (n + 1), n + 1, first
-            self.outcomes.append('' if not n else 'duplicate' if best == first else 'conflicting')
+            self.outcomes.append(self.add_label(hash_, answers[0]))
+            for probabilities in answers[1:]:                   # of one request
+                self.add_label(hash_, probabilities)
+
+    def add_label(self, hash_, probabilities):
+        """adds a label, {field: probabilities}, to those of a text. Returns '' if it is the first one, 'duplicate' if
+        its best answer is that of the first one, else 'conflicting'."""
+        p = np.concatenate([*probabilities.values()], dtype=np.float32)
+        best = [int(np.argmax(of_field)) for of_field in probabilities.values()]
+        mean, n, first = self.known.get(hash_, (p, 0, best))
+        self.known[hash_] = mean + (p - mean) / (n + 1), n + 1, first
+        return '' if not n else 'duplicate' if best == first else 'conflicting'
 
     def __iter__(self):
         for line, outcome in zip(self.log, self.outcomes):
@@ -194,21 +205,32 @@ class Labels:
         return {'probabilities': {name: dict(zip(value_names(values), part.tolist()))
                                   for (name, values), part in zip(self.fields.items(), parts)}}
 
-    def read_label(self, line):
-        """{field: probabilities} of a line. ValueError(reason, what is wrong) if it has none."""
+    def read_labels(self, line):
+        """[{field: probabilities}] of a line: one, or one for each of the answers to a request with n > 1.
+        ValueError(reason, what is wrong) if it has none."""
         try:
-            content, tokens = ('', []) if line.reply is None else read_reply(line.reply)
+            answers = None if line.reply is None else read_replies(line.reply)
         except ValueError as error:                             # such as an error of the server
             raise ValueError('unusable', str(error)) from None
-        try:
-            if line.reply is None:                              # a text with its label
-                return read_label(self.fields, line.record)
-            label, (answer, _) = label_from_answer(self.fields, content, tokens)[0], find_object(content)
-            if answer is None:
-                raise ValueError(f'its answer has no JSON object: {content[:80]!r}')
-            return read_label(self.fields, label or {'answer': answer})
-        except ValueError as error:
-            raise ValueError('dropped_invalid', str(error)) from None
+        found, wrong = [], []
+        for answer in [None] if answers is None else answers:
+            try:
+                found.append(read_label(self.fields, line.record) if answer is None else self.read_answer(*answer))
+            except ValueError as error:
+                wrong.append(str(error))
+        if not found:
+            raise ValueError('dropped_invalid', wrong[0])
+        if wrong:                                               # the others are used
+            self.problems.setdefault('dropped_invalid', []).append(
+                line.say(f'{len(wrong)} of {len(answers)} answers are left out: {wrong[0]}'))
+        return found
+
+    def read_answer(self, content, tokens):
+        """{field: probabilities} of an answer of an LLM. ValueError if it breaks the schema."""
+        label, (answer, _) = label_from_answer(self.fields, content, tokens)[0], find_object(content)
+        if answer is None:
+            raise ValueError(f'its answer has no JSON object: {content[:80]!r}')
+        return read_label(self.fields, label or {'answer': answer})
 
     def count_changed(self, shards, space):
         """number of the records in shards whose label differs now from the stored one."""
@@ -225,14 +247,16 @@ class Labels:
 def open_labels(config):
     """the Labels of extract.py's settings. Prints the template of a log, and which lines cannot be used. Exits
     with a message if the files cannot be read."""
-    paths = [config['labels']] if Path(config['labels']).exists() else config['labels'].split(',')
+    paths = split_paths(config['labels'])
     for path in paths:
         if not Path(path).is_file():
             maker = Path(path).parent / 'prepare.py'
             advice = f'; run: python {os.path.relpath(maker)}' if maker.is_file() else ''
             stop(f'{path} is not a file' if Path(path).exists() else f'{path} does not exist{advice}')
-    if config['template'] and config['template'].count('{text}') != 1:
-        stop('the template must hold {text} once, where the text goes')
+    try:
+        check_template(config['template'] or '{text}')
+    except ValueError as error:
+        stop(f'the template {error}')
     try:
         check_fields(config['fields'])
         fields = {name: config['fields'][name] for name in config['label_fields'] or config['fields']}

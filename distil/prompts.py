@@ -2,15 +2,21 @@
 
 
 def prompt_messages(prompt, text='{text}'):
-    """the chat messages of a prompt with a text in place of {text}. prompt: a text, which is the user's
-    message, or a list of {'role': ..., 'content': ...}."""
-    messages = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
-    return [message | {'content': message['content'].replace('{text}', text)} for message in messages]
+    """the chat messages of a prompt with a text in place of {text}, and nothing in place of {*}: what differed there
+    in a log (data/templates.py) is not known. prompt: a text, which is the user's message, or a list of
+    {'role': ..., 'content': ...}."""
+    fill = lambda content: content.replace('{*}', '').replace('{text}', text)
+    return [message | {'content': fill(message['content'])} for message in as_messages(prompt)]
+
+
+def as_messages(prompt):
+    """a prompt as a list of messages."""
+    return [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
 
 
 def prompt_text(prompt):
     """all of a prompt as one text: its messages, one below the other."""
-    return '\n'.join(message['content'] for message in prompt_messages(prompt))
+    return '\n'.join(message['content'] for message in as_messages(prompt))
 
 
 def answer_format(fields):

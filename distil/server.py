@@ -22,7 +22,7 @@ from itertools import count
 
 from config import data_line, stop
 from config.machine import WORLD
-from data.logs import read_reply
+from data.calls import read_reply
 from distil.answers import label_from_answer, label_from_samples
 from distil.keys import failure_text, hide_keys, hide_password, read_key
 from distil.prompts import answer_format, prompt_messages

@@ -12,7 +12,7 @@ The rule, for a student that reads one text:
 import re
 from dataclasses import dataclass
 
-from distil.space import clean
+from data.templates import split_template, text_between
 from serve.request import Refusal, read_content, require
 
 ROLES = {'system': 'system', 'developer': 'system', 'user': 'user', 'assistant': 'assistant', 'tool': 'tool',
@@ -65,22 +65,21 @@ def read_turns(messages, where):
 class Prompts:
     """finds the text in a conversation, as the top of this file says.
 
-    templates: strings with {text} in them (of several the last), the training prompt among them. turns:
-    'refuse', 'first' or 'last', the user message that counts if there are several without a template."""
+    templates: strings with {text} in them (of several the last), the training prompt among them; {*} stands for what
+    is not read, such as a date. turns: 'refuse', 'first' or 'last', the user message that counts if there are several
+    without a template."""
 
     def __init__(self, templates, turns='refuse'):
-        pairs = [tuple(map(clean, template.rpartition('{text}')[::2])) for template in templates]
-        self.pairs = sorted({pair for pair in pairs if any(pair)}, key=lambda pair: -len(''.join(pair)))
-        self.bare, self.turns = len([pair for pair in pairs if any(pair)]) < len(pairs), turns
+        words = {template: ''.join(sum(split_template(template), [])) for template in templates}
+        self.templates = sorted((template for template in words if words[template]),
+                                key=lambda template: -len(words[template]))
+        self.bare, self.turns = len(self.templates) < len(words), turns
 
     def unwrap(self, string):
         """the text in a prompt, or None if no template matches. Whitespace may differ; of several templates
         the one with most words counts."""
-        whole = clean(string)
-        for before, after in self.pairs:
-            if whole.startswith(before) and whole.endswith(after) and len(whole) >= len(before) + len(after):
-                return whole[len(before):len(whole) - len(after)].strip()
-        return None
+        found = (text_between(string, template) for template in self.templates)
+        return next((text for text in found if text is not None), None)
 
     def find_text(self, turns, where, again=False):
         """(text, keys of the messages that were not read, True if a template says that this is the text).

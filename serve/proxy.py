@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import httpx
 from starlette.responses import StreamingResponse
 
-from data.logs import read_reply
+from data.calls import read_reply
 from data.objects import find_object
 from distil.keys import failure_text, hide_in_stream, hide_keys, hide_password, read_key
 from serve.prompts import read_turns

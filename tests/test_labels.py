@@ -42,14 +42,16 @@ def test_stored_logits_give_each_value_its_probability(tokenizer, fields, indent
 
 
 def test_labels_of_a_thousand_values_are_read_as_those_of_few(tokenizer):
-    """1, 1.0, true and their names stay apart."""
+    """1, true and their names stay apart; 1.0 is 1."""
     values = [*range(-500, 500), True, 1.5, 'true', [1], [True]]
     space = OutputSpace(tokenizer, {'n': values}, auxiliary=range(4, 90))
     for value in (-500, 0, 1, 499, True, 1.5, 'true', [1], [True]):
         outs, logits = record_from_label(space, {'answer': {'n': value}})
         assert json.dumps(space.to_json(outs)) == json.dumps({'n': value})
         assert (np.exp(logits)[range(len(outs)), outs] > 0.999).all()
-    for value in (1.0, 500, 'TRUE', [1.0], None):
+    for value, same in ((1.0, 1), (-3.0, -3), ([1.0], [1])):
+        assert record_from_label(space, {'answer': {'n': value}})[0] == space.from_json({'n': same})
+    for value in (1.25, 500, 'TRUE', [2.0], '1', None):
         assert record_from_label(space, {'answer': {'n': value}}) is None
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import data
-from data.logs import FEW, Log, is_log, text_between
+from data.logs import Log, is_log
+from data.templates import FEW, text_between
 from distil.answers import label_from_answer
 from distil.labels import Labels
 from distil.server import Server

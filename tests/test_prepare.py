@@ -735,7 +735,8 @@ def test_columns_with_labels_become_answers_and_a_config(tmp_path):
                           'truth': {'by': 'bob'}}, done.stderr
     assert records[3]['text'] == 'late' and records[4] == {'text': 'empty', 'truth': {'by': 'eve'}}
     exec((tmp_path / 'mine.py').read_text(), config := {})
-    assert config['fields'] == {'team': ['shipping', 'billing'], 'urgent': [True, False], 'stars': [1, 5, '05']}
+    assert config['fields'] == {'team': ['shipping', 'billing', None], 'urgent': [True, False, None],
+                                'stars': [1, 5, '05']}
     assert list(config['fields']) == ['team', 'urgent', 'stars']
     assert config['labels'] == 'data/mine/input.jsonl' and 'prompt' not in config
     assert all(read_label(config['fields'], record) for record in records[:4])
