@@ -1,6 +1,6 @@
 """The prompt around the texts of a log: found by comparing prompts, and taken away again. Only the standard library.
 
-    find_template(messages, messages)                             # 'Today is {*}. Message: {text}'
+    find_changing_template(messages)                              # 'Today is {*}. Message: {text}'
     text_between('Today is Monday. Message: hi', 'Today is {*}. Message: {text}')    # 'hi'
 
 A template holds {text} once, where the text goes, and {*} for each part that is not read, such as a date or the id
@@ -87,6 +87,8 @@ CHANGING = re.compile(
     r'|\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b'                          # a UUID
     r'|\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{12,}\b|\b1\d{9}(?:\d{3})?\b'                    # a hash; seconds since 1970
     rf'|(?P<label>{LABEL}["\']?(?: (?:no\.?|number))? ?[:=#]? ?["\'#]?)(?=[\w.@+-]*\d)\w[\w.@+-]*\b')
+NAMED = re.compile(rf'(?i:\b(?:date|time|timestamp|today|now|day)\b)|{LABEL}')  # words that tell of a date or an id
+LETTER = r'[^\W\d_]'
 MASK = '\0'  # in place of what changes
 
 
@@ -153,19 +155,29 @@ def find_template(messages, before, after):
     return before + '{text}' + after
 
 
+def ends_before(before):
+    """True if the last MASK of a prompt's beginning does not belong to the text after it: words stand between them, or
+    it ends a sentence or a paragraph. But after a colon or the like it may begin the text ("Message: "), if the words
+    before it do not tell what it is ("Date: ")."""
+    line, _, rest = before.rpartition(MASK)
+    line = line.rpartition('\n')[2].rstrip()
+    is_apart = re.search(r'\A[.)]\s*\n|\n\s*\n', rest) and line and (line[-1] not in OPENING or NAMED.search(line))
+    return bool(re.search(LETTER, rest) or is_apart)
+
+
 def find_changing_template(messages):
     """as find_template, but what changes from call to call does not count in comparing, and is {*} in the template.
     '' if nothing else differs, or if it finds no more than find_template. messages: strings, some of all.
 
-    A date or an id beside the text, with no word between them, belongs to it: a text stays whole.
+    A date or an id right beside the text belongs to it: a text stays whole.
     """
     masked = list(dict.fromkeys(mask_changing(messages)))
     if len(masked) < 2 or not any(MASK in message for message in masked):
         return ''
     before, after = cut_ends(masked, *common_ends(masked))
-    while MASK in before and not any(map(str.isalpha, before.rpartition(MASK)[2])):
+    while MASK in before and not ends_before(before):
         before = before.rpartition(MASK)[0]
-    while MASK in after and not any(map(str.isalpha, after.partition(MASK)[0])):
+    while MASK in after and not re.search(LETTER, after.partition(MASK)[0]):
         after = after.partition(MASK)[2]
     template = f'{before}{{text}}{after}'.replace(MASK, '{*}')
     return '' if template == find_template(messages, *common_ends(messages)) else template

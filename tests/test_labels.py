@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import data
+from config import split_paths
 from distil.cascade import load_answerer
 from distil.checkpoint import TASK
-from distil.labels import Labels, read_label, record_from_label
+from distil.labels import Labels, open_labels, read_label, record_from_label
 from distil.space import OutputSpace, value_names
 from tests.conftest import FIELDS, PROMPT, SCHEMAS, clone_task, load_teacher, one_line, run
 
@@ -151,6 +152,26 @@ def test_a_wrong_label_says_what_is_wrong(label, message):
         read_label(FIELDS, label)
 
 
+def test_a_missing_key_is_null_only_where_the_field_may_be_null():
+    fields = {'tone': ['neutral', 'friendly'], 'escalate': [None, True]}
+    assert read_label(fields, {'answer': {'tone': 'neutral'}})['escalate'] == [1, 0]
+    assert read_label({'escalate': [None, True]}, {'answer': {}})['escalate'] == [1, 0]
+    for label in ({}, {'answer': None}, {'answer': {'escalate': True}}, {'probabilities': {'tone': {'neutral': 1}}}):
+        with pytest.raises(ValueError, match='it has no'):
+            read_label(fields, label)
+
+
+def test_a_path_with_a_comma_is_one_of_several_files(tmp_path):
+    (tmp_path / 'a,b').mkdir()
+    one, two, three = tmp_path / 'a,b/c.jsonl', tmp_path / 'd,e,f.jsonl', tmp_path / 'g.jsonl'
+    for path in (one, two, three):
+        write_lines(path, [{'text': path.name, 'answer': {'tone': 'neutral', 'spam': True}}])
+    assert split_paths(f'{one},{three},{two}') == [str(one), str(three), str(two)]
+    assert split_paths(f'{two}') == [str(two)] and split_paths('x,y') == ['x', 'y'] and split_paths('') == ['']
+    config = {'labels': f'{one},{two}', 'template': '', 'prompt': '', 'fields': FIELDS, 'label_fields': []}
+    assert [line[0] for line in open_labels(config)] == ['c.jsonl', 'd,e,f.jsonl']
+
+
 def test_files_that_are_no_labels_end_with_one_line_and_broken_lines_are_named(project, tmp_path):
     root = clone_task(project, tmp_path)
     extract = lambda *args: run(root, 'extract.py', '--name=given', *args)
@@ -159,6 +180,7 @@ def test_files_that_are_no_labels_end_with_one_line_and_broken_lines_are_named(p
                           (['--labels=empty.jsonl'], 'no text of'), (['--labels=data'], 'is not a file'),
                           (['--labels=empty.jsonl,nowhere.jsonl'], 'nowhere.jsonl does not exist'),
                           (['--labels=empty.jsonl', '--template=x'], 'the template must hold {text} once'),
+                          (['--labels=empty.jsonl', '--template=x {*} {text}'], 'words between {*} and {text}'),
                           (['--labels=empty.jsonl', "--fields={'f': [[{'a': 1}], 2]}"], 'has a JSON object in it')):
         assert message in one_line(extract(*args)), args
     write_lines(root / 'some.jsonl', [

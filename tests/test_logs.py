@@ -16,6 +16,7 @@ from data.logs import Log, is_log
 from data.templates import FEW, text_between
 from distil.answers import label_from_answer
 from distil.labels import Labels
+from distil.prompts import prompt_messages, prompt_text
 from distil.server import Server
 from serve.prompts import Prompts, read_turns
 from tests.conftest import FIELDS, ROOT, clone_task, one_line, run
@@ -155,6 +156,49 @@ def test_the_output_of_a_batch_is_joined_with_its_input_in_any_order(tmp_path):
     assert 'two requests have its custom_id' in labels.problems['unusable'][0]
 
 
+@pytest.mark.parametrize('order', ['out1 in1 out2 in2', 'in1 out1 in2 out2', 'out1 out2 in1 in2', 'in1 in2 out1 out2',
+                                   'out1 err1 in1 out2 in2', 'in1 out1 err1 in2 out2', 'both1 both2'])
+def test_two_batches_with_the_same_ids_are_joined_each_with_its_own(tmp_path, order):
+    ask = lambda batch, n: {'custom_id': str(n), 'body': request(f'text {batch} {n}')}
+    answer = lambda batch, n: {'custom_id': str(n), 'response': {'body': soft_response(0.9 if batch == 1 else 0.2)}}
+    for batch in (1, 2):
+        inputs, outputs = [ask(batch, n) for n in range(4)], [answer(batch, n) for n in range(3)]
+        for name, lines in (('in', inputs), ('out', outputs), ('both', inputs + outputs),
+                            ('err', [{'custom_id': '3', 'response': None, 'error': {'code': 'batch_expired'}}])):
+            write_lines(tmp_path / f'{name}{batch}', lines)
+    labels = Labels([tmp_path / name for name in order.split()], FIELDS)
+    found = {text: label['probabilities']['tone']['friendly'] for text, label, reason in labels if not reason}
+    assert found == pytest.approx({f'text {batch} {n}': 0.9 if batch == 1 else 0.2 for batch in (1, 2) for n in range(3)})
+    assert labels.log.n_unanswered == 2 - order.count('err')
+    if 'both' not in order:
+        write_lines(tmp_path / 'in1', [*map(ask, [1] * 9, range(9))])  # only this one has all ids of the longer output
+        write_lines(tmp_path / 'out1', [*map(answer, [1] * 9, range(9))])
+        labels = Labels([tmp_path / name for name in ('in2', 'in1', 'out1')], FIELDS)
+        assert [line[0] for line in labels] == [f'text 1 {n}' for n in range(9)]
+
+
+def test_batches_that_cannot_be_told_apart_say_what_to_do(tmp_path):
+    for name in ('a', 'b'):
+        write_lines(tmp_path / name, [{'custom_id': '1', 'body': request(f'text {name}')}])
+    write_lines(tmp_path / 'out', [{'custom_id': '1', 'response': {'body': response(ANSWER)}}])
+    labels = Labels([tmp_path / name for name in ('a', 'b', 'out', 'a')], FIELDS)
+    assert "two requests have its custom_id, '1'; of several batches name the input right after its outputs" in \
+        labels.problems['unusable'][0]
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'utf-16-be'])
+@pytest.mark.parametrize('pack', [bytes, gzip.compress])
+def test_no_line_is_lost_to_the_encoding(tmp_path, encoding, pack):
+    lines = ''.join(json.dumps({'request': request(f'été {n}'), 'response': response(ANSWER)}, ensure_ascii=False) + '\r\n'
+                    for n in range(3))
+    mark = b'\xfe\xff' if encoding == 'utf-16-be' else b''
+    (tmp_path / 'a.jsonl').write_bytes(pack(mark + lines.encode(encoding)))
+    assert is_log(tmp_path / 'a.jsonl')
+    assert [line[0] for line in Labels([tmp_path / 'a.jsonl'], FIELDS)] == ['été 0', 'été 1', 'été 2']
+    _, records = run_prepare(tmp_path, 'a.jsonl')
+    assert [record['text'] for record in records] == ['été 0', 'été 1', 'été 2']
+
+
 # -----------------------------------------------------------------------------
 # the template
 
@@ -196,6 +240,98 @@ def test_one_prompt_or_several_show_no_template_and_one_can_be_given(tmp_path, c
 def test_whitespace_of_a_template_may_differ_and_a_system_message_may_belong_to_it():
     assert text_between('a  b:\n x  y \n\nz', 'a b: {text} z') == 'x y'
     assert text_between('a b: x', 'a c: {text}') is None and text_between('ab', 'ab{text}b') is None
+
+
+# -----------------------------------------------------------------------------
+# what else changes in a prompt
+
+DAYS = '2026-01-05', '2026-02-17', '2026-02-18'
+CHANGING = {
+    'Current time: {*}\nClassify the message.\nMessage: {text}': DAYS,
+    'Current time: {*}. Message: {text}\n': ['2026-01-05 10:23:11', '2026-01-05 10:24:01', '2026-11-30 08:00:00'],
+    'Today is {*}.\n\n{text}\n\nAnswer in JSON:': ['Monday, January 5, 2026', 'Friday, May 8, 2026', 'Sunday, July 5, 2026'],
+    'Date: {*}\n\n{text}\n\nJSON:': DAYS,
+    'Heute ist {*}.\nNachricht: {text}': ['Montag, 5. Januar 2026', 'Dienstag, 6. Mai 2026', 'Freitag, 8. Mai 2026'],
+    '日期：{*}\n请分类：{text}': ['2026年1月5日', '2026年2月7日', '2026年12月31日'],
+    'user_id: {*}\nMessage: {text}': ['u-8371', 'u-12', 'abc77'],
+    '{text}\n---\nUser: {*}\nSort it.': ['4711', '4712', '99'],
+    'Request {*} at {*}: label "{text}" now': [
+        ('4f3c2b1a-0000-4000-8000-123456789abc', '10:22'), ('1f3c2b1a-0000-4000-8000-123456789abc', '23:59'),
+        ('4f3c2b1a-ffff-4000-8000-123456789abc', '08:00 PM')],
+    'At {*} (knowledge until 2024-06-01) the user u1 wrote: {text}': DAYS,
+}
+
+
+def fill(template, changing, text):
+    for part in changing if isinstance(changing, tuple) else [changing]:
+        template = template.replace('{*}', part, 1)
+    return template.replace('{text}', text)
+
+
+@pytest.mark.parametrize('template', CHANGING)
+@pytest.mark.parametrize('n', [6, 400])
+def test_dates_and_ids_beside_the_text_do_not_land_in_it(tmp_path, capsys, template, n):
+    """in short and long logs, even if the second day comes late; the same text under two dates is one text."""
+    rng = random.Random(0)
+    texts = [' '.join(rng.choice(['cat', 'dog', 'the', 'on', '2026-01-05', '10:22', 'user 7', 'ran']) for _ in range(5))
+             for _ in range(n // 2)]
+    texts = [rng.choice(['I', 'you', '7', 'Ünal']) + ' ' + text for text in texts] + texts[:n // 2]
+    log = log_of(tmp_path, [fill(template, CHANGING[template][min(2, 3 * i // n)], text) for i, text in enumerate(texts)])
+    assert log.template == template and [line.text for line in log] == texts
+    log.print_template()
+    assert '{*} stands for dates, times and ids, which are not read' in capsys.readouterr().out
+    request = [{'role': 'user', 'content': fill(template, tuple(DAYS), 'a new one')}]  # of a later day, as serve.py reads it
+    assert Prompts([template]).find_text(read_turns(request, 'messages'), 'messages')[0] == 'a new one'
+
+
+@pytest.mark.parametrize('template', ['Message: {text}', '{text}\nJSON:', 'On 2026-01-05 a user wrote: {text}'])
+@pytest.mark.parametrize('texts', [
+    ['2026-01-05 lunch?', '2026-01-05 dinner', '2026-03-07 tea', '2027-03-07 x'], ['12:30', '12:45', '13:00'], ['1', '2', '33'],
+    ['2026-01-05\n\nlunch', '2026-01-06\n\nlunch', '2026-01-07\n\ntea'], ['Due: 2026-01-05', 'Due: 2026-01-06', 'paid on 2026-01-06'], ['user 7 ran', 'user 8 sat'],
+    ['From: ann Stars: 5', 'From: bob Stars: 4', 'From: eve Stars: 3'], ['Monday', 'Tuesday']])
+@pytest.mark.parametrize('times', [1, 30])
+def test_dates_and_numbers_of_the_text_stay_in_it(tmp_path, template, texts, times):
+    if times > 1:
+        texts = [f'{text} {n}' for n in range(times) for text in texts]
+    log = log_of(tmp_path, [template.replace('{text}', text) for text in texts])
+    found = [line.text for line in log]
+    texts = [' '.join(text.split()) for text in texts]
+    assert '{*}' not in log.template
+    assert all(text.endswith(part) and len(text.removesuffix(part).split()) <= 2 and not re.search(
+        r'\d', text.removesuffix(part)) for text, part in zip(texts, found)), (log.template, found[:4])
+
+
+def test_a_date_in_the_system_message_is_a_part_of_the_prompt_that_is_not_read(tmp_path):
+    systems = [f'You label messages. It is {day}.' for day in DAYS]
+    lines = [{'request': request(f'text {n}', system=systems[n % 3]), 'response': {}} for n in range(9)]
+    log = Log([write_lines(tmp_path / 'a.jsonl', lines)])
+    assert (log.system, log.template) == ('You label messages. It is {*}.', TEMPLATE)
+    prompt = f'{log.system}\n\n{log.template}'
+    assert [line.text for line in Log(log.paths, prompt=prompt)] == [f'text {n}' for n in range(9)]
+    turns = read_turns(request('new', system='You label messages. It is 2027-01-01.')['messages'], 'messages')
+    assert Prompts([prompt]).find_text(turns, 'messages')[0] == 'new'
+    for line in lines[:2]:
+        line['request']['messages'][0]['content'] += ' Be quick.'
+    assert Log([write_lines(tmp_path / 'a.jsonl', lines)]).system == ''
+
+
+@pytest.mark.parametrize('message, template, text', [
+    ('Name: Ann Lee\nText: a b', 'Name: {*} Text: {text}', 'a b'), ('Name: \nText: a b', 'Name: {*}\nText: {text}', 'a b'),
+    ('a b\nName: x Name: y', '{text} Name: {*}', 'a b\nName: x'), ('1 Text: a Text: b', '{*} Text: {text}', 'a Text: b'),
+    ('x a y 1 z 2', 'x {text} y {*} z {*}', 'a'), ('Name: Ann', 'Name: {*} Text: {text}', None),
+    ('Text: Name:', 'Name: {*} Text: {text}', None), ('a b', 'a {*} b {text}', ''), ('ab', 'ab {*} b {text}', None)])
+def test_a_template_may_have_parts_that_are_not_read(tmp_path, message, template, text):
+    assert text_between(message, template) == (text and ' '.join(text.split()))
+    if text:
+        log = log_of(tmp_path, [message], template=template)
+        assert [line.text for line in log] == [' '.join(text.split())]
+        turns = read_turns([{'role': 'user', 'content': message}], 'messages')
+        assert Prompts([template]).find_text(turns, 'messages')[0] == ' '.join(text.split())
+
+
+def test_what_is_not_read_is_left_out_when_a_prompt_is_asked():
+    assert prompt_messages('Day: {*}\nText: {text}', 'a {*} {text}')[0]['content'] == 'Day: \nText: a {*} {text}'
+    assert prompt_text('Day: {*}\nText: {text}') == 'Day: {*}\nText: {text}'
 
 
 # -----------------------------------------------------------------------------
@@ -251,6 +387,54 @@ def test_the_config_of_a_log_names_its_values_and_leaves_out_free_text(tmp_path)
     write_lines(tmp_path / 'a.jsonl', [{'messages': [{'role': 'user', 'content': 'x'}, {'role': 'assistant',
                                                                                        'content': 'yes'}]}])
     assert b'no JSON objects' in run_prepare(tmp_path, 'a.jsonl')[0].stdout
+
+
+def log_of_answers(path, answers):
+    return write_lines(path, [{'request': request(f'text {n}'), 'response': response(json.dumps(answer))}
+                              for n, answer in enumerate(answers)])
+
+
+def fields_of(folder, *args):
+    """(the fields of the config that prepare.py makes, its text)."""
+    stub = run_prepare(folder, *args)[0].stdout.decode().partition('such as this one:\n')[2]
+    (folder / 'stub.py').write_text(stub)
+    return runpy.run_path(str(folder / 'stub.py')).get('fields'), stub
+
+
+def test_an_optional_key_is_null_where_it_is_missing(tmp_path):
+    answers = [{'tone': ['neutral', 'friendly'][n % 2], **({'escalate': True} if n % 20 == 7 else {})} for n in range(240)]
+    path = log_of_answers(tmp_path / 'a.jsonl', answers)
+    fields, stub = fields_of(tmp_path, 'a.jsonl')
+    assert fields == {'tone': ['neutral', 'friendly'], 'escalate': [None, True]} and '# null 228, true 12' in stub
+    labels = Labels([path], fields, TEMPLATE)
+    shares = [label['probabilities']['escalate'] for _, label, reason in labels if not reason]
+    assert len(shares) == 240 and [share['true'] for share in shares] == [n % 20 == 7 for n in range(240)]
+    labels = Labels([path], {'tone': ['neutral', 'friendly'], 'escalate': [True, False]}, TEMPLATE)
+    assert 'it has no escalate' in labels.problems['dropped_invalid'][0]  # null is not a value of the field
+    assert len(labels.problems['dropped_invalid']) == 228
+
+
+def test_an_optional_key_is_null_beside_log_probabilities(tmp_path):
+    fields = {**FIELDS, 'escalate': [None, True]}
+    path = write_lines(tmp_path / 'a.jsonl', [{'request': request('a b'), 'response': soft_response(0.7)}])
+    (_, label, _), = Labels([path], fields, TEMPLATE)
+    assert label['probabilities']['tone']['friendly'] == pytest.approx(0.7)
+    assert label['probabilities']['escalate'] == {'null': 1, 'true': 0}
+
+
+def test_answers_of_another_kind_add_no_null_and_no_field(tmp_path):
+    answers = [{'tone': 'neutral'}, {'tone': 'friendly', 'spam': True}, {}] * 20 + [{'error': 'overloaded'}] * 3
+    log_of_answers(tmp_path / 'a.jsonl', answers)
+    fields, stub = fields_of(tmp_path, 'a.jsonl')
+    assert fields == {'tone': ['neutral', 'friendly', None], 'spam': [None, True]}
+    assert "# 'error' is left out: only answers without the usual keys have it" in stub
+    labels = Labels([tmp_path / 'a.jsonl'], fields, TEMPLATE)
+    assert 'dropped_invalid' not in labels.problems or 'null' in str(labels.problems)
+    either = [{'kind': 'refund', 'amount': n % 3} if n % 2 else {'kind': 'ship', 'to': 'home'} for n in range(40)]
+    log_of_answers(tmp_path / 'a.jsonl', either)                # no answer has all keys
+    fields, _ = fields_of(tmp_path, 'a.jsonl')
+    assert {name: {*values} for name, values in fields.items()} == {
+        'kind': {'refund', 'ship'}, 'amount': {None, 0, 1, 2}, 'to': {None, 'home'}}
 
 
 def test_an_odd_log_ends_in_one_line(tmp_path):

@@ -754,6 +754,28 @@ def test_columns_with_labels_become_answers_and_a_config(tmp_path):
         assert done.returncode == 1 and message in line and after == records
 
 
+def test_an_empty_cell_beside_labels_is_null_and_a_row_without_labels_has_none(tmp_path):
+    rows = [('a', 'x', 1), ('b', 'x', None), ('c', None, None), ('d', 'y', 2), ('e', None, 2)]
+    (tmp_path / 'a.csv').write_text('text,team,n\n' + ''.join(f'{text},{team or ""},{n or ""}\n' for text, team, n in rows))
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(dict(zip(('text', 'team', 'n'), row))) + '\n' for row in rows))
+    pyarrow = pytest.importorskip('pyarrow')
+    from pyarrow import parquet
+    parquet.write_table(pyarrow.table({name: list(column) for name, column in zip(('text', 'team', 'n'), zip(*rows))}),
+                        tmp_path / 'a.parquet')
+    for path in ('a.csv', 'a.jsonl', 'a.parquet'):
+        done, records = run_prepare(tmp_path, path, '--answer=team,n')
+        assert [record['text'] for record in records if 'answer' not in record] == ['c'], (path, done.stderr)
+        assert b"'team': ['x', 'y', None]," in done.stdout and b"'n': [2, 1, None]," in done.stdout, path
+        fields = {'team': ['x', 'y', None], 'n': [2, 1, None]}
+        labels = [read_label(fields, record) for record in records if 'answer' in record]
+        assert labels[1] == {'team': [1, 0, 0], 'n': [0, 0, 1]} and labels[3] == {'team': [0, 0, 1], 'n': [1, 0, 0]}
+        with pytest.raises(ValueError, match='it has no team'):  # a text without a label is not one of nulls
+            read_label(fields, records[2])
+    (tmp_path / 'b.csv').write_text('text,team,n\n' + 'a,x,\nb,y,\nc,,1\nd,,2\n')  # each row tells of one field only
+    done, _ = run_prepare(tmp_path, 'b.csv', '--answer=team,n')
+    assert b"'team': ['x', 'y']," in done.stdout and b"'n': [1, 2]," in done.stdout
+
+
 def test_damaged_gzip_files_are_refused(tmp_path):
     content = gzip.compress(os.urandom(10_000).hex().encode())
     for damaged in (content[:-100], content[:5000] + b'x' * 99 + content[5099:], content[:-8] + bytes(8)):
