@@ -8,7 +8,7 @@ from collections import deque
 
 import httpx
 
-from data.logs import read_reply
+from data.calls import read_reply
 from data.objects import find_object
 from distil.keys import failure_text, hide_password, read_key
 from distil.prompts import answer_format, prompt_messages

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import data
+from data.calls import read_reply
 from data.logs import Log, is_log
 from data.templates import FEW, text_between
 from distil.answers import label_from_answer
@@ -129,10 +130,10 @@ def test_log_probabilities_become_the_labels_that_a_server_would_give(tmp_path):
     server = Server(['http://nowhere'], 'm', FIELDS, TEMPLATE)
 
     async def reply(client, body):
-        return 200, next(line['response'] for line in lines if line['request']['messages'][1] == body['messages'][0])
+        return 'answer', next(line['response'] for line in lines if line['request']['messages'][1] == body['messages'][0])
     server.post = reply
     for n, (text, label, _) in enumerate(labels):
-        slow = label_from_answer(FIELDS, *asyncio.run(server.complete(None, text)))[0]
+        slow = label_from_answer(FIELDS, *read_reply(asyncio.run(server.complete(None, text))))[0]
         assert text == f'{n} text {n}' and min(slow['probabilities']['tone'].values()) > 0
         for name in FIELDS:
             assert label['probabilities'][name] == pytest.approx(slow['probabilities'][name], abs=1e-6)
