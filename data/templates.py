@@ -48,7 +48,10 @@ def text_between(message, template):
         end = whole.rfind(words, start, end)
         if end < 0:
             return None
-    return whole[start:end].strip()
+    text = whole[start:end].strip()
+    if others_before and not others_before[-1] and (match := CHANGING.match(text)):
+        text = text[match.end():].strip()                       # right before the text {*} is a date, a time or an id
+    return text
 
 
 def find_text(system, user, template):
@@ -83,11 +86,11 @@ MOMENT = rf'(?:{WORD}, (?=(?:{DATE})))?(?:{DATE}|{TIME}|{DAY})'  # with any day 
 MARK = '(?:id|ID|Id|uuid|UUID)'
 LABEL = rf'(?:\b{MARK}|_{MARK}|(?<=[a-z])I[dD]|\b(?i:user|session|request|trace|customer|client))\b'
 CHANGING = re.compile(
-    rf'(?<![\w.-])(?:{MOMENT})(?:(?:,? |T|, ?| at )(?:{MOMENT}))*(?!\w)'
+    rf'(?<![\w.-])(?:{MOMENT})(?:(?:,? |T|, ?| at )(?:{MOMENT}))*(?!-?\w)'
     r'|\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b'                          # a UUID
     r'|\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{12,}\b|\b1\d{9}(?:\d{3})?\b'                    # a hash; seconds since 1970
     rf'|(?P<label>{LABEL}["\']?(?: (?:no\.?|number))? ?[:=#]? ?["\'#]?)(?=[\w.@+-]*\d)\w[\w.@+-]*\b')
-NAMED = re.compile(rf'(?i:\b(?:date|time|timestamp|today|now|day)\b)|{LABEL}')  # words that tell of a date or an id
+NAMED = re.compile(rf'(?i:\b(?:date|time|timestamp|today|now|day)|{LABEL})(?: is)?\W*\Z')  # words that tell of a date or an id
 LETTER = r'[^\W\d_]'
 MASK = '\0'  # in place of what changes
 
