@@ -54,7 +54,8 @@ def test_a_text_that_does_not_fit_is_refused_where_prompts_are_sent(send, servic
     for too_long, status in (('cut', 200), ('refuse', 400)):
         student = [Student(service, too_long=too_long, **MEANING)]
         assert send('POST', f'/v1/{path}', body, students=student).status_code == status
-        assert send('POST', '/v1/label', {'texts': ['the cat ' * 30]}, students=student).status_code == status
+        label = send('POST', '/v1/label', {'texts': ['the cat ' * 30, 'hello']}, students=student).json()['answers']
+        assert ['tokens more' in answer.get('error', '') for answer in label] == [status == 400, False]
     assert 'x-tokens-cut' in send('POST', '/v1/label', {'texts': ['the cat ' * 30]}).headers
 
 
