@@ -205,7 +205,8 @@ def read_arguments(call):
 def read_token(token):
     """(bytes, log probability) of a token in a list of log probabilities; None if it lacks one of them."""
     try:
-        written, logprob = bytes(token.get('bytes') or token['token'].encode('utf-8', 'replace')), float(token['logprob'])
+        written = bytes(token.get('bytes') or token['token'].encode('utf-8', 'replace'))
+        logprob = float(token['logprob'])
     except (LookupError, TypeError, AttributeError, ValueError):
         return None
     return None if math.isnan(logprob) else (written, min(logprob, 0.0))

@@ -23,9 +23,10 @@ it: comma, semicolon, tab, pipe, none, or another character. bad_row counts the 
 first, which are left out.
 
 --answer names columns (or keys) with the labels of a field, which a student learns without a teacher. A cell with
-true, false or a whole number is that, any other is text. An empty cell beside labels is null. --truth names columns with the truth of a field. It is never
-trained on; tools/evaluate.py compares with it. Here a cell is text: TRUE, 1.0 and none mean true, 1 and null in a
-field with these values. .json and .jsonl keep `truth`, `answer` and `probabilities`, without NaN.
+true, false or a whole number is that, any other is text; an empty one beside labels is null. --truth names columns
+with the truth of a field. It is never trained on; tools/evaluate.py compares with it. Here a cell is text: TRUE, 1.0
+and none mean true, 1 and null in a field with these values. .json and .jsonl keep `truth`, `answer` and
+`probabilities`, without NaN.
 
 --split names the column (or key) that says to which part a text belongs: train, or test (val, validation, valid,
 dev, eval, held_out), which is held out from training. A key `split` of a .json or .jsonl with one of these words

@@ -90,7 +90,7 @@ CHANGING = re.compile(
     r'|\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b'                          # a UUID
     r'|\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{12,}\b|\b1\d{9}(?:\d{3})?\b'                    # a hash; seconds since 1970
     rf'|(?P<label>{LABEL}["\']?(?: (?:no\.?|number))? ?[:=#]? ?["\'#]?)(?=[\w.@+-]*\d)\w[\w.@+-]*\b')
-NAMED = re.compile(rf'(?i:\b(?:date|time|timestamp|today|now|day)|{LABEL})(?: is)?\W*\Z')  # words that tell of a date or an id
+NAMED = re.compile(rf'(?i:\b(?:date|time|timestamp|today|now|day)|{LABEL})(?: is)?\W*\Z')  # it tells of these
 LETTER = r'[^\W\d_]'
 MASK = '\0'  # in place of what changes
 

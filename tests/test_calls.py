@@ -1,4 +1,5 @@
 """One call of a log, in the forms of APIs, gateways and exports: its text, its answers, their log probabilities."""
+import asyncio
 import json
 import math
 
@@ -6,9 +7,12 @@ import numpy as np
 import pytest
 
 from data.calls import read_replies, read_reply, split_call
-from data.logs import Log, is_log
+from data.logs import is_log
 from distil.answers import label_from_answer, value_probabilities
 from distil.labels import Labels
+from distil.server import Server
+from distil.space import OutputSpace
+from serve.upstream import Upstream
 from tests.conftest import FIELDS
 from tests.test_labels import write_lines
 from tests.test_logs import ANSWER, TEMPLATE, request, response, soft_response
@@ -116,6 +120,20 @@ def test_a_failed_line_of_a_batch_keeps_its_reason(tmp_path, error, reason):
     assert error is None or labels.problems['unusable'][1] == f'{failed} line 2: {reason}'
 
 
+@pytest.mark.parametrize('form', ['parts of Mistral', 'parts of OpenAI', 'arguments as an object'])
+def test_a_teacher_behind_a_url_and_the_llm_upstream_may_answer_in_parts(tokenizer, form):
+    httpx, reply = pytest.importorskip('httpx'), FORMS[form]['response']
+    server = Server(['http://nowhere'], 'm', FIELDS, TEMPLATE)
+    upstream = Upstream('http://nowhere', 'm', 9, OutputSpace(tokenizer, FIELDS), TEMPLATE)
+
+    async def ask():
+        transport = httpx.MockTransport(lambda _: httpx.Response(200, json=reply))
+        upstream.client = httpx.AsyncClient(transport=transport, base_url='http://nowhere')
+        return await server.label(upstream.client, 'a b'), await upstream.answer('a b')
+    label, answer = asyncio.run(ask())
+    assert label['answer'] == answer == json.loads(ANSWER)
+
+
 def test_a_chunk_that_stands_alone_is_named(tmp_path):
     path = write_lines(tmp_path / 'a.jsonl', chunks('{"tone"', ': 3}'))
     labels = Labels([path], FIELDS)
@@ -189,8 +207,9 @@ def test_the_log_probabilities_of_chunks_are_joined():
 
 
 @pytest.mark.parametrize('written, values, expected', [
-    ('1.0', [0, 1], 1), ('1', [0.0, 1.0], 1.0), ('[1.0]', [[1], [2]], [1]), ('1', [True, 1], 1), ('true', [1, True], True),
-    ('1', [1.0, 1], 1), ('1.0', [1, 1.0], 1.0), ('1e0', [0, 1], 1), ('0.5', [0.5, 1], 0.5), ('1.0', [True, False], None),
+    ('1.0', [0, 1], 1), ('1', [0.0, 1.0], 1.0), ('[1.0]', [[1], [2]], [1]), ('1', [True, 1], 1),
+    ('true', [1, True], True), ('1', [1.0, 1], 1), ('1.0', [1, 1.0], 1.0), ('1e0', [0, 1], 1),
+    ('0.5', [0.5, 1], 0.5), ('1.0', [True, False], None),
     ('true', [0, 1], None), ('"1"', [0, 1], None), ('1.5', [1, 2], None)])
 def test_whole_numbers_are_one_value_however_they_are_written(written, values, expected):
     label = label_from_answer({'n': values}, f'{{"n": {written}}}', [])[0]
@@ -199,7 +218,7 @@ def test_whole_numbers_are_one_value_however_they_are_written(written, values, e
 
 def test_the_probability_of_a_number_counts_for_both_spellings():
     token = lambda text, p, *others: (text.encode(), math.log(p), [(o.encode(), math.log(q)) for o, q in others])
-    tokens = [token('{"n":', 1.0), token('1', 0.6, ('1', 0.6), ('2', 0.4)), token('.', 1.0), token('0', 1.0), token('}', 1.0)]
+    tokens = [token('{"n":', 1.0), token('1', 0.6, ('1', 0.6), ('2', 0.4)), *map(token, '.0}', [1.0] * 3)]
     assert value_probabilities([1, 2, 3], tokens, 5, 8)[0] == pytest.approx(np.array([0.6, 0.4, 0]), abs=1e-6)
 
 

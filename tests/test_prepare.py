@@ -756,7 +756,8 @@ def test_columns_with_labels_become_answers_and_a_config(tmp_path):
 
 def test_an_empty_cell_beside_labels_is_null_and_a_row_without_labels_has_none(tmp_path):
     rows = [('a', 'x', 1), ('b', 'x', None), ('c', None, None), ('d', 'y', 2), ('e', None, 2)]
-    (tmp_path / 'a.csv').write_text('text,team,n\n' + ''.join(f'{text},{team or ""},{n or ""}\n' for text, team, n in rows))
+    lines = [f'{text},{team or ""},{n or ""}\n' for text, team, n in rows]
+    (tmp_path / 'a.csv').write_text('text,team,n\n' + ''.join(lines))
     (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(dict(zip(('text', 'team', 'n'), row))) + '\n' for row in rows))
     pyarrow = pytest.importorskip('pyarrow')
     from pyarrow import parquet
