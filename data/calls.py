@@ -86,8 +86,6 @@ def split_call(record):
     it is not a line of a log."""
     if not isinstance(record, dict):
         return None
-    if is_chunk(record):
-        return {}, {'error': 'it is one chunk of a streamed answer; join those of an answer, and add its request'}
     response = next(filter(None, (find_response(record.get(key)) for key in RESPONSES)), {})
     if not response and record.get('error') is not None:        # beside an empty response, as in batches
         response = {'error': record['error']}
@@ -108,6 +106,8 @@ def split_call(record):
                 messages = [{'role': 'user', 'content': record[asked]}]
         if messages:
             return {'messages': messages}, answer
+    if is_chunk(record):                                        # which data/logs.py names
+        return {}, {}
     if 'custom_id' in record and 'response' in record:
         return {}, response or {'error': None}                  # the output of a batch
     is_body = any(find_body(record.get(key)).keys() & {'choices', 'output'} for key in RESPONSES)

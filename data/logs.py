@@ -29,16 +29,17 @@ from itertools import islice
 from os.path import commonprefix
 
 if __package__:
-    from data.calls import read_prompt, split_call
+    from data.calls import is_chunk, read_prompt, split_call
     from data.templates import (FEW, clean, find_changing_template, find_template, find_text, join_changing,
                                 split_changing)
 else:  # of data/prepare.py, whose files lie beside it
-    from calls import read_prompt, split_call
+    from calls import is_chunk, read_prompt, split_call
     from templates import (FEW, clean, find_changing_template, find_template, find_text, join_changing,
                            split_changing)
 
 UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 SOME = 200  # messages that are compared to find dates and ids
+CHUNK = 'it is one chunk of a streamed answer; join those of an answer in one line, with its request'
 TRIES = 4   # passes over the files in which a template with these is corrected
 
 
@@ -231,8 +232,8 @@ class Log:
             after = after if len(after) < 300 else f'{after[:200]} ...'
             print(f'template: {before}{{text}}{after}'.replace('\n', '\\n'))
         if '{*}' in self.template:
-            print('{*} stands for dates, times and ids, which are not read; if one belongs to the text, '
-                  "add --template='... {text} ...'")
+            print('{*} stands for what changes beside the text, such as a date or an id, and is not read; if it is a part '
+                  "of the text, name the prompt: --template='... {text} ...'")
         if self.template == '{text}':
             print('the prompts have no common beginning or end, so a text is a whole prompt; if that is wrong, '
                   "add --template='... {text} ...'")
@@ -253,7 +254,7 @@ class Log:
     def find_text(self, line, request):
         """the text in a request, or in that of the same custom_id if it is empty. ValueError if there is none."""
         if not request and 'custom_id' not in line.record:
-            raise ValueError(line.reply.get('error') or 'it has no request')
+            raise ValueError(CHUNK if is_chunk(line.record) else 'it has no request')
         system, user = read_prompt(request) if request else self.batches.find(line.file, str(line.record['custom_id']))
         text = find_text(system, user, self.template)
         if text is None:

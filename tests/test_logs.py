@@ -206,17 +206,18 @@ def test_from_a_log_to_a_student(project, tmp_path):
     root = clone_task(project, tmp_path)
     texts = [json.loads(line)['text'] for line in open(root / 'data/toy/input.jsonl')]
     friendly = lambda text: 0.9 if 'cat' in text else 0.2
-    lines = [{'request': request(text), 'response': soft_response(friendly(text), ('false', 'true')[n % 2])}
+    on_day = lambda n: f'Current time: 2026-0{1 + n // 100}-1{n % 9} 10:{10 + n % 50}\n{TEMPLATE}'  # not read
+    lines = [{'request': request(text, on_day(n)), 'response': soft_response(friendly(text), ('false', 'true')[n % 2])}
              for n, text in enumerate(texts)]
-    write_lines(root / 'log.jsonl', [*lines, '{"cut', {'request': request('cat'), 'response': None}])
+    write_lines(root / 'log.jsonl', [*lines, '{"cut', {'request': request('cat', on_day(7)), 'response': None}])
     done, records = run_prepare(root, 'log.jsonl', '--config=config/mine.py')
     assert done.returncode == 0, done.stderr
     assert [record['text'] for record in records] == [*texts, 'cat'] and 'bad_json=1' in done.stdout.decode()
-    assert 'template: Is this friendly?' in done.stdout.decode() and 'log.jsonl line 401' in done.stdout.decode()
+    assert 'template: Current time: {*}\\nIs this friendly?' in done.stdout.decode() and 'log.jsonl line 401' in done.stdout.decode()
     config = runpy.run_path(str(root / 'config/mine.py'))
     assert {name: {*values} for name, values in config['fields'].items()} == {'tone': {'neutral', 'friendly'},
                                                                              'spam': {True, False}}
-    assert config['prompt'] == f'You label messages.\n\n{TEMPLATE}' and config['labels'] == 'log.jsonl'
+    assert config['prompt'] == f'You label messages.\n\nCurrent time: {{*}}\n{TEMPLATE}' and config['labels'] == 'log.jsonl'
     again, _ = run_prepare(root, 'log.jsonl', '--config=config/mine.py')
     assert again.returncode == 1 and b'config/mine.py exists' in again.stderr
     teacher = runpy.run_path(str(root / 'config/toy.py'))['teacher']

@@ -90,7 +90,7 @@ def test_dates_and_ids_beside_the_text_do_not_land_in_it(tmp_path, capsys, templ
     log = log_of(tmp_path, [fill(template, days[min(2, 3 * i // n)], text) for i, text in enumerate(texts)])
     assert log.template == template and [line.text for line in log] == texts
     log.print_template()
-    assert '{*} stands for dates, times and ids, which are not read' in capsys.readouterr().out
+    assert '{*} stands for what changes beside the text' in capsys.readouterr().out
     later = fill(template, ('2027-03-01', '2027-03-02'), 'a new one')
     later = [{'role': 'user', 'content': later}]                # as serve.py reads it
     assert Prompts([template]).find_text(read_turns(later, 'messages'), 'messages')[0] == 'a new one'
