@@ -24,6 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
+from distil.schema import write_object
+
 STARTED_IN = os.getcwd()  # the user's folder; configure() leaves it
 # the programs that share one config file
 PROGRAMS = ('extract.py', 'train.py', 'sample.py', 'tools/evaluate.py', 'tools/bench.py',
@@ -71,8 +73,7 @@ def json_line(value):
 def write_examples(template, fields, examples):
     """the examples of a prompt as text. template: of one, with {} for its text and {} for its answer, which gets the
     form of answers on one line; examples: (text, value of each field, in order)."""
-    answers = (json.dumps(dict(zip(fields, values)), ensure_ascii=False, separators=(',', ':'))
-               for _, *values in examples)
+    answers = (write_object(dict(zip(fields, values))) for _, *values in examples)
     return ''.join(template.format(text, answer) for (text, *_), answer in zip(examples, answers))
 
 

@@ -1,5 +1,4 @@
-"""The JSON object in what a model wrote, where its values stand, and when two values are the same. Only the standard
-library.
+"""The JSON object in what a model wrote, and where its values stand. Only the standard library.
 
     find_object('Sure! {"tone": "friendly"}')    # ({'tone': 'friendly'}, {'tone': (15, 25)})
 """
@@ -50,21 +49,3 @@ def plain(value):
     if isinstance(value, list):
         return [*map(plain, value)]
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def same_value(value, values):
-    """the one of some values that a JSON value is: exactly, or else with whole numbers as in plain(). ValueError if
-    it is none."""
-    for form in (lambda value: value, plain):
-        wanted = form(value)
-        for other in values:
-            if wanted == form(other) and json.dumps(wanted) == json.dumps(form(other)):  # 1 == True in Python
-                return other
-    raise ValueError(f'{json.dumps(value)[:80]} is none of the values')
-
-
-def fill_missing(fields, answer):
-    """an answer with null for the keys that it leaves out, in fields, {name: values}, that have null among their
-    values."""
-    left_out = {name: None for name, values in fields.items() if name not in answer and None in values}
-    return left_out | answer

@@ -2,7 +2,7 @@
 probabilities.
 
     answer, spans = find_object('Sure! {"tone": "friendly"}')        # {'tone': 'friendly'}, where its value stands
-    p, outside = value_probabilities(values, tokens, *spans['tone'])  # (number of values,), mass of other answers
+    p, outside = probabilities_from_tokens(values, tokens, *spans['tone'])  # (number of values,), mass of other answers
 
 The server's tokens are those of an unknown tokenizer, so all of this works on bytes: an alternative to a
 token counts for the values that the text with it could still become.
@@ -13,8 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from data.objects import fill_missing, find_object, plain, same_value
-from distil.space import value_names
+from data.objects import find_object
+from distil.schema import plain
 
 # -----------------------------------------------------------------------------
 # log probabilities
@@ -53,7 +53,7 @@ def written_of(lead, token):
     return b''
 
 
-def value_probabilities(values, tokens, start, end):
+def probabilities_from_tokens(values, tokens, start, end):
     """the probability of each of a field's values at the place where the server wrote one, given what it
     wrote before: (len(values),) with sum 1, and the share of probability that no value has.
 
@@ -106,18 +106,15 @@ def value_probabilities(values, tokens, start, end):
     return p / p.sum(), float(outside / (outside + p.sum()))
 
 
-def label_from_answer(fields, content, tokens):
-    """the label of an answer, as distil/labels.py reads it: {'probabilities': {field: {value:
-    probability}}}, or {'answer': {field: value}} without tokens; and the largest share outside the
-    values. (None, 0.0) if the answer breaks the schema. A key that it lacks means null, in a field that has it.
-    content: the server's text; tokens: see value_probabilities, or []."""
+def label_from_answer(schema, content, tokens):
+    """the label of an answer, as Schema.read_label reads it: {'probabilities': {field: {value: probability}}}, or
+    {'answer': {field: value}} without tokens; and the largest share outside the values. (None, 0.0) if the answer
+    breaks the schema. A key that it lacks means null, in a field that has it. content: the server's text; tokens: see
+    probabilities_from_tokens, or []."""
     answer, spans = find_object(content)
-    if answer is None:
-        return None, 0.0
     try:
-        answer = fill_missing(fields, answer)
-        answer = {name: same_value(answer[name], values) for name, values in fields.items()}
-    except (KeyError, ValueError):
+        answer = schema.canonical(answer)
+    except ValueError:
         return None, 0.0
     joined = b''.join(token for token, *_ in tokens)
     offset = joined.find(content.encode('utf-8', 'replace'))    # a server may strip the text
@@ -125,24 +122,25 @@ def label_from_answer(fields, content, tokens):
         return {'answer': answer}, 0.0
     place = lambda n: offset + len(content[:n].encode('utf-8', 'replace'))
     probabilities, worst = {}, 0.0
-    for name, values in fields.items():
-        p, outside = np.array([float(value is answer[name]) for value in values]), 0.0
-        if name in spans:                                       # not of a key that is left out
+    for leaf in schema.leaves:
+        p, outside = leaf.read(leaf.get(answer)), 0.0
+        if leaf.keys[0] in spans:                               # not of a key that is left out
             with suppress(ValueError):                          # such as "\\u0061" for "a"
-                p, outside = value_probabilities(values, tokens, *map(place, spans[name]))
-        probabilities[name] = dict(zip(value_names(values), p.tolist()))
+                p, outside = probabilities_from_tokens(leaf.values, tokens, *map(place, spans[leaf.keys[0]]))
+        probabilities[leaf.path] = p
         worst = max(worst, outside)
-    return {'probabilities': probabilities}, worst
+    return schema.write_label(probabilities), worst
 
 
-def label_from_samples(fields, contents):
+def label_from_samples(schema, contents):
     """the label of several answers to one text, drawn at a temperature: the share of each value, with one
     answer more spread over all of them (so that no value is impossible). None if none of them fits the
     schema."""
-    labels = [label for content in contents if (label := label_from_answer(fields, content, [])[0])]
+    labels = [label for content in contents if (label := label_from_answer(schema, content, [])[0])]
     if not labels:
         return None
-    count = lambda name, value: sum(json.dumps(label['answer'][name]) == json.dumps(value) for label in labels)
-    return {'probabilities': {name: dict(zip(value_names(values), (
-        (count(name, value) + 1 / len(values)) / (len(labels) + 1) for value in values)))
-        for name, values in fields.items()}}
+    shares = {}
+    for leaf in schema.leaves:
+        counts = np.sum([leaf.read(leaf.get(label['answer'])) for label in labels], axis=0)
+        shares[leaf.path] = (counts + 1 / len(leaf)) / (len(labels) + 1)
+    return schema.write_label(shares)

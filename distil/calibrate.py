@@ -27,38 +27,36 @@ import torch
 
 from config import data_line
 from data import write_json
-from distil.space import value_names
+from distil.schema import Schema, json_text
+from distil.shares import find_known
 
 # -----------------------------------------------------------------------------
 # the prior
 
 
-def find_priors(fields, prior, only):
+def find_priors(schema, prior, only):
     """{field: probabilities of its values, in their order} of the fields to calibrate. Values that the prior
     does not name share the rest of the probability evenly; without a prior all are equal.
 
-    fields: {name: values}. prior: {field: {value: probability}}. only: names of the fields to calibrate, []
-    for all. ValueError if a name or a value is not in the schema, or if the probabilities cannot sum to 1.
+    schema: a Schema; a field is the path of one of its leaves. prior: {field: {value: probability}}. only: the fields
+    to calibrate, [] for all. ValueError if a field or a value is not in the schema, or if the probabilities cannot sum
+    to 1.
     """
-    for name in [*prior, *only]:
-        if name not in fields:
-            raise ValueError(f'there is no field {name!r}; there are: {", ".join(fields)}')
     priors = {}
-    for name in only or fields:
-        values, known = fields[name], prior.get(name, {})
-        text = [json.dumps(value, ensure_ascii=False) for value in values]
-        given = None
-        if isinstance(known, dict):
-            given = {json.dumps(value, ensure_ascii=False): p for value, p in known.items()}
+    for leaf in map(schema.leaf, {**prior, **dict.fromkeys(only)}):
+        known = prior.get(leaf.path, {})
+        given = {json_text(value): p for value, p in known.items()} if isinstance(known, dict) else None
         if given is None or not all(type(p) in (int, float) and 0 < p <= 1 for p in given.values()):
-            raise ValueError(f'{name!r} needs {{value: share above 0}}, not {known!r}')
-        if unknown := [value for value in given if value not in text]:
-            raise ValueError(f'{name!r} has no value {unknown[0]}')
-        rest, n = 1 - sum(given.values()), len(values) - len(given)
+            raise ValueError(f'{leaf.path!r} needs {{value: share above 0}}, not {known!r}')
+        if unknown := [value for value in known if json_text(value) not in leaf.texts]:
+            raise ValueError(f'{leaf.path!r} has no value {json.dumps(unknown[0], ensure_ascii=False)}')
+        rest, n = 1 - sum(given.values()), len(leaf) - len(given)
         if rest < -1e-6 or (rest > 1e-6) != (n > 0):
-            raise ValueError(f'{name!r}: the named shares sum to {1 - rest:g}; all shares together must be 1')
-        priors[name] = [given.get(value, rest / max(1, n)) for value in text]
-    return priors
+            raise ValueError(f'{leaf.path!r}: the named shares sum to {1 - rest:g}; all shares together must be 1')
+        priors[leaf.path] = [given.get(text, rest / max(1, n)) for text in leaf.texts]
+    for leaf in schema.leaves:                                  # without a prior
+        priors.setdefault(leaf.path, [1 / len(leaf)] * len(leaf))
+    return {path: priors[path] for path in only or schema.paths}
 
 
 # -----------------------------------------------------------------------------
@@ -124,20 +122,29 @@ def learn_bias(teacher, space, texts, after, priors, batch_size=64, min_texts=16
     return bias, report
 
 
+def calibrate_teacher(engine, space, meta, sample, priors, batch_size):
+    """measures the bias of a teacher on the Texts of a sample, prints it, and returns {'bias': it} for meta.json. It is
+    subtracted where the teacher chooses and where the student learns; the stored logits stay raw."""
+    print(f'measuring the teacher\'s bias on {len(sample)} texts')
+    known = find_known(space, [text.given for text in sample], meta)
+    bias, report = learn_bias(engine, space, [text.ids.tolist() for text in sample], meta['after'], priors, batch_size,
+                              known=known)
+    print_bias(report, space)
+    return {'bias': bias}
+
+
 def print_bias(report, space):
     """prints a line for each calibrated field: the share of texts for which the teacher chooses each value,
     before and after calibration. report: from learn_bias."""
-    first, seen = {name: values[0] for name, values in space.fields.items()}, set()
+    seen = set()
     for state, n, before, after in report:
-        field = space.field[state]
+        field = space.leaf_at[state]
         if field in seen:  # a later decision of the same value
             continue
         seen.add(field)
         names = {}                                              # {output index: values that begin with it}
-        for value in space.fields[field]:
-            outs = space.from_json({**first, field: value})
-            out = outs[space.states_before(outs).index(state)]
-            names.setdefault(out, []).append(json.dumps(value, ensure_ascii=False).strip('"'))
+        for value, way in zip(space.schema.leaf(field).values, space.ways[field]):
+            names.setdefault(way[0][1], []).append(json.dumps(value, ensure_ascii=False).strip('"'))
         top = sorted(names, key=lambda out: -before[out] - after[out])[:8]
         shares = [','.join(f'{"|".join(names[out][:2])}:{share[out]:.2f}' for out in top).replace(' ', '_')
                   for share in (before, after)]
@@ -158,13 +165,13 @@ def calibrate_label(label, bias):
         for name in bias}}
 
 
-def learn_value_bias(labels, fields, priors):
+def learn_value_bias(labels, schema, priors):
     """{field: {value: log(mean probability / prior)}} of labels with probabilities. One text more, with the
     prior's probabilities, counts among them: what was never seen has no infinite bias. priors: from
     find_priors."""
     bias = {}
     for name, prior in priors.items():
-        names, prior = value_names(fields[name]), np.array(prior)
+        names, prior = schema.leaf(name).names, np.array(prior)
         p = np.array([[label['probabilities'][name][value] for value in names] for label in labels])  # (n, values)
         bias[name] = dict(zip(names, np.log((p.sum(0) + prior) / (len(p) + 1) / prior).tolist()))
     return bias
@@ -201,7 +208,7 @@ def calibrated_answers(ask, groups, folder, meta, priors):
                 waiting.append(again.pop())
             if bias is None and (group is None or len(first) >= meta['calibrate']['texts']):
                 labels = [label for _, _, label in first if 'probabilities' in label]
-                bias = meta['value_bias'] = learn_value_bias(labels, meta['fields'], priors) if labels else {}
+                bias = meta['value_bias'] = learn_value_bias(labels, Schema(meta['fields']), priors) if labels else {}
                 write_json(folder / 'meta.json', meta)
                 print_value_bias(labels, bias)
             if waiting and bias is not None:

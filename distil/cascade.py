@@ -11,7 +11,7 @@ import torch
 from config import stop
 from distil.calibrate import calibrate_label
 from distil.engine import Drafts, Teacher, answer_batched
-from distil.labels import record_from_label
+from distil.shares import record_from_label
 from distil.server import URL, Server, Stopped, check_httpx
 from distil.teacher import fingerprint, load_model
 
@@ -49,7 +49,7 @@ def ask_server(urls, task, space):
     check_httpx()
     if not urls.startswith(URL):
         stop(f'this student learned from {task["server"]} behind a URL; say where it is now: --teacher=URL')
-    server = Server(urls.split(','), task['server'], task['fields'], task['prompt'], patience=30,
+    server = Server(urls.split(','), task['server'], space.schema, task['prompt'], patience=30,
                     show=partial(print, file=sys.stderr))   # stdout is JSON alone
 
     def answer_texts(texts):

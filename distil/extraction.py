@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -15,10 +16,12 @@ from config import stop
 from config.machine import WORLD, can_compile, whole_file
 from data import FORMAT, Writer, read_meta, write_json
 from distil.calibrate import find_priors
+from distil.engine import peak_memory_gb
 from distil.prompts import prompt_text
+from distil.schema import Schema
 from distil.server import URL
 from distil.space import tokenizer_hash
-from distil.teacher import fingerprint, load_tokenizer
+from distil.teacher import fingerprint, load_tokenizer, verify_records
 
 # -----------------------------------------------------------------------------
 # checks of settings
@@ -40,12 +43,15 @@ def check_settings(config):
 
 def check_label_fields(config):
     """exits with a message if label_fields does not fit the other settings."""
-    names, fields = config['label_fields'], config['fields']
+    names = config['label_fields']
     if not config['labels']:
         stop('label_fields names the fields that labels give; set labels, too')
-    if unknown := [name for name in names if name not in fields]:
-        stop(f'label_fields: there is no field {unknown[0]!r}; there are: {", ".join(fields)}')
-    if not any(len(values) > 1 for name, values in fields.items() if name not in names):
+    try:
+        schema = Schema(config['fields'])
+        schema.only(names)
+    except ValueError as error:
+        stop(f'label_fields: {error}')
+    if all(leaf.path in names for leaf in schema.decided):
         stop('label_fields leaves no field to ask the teacher about; leave it out')
     if not config['constrain'] or config['teacher'].startswith(URL):
         stop('label_fields needs a teacher that runs here, and constrain = True: the labels become part of its answer')
@@ -66,22 +72,41 @@ def check_source(given, dataset, prompt):
     return source
 
 
+def describe_task(config, server):
+    """(what identifies the records of the settings, a dict for meta.json; {field: prior probabilities} of the fields to
+    calibrate, or None). server: a Server, or None. Exits with a message if the settings do not fit together."""
+    calibration, priors = check_calibration(config)
+    keys = ('teacher', 'prompt', 'chat', 'fields', 'indent', 'fence', 'constrain', 'max_text', 'output_vocab',
+            'extra_vocab')
+    # score is True if answers are given, 'labels' if their probabilities are, see data.answers_from
+    task = {key: config[key] for key in keys} | {'score': bool(config['score']), 'calibrate': calibration,
+                                                'label_fields': config['label_fields'] or None}
+    if config['labels'] and not config['label_fields']:         # serve.py finds a text by the prompt
+        task |= {'prompt': config['prompt'] or '{text}', 'chat': False, 'score': 'labels'}
+    if server:                                                  # the tokenizer is that of another model
+        task |= {'teacher': config['tokenizer'], 'chat': False, 'score': 'labels', 'server': server.identity}
+    return task, priors
+
+
 def check_calibration(config):
     """({texts, fields, prior} for meta.json, {field: prior probabilities}) of the settings, or (None, None)
     without calibration. Exits with a message if the settings do not fit together. Given answers and labels
     are never calibrated."""
-    asked = [name for name in config['fields'] if name not in config['label_fields']]
     if not config['calibrate'] or config['score'] or config['labels'] and not config['label_fields']:
         return None, None
     if not config['constrain']:
         stop('calibrate needs constrain = True: a free answer is not chosen among the values')
     only, prior = config['calibrate_fields'], config['prior']
+    try:
+        schema = Schema(config['fields'])
+    except ValueError as error:
+        stop(f'fields: {error}')
     if config['label_fields']:
-        only = only or asked
+        only = only or [path for path in schema.paths if path not in config['label_fields']]
         if labelled := [name for name in [*only, *prior] if name in config['label_fields']]:
             stop(f'{labelled[0]} has labels, which are not calibrated; take it out of calibrate_fields and prior')
     try:
-        priors = find_priors(config['fields'], prior, only)
+        priors = find_priors(schema, prior, only)
     except ValueError as error:
         stop(f'prior: {error}')
     return {'texts': config['calibrate'], 'fields': only, 'prior': prior}, priors
@@ -167,6 +192,25 @@ def print_filter(counts, max_text):
     if n := counts['equal_once_cut']:
         print(f'equal_once_cut: {n} texts are left out, because they equal another one in their first {max_text} '
               'tokens, which are all that is read; raise max_text, or take out what they begin with')
+
+
+def print_plan(totals, V, n_todo, seconds, server):
+    """prints what the whole run will take, by its first texts. totals: of these; V: size of the output vocabulary;
+    seconds: they took; server: a Server, or None."""
+    gb = n_todo * totals['steps'] / totals['records'] * (2 * V + 10) / 1e9  # of a step: V logits, two floats, an index
+    hours = n_todo / totals['records'] / WORLD * seconds / 3600
+    memory = peak_memory_gb('cuda' if torch.cuda.is_initialized() else 'cpu')
+    cost = f' cost={server.cost_of(n_todo):.4g}' if server else ''
+    tqdm.write(f'plan records={n_todo} hours={hours:.3f} disk_gb={gb:.3f} memory_gb={memory:.2f}{cost}')
+
+
+def check_records(model, shards, space, n):
+    """compares n stored records with plain forward passes of the teacher, prints how they differ, and exits: with status
+    1 if they do."""
+    rows = np.random.default_rng().choice(len(shards), min(n, len(shards)), replace=False)
+    equal, line = verify_records(model, shards, space, rows)
+    print(line)
+    sys.exit(not equal)
 
 
 def print_totals(totals):

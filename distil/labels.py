@@ -16,125 +16,27 @@ the answer:
 or is a call to an LLM. Its probabilities are used if it has the answer's log probabilities. Several labels of
 one text are averaged, also those of a request with n > 1.
 
-The stored logits are those of a teacher with exactly these probabilities: at each decision, the probability
-of a token is the sum over the values that it leads to. Only each field's own (marginal) probabilities are
-known, so a field is assumed to be independent of the fields before it.
+distil/shares.py makes logits of the probabilities.
 """
-import json
-import math
 import os
 import zlib
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from config import split_paths, stop
 from config.machine import RANK
 from data import Shards, text_hash
 from data.calls import read_replies
 from data.logs import Log
-from data.objects import fill_missing, find_object, same_value
+from data.objects import find_object
 from data.templates import check_template
 from distil.answers import label_from_answer
 from distil.prompts import prompt_text
-from distil.space import check_fields, clean, value_names
-
-ILLEGAL_LOGIT = -30.0   # logit of a token that the schema forbids: a probability of 1e-13
-MIN_PROBABILITY = 1e-6  # smallest probability of a legal token
-
-
-def read_value(name, value, values):
-    """the probabilities of a field's values if one of them is the label: a list of 0 and 1. ValueError if it is
-    none of them."""
-    try:
-        found = same_value(value, values)
-    except ValueError:
-        shown = ', '.join(json.dumps(other, ensure_ascii=False) for other in values)
-        raise ValueError(f'{name} is {json.dumps(value, ensure_ascii=False)[:80]}, not one of {shown[:200]}') from None
-    return [float(other is found) for other in values]
-
-
-def read_weights(name, weights, values):
-    """the probabilities of a field's values, in their order: a list with sum 1. weights: {value: weight >= 0}.
-    ValueError if that is not what it is."""
-    names = value_names(values)
-    for key, weight in weights.items():
-        if key not in names:
-            raise ValueError(f'{name} has a probability of {key!r}, which is not one of {", ".join(names)[:200]}')
-        if type(weight) not in (int, float) or not 0 <= weight < math.inf:
-            raise ValueError(f'{name}: {weight!r} is not the probability of {key!r}')
-    if not (total := sum(weights.values())):
-        raise ValueError(f'{name} has no probability above 0')
-    return [weights.get(key, 0) / total for key in names]
-
-
-def read_label(fields, label):
-    """{field: probabilities of its values, in their order} of a label, a dict with "probabilities" or "answer".
-    If a field is in both, its probabilities are used; if an answer lacks a field that may be null, it is null.
-    ValueError, which names the field, if one is missing or has a value that the schema does not have."""
-    answer, weights = ({} if label.get(part) is None else label[part] for part in ('answer', 'probabilities'))
-    if not isinstance(answer, dict) or not isinstance(weights, dict):
-        raise ValueError('its answer is not an object with a value for each field')
-    answer, probabilities = answer if label.get('answer') is None else fill_missing(fields, answer), {}
-    for name, values in fields.items():
-        known = weights.get(name, answer.get(name, ''))
-        if len(values) == 1:                                    # a constant
-            probabilities[name] = [1.0]
-        elif name not in weights and name not in answer:
-            raise ValueError(f'it has no {name}')
-        elif name in weights and isinstance(known, dict):
-            probabilities[name] = read_weights(name, known, values)
-        else:
-            probabilities[name] = read_value(name, known, values)
-    return probabilities
-
-
-def label_shares(space, label, fields=None):
-    """({field: probabilities of its values}, {state: {output index: probability}} at the decisions of these fields)
-    of a label, a dict. fields: {name: values} of those that it has; None: all. ValueError if one is missing or
-    has a value that the schema does not have."""
-    probabilities, shares = read_label(fields or space.fields, label), {}
-    for name in probabilities:
-        shares |= space.token_shares(name, probabilities[name])
-    return probabilities, shares
-
-
-def logits_of(shares, V):
-    """{output index: probability} -> logits (V,) float32."""
-    row = np.full(V, ILLEGAL_LOGIT, np.float32)
-    for token, p in shares.items():
-        row[token] = math.log(max(p, MIN_PROBABILITY))
-    return row
-
-
-def find_known(space, labels, meta):
-    """for each label {state: logits (V,), a tensor} at the decisions of the fields in meta['label_fields'], for
-    engine.answer. None if there are no such fields."""
-    fields, V = {name: space.fields[name] for name in meta.get('label_fields') or ()}, len(space.output_ids)
-    if not fields:
-        return None
-    shares = (label_shares(space, label, fields)[1] for label in labels)
-    return [{state: torch.from_numpy(logits_of(row, V)) for state, row in of_label.items()} for of_label in shares]
-
-
-def record_from_label(space, label):
-    """a label as dict -> output indices (n,) of its most probable answer, and logits (n, V) float32. None if a
-    field is missing or has a value that the schema does not have."""
-    try:
-        probabilities, shares = label_shares(space, label)
-    except ValueError:
-        return None
-    outs = space.from_json({name: values[int(np.argmax(probabilities[name]))]
-                            for name, values in space.fields.items()})
-    rows = [shares.get(state, {out: 1.0}) for state, out in zip(space.states_before(outs), outs)]
-    return outs, np.stack([logits_of(row, len(space.output_ids)) for row in rows])
-
-
-# -----------------------------------------------------------------------------
-# files
-
+from distil.schema import Schema
+from distil.shares import label_shares, logits_of
+from distil.space import clean
 
 def read_text(line):
     """the text of a line (data.logs.Line). ValueError(reason, what is wrong) if it has none."""
@@ -162,8 +64,8 @@ class Labels:
     one. Keeps the labels in memory, not the texts. problems: {reason: [which line, and what is wrong with it]}.
     """
 
-    def __init__(self, paths, fields, template='', prompt=''):
-        self.log, self.fields, self.problems = Log(paths, template, prompt), fields, {}
+    def __init__(self, paths, schema, template='', prompt=''):
+        self.log, self.schema, self.problems = Log(paths, template, prompt), schema, {}
         self.outcomes = []      # of each line: '', or the reason why it has no record; None for the input of a batch
         self.known = {}         # {hash of a text: (mean probabilities of all values, labels, the first best answer)}
         for line in self.log:
@@ -200,10 +102,9 @@ class Labels:
 
     def label_of(self, hash_):
         """the label of a text, the mean of all that it has."""
-        ends = np.cumsum([len(values) for values in self.fields.values()])
+        ends = np.cumsum([len(leaf) for leaf in self.schema.leaves])
         parts = np.split(self.known[hash_][0], ends[:-1])
-        return {'probabilities': {name: dict(zip(value_names(values), part.tolist()))
-                                  for (name, values), part in zip(self.fields.items(), parts)}}
+        return self.schema.write_label({leaf.path: part for leaf, part in zip(self.schema.leaves, parts)})
 
     def read_labels(self, line):
         """[{field: probabilities}] of a line: one, or one for each of the answers to a request with n > 1.
@@ -215,7 +116,7 @@ class Labels:
         found, wrong = [], []
         for answer in [None] if answers is None else answers:
             try:
-                found.append(read_label(self.fields, line.record) if answer is None else self.read_answer(*answer))
+                found.append(self.schema.read_label(line.record) if answer is None else self.read_answer(*answer))
             except ValueError as error:
                 wrong.append(str(error))
         if not found:
@@ -227,17 +128,17 @@ class Labels:
 
     def read_answer(self, content, tokens):
         """{field: probabilities} of an answer of an LLM. ValueError if it breaks the schema."""
-        label, (answer, _) = label_from_answer(self.fields, content, tokens)[0], find_object(content)
+        label, (answer, _) = label_from_answer(self.schema, content, tokens)[0], find_object(content)
         if answer is None:
             raise ValueError(f'its answer has no JSON object: {content[:80]!r}')
-        return read_label(self.fields, label or {'answer': answer})
+        return self.schema.read_label(label or {'answer': answer})
 
     def count_changed(self, shards, space):
         """number of the records in shards whose label differs now from the stored one."""
         n_changed = 0
         for i, hash_ in enumerate(map(int, shards.hashes)):
             if hash_ in self.known:
-                _, shares = label_shares(space, self.label_of(hash_), self.fields)
+                _, shares = label_shares(space, self.label_of(hash_), self.schema)
                 rows = zip(space.states_before(shards.answer(i).tolist()), shards.logits(i))
                 rows = [(stored, logits_of(shares[state], len(stored))) for state, stored in rows if state in shares]
                 n_changed += not all(np.allclose(stored, row - row.max(), atol=0.05) for stored, row in rows)
@@ -258,9 +159,8 @@ def open_labels(config):
     except ValueError as error:
         stop(f'the template {error}')
     try:
-        check_fields(config['fields'])
-        fields = {name: config['fields'][name] for name in config['label_fields'] or config['fields']}
-        labels = Labels(paths, fields, config['template'], prompt_text(config['prompt']))
+        schema = Schema(config['fields']).check().only(config['label_fields'])
+        labels = Labels(paths, schema, config['template'], prompt_text(config['prompt']))
     except ValueError as error:
         stop(f'fields: {error}')
     except (OSError, EOFError, zlib.error) as error:

@@ -19,9 +19,6 @@ def prompt_text(prompt):
     return '\n'.join(message['content'] for message in as_messages(prompt))
 
 
-def answer_format(fields):
-    """the response_format of the OpenAI API that allows answers of the schema and nothing else. fields: {name:
-    values}."""
-    schema = {'type': 'object', 'properties': {name: {'enum': values} for name, values in fields.items()},
-              'required': list(fields), 'additionalProperties': False}
-    return {'type': 'json_schema', 'json_schema': {'name': 'answer', 'schema': schema, 'strict': True}}
+def answer_format(schema):
+    """the response_format of the OpenAI API that allows answers of a Schema and nothing else."""
+    return {'type': 'json_schema', 'json_schema': {'name': 'answer', 'schema': schema.json_schema(), 'strict': True}}

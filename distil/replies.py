@@ -94,27 +94,6 @@ def error_message(reply):
 # an answer that is none
 
 
-def plain(value):
-    """a value as a text, by which it is found again in another case or type."""
-    return (value if isinstance(value, str) else json.dumps(value)).strip().casefold()
-
-
-def explain_fields(fields, answer):
-    """what is wrong with the values of an answer, a dict; '' if nothing is."""
-    as_json = lambda value: json.dumps(value, ensure_ascii=False, sort_keys=True)
-    for name, values in fields.items():
-        if name not in answer and None in values:
-            continue
-        if name not in answer:
-            return f'it has no {as_json(name)}'
-        if any(answer[name] == value and isinstance(answer[name], bool) == isinstance(value, bool) for value in values):
-            continue
-        near = [as_json(value) for value in values if plain(value) == plain(answer[name])]
-        meant = f'{near[0]} in another case or type' if near else f'one of {", ".join(map(as_json, values))[:200]}'
-        return f'{name} is {as_json(answer[name])[:80]}, ' + (meant if near else f'not {meant}')
-    return ''
-
-
 def find_refusal(reply):
     """the words with which a model refuses to answer, '' if it does not. reply: the JSON of it."""
     message = first_choice(reply).get('message')
@@ -122,7 +101,7 @@ def find_refusal(reply):
     return refusal if isinstance(refusal, str) else ''
 
 
-def explain_invalid(fields, content, reply):
+def explain_invalid(schema, content, reply):
     """why an answer breaks the schema, with the beginning of it. content: its text; reply: the JSON it came in."""
     if refusal := find_refusal(reply):
         return hide_keys(f'the model refuses: {refusal[:200]!r}')
@@ -139,6 +118,9 @@ def explain_invalid(fields, content, reply):
                      'thinking off')
     elif answer is None:
         found.append('it has no JSON object')
-    elif wrong := explain_fields(fields, answer):
-        found.append(wrong)
+    else:
+        try:
+            schema.numbers(answer)
+        except ValueError as error:
+            found.append(str(error))
     return hide_keys(f'{content[:200]!r} ({"; ".join(found) or "it breaks the schema"})')

@@ -1,6 +1,6 @@
 """A teacher behind a URL: asks an OpenAI-compatible server about many texts at once.
 
-    server = Server(['http://localhost:8000/v1'], 'qwen', fields, prompt)
+    server = Server(['http://localhost:8000/v1'], 'qwen', schema, prompt)
     for group in server.answered(groups, decode):    # [(hash, ids, label)], as the answers come
         ...
 
@@ -27,6 +27,7 @@ from distil.answers import label_from_answer, label_from_samples
 from distil.keys import failure_text, hide_keys, hide_password, read_key
 from distil.prompts import answer_format, prompt_messages
 from distil.replies import explain_invalid, find_refusal, judge_reply
+from distil.schema import Schema
 
 try:
     import httpx
@@ -56,22 +57,22 @@ def read_answer(reply):
 
 
 class Server:
-    """urls: base URLs, such as http://host:8000/v1, that share the work. model: its name there. fields:
-    the schema. prompt: a text or messages, with {text} in it. in_flight: requests at a time. samples:
-    answers per text, if the server tells no log probabilities, drawn at sample_temperature. patience:
+    """urls: base URLs, such as http://host:8000/v1, that share the work. model: its name there. schema: a Schema.
+    prompt: a text or messages, with {text} in it. in_flight: requests at a time. samples: answers per text, if the
+    server tells no log probabilities, drawn at sample_temperature. patience:
     seconds without any answer after which the run ends. prices are per million tokens; max_cost: the run
     ends before it costs more, 0: never. show: function of a line, what becomes of it.
     """
 
-    def __init__(self, urls, model, fields, prompt, in_flight=16, samples=1, sample_temperature=1.0,
+    def __init__(self, urls, model, schema, prompt, in_flight=16, samples=1, sample_temperature=1.0,
                  timeout=120, patience=300, price_in=0.0, price_out=0.0, max_cost=0.0, show=print):
-        self.urls, self.model, self.fields, self.prompt = [url.rstrip('/') for url in urls], model, fields, prompt
+        self.urls, self.model, self.schema, self.prompt = [url.rstrip('/') for url in urls], model, schema, prompt
         self.in_flight, self.samples, self.sample_temperature = in_flight, samples, sample_temperature
         self.timeout, self.patience, self.max_cost = timeout, patience, max_cost
         self.prices = price_in, price_out
         self.busy, self.resting = Counter(), {}             # per URL: requests under way, not before this time
         # what makes answers better and a server may refuse: the alternatives in order, at last to do without
-        self.options = {'response_format': [answer_format(fields), {'type': 'json_object'}, None],
+        self.options = {'response_format': [answer_format(schema), {'type': 'json_object'}, None],
                         'logprobs': [True, None], 'temperature': [0, None]}
         self.key, self.show = read_key('TEACHER_API_KEY') if urls else '', show
         for url in urls:
@@ -206,17 +207,17 @@ class Server:
             if isinstance(reply, tuple):
                 return self.drop(*reply)
             content, tokens = read_answer(reply)
-            label, outside = label_from_answer(self.fields, content, tokens)
+            label, outside = label_from_answer(self.schema, content, tokens)
             if label and 'answer' in label and self.samples > 1:  # no log probabilities
                 more = [await self.complete(client, text, True) for _ in range(self.samples)]
                 contents = [read_answer(reply)[0] for reply in more if not isinstance(reply, tuple)]
-                label = label_from_samples(self.fields, contents) or label
+                label = label_from_samples(self.schema, contents) or label
             if label:
                 self.n_answered += 1
                 self.outside += outside
                 return label
         self.n_invalid += 1
-        why = explain_invalid(self.fields, content, reply)
+        why = explain_invalid(self.schema, content, reply)
         if self.n_invalid == IN_A_ROW and not self.n_answered:
             raise Stopped(f'of {IN_A_ROW} texts none has an answer that fits the schema; the last one: {why}')
         return self.drop('refused' if find_refusal(reply) else 'invalid', why)
@@ -331,5 +332,5 @@ def open_server(config):
     names = ('in_flight', 'samples', 'sample_temperature', 'patience', 'price_in', 'price_out', 'max_cost')
     if config['max_cost'] and not (config['price_in'] or config['price_out']):
         stop('max_cost needs price_in and price_out, per million tokens')
-    return Server(config['teacher'].split(','), config['teacher_model'], config['fields'], config['prompt'],
+    return Server(config['teacher'].split(','), config['teacher_model'], Schema(config['fields']), config['prompt'],
                   **{name: config[name] for name in names})

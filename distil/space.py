@@ -8,16 +8,22 @@ An answer is a sequence of tokens. A *forced* token is the only legal one, at a 
     {"tone":"   neutral | friendly   ","spam":   true | false   }\n
     forced      decision             forced      decision       forced
 
-An *id* is a row of the teacher's vocabulary: the tokenizer returns ids and the student reads them. An *output
-index* is a position in space.output_ids: the student predicts output indices and output.bin stores them.
+An *id* is a row of the teacher's vocabulary: the tokenizer returns ids and the student reads texts as them. An
+*output index* is a position in space.output_ids: answers are output indices, and output.bin stores them. The schema
+(schema.py) says what the answers are and how they are written, the automaton (automaton.py) which token may come next.
 """
 import hashlib
 import json
+import math
 import random
 import re
 from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import torch
+
+from distil.automaton import Automaton
+from distil.schema import Schema
 
 # -----------------------------------------------------------------------------
 # texts and tokens
@@ -42,50 +48,6 @@ def special_ids(tokenizer):
     return {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
 
-def value_name(value):
-    """a JSON value as a string, for the keys of a JSON object; see value_names."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def value_names(values):
-    """the values of a field as different strings, for the keys of a JSON object: True is 'true'. If two would
-    be the same, as True and 'true', all are written as JSON: 'true' and '"true"'."""
-    return [*names_of(json.dumps(values))]
-
-
-@lru_cache(maxsize=1000)
-def names_of(values):
-    """value_names as a tuple; values: the list as JSON."""
-    values = json.loads(values)
-    names = tuple(map(value_name, values))
-    return names if len(set(names)) == len(names) else tuple(map(json.dumps, values))
-
-
-def check_fields(fields):
-    """ValueError if a dict is not a schema: {name: [different JSON values]}, with something to decide."""
-    for name, values in fields.items():
-        if not isinstance(name, str):
-            raise ValueError(f'field names must be strings, not {name!r}')
-        for constant in [name, *values] if isinstance(values, list) else [name]:
-            try:
-                text = json.dumps(constant, ensure_ascii=False, allow_nan=False)
-                text.encode()  # raises on a lone surrogate
-            except (TypeError, ValueError, RecursionError):
-                raise ValueError(f'field {name!r}: {constant!r} cannot be written as JSON') from None
-            if has_object(constant):
-                raise ValueError(f'field {name!r}: {constant!r} has a JSON object in it; values are strings, numbers, '
-                                 'true, false, null and lists of them')
-        if not isinstance(values, list) or not values or len(set(map(json.dumps, values))) < len(values):
-            raise ValueError(f'field {name!r} needs a list of different values, not {values!r}')
-    if not any(len(values) > 1 for values in fields.values()):
-        raise ValueError("nothing to decide; a task needs fields = {'name': [two or more values], ...}")
-
-
-def has_object(value):
-    """True if a JSON value is an object or a list with one in it."""
-    return isinstance(value, dict) or isinstance(value, list) and any(map(has_object, value))
-
-
 def accepted_prefix(draft, chosen):
     """the accepted prefix of a draft that a model has read in one pass: the draft's tokens up to the first
     that the model would not have chosen, then the model's own choice. Greedy decoding with it gives the same
@@ -100,6 +62,10 @@ def accepted_prefix(draft, chosen):
     return chosen[:n + 1]
 
 
+# -----------------------------------------------------------------------------
+# from the pieces of the written form to tokens
+
+
 def common_prefix(seqs):
     """length of the longest prefix that all these sequences share."""
     n = 0
@@ -108,41 +74,82 @@ def common_prefix(seqs):
     return n
 
 
+def split_tokens(pieces, encode):
+    """the parts of an Automaton, in ids: [(path or None, [tuples of ids])], of the pieces of a written form (Schema.pieces).
+    encode: text -> tokenizers.Encoding. ValueError if the tokens of two values merge.
+
+    A token may reach from a value into the text beside it, so a value is encoded within a whole answer, in which all
+    other slots have their first value. In each fixed text between two slots there must be a place where a token begins
+    whatever the values are: the answer is cut there. What all values of a slot have in common at the ends of their cuts
+    is fixed, too.
+    """
+    first = [piece if isinstance(piece, str) else piece.texts[0] for piece in pieces]
+    at = list(accumulate(map(len, first), initial=0))           # where each piece begins
+    encoded = {}                                                # {slot: [(ids, where each begins, how much longer)]}
+    for k, piece in enumerate(pieces):
+        for text in () if isinstance(piece, str) else piece.texts:
+            encoding = encode(''.join([*first[:k], text, *first[k + 1:]]))
+            begins = [begin for begin, _ in encoding.offsets]
+            encoded.setdefault(k, []).append((encoding.ids, begins, len(text) - len(first[k])))
+
+    def find_cut(gap):
+        """the place of a cut in a fixed text, counted in the answer of first values."""
+        if gap == 0 or gap == len(pieces) - 1:
+            return 0 if gap == 0 else math.inf
+        places = set(range(at[gap], at[gap + 1]))
+        for k in gap - 1, gap + 1:
+            for _, begins, longer in encoded[k]:
+                places &= {begin - longer * (k < gap) for begin in begins}
+        if not places:
+            raise ValueError(f'the tokens of field {pieces[gap + 1].path!r} merge with those of the field before; '
+                             'use indent = 2')
+        return min(places)
+    parts = []
+    for k in encoded:
+        left, right = find_cut(k - 1), find_cut(k + 1)
+        seqs = [tuple(i for i, begin in zip(ids, begins) if left <= begin < right + longer)
+                for ids, begins, longer in encoded[k]]
+        start = common_prefix(seqs)
+        end = common_prefix([seq[start:][::-1] for seq in seqs])  # counted from the end
+        values = [seq[start:len(seq) - end] for seq in seqs]
+        parts += [(None, [seqs[0][:start]]), (pieces[k].path, values), (None, [seqs[0][len(seqs[0]) - end:]])]
+    return parts
+
+
 # -----------------------------------------------------------------------------
 # the output space
 
 
-class OutputSpace:
-    """All answers that a schema allows, as a DFA of S states over tokens, and the output vocabulary of V
-    tokens.
+class OutputSpace(Automaton):
+    """All answers that a schema allows, as an automaton over the V tokens of the output vocabulary.
 
-    tokenizer: a tokenizers.Tokenizer. fields: {name: [allowed JSON values]} in output order. indent, fence:
-    style of the JSON. end_id: the teacher's end of turn, or None if a newline ends the answer (few-shot
-    completion). auxiliary: ids appended to the output vocabulary. bias: what calibration subtracts from the
-    teacher's logits, see calibrate.py. ValueError if the schema cannot be compiled.
+    tokenizer: a tokenizers.Tokenizer. fields: as in a config, see schema.py. indent, fence: style of the JSON. end_id:
+    the teacher's end of turn, or None if a newline ends the answer (few-shot completion). auxiliary: ids appended to
+    the output vocabulary. bias: what calibration subtracts from the teacher's logits, see calibrate.py. ValueError if
+    the schema cannot be compiled.
 
+    schema       the Schema; space.leaf_at[state] is the path of one of its leaves, or None
     output_ids   (V,) list    ids of the output vocabulary, first the n_required ids of valid answers
-    transitions  (S,) list    {legal output index: state after it}; answers start in state 0
-    next_state   (S, V) long  the same as a table, -1 for an illegal token
-    done         int          the state after the end token
-    forced       (S,) long    the only legal output index, -1 at a decision and at done
-    forced_runs  (S,) list    (forced output indices that follow, state after them: a decision, or done)
-    field        (S,) list    the field whose value is being written, None between values
+    output_index              {id: output index}
     max_answer   int          tokens of the longest answer, end token included
     bias         (S, V)       float32, 0 without calibration
     """
 
     def __init__(self, tokenizer, fields, indent=None, fence=False, end_id=None, auxiliary=(), bias=None):
-        self.tokenizer, self.fields, self.end_id = tokenizer, fields, end_id
+        self.tokenizer, self.schema, self.end_id = tokenizer, Schema(fields).check(), end_id
         self.indent, self.fence = indent, fence
-        check_fields(fields)
         self.check_constants()
-        self.segments = self.find_segments()
-        required = dict.fromkeys(t for alternatives in self.segments for a in alternatives for t in a)
+        pieces = self.schema.pieces(indent, fence)
+        pieces[-1] += '' if end_id is not None else '\n'
+        parts = split_tokens(pieces, lambda text: tokenizer.encode(text, add_special_tokens=False))
+        parts += [] if end_id is None else [(None, [(end_id,)])]
+        required = dict.fromkeys(i for _, alternatives in parts for ids in alternatives for i in ids)
         self.n_required = len(required)
         self.output_ids = list(required | dict.fromkeys(auxiliary))
-        self.output_index = {t: i for i, t in enumerate(self.output_ids)}
-        self.compile()
+        self.output_index = {i: out for out, i in enumerate(self.output_ids)}
+        super().__init__([(path, [tuple(self.output_index[i] for i in ids) for ids in alternatives])
+                          for path, alternatives in parts], len(self.output_ids))
+        self.max_answer = self.longest
         self.verify()
         self.set_bias(bias or {})
         self.parse = lru_cache(maxsize=10_000)(self.parse)  # answers repeat; the limit bounds the memory
@@ -154,121 +161,35 @@ class OutputSpace:
         return cls(tokenizer, *(task.get(key) for key in keys))
 
     def check_constants(self):
-        """raises ValueError if a name or a value contains a special token of the tokenizer."""
+        """raises ValueError if a key or a value contains a special token of the tokenizer."""
         special = special_ids(self.tokenizer)
-        for name, values in self.fields.items():
-            for constant in [name, *values]:
+        for leaf in self.schema.leaves:
+            for constant in [*leaf.keys, *leaf.values]:
                 text = json.dumps(constant, ensure_ascii=False)
                 if special.intersection(self.tokenizer.encode(text, add_special_tokens=False).ids):
-                    raise ValueError(f'field {name!r}: {constant!r} has a special token of the tokenizer in it')
+                    raise ValueError(f'field {leaf.path!r}: {constant!r} has a special token of the tokenizer in it')
 
-    def text(self, values):
-        """the canonical text of an answer. values: one per field, in order."""
-        answer = json.dumps(dict(zip(self.fields, values)), indent=self.indent, ensure_ascii=False,
-                            separators=(',', ':' if self.indent is None else ': '))
-        answer = f'```json\n{answer}\n```' if self.fence else answer
-        return answer if self.end_id is not None else answer + '\n'
+    def text(self, answer):
+        """the canonical text of an answer, a dict."""
+        text = self.schema.write(answer, self.indent, self.fence)
+        return text if self.end_id is not None else text + '\n'
 
-    def encode(self, values):
-        """ids of an answer, end token included. values: one per field, in order."""
-        ids = self.tokenizer.encode(self.text(values), add_special_tokens=False).ids
+    def encode(self, answer):
+        """ids of an answer, a dict, end token included."""
+        ids = self.tokenizer.encode(self.text(answer), add_special_tokens=False).ids
         return ids if self.end_id is None else ids + [self.end_id]
-
-    # from fields to automaton
-
-    def find_segments(self):
-        """the answer as a list of segments, each a list of alternative tuples of ids. Scaffolding has one
-        alternative, a field has one per value; the two take turns.
-
-        Each value is encoded once, with all other fields at their first value. The span of a value is what
-        differs between these encodings.
-        """
-        base = [values[0] for values in self.fields.values()]
-        base_ids, segments, end = self.encode(base), [], 0      # end: of the segments so far, in base_ids
-        for i, (name, values) in enumerate(self.fields.items()):
-            if len(values) == 1:
-                continue  # a constant is scaffolding
-            seqs = [self.encode(base[:i] + [v] + base[i + 1:]) for v in values]
-            start = common_prefix(seqs)
-            stop = common_prefix([s[start:][::-1] for s in seqs])  # counted from the end
-            if start < end:
-                raise ValueError(f'the tokens of field {name!r} merge with those of the field before; '
-                                 'use indent = 2')
-            segments += [[tuple(base_ids[end:start])], [tuple(s[start:len(s) - stop]) for s in seqs]]
-            end = len(base_ids) - stop
-        return segments + [[tuple(base_ids[end:])]]
-
-    def compile(self):
-        """builds the automaton from the segments, by subset construction
-        (https://en.wikipedia.org/wiki/Powerset_construction). Sets all attributes of states.
-
-        A state is the set of points (segment, alternative, position) that the tokens so far allow. So values
-        that are prefixes of other values need no special case.
-        """
-        def find_closure(points):
-            closed, todo = set(), list(points)
-            while todo:
-                seg, alt, pos = point = todo.pop()
-                if seg < len(self.segments) and pos == len(self.segments[seg][alt]):  # complete: next segment
-                    following = self.segments[seg + 1] if seg + 1 < len(self.segments) else [()]
-                    todo += [(seg + 1, a, 0) for a in range(len(following))]
-                else:
-                    closed.add(point)
-            return frozenset(closed)
-
-        start = find_closure((0, a, 0) for a in range(len(self.segments[0])))
-        number, rows, todo = {start: 0}, {}, [start]            # number: {set of points: state}
-        while todo:
-            points = todo.pop()
-            reached = {}                                        # {output index: points after it}
-            for seg, alt, pos in points:
-                if seg < len(self.segments):
-                    token = self.output_index[self.segments[seg][alt][pos]]
-                    reached.setdefault(token, set()).add((seg, alt, pos + 1))
-            row = rows[number[points]] = {}
-            for token in sorted(reached):
-                after = find_closure(reached[token])
-                if after not in number:
-                    number[after] = len(number)
-                    todo.append(after)
-                row[token] = number[after]
-        self.transitions = [rows[state] for state in range(len(number))]
-        self.done = number[frozenset({(len(self.segments), 0, 0)})]
-        names = [name for name, values in self.fields.items() if len(values) > 1]
-        self.field = []
-        for points in number:
-            odd = [seg for seg, _, _ in points if seg % 2 and seg < len(self.segments)]  # segments of values
-            self.field.append(names[odd[0] // 2] if odd else None)
-        self.max_answer = sum(max(map(len, alternatives)) for alternatives in self.segments)
-        self.make_tables()
-
-    def make_tables(self):
-        """derives next_state, forced and forced_runs from the transitions."""
-        self.next_state = torch.full((len(self.transitions), len(self.output_ids)), -1)
-        for state, row in enumerate(self.transitions):
-            for token, after in row.items():
-                self.next_state[state, token] = after
-        legal = self.next_state >= 0
-        self.forced = torch.where(legal.sum(1) == 1, legal.int().argmax(1), -1)
-        self.forced_runs = []
-        for state in range(len(self.transitions)):
-            run = []
-            while len(self.transitions[state]) == 1:
-                (out, state), = self.transitions[state].items()
-                run.append(out)
-            self.forced_runs.append((run, state))
 
     def verify(self, n=200):
         """raises ValueError if the automaton rejects one of n random answers as the tokenizer encodes it."""
         rng = random.Random(0)
         for _ in range(n):
-            values = [rng.choice(v) for v in self.fields.values()]
-            outs = [self.output_index.get(t, -1) for t in self.encode(values)]
+            answer = self.schema.build([rng.randrange(len(leaf)) for leaf in self.schema.leaves])
+            outs = [self.output_index.get(i, -1) for i in self.encode(answer)]
             if -1 in outs or self.state_after(outs) != self.done:
-                raise ValueError(f'the tokenizer encodes {self.text(values)!r} differently from its parts; '
+                raise ValueError(f'the tokenizer encodes {self.text(answer)!r} differently from its parts; '
                                  'try another indent')
 
-    # probabilities and bias
+    # between the distribution of a leaf and that of the tokens
 
     def set_bias(self, bias):
         """makes the table of the bias. bias: {state: {output index: number}}, as meta.json keeps it."""
@@ -277,34 +198,34 @@ class OutputSpace:
             for out, value in row.items():
                 self.bias[int(state), int(out)] = value
 
-    def token_shares(self, field, probabilities):
-        """{state: {output index: probability}} at the decisions on the way to each value of a field that has a
+    @cached_property
+    def ways(self):
+        """{path of a leaf: [way of each of its values]} for the leaves with a choice. The way of a value is the list of
+        its decisions (state, output index, the output indices from the leaf's first decision to it)."""
+        ways = {}
+        for leaf in self.schema.decided:
+            ways[leaf.path] = []
+            for value in leaf.values:
+                outs = self.from_json(self.schema.replace(leaf, value))
+                decisions = [(n, state) for n, state in enumerate(self.states_before(outs))
+                             if self.leaf_at[state] == leaf.path and len(self.transitions[state]) > 1]
+                start = decisions[0][0]
+                ways[leaf.path].append([(state, outs[n], tuple(outs[start:n])) for n, state in decisions])
+        return ways
+
+    def token_shares(self, path, probabilities):
+        """{state: {output index: probability}} at the decisions on the way to each value of a leaf that has a
         probability above 0. The probability of a token is the sum over the values that it leads to, normalised
-        at each state. probabilities: a list, one per value of the field, in order."""
+        at each state. probabilities: a list, one per value of the leaf, in order."""
         rows = {}
-        for path, p in zip(self.value_paths.get(field, []), probabilities):
-            for state, out, _ in path if p else ():
+        for way, p in zip(self.ways.get(path, []), probabilities):
+            for state, out, _ in way if p else ():
                 row = rows.setdefault(state, dict.fromkeys(self.transitions[state], 0.0))
                 row[out] += p
         for row in rows.values():
             total = sum(row.values())
             row.update({out: p / total for out, p in row.items()})
         return rows
-
-    @cached_property
-    def value_paths(self):
-        """{field: [path of each of its values]} for the fields with a choice. The path of a value is the list
-        of its decisions (state, output index, the output indices from the field's first decision to it)."""
-        paths, first = {}, {name: values[0] for name, values in self.fields.items()}
-        for name in [name for name, values in self.fields.items() if len(values) > 1]:
-            paths[name] = []
-            for value in self.fields[name]:
-                outs = self.from_json({**first, name: value})
-                decisions = [(n, state) for n, state in enumerate(self.states_before(outs))
-                             if self.field[state] == name and len(self.transitions[state]) > 1]
-                start = decisions[0][0]
-                paths[name].append([(state, outs[n], tuple(outs[start:n])) for n, state in decisions])
-        return paths
 
     # answers and output indices
 
@@ -316,32 +237,14 @@ class OutputSpace:
                 answer = json.loads(shown)
             except ValueError:
                 continue
-            if self.from_json(answer) is None:
+            if not self.schema.is_answer(answer):
                 yield f'{shown} is not an answer of this schema'
-            elif shown not in (expected := self.text([answer[name] for name in self.fields])):
+            elif shown not in (expected := self.text(answer)):
                 yield f'{shown} must be written {expected.strip()}'
-
-    def state_after(self, outs, state=0):
-        """the state after the output indices outs, from `state` on; -1 if one of them is illegal."""
-        for out in outs:
-            state = self.transitions[state].get(out, -1) if state >= 0 else -1
-        return state
-
-    def states_before(self, outs):
-        """the state before each of the output indices outs, which must begin a valid answer."""
-        states = [0]
-        for out in outs:
-            states.append(self.transitions[states[-1]][out])
-        return states[:-1]
 
     def from_json(self, answer):
         """dict -> list of the output indices of that answer, or None if the schema does not allow it."""
-        if not isinstance(answer, dict) or set(answer) != set(self.fields):
-            return None
-        for name, values in self.fields.items():
-            if json.dumps(answer[name]) not in map(json.dumps, values):  # as text: in Python 1 == True
-                return None
-        return [self.output_index[i] for i in self.encode([answer[name] for name in self.fields])]
+        return [self.output_index[i] for i in self.encode(answer)] if self.schema.is_answer(answer) else None
 
     def to_json(self, outs):
         """output indices -> dict, or None if they are not a complete valid answer."""
@@ -351,5 +254,5 @@ class OutputSpace:
         """to_json of a tuple; __init__ puts a cache around it."""
         if self.state_after(outs) != self.done:
             return None
-        text = self.tokenizer.decode([self.output_ids[o] for o in outs], skip_special_tokens=True)
+        text = self.tokenizer.decode([self.output_ids[out] for out in outs], skip_special_tokens=True)
         return json.loads(text.strip().removeprefix('```json').removesuffix('```'))

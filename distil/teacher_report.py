@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from config import data_line, stop
-from data import Shards
+from data import Shards, answers_from
 from distil.agreement import read_truth, truth_lines
 
 # a near tie: logits closer than this may change their order if they are computed in another way
@@ -27,9 +27,9 @@ def print_coverage(shards, space, min_coverage):
             raw = shards.answer(i, 'logits').astype(np.float32)  # (n, V) below top (n,)
             kept = np.exp(raw + (top - lse)[:, None]).sum(1)    # (n,) probability
             for state, p in zip(space.states_before(outs), kept):
-                if space.field[state] in labelled:              # not the teacher's
+                if space.leaf_at[state] in labelled:              # not the teacher's
                     continue
-                mass.setdefault(space.field[state] or 'json', []).append(p)
+                mass.setdefault(space.leaf_at[state] or 'json', []).append(p)
     if not mass:
         return
     steps = sum(map(len, mass.values()))
@@ -63,7 +63,7 @@ def print_near_ties(shards, space):
         outs, logits = shards.answer(i).tolist(), torch.from_numpy(shards.logits(i))  # (n,), (n, V)
         states, best = space.states_before(outs), logits.argmax(-1).tolist()
         decisions = [n for n, state in enumerate(states)
-                     if len(space.transitions[state]) > 1 and space.field[state] not in labelled]
+                     if len(space.transitions[state]) > 1 and space.leaf_at[state] not in labelled]
         legal = space.next_state[[states[n] for n in decisions]] >= 0
         top = logits[decisions].masked_fill(~legal, -np.inf).topk(2).values  # (decisions, 2)
         near.append((top[:, 0] - top[:, 1]).min().item() < below)
@@ -86,28 +86,29 @@ def print_answers(shards, space, examples, given):
     shown, labelled = lambda value: json.dumps(value, ensure_ascii=False), shards.meta.get('label_fields') or ()
     rows = np.linspace(0, len(shards) - 1, min(len(shards), 10000)).astype(int)
     answers = [space.to_json(shards.answer(i).tolist()) for i in rows]
-    for field in space.fields:
-        counts = Counter(shown(answer[field]) for answer in answers).most_common(12)
-        print(f'{field}:', ', '.join(f'{value} {n / len(answers):.2f}' for value, n in counts))
-        if counts[0][1] > 0.9 * len(answers) and len(space.fields[field]) > 1:
-            print(f'  {field} is nearly always {counts[0][0]}, so a student can learn nothing from it: '
-                  + ('it needs texts with other labels' if given or field in labelled else
+    for leaf in space.schema.leaves:
+        counts = Counter(shown(leaf.get(answer)) for answer in answers).most_common(12)
+        print(f'{leaf.path}:', ', '.join(f'{value} {n / len(answers):.2f}' for value, n in counts))
+        if counts[0][1] > 0.9 * len(answers) and leaf in space.schema.decided:
+            print(f'  {leaf.path} is nearly always {counts[0][0]}, so a student can learn nothing from it: '
+                  + ('it needs texts with other labels' if given or leaf.path in labelled else
                      'try other examples in the prompt, another order of them, or other values'))
     for i in random.Random(0).sample(range(len(shards)), min(examples, len(shards))):
         print(space.tokenizer.decode(shards.ids(i).tolist()))
         print(f'  {"label" if given else "teacher"} {shown(space.to_json(shards.answer(i).tolist()))}')
 
 
-def print_teacher_report(dataset, name, space, source, min_coverage, examples, given):
+def print_teacher_report(dataset, name, space, source, min_coverage, examples):
     """prints the whole report on the records of a task. Exits with a message if there are none. source: the
-    file of texts; given: whether the answers come from labels instead of the teacher."""
+    file of texts."""
     try:
         shards = Shards(dataset, name)
     except FileNotFoundError:
         stop('no answer obeys the schema; look at the dropped counts, and '
-             + ('at the values of fields' if given else 'try constrain = True or another prompt'))
+             + 'at the values of fields, at constrain, or at the prompt')
     print_coverage(shards, space, min_coverage)
-    if not shards.meta['score']:
+    given = answers_from(shards.meta) == 'labels'
+    if answers_from(shards.meta) == 'teacher':
         print_near_ties(shards, space)
     truth = read_truth(source, shards, range(len(shards)))
     outs = [shards.answer(i).tolist() for i in truth]

@@ -28,7 +28,7 @@ log = logging.getLogger('serve')
 # the routes that take a POST
 
 
-def read_label(student, body):
+def read_texts(student, body):
     """the Plan of POST /v1/label. A text that is empty, or null, has an error in place of an answer."""
     texts = require(body.get('texts'), list, 'a list of strings', 'texts', status=400)
     if not texts:
@@ -41,7 +41,7 @@ def read_label(student, body):
         records = []
         for answer in answers:
             if answer.error:
-                records.append({problem_key(student.space.fields): answer.error})
+                records.append({problem_key(student.space.schema): answer.error})
                 continue
             confidence = {field: round(p, 4) for field, p in answer.confidence.items()}
             by = {} if answer.by == 'student' else {'_answered_by': answer.by}
@@ -50,10 +50,10 @@ def read_label(student, body):
     return Plan(texts, ('texts',), reply, refuse_long=student.refuses_long(False), each=True)
 
 
-READERS = {  # functions of a Student and the body, that return a Plan
+READERS = {  # functions of a ServedStudent and the body, that return a Plan
     '/v1/chat/completions': read_chat, '/v1/completions': read_completion, '/v1/responses': read_response,
     '/v1/decisions': partial(read_questions, path='/v1/decisions'),
-    '/v1/systemone': partial(read_questions, path='/v1/systemone'), '/v1/label': read_label}
+    '/v1/systemone': partial(read_questions, path='/v1/systemone'), '/v1/label': read_texts}
 NEVER_PASSED_ON = '/v1/label', '/v1/systemone'  # no LLM has these
 
 
@@ -80,7 +80,7 @@ async def watch(request, work):
 
 
 class Handler:
-    """answers the requests of POST routes: by the Student that can, else by upstream, else with an error.
+    """answers the requests of POST routes: by the ServedStudent that can, else by upstream, else with an error.
     proxy: a Proxy, or None."""
 
     def __init__(self, students, proxy):
@@ -205,7 +205,7 @@ def add_models(app, students):
             day = time.strftime('%Y-%m-%d', time.gmtime(student.created))
             teacher = student.task.get('server') or student.task['teacher']
             given = student.task['fingerprint'] == 'labels' and not student.task.get('server')
-            about = f'answers {", ".join(student.space.fields)}, as {"its labels say" if given else f"{teacher} would"}'
+            about = f'answers {", ".join(student.space.schema.paths)}, as {"its labels say" if given else f"{teacher} would"}'
             listed.append({'name': student.name, 'description': about, 'release_date': day})
         return json_response({'object': 'list', 'data': [student.describe() for student in students],
                               'models': listed})

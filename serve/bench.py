@@ -25,7 +25,8 @@ import numpy as np
 from transformers.utils import logging
 
 from distil.checkpoint import load_checkpoint
-from distil.decode import decode, generate, text_room
+from distil.decode import decode, generate
+from distil.reader import text_room
 from distil.records import open_shards
 from distil.teacher import load_model
 from tools.baselines import generate_constrained

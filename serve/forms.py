@@ -2,8 +2,9 @@
 responses asks for it. The parameters that other servers have for it are honoured or refused by name."""
 import json
 from dataclasses import dataclass
+from functools import partial
 
-from distil.space import value_name
+from distil.schema import value_name, write_gaps, write_value
 from serve.request import Refusal, require
 from serve.schemas import loose, match_options, read_schema
 from serve.shapes import Part, Shape, whole_shape
@@ -37,22 +38,11 @@ class Form:
         """the reply in pieces [(text, log p, {text: log p} of all values allowed)]. A value is a piece, and
         so is what stands between two values, with 0 and {}. If one value begins with another one, the
         character after it belongs to the piece."""
-        indent, parts = space.indent, self.shape.values(answer, space)
-        comma, colon, left, right = (',', ':', '{', '}') if indent is None else (
-            f',\n{" " * indent}', ': ', f'{{\n{" " * indent}', '\n}')
+        parts, pieces = self.shape.values(answer, space), []
         gaps = [''] * (len(parts) + 1)                          # before each value, and at the end
         if not self.shape.bare:
-            gaps = [(comma if n else left) + json.dumps(part[0], ensure_ascii=False) + colon
-                    for n, part in enumerate(parts)] + [right]
-        if self.fence:
-            gaps[0], gaps[-1] = '```json\n' + gaps[0], gaps[-1] + '\n```'
-
-        def write(value):
-            if self.plain:
-                return value_name(value)
-            text = json.dumps(value, ensure_ascii=False, indent=indent)
-            return text if indent is None else text.replace('\n', '\n' + ' ' * indent)
-        pieces = []
+            gaps = write_gaps([part[0] for part in parts], space.indent, self.fence)
+        write = value_name if self.plain else partial(write_value, indent=space.indent)
         for n, (_, value, log_p, others) in enumerate(parts):
             words = {write(json.loads(word)): p for word, p in others.items()}
             quoted = words and all(word[:1] == word[-1:] == '"' and len(word) > 1 for word in words)
@@ -183,21 +173,21 @@ def read_tool_form(body, student, is_response=False):
         shape = read_schema(parameters, student.space, student.true_value, *where)
         return Form(shape, kind, tool=name, named=named, forced=choice != 'auto')
     names = [name for name, _, _ in tools]
-    fields = [(field, words) for field, values in student.space.fields.items()
-              if len(words := match_options(names, values)) == len({*map(loose, names)}) == len(names)]
+    fields = [(leaf, words) for leaf in student.space.schema.leaves
+              if len(words := match_options(names, leaf)) == len({*map(loose, names)}) == len(names)]
     if len(fields) != 1:
         raise Refusal(400, f'{key}: the student calls one function, or chooses one of several whose names '
                       f'are values of a field; no single field has {", ".join(names)[:200]}', key)
-    (field, words), = fields
-    if choice != 'required' and len(words) < len(student.space.fields[field]):
-        raise Refusal(400, f'tool_choice must be required: the field {field} has values that are no '
+    (leaf, words), = fields
+    if choice != 'required' and len(words) < len(leaf):
+        raise Refusal(400, f'tool_choice must be required: the field {leaf.path} has values that are no '
                       'tool, and the student cannot write the message that an assistant would answer then',
                       'tool_choice')
     for name, parameters, where in tools:
         if parameters.get('required'):
             raise Refusal(400, f'the function {name!r} has required parameters; of several tools the student '
                           'can choose one, but not fill in its arguments', *where)
-    return Form(Shape((Part('tool', 'field', field, tuple(sorted(words.items()))),), bare=True), kind)
+    return Form(Shape((Part('tool', 'field', leaf.path, tuple(sorted(words.items()))),), bare=True), kind)
 
 
 def refuse_parameters(body, *more):

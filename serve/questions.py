@@ -4,7 +4,7 @@ refused by its name."""
 import math
 from dataclasses import dataclass
 
-from distil.space import value_name, value_names
+from distil.schema import value_name, value_names
 from serve.completions import count_tokens
 from serve.prompts import read_turns
 from serve.request import Plan, Refusal, read_state, require
@@ -36,19 +36,18 @@ def match_question(space, name, kind, options, true_value, ordered, where):
     value that means yes}; booleans need none. ordered: fields whose values are a scale, lowest first;
     integers always are one. Refusal if no field matches, or more than one.
     """
-    names_of = {field: value_names(of_field) for field, of_field in space.fields.items()}
     option_names = value_names(options)
     matches = {}                                                # {field: numbers}, see Question
-    for field, names in names_of.items():
-        values, yes = space.fields[field], value_name(true_value.get(field, True))
-        integers = all(type(value) is int for value in values)
+    for leaf in space.schema.leaves:
+        field, names, yes = leaf.path, leaf.names, value_name(true_value.get(leaf.path, True))
+        integers = all(type(value) is int for value in leaf.values)
         scale = integers or field in ordered
         if sorted(option_names) == sorted(names) and (kind == 'choice' or kind == 'score' and scale):
             matches[field] = [names.index(option) for option in option_names]
         elif kind == 'score' and scale:
             own_words = not set(option_names) & set(names)
             if name == field and len(option_names) == len(names) and own_words:
-                matches[field] = sorted(range(len(names)), key=values.__getitem__ if integers else None)
+                matches[field] = sorted(range(len(names)), key=leaf.values.__getitem__ if integers else None)
         elif len(names) == 2 and yes in names:
             yes_and_no = [names.index(yes), 1 - names.index(yes)]
             lower = [option.lower() for option in option_names]
@@ -58,11 +57,10 @@ def match_question(space, name, kind, options, true_value, ordered, where):
                 matches[field] = [yes_and_no[option in ('no', 'false')] for option in lower]
     if name in matches:
         return Question(name, kind, options, name, matches[name])
-    if len(matches) == 1 and name not in names_of:
+    if len(matches) == 1 and name not in space.schema.paths:
         field, numbers = matches.popitem()
         return Question(name, kind, options, field, numbers)
-    why = '; '.join(f'{field} ({", ".join(names[:12])})' for field, names in names_of.items())
-    why = f'its fields are: {why}'
+    why = f'its fields are: {space.schema.describe()}'
     if len(matches) > 1:
         why = f'several fields match; name the question after one of them: {", ".join(matches)}'
     raise Refusal(422, f'the student cannot answer the {kind} question {name or where[-1]!r}; {why}', *where)

@@ -17,7 +17,7 @@ from jsonschema.exceptions import SchemaError
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
-from distil.space import value_name, value_names
+from distil.schema import value_name
 from serve.request import Refusal
 from serve.shapes import Part, Shape, whole_shape
 
@@ -68,10 +68,10 @@ def read_options(part, root):
     return options, types - {'null'}, nullable
 
 
-def match_options(options, values):
-    """{number of a value: the caller's word for it} of those of a field's values that are among the
+def match_options(options, leaf):
+    """{number of a value: the caller's word for it} of those of a leaf's values that are among the
     options."""
-    names, option_names = value_names(values), [value_name(option) for option in options]
+    names, option_names = leaf.names, [value_name(option) for option in options]
     found = {n: options[option_names.index(name)] for n, name in enumerate(names) if name in option_names}
     if len({*map(loose, names)}) == len(names):                 # else two values differ in case alone
         for n, name in enumerate(names):
@@ -81,11 +81,11 @@ def match_options(options, values):
     return found
 
 
-def match_yes_and_no(options, types, values, yes):
-    """the same for true and false, or options that say yes and no, about a field with two values, one of
+def match_yes_and_no(options, types, leaf, yes):
+    """the same for true and false, or options that say yes and no, about a leaf with two values, one of
     which means yes."""
-    yes = next((n for n, value in enumerate(values) if value_name(value) == value_name(yes)), None)
-    if len(values) != 2 or yes is None:
+    yes = next((n for n, value in enumerate(leaf.values) if value_name(value) == value_name(yes)), None)
+    if len(leaf) != 2 or yes is None:
         return {}
     if options is None:
         return {yes: True, 1 - yes: False} if types == {'boolean'} else {}
@@ -95,25 +95,25 @@ def match_yes_and_no(options, types, values, yes):
 
 
 def match_field(name, options, types, space, true_value):
-    """(field, {number of a value: the caller's word}) of the field that answers a property, or None."""
-    fields = space.fields
-    same = [field for field in fields if field == name] or [f for f in fields if loose(f) == loose(name)]
-    yes_named = [field for field, value in true_value.items() if loose(value_name(value)) == loose(name)]
+    """(field, {number of a value: the caller's word}) of the field that answers a property, or None. A field is the path
+    of a leaf."""
+    paths = space.schema.paths
+    same = [path for path in paths if path == name] or [path for path in paths if loose(path) == loose(name)]
+    yes_named = [path for path, value in true_value.items() if loose(value_name(value)) == loose(name)]
     if len(same) == 1 or not same and types == {'boolean'} and len(yes_named) == 1:
-        field = (same or yes_named)[0]
-        values = fields[field]
-        words = {} if options is None else match_options(options, values)
+        leaf = space.schema.leaf((same or yes_named)[0])
+        words = {} if options is None else match_options(options, leaf)
         if not same or len(words) < 2:
-            words = match_yes_and_no(options, types, values, true_value.get(field, True)) or words
+            words = match_yes_and_no(options, types, leaf, true_value.get(leaf.path, True)) or words
         if not words and options is None:
-            words = dict(enumerate(values))
-        if len(words) < min(2, len(values)):
-            raise ValueError(f'{name!r} offers none or one of the values of the field {field}: '
-                             f'{", ".join(value_names(values))}')
-        return field, words
+            words = dict(enumerate(leaf.values))
+        if len(words) < min(2, len(leaf)):
+            raise ValueError(f'{name!r} offers none or one of the values of the field {leaf.path}: '
+                             f'{", ".join(leaf.names)}')
+        return leaf.path, words
     if options and len(options) > 1:
-        exact = [(field, words) for field, values in fields.items()
-                 if len(words := match_options(options, values)) == len(values) == len(options)]
+        exact = [(leaf.path, words) for leaf in space.schema.leaves
+                 if len(words := match_options(options, leaf)) == len(leaf) == len(options)]
         if len(exact) > 1:
             raise ValueError(f'several fields have the options of {name!r}: '
                              f'{", ".join(field for field, _ in exact)}; name the property after one')
@@ -160,7 +160,7 @@ def make_part(name, inner, required, root, space, true_value):
     limits = [resolve(inner, root).get(key) for key in ('minimum', 'maximum')]
     certainty = CERTAINTY.search(loose(name)) if types == {'number'} else None
     if certainty and (limits == [0, 1] or limits == [None, None] and certainty[1] != 'score'):
-        fields = [field for field in space.fields if loose(field) in loose(name)]
+        fields = [path for path in space.schema.paths if loose(path) in loose(name)]
         return Part(name, 'confidence', fields[0] if len(fields) == 1 else '')
     if required is False:
         return None
@@ -170,7 +170,7 @@ def make_part(name, inner, required, root, space, true_value):
         'free text' if types == {'string'} and options is None else 'a field of its own'
     offered = f' ({", ".join(map(value_name, options[:12]))})' if options else ''
     raise ValueError(f'the student does not answer {name!r}{offered}, which is {what}; its fields are: '
-                     + '; '.join(f'{f} ({", ".join(value_names(v)[:12])})' for f, v in space.fields.items()))
+                     + space.schema.describe())
 
 
 def make_shape(schema, space, true_value):
@@ -209,7 +209,7 @@ def check_answers(shape, space, validator, n_objects):
     if not any(part.source == 'field' and len(part.spelled) > 1 for part in shape.parts):
         names = ', '.join(part.name for part in shape.parts)
         raise ValueError(f'there is nothing to decide: {names} can have only one value; the fields of the '
-                         f'student are: {", ".join(space.fields)}')
+                         f'student are: {", ".join(space.schema.paths)}')
     first = [row[0] for row in rows]
     answers = [[*first[:n], word, *first[n + 1:]] for n, row in enumerate(rows) for word in row]
     if math.prod(map(len, rows)) * n_objects <= MAX_CHECKS:     # few enough to check all combinations

@@ -30,7 +30,7 @@ from config.machine import end_at_once, on_stop
 from distil.checkpoint import warn_changed_task
 from distil.keys import Formatter, check_key, read_key
 from distil.prompts import prompt_text
-from sample import Labeler
+from distil.labeler import Labeler
 
 try:
     import httpx
@@ -42,7 +42,7 @@ try:
     from serve.prompts import Prompts
     from serve.proxy import Proxy
     from serve.service import Service
-    from serve.students import Student
+    from serve.students import ServedStudent
     from serve.upstream import Upstream
 except ImportError as error:
     sys.exit(f'serve.py needs {error.name}; run: pip install -r requirements-serve.txt')
@@ -109,19 +109,21 @@ def run_server(app, host, port):
 
 
 def load_student(task, metrics, among_others):
-    """the Student of a task, ready to answer. task: its settings, a dict; among_others: see Student. Exits
+    """the ServedStudent of a task, ready to answer. task: its settings, a dict; among_others: see ServedStudent. Exits
     with a message if the settings do not fit."""
     folder = Path('out', task['run'] or task['name'])
     labeler = Labeler(folder, task['device'], task['which'], task['sample_batch'], True, 'cut',
                       min_confidence=task['min_confidence'], dtype=task['dtype'])
     warn_changed_task(labeler.task, task['fields'], task['prompt'])
-    fields, prompt = labeler.space.fields, labeler.task['prompt']
-    for field, value in task['true_value'].items():
-        if len(fields.get(field, [])) != 2 or value not in fields[field]:
-            stop(f'true_value: there is no field {field!r} with two values, one of them {value!r}')
-    for field in task['ordered']:
-        if field not in fields:
-            stop(f'ordered: there is no field {field!r}; there are: {", ".join(fields)}')
+    schema, prompt = labeler.space.schema, labeler.task['prompt']
+    pairs = {leaf.path: leaf.values for leaf in schema.leaves if len(leaf) == 2}
+    for path, value in task['true_value'].items():
+        if value not in pairs.get(path, []):
+            stop(f'true_value: there is no field {path!r} with two values, one of them {value!r}')
+    try:
+        schema.only(task['ordered'])
+    except ValueError as error:
+        stop(f'ordered: {error}')
     templates = [*task['templates'], *filter(None, [task['template']])]
     for template in templates:
         if not isinstance(template, str) or '{text}' not in template:
@@ -138,9 +140,9 @@ def load_student(task, metrics, among_others):
                        prompt)
     service = Service(labeler, folder.name, task['max_waiting'], llm, task['audit'], task['audit_min'],
                       kept_file, metrics)
-    return Student(service, Prompts([prompt_text(prompt), *templates], task['turns']), task['true_value'],
-                   tuple(task['ordered']), task['too_long'], int(folder.stat().st_mtime),
-                   among_others)
+    prompts = Prompts([prompt_text(prompt), *templates], task['turns'])
+    return ServedStudent(service, prompts, task['true_value'], tuple(task['ordered']), task['too_long'],
+                         int(folder.stat().st_mtime), among_others)
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from distil.decode import confidence_of, decode, value_probabilities
+from distil.schema import json_text
 from serve.metrics import Metrics
 from serve.request import Refusal
 from serve.upstream import Audit
@@ -87,7 +88,7 @@ class Decoder(threading.Thread):
     def finish(self, job, outs, decisions):
         ids, full, future, loop = job
         student, space, temperature = self.labeler.student, self.labeler.space, self.labeler.temperature
-        confidence = confidence_of(space.fields, decisions, temperature)
+        confidence = confidence_of(space.schema.paths, decisions, temperature)
         probabilities = value_probabilities(student, space, ids, outs, decisions, temperature) if full else {}
         answer = Answer(dict(space.to_json(outs)), confidence, probabilities, ids, outs, decisions)
         loop.call_soon_threadsafe(set_future, future, answer, None)
@@ -118,7 +119,7 @@ class Service:
         self.decoder = Decoder(labeler, self.metrics.batch.labels(name))
         self.max_waiting, self.n_waiting = max_waiting, 0
         self.upstream, self.audit_share, self.kept_file = upstream, audit_share, kept_file
-        self.audit, self.auditing = Audit(self.space.fields, audit_min, self.metrics, name), set()
+        self.audit, self.auditing = Audit(self.space.schema, audit_min, self.metrics, name), set()
         self.add_waiting(0)
 
     def encode(self, texts, where, refuse_long, each):
@@ -164,8 +165,9 @@ class Service:
             answers[n], answer.n_cut = answer, cuts[n]
             self.metrics.cut.labels(self.name).inc(cuts[n] > 0)
             self.metrics.texts.labels(self.name, answer.by).inc()
-            for field, value in answer.record.items():
-                self.metrics.values.labels(self.name, field, json.dumps(value, ensure_ascii=False)).inc()
+            for leaf in self.space.schema.leaves:
+                value = json.dumps(leaf.get(answer.record), ensure_ascii=False)
+                self.metrics.values.labels(self.name, leaf.path, value).inc()
         return answers
 
     def add_waiting(self, n):
@@ -189,11 +191,12 @@ class Service:
         if audited:
             self.audit.add(answer.record, record)
         self.keep_answer(text, record)
-        if any(json.dumps(record[field]) not in allowed for field, allowed in offered.items()):
+        said = {leaf.path: leaf.get(record) for leaf in self.space.schema.leaves}
+        if any(json_text(said[path]) not in allowed for path, allowed in offered.items()):
             return replace(answer, by='student-unsure')
-        probabilities = {field: [float(json.dumps(value) == json.dumps(record[field])) for value in of_field]
-                         for field, of_field in self.space.fields.items()}  # an LLM gives no probabilities
-        return Answer(record, dict.fromkeys(record, 1.0), probabilities, answer.ids,
+        # an LLM gives no probabilities
+        probabilities = {leaf.path: leaf.read(said[leaf.path]) for leaf in self.space.schema.leaves}
+        return Answer(record, dict.fromkeys(said, 1.0), probabilities, answer.ids,
                       self.space.from_json(record), [], 'upstream')
 
     async def audit_answer(self, text, answer):

@@ -24,8 +24,8 @@ class Shape:
         """{field: JSON of the values that the caller allows}, of each field that has others too."""
         found = {}
         for part in self.parts:
-            if part.source == 'field' and len(part.spelled) < len(space.fields[part.field]):
-                allowed = {json.dumps(space.fields[part.field][n]) for n, _ in part.spelled}
+            if part.source == 'field' and len(part.spelled) < len(leaf := space.schema.leaf(part.field)):
+                allowed = {leaf.texts[n] for n, _ in part.spelled}
                 found[part.field] = found.get(part.field, allowed) & allowed
         return found
 
@@ -49,10 +49,9 @@ class Shape:
 def choose_word(part, answer, space):
     """(the caller's word for a field's value in an Answer, its log p, {JSON of each word: log p}). If the
     caller does not offer that value, it is the likeliest of those offered."""
-    row, words = answer.probabilities.get(part.field), dict(part.spelled)
-    as_json = [json.dumps(value) for value in space.fields[part.field]]
-    n = as_json.index(json.dumps(answer.record[part.field]))
-    if row is None or len(as_json) == 1:
+    row, words, leaf = answer.probabilities.get(part.field), dict(part.spelled), space.schema.leaf(part.field)
+    n = leaf.number(leaf.get(answer.record))
+    if row is None or len(leaf) == 1:
         return words[n], math.log(max(answer.confidence[part.field], 1e-30)), {}
     if n not in words:
         n = max(words, key=row.__getitem__)
@@ -63,5 +62,5 @@ def choose_word(part, answer, space):
 
 def whole_shape(space):
     """the Shape of all fields, as the student was trained."""
-    return Shape(tuple(Part(name, 'field', name, tuple(enumerate(values)))
-                       for name, values in space.fields.items()))
+    return Shape(tuple(Part(leaf.path, 'field', leaf.path, tuple(enumerate(leaf.values)))
+                       for leaf in space.schema.leaves))

@@ -7,7 +7,7 @@ from serve.service import Service
 
 
 @dataclass(eq=False)
-class Student:
+class ServedStudent:
     """a student and how requests are read for it. created: its time in seconds since 1970; the rest: as the
     settings of serve.py."""
     service: Service
@@ -44,8 +44,8 @@ class Student:
 
 
 def choose_student(students, read, body):
-    """(Student, Plan) for the body of a request: of the students that `model` names, else of all, the only
-    one that can answer it. read: function of a Student and the body that returns a Plan or raises a
+    """(ServedStudent, Plan) for the body of a request: of the students that `model` names, else of all, the only
+    one that can answer it. read: function of a ServedStudent and the body that returns a Plan or raises a
     Refusal."""
     named = [student for student in students if student.name == body.get('model')]
     found, refusals = [], []

@@ -1,10 +1,10 @@
 """The LLM upstream: texts that the student is unsure of, and audits that measure how often the two agree."""
 import asyncio
-import json
 import logging
 import math
 import time
 from collections import deque
+from contextlib import suppress
 
 import httpx
 
@@ -13,6 +13,7 @@ from data.objects import find_object
 from distil.keys import failure_text, hide_password, read_key
 from distil.prompts import answer_format, prompt_messages
 from distil.replies import explain_invalid, judge_reply
+from distil.schema import json_text
 
 log = logging.getLogger('serve')
 
@@ -28,7 +29,7 @@ class Upstream:
         self.client = httpx.AsyncClient(base_url=url.rstrip('/') + '/', headers=headers, timeout=timeout)
         self.model, self.space, self.prompt, self.timeout = model, space, prompt, timeout
         self.failures, self.paused_until = 0, 0.0
-        self.form = answer_format(space.fields)
+        self.form = answer_format(space.schema)
 
     async def answer(self, text):
         """the LLM's answer to a text, {field: value}; None if it is down, slow or breaks the schema."""
@@ -42,11 +43,11 @@ class Upstream:
             kind, value = judge_reply(reply)
             if kind == 'answer':
                 content = read_reply(value)[0]
-                record = find_object(content)[0]
-                if record is not None and self.space.from_json(record) is not None:
+                with suppress(ValueError):                      # it breaks the schema
+                    record = self.space.schema.canonical(find_object(content)[0])
                     self.failures = 0
-                    return {field: record[field] for field in self.space.fields}
-                value = explain_invalid(self.space.fields, content, value)
+                    return record
+                value = explain_invalid(self.space.schema, content, value)
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError, LookupError, TypeError, AttributeError,
                 RecursionError) as error:
             value = failure_text(error)
@@ -62,27 +63,28 @@ class Audit:
     defer_all is True from when a field's agreement is below minimum with 95 % certainty until no field's
     measured agreement is below it."""
 
-    def __init__(self, fields, minimum, metrics, model, window=300):
+    def __init__(self, schema, minimum, metrics, model, window=300):
         self.minimum, self.metrics, self.model = minimum, metrics, model
-        self.equal = {field: deque(maxlen=window) for field in fields}
+        self.leaves, self.equal = schema.leaves, {leaf.path: deque(maxlen=window) for leaf in schema.leaves}
         self.defer_all = False
 
     def add(self, student_record, upstream_record):
         """adds both answers to a text, {field: value} each."""
         worst = None
-        for field, equal in self.equal.items():
-            equal.append(json.dumps(student_record[field]) == json.dumps(upstream_record[field]))
+        for leaf in self.leaves:
+            equal = self.equal[leaf.path]
+            equal.append(json_text(leaf.get(student_record)) == json_text(leaf.get(upstream_record)))
             mean, (low, high) = sum(equal) / len(equal), wilson_interval(sum(equal), len(equal))
             for end, p in (('mean', mean), ('low', low), ('high', high)):
-                self.metrics.agreement.labels(self.model, field, end).set(p)
-            worst = min(worst or (mean, high, field), (mean, high, field))
+                self.metrics.agreement.labels(self.model, leaf.path, end).set(p)
+            worst = min(worst or (mean, high, leaf.path), (mean, high, leaf.path))
         self.metrics.audited.labels(self.model).inc()
-        mean, high, field = worst
+        mean, high, path = worst
         if high < self.minimum if not self.defer_all else mean >= self.minimum:
             self.defer_all = not self.defer_all
             self.metrics.deferring.labels(self.model).set(self.defer_all)
-            log.warning('%s agrees with upstream in %.2f of %d texts, audit_min is %g: %s', field, mean,
-                        len(self.equal[field]), self.minimum,
+            log.warning('%s agrees with upstream in %.2f of %d texts, audit_min is %g: %s', path, mean,
+                        len(equal), self.minimum,
                         'everything goes upstream' if self.defer_all else 'the student answers again')
 
 

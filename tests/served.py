@@ -22,7 +22,7 @@ import httpx
 from serve.app import make_app
 from serve.prompts import Prompts
 from serve.service import Service
-from serve.students import Student
+from serve.students import ServedStudent
 
 FIELDS = {'tone': ['neutral', 'friendly', 'friend'], 'spam': [True, False], 'stars': [2, 1, 3],
           'mood': ['low', 'mid', 'high'], 'kind': ['respectful', 'toxic']}
@@ -99,7 +99,7 @@ def truth(labeler):
 def post_all(service, *calls, too_long='auto', **settings):
     """responses to calls (path, body) from an application in this process."""
     async def go():
-        student = Student(service, too_long=too_long, **MEANING)
+        student = ServedStudent(service, too_long=too_long, **MEANING)
         transport = httpx.ASGITransport(make_app([student], service.metrics, **settings))
         async with httpx.AsyncClient(transport=transport, base_url='http://test') as client:
             return [await client.post(path, content=json.dumps(body)) for path, body in calls]
@@ -126,7 +126,7 @@ def service(labeler):
 def send(service):
     """send(method, path, body, headers, ...) -> a response from an application in this process."""
     def send(method, path, body=None, headers=None, students=None, **arguments):
-        students = students or [Student(service, **MEANING)]
+        students = students or [ServedStudent(service, **MEANING)]
 
         async def go():
             transport = httpx.ASGITransport(make_app(students, service.metrics, **arguments))
@@ -143,7 +143,7 @@ def chat(send):
     def chat(templates=(), turns='refuse', **body):
         student = None
         if templates or turns != 'refuse':
-            student = [Student(chat.service, Prompts([PROMPT, *templates], turns), **MEANING)]
+            student = [ServedStudent(chat.service, Prompts([PROMPT, *templates], turns), **MEANING)]
         reply = send('POST', '/v1/chat/completions', {'messages': CHAT, **body}, students=student)
         chat.headers = reply.headers
         if reply.status_code != 200:

@@ -12,7 +12,8 @@ from distil.checkpoint import load_checkpoint
 from distil.engine import Drafts, Teacher, answer
 from distil.space import OutputSpace
 from distil.teacher import encode_prompt
-from sample import load_teacher_to_ask
+from distil.labeler import load_teacher_to_ask
+from distil.schema import Schema
 from tests.conftest import FIELDS, SCHEMAS, clone_task, load_teacher, one_line, run
 from test_smoke import step_by_step
 
@@ -51,7 +52,7 @@ def test_the_bias_equals_that_of_the_slow_twin(teachers, fields, indent, fence, 
     before, after, end_id = encode_prompt(tokenizer, 'the cat and the mat were there {text}\n', chat=False)
     space = OutputSpace(tokenizer.backend_tokenizer, fields, indent, fence, end_id, auxiliary=range(4, 300))
     prior = {field: p for field, p in prior.items() if field in fields}
-    priors = find_priors(fields, prior, [field for field in only if field in fields])
+    priors = find_priors(Schema(fields), prior, [field for field in only if field in fields])
     rng = np.random.default_rng(0)
     texts = [rng.integers(4, len(tokenizer), n).tolist() for n in (7, 1, 12, 7, 3, 5, 2, 9, 4)]
     engine = Teacher(model, before, space.output_ids)
@@ -85,10 +86,10 @@ def test_calibration_brings_the_mean_near_the_prior(teachers):
     space = OutputSpace(tokenizer.backend_tokenizer, FIELDS, auxiliary=range(4, 300))
     rng = np.random.default_rng(0)
     texts = [rng.integers(4, 300, 5).tolist() for _ in range(40)]
-    priors = find_priors(FIELDS, {'tone': {'friendly': 0.1}}, ['tone'])
+    priors = find_priors(Schema(FIELDS), {'tone': {'friendly': 0.1}}, ['tone'])
     bias, report = learn_bias(Teacher(model, before, space.output_ids), space, texts, after, priors)
     (state, row), = bias.items()
-    assert [r[0] for r in report] == [state] and space.field[state] == 'tone'
+    assert [r[0] for r in report] == [state] and space.leaf_at[state] == 'tone'
     forced, means = space.forced_runs[0][0], []
     friendly = list(row).index(space.from_json({'tone': 'friendly', 'spam': True})[len(forced)])
     kept, start = [space.output_ids[o] for o in row], [space.output_ids[o] for o in forced]
@@ -106,15 +107,15 @@ def test_calibration_brings_the_mean_near_the_prior(teachers):
     ({'tone': {'friendly': 0.6, 'neutral': 0.6}}, [], 'must be 1'), ({'tone': 0.5}, [], 'share above 0')])
 def test_invalid_priors_are_refused_with_a_reason(prior, only, why):
     with pytest.raises(ValueError, match=why):
-        find_priors(FIELDS, prior, only)
+        find_priors(Schema(FIELDS), prior, only)
 
 
 def test_values_without_a_prior_share_the_rest():
     fields = {'a': ['x', 'y', 'z'], 'b': [True, False, 1]}
-    assert find_priors(fields, {'b': {True: 0.5, False: 0.25}}, []) == {
+    assert find_priors(Schema(fields), {'b': {True: 0.5, False: 0.25}}, []) == {
         'a': [pytest.approx(1 / 3)] * 3, 'b': [0.5, 0.25, pytest.approx(0.25)]}
     rest = pytest.approx(0.4)
-    assert find_priors(fields, {'a': {'x': 0.2}}, ['a']) == {'a': [0.2, rest, rest]}
+    assert find_priors(Schema(fields), {'a': {'x': 0.2}}, ['a']) == {'a': [0.2, rest, rest]}
 
 
 def test_training_and_the_cascade_use_the_calibrated_teacher(project, teachers):
@@ -131,7 +132,7 @@ def test_training_and_the_cascade_use_the_calibrated_teacher(project, teachers):
         best = torch.from_numpy(shards.logits(i)).masked_fill(illegal, -math.inf).argmax(-1)
         changed += torch.from_numpy(raw).masked_fill(illegal, -math.inf).argmax(-1).tolist() != outs
         assert best.tolist() == outs
-    _, _, logits = shards.batch([3, 5], [meta['start_id']])
+    *_, logits = shards.batch([3, 5])
     np.testing.assert_array_equal(logits, np.concatenate([shards.logits(3), shards.logits(5)]))
     assert changed                                              # calibration matters here
     checkpoint, _, student_space = load_checkpoint(project / 'out/toy', 'cpu')

@@ -8,8 +8,9 @@ import pytest
 
 from data.calls import read_replies, read_reply, split_call
 from data.logs import is_log
-from distil.answers import label_from_answer, value_probabilities
+from distil.answers import label_from_answer, probabilities_from_tokens
 from distil.labels import Labels
+from distil.schema import Schema
 from distil.server import Server
 from distil.space import OutputSpace
 from serve.upstream import Upstream
@@ -84,7 +85,7 @@ FORMS = {
 def test_every_form_gives_its_text_and_its_label(tmp_path, form):
     event = {'event': 'started', 'time': 3, 'input': 'x', 'output': None}
     path = write_lines(tmp_path / 'a.jsonl', [event, {'meta': {}}, FORMS[form]])
-    labels = Labels([path], FIELDS, TEMPLATE)
+    labels = Labels([path], Schema(FIELDS), TEMPLATE)
     assert is_log(path) and [line[2] for line in labels] == ['bad_json', 'bad_json', ''], labels.problems
     text, label, _ = [*labels][2]
     assert text == 'a b'
@@ -114,7 +115,7 @@ def test_a_failed_line_of_a_batch_keeps_its_reason(tmp_path, error, reason):
         {'id': 'b', 'custom_id': '0', 'response': None, 'error': error},
         {'id': 'b', 'custom_id': '1', 'response': {'status_code': 400, 'body': {'error': error}}, 'error': None}])
     good = write_lines(tmp_path / 'out.jsonl', [{'custom_id': '2', 'response': {'body': response(ANSWER)}}])
-    labels = Labels([good, failed, inputs], FIELDS)
+    labels = Labels([good, failed, inputs], Schema(FIELDS))
     assert labels.problems['unusable'][0] == f'{failed} line 1: {reason}'
     assert len(labels.problems['unusable']) == 2 and labels.log.n_unanswered == 1
     assert error is None or labels.problems['unusable'][1] == f'{failed} line 2: {reason}'
@@ -123,7 +124,7 @@ def test_a_failed_line_of_a_batch_keeps_its_reason(tmp_path, error, reason):
 @pytest.mark.parametrize('form', ['parts of Mistral', 'parts of OpenAI', 'arguments as an object'])
 def test_a_teacher_behind_a_url_and_the_llm_upstream_may_answer_in_parts(tokenizer, form):
     httpx, reply = pytest.importorskip('httpx'), FORMS[form]['response']
-    server = Server(['http://nowhere'], 'm', FIELDS, TEMPLATE)
+    server = Server(['http://nowhere'], 'm', Schema(FIELDS), TEMPLATE)
     upstream = Upstream('http://nowhere', 'm', 9, OutputSpace(tokenizer, FIELDS), TEMPLATE)
 
     async def ask():
@@ -136,7 +137,7 @@ def test_a_teacher_behind_a_url_and_the_llm_upstream_may_answer_in_parts(tokeniz
 
 def test_a_chunk_that_stands_alone_is_named(tmp_path):
     path = write_lines(tmp_path / 'a.jsonl', chunks('{"tone"', ': 3}'))
-    labels = Labels([path], FIELDS)
+    labels = Labels([path], Schema(FIELDS))
     assert is_log(path) and 'line 1: it is one chunk of a streamed answer; join' in labels.problems['unusable'][0]
 
 
@@ -144,7 +145,7 @@ def test_parts_of_a_request_that_are_no_text_are_refused_and_thoughts_are_not(tm
     image = [{'type': 'text', 'text': 'a'}, {'type': 'image_url', 'image_url': {'url': 'x'}}]
     path = write_lines(tmp_path / 'a.jsonl', [{'request': {'messages': [{'role': 'user', 'content': image}]},
                                                'response': response(ANSWER)}])
-    assert 'a message is not a text' in Labels([path], FIELDS).problems['unusable'][0]
+    assert 'a message is not a text' in Labels([path], Schema(FIELDS)).problems['unusable'][0]
 
 
 # -----------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def test_all_answers_to_one_request_are_averaged(tmp_path):
         {'request': request('a b'), 'response': {'choices': [choice('friendly')]}},
         {'request': request('c d'), 'response': {'choices': [choice('odd'), choice('friendly')]}},
         {'request': request('e f'), 'response': {'choices': [choice('odd'), choice('odd')]}}])
-    labels = Labels([path], FIELDS, TEMPLATE)
+    labels = Labels([path], Schema(FIELDS), TEMPLATE)
     first, second, third, fourth = labels
     assert first[1]['probabilities']['tone'] == pytest.approx({'neutral': 0.2, 'friendly': 0.8})
     assert (second[2], third[0], fourth[2]) == ('conflicting', 'c d', 'dropped_invalid')
@@ -175,7 +176,7 @@ def test_an_alternative_without_a_log_probability_is_skipped(bad):
     reply, plain = soft_response(0.7), soft_response(0.7)
     for token in reply['choices'][0]['logprobs']['content']:
         token['top_logprobs'].insert(0, bad)
-    label, expected = (label_from_answer(FIELDS, *read_reply(one)) for one in (reply, plain))
+    label, expected = (label_from_answer(Schema(FIELDS), *read_reply(one)) for one in (reply, plain))
     for name in FIELDS:
         assert label[0]['probabilities'][name] == pytest.approx(expected[0]['probabilities'][name])
     assert label[0]['probabilities']['tone']['friendly'] == pytest.approx(0.7)
@@ -186,9 +187,9 @@ def test_a_token_of_the_answer_without_a_log_probability():
     reply = soft_response(0.7)
     for token in reply['choices'][0]['logprobs']['content']:
         token['logprob'] = None
-    assert label_from_answer(FIELDS, *read_reply(reply))[0]['probabilities']['tone']['friendly'] == pytest.approx(0.7)
+    assert label_from_answer(Schema(FIELDS), *read_reply(reply))[0]['probabilities']['tone']['friendly'] == pytest.approx(0.7)
     reply['choices'][0]['logprobs']['content'][0]['top_logprobs'] = [None]
-    assert label_from_answer(FIELDS, *read_reply(reply))[0] == {'answer': {'tone': 'friendly', 'spam': True}}
+    assert label_from_answer(Schema(FIELDS), *read_reply(reply))[0] == {'answer': {'tone': 'friendly', 'spam': True}}
     for logprobs in (None, 3, {'content': 3}, {'content': None}, {'tokens': ['a']}):
         reply['choices'][0]['logprobs'] = logprobs
         assert read_reply(reply)[1] == []
@@ -212,14 +213,14 @@ def test_the_log_probabilities_of_chunks_are_joined():
     ('0.5', [0.5, 1], 0.5), ('1.0', [True, False], None),
     ('true', [0, 1], None), ('"1"', [0, 1], None), ('1.5', [1, 2], None)])
 def test_whole_numbers_are_one_value_however_they_are_written(written, values, expected):
-    label = label_from_answer({'n': values}, f'{{"n": {written}}}', [])[0]
+    label = label_from_answer(Schema({'n': values}), f'{{"n": {written}}}', [])[0]
     assert json.dumps(label and label['answer']['n']) == json.dumps(expected)
 
 
 def test_the_probability_of_a_number_counts_for_both_spellings():
     token = lambda text, p, *others: (text.encode(), math.log(p), [(o.encode(), math.log(q)) for o, q in others])
-    tokens = [token('{"n":', 1.0), token('1', 0.6, ('1', 0.6), ('2', 0.4)), *map(token, '.0}', [1.0] * 3)]
-    assert value_probabilities([1, 2, 3], tokens, 5, 8)[0] == pytest.approx(np.array([0.6, 0.4, 0]), abs=1e-6)
+    tokens = [token('{"n":', 1.0), token('1', 0.6, ('1', 0.6), ('2', 0.4)), token('.', 1.0), token('0', 1.0), token('}', 1.0)]
+    assert probabilities_from_tokens([1, 2, 3], tokens, 5, 8)[0] == pytest.approx(np.array([0.6, 0.4, 0]), abs=1e-6)
 
 
 def test_the_config_of_a_log_merges_the_spellings_of_a_number(tmp_path):
@@ -228,5 +229,5 @@ def test_the_config_of_a_log_merges_the_spellings_of_a_number(tmp_path):
                                        for n, value in enumerate(values)])
     done, _ = run_prepare(tmp_path, 'a.jsonl')
     assert b"# 1 12, 0.0 8, 0.5 4, true 3, null 2\n    'n': [1, 0.0, 0.5, True, None]," in done.stdout
-    labels = Labels([tmp_path / 'a.jsonl'], {'n': [1, 0.0, 0.5, True, None]})
+    labels = Labels([tmp_path / 'a.jsonl'], Schema({'n': [1, 0.0, 0.5, True, None]}))
     assert not labels.problems and len([*labels]) == len(values)

@@ -197,7 +197,7 @@ def test_examples_of_a_prompt_have_the_form_that_the_schema_requires(settings, t
     text = f"""from config import write_examples
 _examples = [('a {{}} b', 'é "x"', 1, True), ('c', 'neutral', None, False)]
 a = write_examples('Text: {{}}\\n{{}}\\n', {fields!r}, _examples)"""
-    first, second = space.text(['é "x"', 1, True]), space.text(['neutral', None, False])
+    first, second = (space.text(dict(zip(fields, values))) for values in (['é "x"', 1, True], ['neutral', None, False]))
     assert settings([settings.file], text, script="a = ''\n")['a'] == f'Text: a {{}} b\n{first}\nText: c\n{second}\n'
 
 

@@ -10,8 +10,11 @@ import data
 from config import split_paths
 from distil.cascade import load_answerer
 from distil.checkpoint import TASK
-from distil.labels import Labels, open_labels, read_label, record_from_label
-from distil.space import OutputSpace, value_names
+from distil.labels import Labels, open_labels
+from distil.shares import record_from_label
+from distil.schema import value_names
+from distil.space import OutputSpace
+from distil.schema import Schema
 from tests.conftest import FIELDS, PROMPT, SCHEMAS, clone_task, load_teacher, one_line, run
 
 
@@ -37,7 +40,7 @@ def test_stored_logits_give_each_value_its_probability(tokenizer, fields, indent
     p = np.exp(logits - np.log(np.exp(logits).sum(1, keepdims=True)))
     product, states = 1.0, space.states_before(outs)
     for n, (state, out) in enumerate(zip(states, outs)):
-        product *= p[n, out] if space.field[state] == name else 1.0
+        product *= p[n, out] if space.leaf_at[state] == name else 1.0
         assert p[n, list(space.transitions[state])].sum() == pytest.approx(1, abs=1e-4)
     assert product == pytest.approx(probabilities.max(), rel=1e-3)
 
@@ -117,7 +120,7 @@ def test_corrected_labels_are_read_again_and_changed_ones_are_counted(project, t
         return run(root, 'extract.py', '--labels=labels.jsonl', '--calibrate=0', '--prior={}').stdout
     first = label(['neutral'] * 30 + ['Neutral'] * 10, {'text': texts[0], 'answer': {'tone': 'friendly', 'spam': True}})
     assert 'conflicting=1' in first and 'dropped_invalid=10' in first
-    assert 'line 31: tone is "Neutral", not one of "neutral", "friendly"' in first and '... and 7 more' in first
+    assert 'line 31: tone is "Neutral", "neutral" in another case or type' in first and '... and 7 more' in first
     again = label(['neutral'] * 40)                             # the first text's label is no longer a mean
     assert '10 are to do' in again and len(data.Shards('toy', 'toy', root / 'data')) == 40
     assert 'another label now: 1 of the stored texts' in again
@@ -130,7 +133,7 @@ def test_the_labels_of_a_text_are_averaged_and_contradictions_counted(tmp_path):
     path = write_lines(tmp_path / 'a.jsonl', [
         answer('a', 'odd'), answer('a', 'friendly'), answer('b', 'neutral'), answer(' a ', 'neutral'), soft,
         answer('b', 'neutral'), answer('a', 'friendly')])
-    labels = Labels([path], FIELDS)
+    labels = Labels([path], Schema(FIELDS))
     lines = list(labels)
     assert [reason for *_, reason in lines] == ['dropped_invalid', '', '', 'conflicting', 'conflicting', 'duplicate',
                                                 'duplicate']
@@ -140,8 +143,8 @@ def test_the_labels_of_a_text_are_averaged_and_contradictions_counted(tmp_path):
 
 
 @pytest.mark.parametrize('label, message', [
-    ({'answer': {'tone': 'Friendly', 'spam': True}}, 'tone is "Friendly", not one of "neutral", "friendly"'),
-    ({'answer': {'tone': 'friendly', 'spam': 'true'}}, 'spam is "true", not one of true, false'),
+    ({'answer': {'tone': 'Friendly', 'spam': True}}, 'tone is "Friendly", "friendly" in another case or type'),
+    ({'answer': {'tone': 'friendly', 'spam': 'true'}}, 'spam is "true", true in another case or type'),
     ({'answer': {'tone': 'friendly'}}, 'it has no spam'), ({}, 'it has no tone'), ({'answer': 'x'}, 'not an object'),
     ({'answer': {'tone': {'friendly': 1}, 'spam': True}}, 'tone is {"friendly": 1}, not one of'),
     ({'probabilities': {'tone': {'odd': 1}}}, "tone has a probability of 'odd', which is not one of neutral"),
@@ -149,16 +152,16 @@ def test_the_labels_of_a_text_are_averaged_and_contradictions_counted(tmp_path):
     ({'probabilities': {'tone': {'friendly': 0}}}, 'tone has no probability above 0')])
 def test_a_wrong_label_says_what_is_wrong(label, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        read_label(FIELDS, label)
+        Schema(FIELDS).read_label(label)
 
 
 def test_a_missing_key_is_null_only_where_the_field_may_be_null():
     fields = {'tone': ['neutral', 'friendly'], 'escalate': [None, True]}
-    assert read_label(fields, {'answer': {'tone': 'neutral'}})['escalate'] == [1, 0]
-    assert read_label({'escalate': [None, True]}, {'answer': {}})['escalate'] == [1, 0]
+    assert Schema(fields).read_label({'answer': {'tone': 'neutral'}})['escalate'] == [1, 0]
+    assert Schema({'escalate': [None, True]}).read_label({'answer': {}})['escalate'] == [1, 0]
     for label in ({}, {'answer': None}, {'answer': {'escalate': True}}, {'probabilities': {'tone': {'neutral': 1}}}):
         with pytest.raises(ValueError, match='it has no'):
-            read_label(fields, label)
+            Schema(fields).read_label(label)
 
 
 def test_a_path_with_a_comma_is_one_of_several_files(tmp_path):
@@ -246,11 +249,11 @@ def test_the_teacher_answers_the_fields_that_labels_do_not_have(project, tmp_pat
     assert len(shards) == 60
     tone_of = {data.text_hash(text): tone for text, tone in zip(texts, tones)}
     first = space.from_json({'tone': 'neutral', 'spam': True})
-    at = [state for state in space.states_before(first) if space.field[state] == 'tone'][0]
+    at = [state for state in space.states_before(first) if space.leaf_at[state] == 'tone'][0]
     for i in range(60):
         tone = tone_of[int(shards.hashes[i])]
         known = space.from_json({'tone': tone, 'spam': True})
-        start = [space.field[state] for state in space.states_before(known)].index('spam')
+        start = [space.leaf_at[state] for state in space.states_before(known)].index('spam')
         outs, ids = known[:start], [*shards.meta['before'], *shards.ids(i).tolist(), *shards.meta['after']]
         while (state := space.state_after(outs)) != space.done:
             with torch.no_grad():

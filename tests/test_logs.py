@@ -17,6 +17,7 @@ from data.logs import is_log
 from distil.answers import label_from_answer
 from distil.labels import Labels
 from distil.server import Server
+from distil.schema import Schema
 from serve.prompts import Prompts, read_turns
 from tests.conftest import FIELDS, ROOT, clone_task, one_line, run
 from tests.test_labels import write_lines
@@ -83,13 +84,13 @@ KINDS = {
 @pytest.mark.parametrize('kind', KINDS)
 def test_every_kind_of_line_gives_its_text_and_its_label(tmp_path, kind):
     path = write_lines(tmp_path / 'a.jsonl', [KINDS[kind]])
-    (text, label, reason), = Labels([path], FIELDS, TEMPLATE)
+    (text, label, reason), = Labels([path], Schema(FIELDS), TEMPLATE)
     assert (text, reason) == ('a b', '')
     assert label['probabilities'] == {'tone': {'neutral': 0, 'friendly': 1}, 'spam': {'true': 1, 'false': 0}}
     assert is_log(path) == (kind != 'served.jsonl')
     assert is_log(write_lines(tmp_path / 'cut.jsonl', ['{"cut', KINDS[kind]])) == (kind != 'served.jsonl')
     (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(path.read_bytes()))
-    assert list(Labels([tmp_path / 'a.jsonl.gz'], FIELDS, TEMPLATE)) == [(text, label, '')]
+    assert list(Labels([tmp_path / 'a.jsonl.gz'], Schema(FIELDS), TEMPLATE)) == [(text, label, '')]
 
 
 @pytest.mark.parametrize('line', [
@@ -115,7 +116,7 @@ def test_other_lines_are_no_log(tmp_path, line):
     ({'request': request(' '), 'response': response(ANSWER)}, 'its text is empty'),
     ('{"request": {', 'it is not JSON')])
 def test_a_line_that_cannot_be_used_is_named_with_the_reason(tmp_path, line, message):
-    labels = Labels([write_lines(tmp_path / 'a.jsonl', [KINDS['a pair'], line])], FIELDS, TEMPLATE)
+    labels = Labels([write_lines(tmp_path / 'a.jsonl', [KINDS['a pair'], line])], Schema(FIELDS), TEMPLATE)
     (_, _, first), (_, _, reason) = labels
     assert not first and message in labels.problems[reason][0] and 'a.jsonl line 2: ' in labels.problems[reason][0]
 
@@ -124,14 +125,14 @@ def test_log_probabilities_become_the_labels_that_a_server_would_give(tmp_path):
     rng, lines = random.Random(0), []
     for n in range(30):
         lines.append({'request': request(f'{n} text {n}'), 'response': soft_response(rng.uniform(0.01, 0.99))})
-    labels = Labels([write_lines(tmp_path / 'a.jsonl', lines)], FIELDS)
-    server = Server(['http://nowhere'], 'm', FIELDS, TEMPLATE)
+    labels = Labels([write_lines(tmp_path / 'a.jsonl', lines)], Schema(FIELDS))
+    server = Server(['http://nowhere'], 'm', Schema(FIELDS), TEMPLATE)
 
     async def reply(client, body):
         return 'answer', next(line['response'] for line in lines if line['request']['messages'][1] == body['messages'][0])
     server.post = reply
     for n, (text, label, _) in enumerate(labels):
-        slow = label_from_answer(FIELDS, *read_reply(asyncio.run(server.complete(None, text))))[0]
+        slow = label_from_answer(Schema(FIELDS), *read_reply(asyncio.run(server.complete(None, text))))[0]
         assert text == f'{n} text {n}' and min(slow['probabilities']['tone'].values()) > 0
         for name in FIELDS:
             assert label['probabilities'][name] == pytest.approx(slow['probabilities'][name], abs=1e-6)
@@ -146,12 +147,12 @@ def test_the_output_of_a_batch_is_joined_with_its_input_in_any_order(tmp_path):
     outputs.append({'custom_id': '2', 'response': {'status_code': 500, 'body': {'error': {'message': 'oh'}}}})
     files = [write_lines(tmp_path / 'out.jsonl', outputs), write_lines(tmp_path / 'in.jsonl', inputs)]
     for paths in (files, files[::-1]):
-        labels = Labels(paths, FIELDS)
+        labels = Labels(paths, Schema(FIELDS))
         assert [line[0] for line in labels] == ['text 3', 'text 1', 'text 0', '']
         assert labels.problems == {'unusable': [f'{files[0]} line 4: no answer: oh']}
         assert labels.log.n_unanswered == 1
     write_lines(tmp_path / 'in.jsonl', [*inputs, {'custom_id': '3', 'body': request('another')}])
-    labels = Labels(files, FIELDS)
+    labels = Labels(files, Schema(FIELDS))
     assert 'two requests have its custom_id' in labels.problems['unusable'][0]
 
 
@@ -165,14 +166,14 @@ def test_two_batches_with_the_same_ids_are_joined_each_with_its_own(tmp_path, or
         for name, lines in (('in', inputs), ('out', outputs), ('both', inputs + outputs),
                             ('err', [{'custom_id': '3', 'response': None, 'error': {'code': 'batch_expired'}}])):
             write_lines(tmp_path / f'{name}{batch}', lines)
-    labels = Labels([tmp_path / name for name in order.split()], FIELDS)
+    labels = Labels([tmp_path / name for name in order.split()], Schema(FIELDS))
     found = {text: label['probabilities']['tone']['friendly'] for text, label, reason in labels if not reason}
     assert found == pytest.approx({f'text {batch} {n}': p for batch, p in ((1, 0.9), (2, 0.2)) for n in range(3)})
     assert labels.log.n_unanswered == 2 - order.count('err')
     if 'both' not in order:
         write_lines(tmp_path / 'in1', [*map(ask, [1] * 9, range(9))])  # only this one has all ids of the longer output
         write_lines(tmp_path / 'out1', [*map(answer, [1] * 9, range(9))])
-        labels = Labels([tmp_path / name for name in ('in2', 'in1', 'out1')], FIELDS)
+        labels = Labels([tmp_path / name for name in ('in2', 'in1', 'out1')], Schema(FIELDS))
         assert [line[0] for line in labels] == [f'text 1 {n}' for n in range(9)]
 
 
@@ -180,7 +181,7 @@ def test_batches_that_cannot_be_told_apart_say_what_to_do(tmp_path):
     for name in ('a', 'b'):
         write_lines(tmp_path / name, [{'custom_id': '1', 'body': request(f'text {name}')}])
     write_lines(tmp_path / 'out', [{'custom_id': '1', 'response': {'body': response(ANSWER)}}])
-    labels = Labels([tmp_path / name for name in ('a', 'b', 'out', 'a')], FIELDS)
+    labels = Labels([tmp_path / name for name in ('a', 'b', 'out', 'a')], Schema(FIELDS))
     assert "two requests have its custom_id, '1'; of several batches name the input right after its outputs" in \
         labels.problems['unusable'][0]
 
@@ -193,7 +194,7 @@ def test_no_line_is_lost_to_the_encoding(tmp_path, encoding, pack):
     mark = b'\xfe\xff' if encoding == 'utf-16-be' else b''
     (tmp_path / 'a.jsonl').write_bytes(pack(mark + lines.encode(encoding)))
     assert is_log(tmp_path / 'a.jsonl')
-    assert [line[0] for line in Labels([tmp_path / 'a.jsonl'], FIELDS)] == ['été 0', 'été 1', 'été 2']
+    assert [line[0] for line in Labels([tmp_path / 'a.jsonl'], Schema(FIELDS))] == ['été 0', 'été 1', 'été 2']
     _, records = run_prepare(tmp_path, 'a.jsonl')
     assert [record['text'] for record in records] == ['été 0', 'été 1', 'été 2']
 
@@ -272,10 +273,10 @@ def test_an_optional_key_is_null_where_it_is_missing(tmp_path):
     path = log_of_answers(tmp_path / 'a.jsonl', answers)
     fields, stub = fields_of(tmp_path, 'a.jsonl')
     assert fields == {'tone': ['neutral', 'friendly'], 'escalate': [None, True]} and '# null 228, true 12' in stub
-    labels = Labels([path], fields, TEMPLATE)
+    labels = Labels([path], Schema(fields), TEMPLATE)
     shares = [label['probabilities']['escalate'] for _, label, reason in labels if not reason]
     assert len(shares) == 240 and [share['true'] for share in shares] == [n % 20 == 7 for n in range(240)]
-    labels = Labels([path], {'tone': ['neutral', 'friendly'], 'escalate': [True, False]}, TEMPLATE)
+    labels = Labels([path], Schema({'tone': ['neutral', 'friendly'], 'escalate': [True, False]}), TEMPLATE)
     assert 'it has no escalate' in labels.problems['dropped_invalid'][0]  # null is not a value of the field
     assert len(labels.problems['dropped_invalid']) == 228
 
@@ -283,7 +284,7 @@ def test_an_optional_key_is_null_where_it_is_missing(tmp_path):
 def test_an_optional_key_is_null_beside_log_probabilities(tmp_path):
     fields = {**FIELDS, 'escalate': [None, True]}
     path = write_lines(tmp_path / 'a.jsonl', [{'request': request('a b'), 'response': soft_response(0.7)}])
-    (_, label, _), = Labels([path], fields, TEMPLATE)
+    (_, label, _), = Labels([path], Schema(fields), TEMPLATE)
     assert label['probabilities']['tone']['friendly'] == pytest.approx(0.7)
     assert label['probabilities']['escalate'] == {'null': 1, 'true': 0}
 
@@ -294,7 +295,7 @@ def test_answers_of_another_kind_add_no_null_and_no_field(tmp_path):
     fields, stub = fields_of(tmp_path, 'a.jsonl')
     assert fields == {'tone': ['neutral', 'friendly', None], 'spam': [None, True]}
     assert "# 'error' is left out: only answers without the usual keys have it" in stub
-    labels = Labels([tmp_path / 'a.jsonl'], fields, TEMPLATE)
+    labels = Labels([tmp_path / 'a.jsonl'], Schema(fields), TEMPLATE)
     assert 'dropped_invalid' not in labels.problems or 'null' in str(labels.problems)
     either = [{'kind': 'refund', 'amount': n % 3} if n % 2 else {'kind': 'ship', 'to': 'home'} for n in range(40)]
     log_of_answers(tmp_path / 'a.jsonl', either)                # no answer has all keys
@@ -329,7 +330,7 @@ def test_a_batch_asks_what_a_server_is_asked_and_its_output_becomes_records(proj
     lines = [json.loads(line) for line in open(root / 'requests.jsonl')]
     texts = [json.loads(line)['text'] for line in open(root / 'data/toy/input.jsonl')]
     prompt = runpy.run_path(str(root / 'config/toy.py'))['prompt']
-    server = Server([], 'gpt', FIELDS, prompt)
+    server = Server([], 'gpt', Schema(FIELDS), prompt)
     assert [line['body'] for line in lines] == [server.body(text, False) for text in texts]
     assert len({line['custom_id'] for line in lines}) == len(texts)
     body = lines[0]['body']

@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distil.space import OutputSpace, value_name
+from distil.schema import value_name
+from distil.space import OutputSpace
+from distil.schema import Schema
 from sample import Labeler
 from tests.conftest import one_line, run
 from tests.served import FIELDS, MEANING, PROMPT, TEXTS, labeler, post_all, root, serving, truth, url  # noqa
@@ -34,7 +36,7 @@ from serve.questions import choice_confidence, match_question, score_confidence
 from serve.request import Refusal, read_state
 from serve.schemas import read_schema
 from serve.service import MAX_AUDITS, Service
-from serve.students import Student
+from serve.students import ServedStudent
 from serve.upstream import Upstream, wilson_interval
 
 
@@ -290,7 +292,7 @@ def test_a_text_without_an_answer_has_an_error_of_its_own(url, truth, labeler):
     found = post_all(service, ('/v1/label', {'texts': ['a', 'the cat ' * 50, '']}), too_long='refuse')
     first, long, empty = found[0].json()['answers']
     assert 'tone' in first and 'tokens more than the student reads' in long['error'] and empty == {'error': 'empty text'}
-    service.space = type('Space', (), {'fields': FIELDS | {'error': [True]}})()  # a field of that name
+    service.space = type('Space', (), {'schema': Schema(FIELDS | {'error': [True]})})()  # a field of that name
     reply = post_all(service, ('/v1/label', {'texts': ['']}))
     assert reply[0].json()['answers'] == [{'_error': 'empty text'}]
 
@@ -342,7 +344,7 @@ def test_a_wrong_or_missing_key_is_refused(labeler):
     service = Service(labeler, 'toy')
 
     async def go():
-        transport = httpx.ASGITransport(make_app([Student(service)], service.metrics, 'secret'))
+        transport = httpx.ASGITransport(make_app([ServedStudent(service)], service.metrics, 'secret'))
         async with httpx.AsyncClient(transport=transport, base_url='http://test') as client:
             codes = []
             for key in (None, 'Bearer wrong', 'bearer secret', 'secret', 'Bearer sécret'.encode()):

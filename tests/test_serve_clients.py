@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distil.space import value_name
+from distil.schema import value_name
 from tests.served import (CHAT, FIELDS, MEANING, PROMPT, TEXT, TEXTS, answer_of, chat, give_service, json_schema,
                           labeler, of, root, send, service, truth, url)  # noqa: F401
 
@@ -277,7 +277,7 @@ def test_a_fence_and_an_indent_are_written_as_the_task_has_them(labeler, service
             content = send('POST', '/v1/chat/completions',
                            {'messages': CHAT, 'logprobs': True}).json()['choices'][0]
             text = content['message']['content']
-            assert text == space.text(answer_of(truth).values())
+            assert text == space.text(answer_of(truth))
             assert ''.join(token['token'] for token in content['logprobs']['content']) == text
             form = {'response_format': {'type': 'json_object'}, 'messages': CHAT}
             plain = send('POST', '/v1/chat/completions', form).json()['choices'][0]['message']['content']

@@ -14,6 +14,7 @@ from contextlib import suppress
 import pytest
 
 from data import read_texts
+from distil.schema import Schema
 from tests.conftest import ROOT, one_line, run
 from tests.served import (CHAT, FIELDS, MEANING, PROMPT, TEXT, TEXTS, answer_of, chat, give_service, json_schema,
                           labeler, of, root, send, service, serving, truth, url)  # noqa: F401
@@ -27,7 +28,7 @@ from serve.prompts import Prompts
 from serve.proxy import Proxy
 from serve.replies import error_body
 from serve.request import MAX_BODY
-from serve.students import Student
+from serve.students import ServedStudent
 
 # -----------------------------------------------------------------------------
 # paths, headers, bodies
@@ -311,7 +312,7 @@ def test_other_methods_and_unknown_things_go_upstream_too(pass_on):
 
 
 def test_a_message_without_schema_template_or_name_goes_upstream(pass_on, service):
-    students = [Student(service, among_others=True, **MEANING)]
+    students = [ServedStudent(service, among_others=True, **MEANING)]
     schema = json_schema(of({'tone': {}}))
     prompt = [{'role': 'user', 'content': PROMPT.replace('{text}', TEXT)}]
     for body, by in (({}, 'upstream'), ({'response_format': {'type': 'json_object'}}, 'upstream'),
@@ -328,7 +329,7 @@ def test_a_message_without_schema_template_or_name_goes_upstream(pass_on, servic
             given = {'prompt': body['messages'][0]['content'] if 'messages' in body else TEXT}
             reply = pass_on(Recorder(b'{}'), 'POST', '/v1/completions', given | body, students=students)
             assert reply.headers['x-answered-by'] == by, body
-    students = [Student(service, Prompts([PROMPT, '{text}']), among_others=True, **MEANING)]
+    students = [ServedStudent(service, Prompts([PROMPT, '{text}']), among_others=True, **MEANING)]
     reply = pass_on(Recorder(b'{}'), 'POST', '/v1/chat/completions', {'messages': CHAT}, students=students)
     assert reply.headers['x-answered-by'] == 'student'
 
@@ -528,10 +529,10 @@ def test_several_students_are_chosen_by_model_or_schema(root, truth):
 def test_of_several_students_the_one_whose_fields_answer_is_asked(labeler, service, send, tokenizer):
     class Half:
         """the same student with fewer fields, as far as requests are read."""
-    half = Student(service, **MEANING)
-    half.name, half.space = 'half', type('Space', (), {'fields': {'weather': ['rain', 'sun']}, 'indent': None,
+    half = ServedStudent(service, **MEANING)
+    half.name, half.space = 'half', type('Space', (), {'schema': Schema({'weather': ['rain', 'sun']}), 'indent': None,
                                                        'fence': False})()
-    students = [Student(service, **MEANING), half]
+    students = [ServedStudent(service, **MEANING), half]
     form = json_schema(of({'tone': {}}))
     reply = send('POST', '/v1/chat/completions', {'messages': CHAT, 'response_format': form},
                  students=students)

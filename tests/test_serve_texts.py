@@ -9,7 +9,7 @@ from tests.served import (CHAT, FIELDS, MEANING, TEXT, TEXTS, answer_of, chat, g
 
 from serve.learn import learn_templates, read_prompts
 from serve.prompts import Prompts, read_turns
-from serve.students import Student
+from serve.students import ServedStudent
 
 # -----------------------------------------------------------------------------
 # the text in a conversation
@@ -52,7 +52,7 @@ def test_a_text_that_does_not_fit_is_refused_where_prompts_are_sent(send, servic
     assert '--template=' in error['message'] and 'tokens more' in error['message']
     assert error['param'] in body
     for too_long, status in (('cut', 200), ('refuse', 400)):
-        student = [Student(service, too_long=too_long, **MEANING)]
+        student = [ServedStudent(service, too_long=too_long, **MEANING)]
         assert send('POST', f'/v1/{path}', body, students=student).status_code == status
         label = send('POST', '/v1/label', {'texts': ['the cat ' * 30, 'hello']}, students=student).json()['answers']
         assert ['tokens more' in answer.get('error', '') for answer in label] == [status == 400, False]

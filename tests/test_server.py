@@ -16,13 +16,14 @@ import pytest
 from tokenizers import Tokenizer
 
 import data
-from distil.answers import find_object, label_from_answer, label_from_samples, value_probabilities
+from distil.answers import find_object, label_from_answer, label_from_samples, probabilities_from_tokens
 from distil.calibrate import calibrate_label, calibrated_answers, learn_value_bias
 from distil.prompts import prompt_text
 from distil.cascade import ask_server
 from distil.keys import check_key, hide_in_stream, hide_keys, read_key
 from distil.server import IN_A_ROW, Server, Stopped
 from distil.space import OutputSpace
+from distil.schema import Schema
 from tests.conftest import FIELDS, clone_task, free_port, one_line, run
 
 KEY = 'sk-a-secret-that-nobody-may-read'
@@ -58,31 +59,31 @@ def test_where_values_part_an_alternative_counts_for_those_it_begins():
     values = ['neutral', 'negative', 'positive']
     tokens = as_tokens('{"', 'tone', '":', (' "', {' "': 0.9, '"': 0.1}), ('ne', {'ne': 0.6, 'pos': 0.3, 'x': 0.1}),
                        ('utral', {'utral': 0.7, 'gative': 0.3}), '"}')
-    p, outside = value_probabilities(values, tokens, 9, 18)
+    p, outside = probabilities_from_tokens(values, tokens, 9, 18)
     assert p == pytest.approx([0.42 / 0.9, 0.18 / 0.9, 0.3 / 0.9]) and outside == pytest.approx(0.1 * 0.9)
-    label, worst = label_from_answer({'tone': values}, '{"tone": "neutral"}', tokens)
+    label, worst = label_from_answer(Schema({'tone': values}), '{"tone": "neutral"}', tokens)
     assert list(label['probabilities']['tone'].values()) == pytest.approx(p.tolist()) and worst == outside
 
 
 def test_values_that_are_prefixes_of_others_and_numbers_end_where_something_follows():
     tokens = as_tokens('{"n":', ('1', {'1': 0.8, '2': 0.1, '11': 0.1}), ('1', {'1': 0.5, '}': 0.5}), '}')
-    p, _ = value_probabilities([1, 2, 11, 12], tokens, 5, 7)
+    p, _ = probabilities_from_tokens([1, 2, 11, 12], tokens, 5, 7)
     assert p == pytest.approx([0.4, 0.1, 0.5, 0])
     tokens = as_tokens('{"n":', ('1', {'1': 0.8, '2': 0.2}), ('}', {'1': 0.25, '}': 0.75}))
-    assert value_probabilities([1, 2, 11], tokens, 5, 6)[0] == pytest.approx([0.6, 0.2, 0.2])
+    assert probabilities_from_tokens([1, 2, 11], tokens, 5, 6)[0] == pytest.approx([0.6, 0.2, 0.2])
     tokens = as_tokens('{"s":"', ('a', {'a': 0.9, '"': 0.1}), ('"', {'"': 0.5, 'b"': 0.5}), '}')
-    assert value_probabilities(['a', 'ab', ''], tokens, 5, 8)[0] == pytest.approx([0.45, 0.45, 0.1])
+    assert probabilities_from_tokens(['a', 'ab', ''], tokens, 5, 8)[0] == pytest.approx([0.45, 0.45, 0.1])
     constants = [True, False, None], (('true', {'true': 0.5, 'false': 0.3, 'nu': 0.2}),)
     lists = [[1, 2], [1], 'x'], (('[', {'[': 0.8, '"x"': 0.2}), '1', (',', {',': 0.625, ']': 0.375}), '2]')
     for values, pieces in (constants, lists):
         text = ''.join(piece if isinstance(piece, str) else piece[0] for piece in pieces)
-        p, _ = value_probabilities(values, as_tokens('{"v": ', *pieces, '\n}'), 6, 6 + len(text))
+        p, _ = probabilities_from_tokens(values, as_tokens('{"v": ', *pieces, '\n}'), 6, 6 + len(text))
         assert p == pytest.approx([0.5, 0.3, 0.2])
 
 
 def test_what_is_beyond_the_listed_tokens_is_bounded_and_spread():
     tokens = as_tokens('{"v":"', ('a', {'a': 0.6, 'b': 0.1}), '"}')
-    p, outside = value_probabilities(['a', 'b', 'c', 'd'], tokens, 5, 8)
+    p, outside = probabilities_from_tokens(['a', 'b', 'c', 'd'], tokens, 5, 8)
     assert p == pytest.approx(np.array([0.6, 0.1, 0.1, 0.1]) / 0.9) and outside == pytest.approx(0.1)
 
 
@@ -91,30 +92,30 @@ def test_characters_cut_into_bytes_by_the_servers_tokens():
     tokens = [*as_tokens('{"v":"'), (e[:1], math.log(0.7), [(e[:1], math.log(0.7)), (day[:2], math.log(0.3))]),
               (e[1:], 0.0, []), *as_tokens('"}')]
     for values in (['é', '日'], ['日', 'é']):
-        p, _ = value_probabilities(values, tokens, 5, 9)
+        p, _ = probabilities_from_tokens(values, tokens, 5, 9)
         assert p[values.index('é')] == pytest.approx(0.7)
-    label, _ = label_from_answer({'v': ['é', '日']}, '{"v":"é"}', tokens)
+    label, _ = label_from_answer(Schema({'v': ['é', '日']}), '{"v":"é"}', tokens)
     assert label['probabilities']['v']['é'] == pytest.approx(0.7)
 
 
 def test_a_value_in_an_unusual_spelling_or_without_any_probability_is_a_bare_label():
     fields = {'tone': ['neutral', 'friendly']}
     tokens = as_tokens('{"tone": "', '\\u006e', 'eutral', '"}')
-    label, outside = label_from_answer(fields, ''.join(token.decode() for token, *_ in tokens), tokens)
+    label, outside = label_from_answer(Schema(fields), ''.join(token.decode() for token, *_ in tokens), tokens)
     assert label == {'probabilities': {'tone': {'neutral': 1, 'friendly': 0}}} and outside == 0
     tokens = [*as_tokens('{"tone": "'), (b'neutral', -9999.0, []), *as_tokens('"}')]
-    assert label_from_answer(fields, '{"tone": "neutral"}', tokens)[0] == label
+    assert label_from_answer(Schema(fields), '{"tone": "neutral"}', tokens)[0] == label
 
 
 def test_an_answer_without_log_probabilities_is_a_bare_label_and_samples_are_shares():
     fields = {'a': ['x', 'y'], 'b': [True, False]}
-    assert label_from_answer(fields, 'so: {"b": true, "a": "x"}', []) == ({'answer': {'a': 'x', 'b': True}}, 0.0)
+    assert label_from_answer(Schema(fields), 'so: {"b": true, "a": "x"}', []) == ({'answer': {'a': 'x', 'b': True}}, 0.0)
     for wrong in ('{"a": "x"}', '{"a": "z", "b": true}', '{"a": "x", "b": 1}', '[]', ''):
-        assert label_from_answer(fields, wrong, []) == (None, 0.0)
-    label = label_from_samples(fields, ['{"a":"x","b":true}', '{"a":"x","b":false}', 'hm', '{"a":"y","b":true}'])
+        assert label_from_answer(Schema(fields), wrong, []) == (None, 0.0)
+    label = label_from_samples(Schema(fields), ['{"a":"x","b":true}', '{"a":"x","b":false}', 'hm', '{"a":"y","b":true}'])
     assert label['probabilities'] == {'a': {'x': pytest.approx(2.5 / 4), 'y': pytest.approx(1.5 / 4)},
                                       'b': {'true': pytest.approx(2.5 / 4), 'false': pytest.approx(1.5 / 4)}}
-    assert label_from_samples(fields, ['hm']) is None
+    assert label_from_samples(Schema(fields), ['hm']) is None
 
 
 # -----------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def test_an_answer_without_log_probabilities_is_a_bare_label_and_samples_are_sha
 
 
 PRIORS = {'tone': [0.5, 0.3, 0.2]}
-TONES = 'neutral', 'friendly', 'rude'
+TONES = ['neutral', 'friendly', 'rude']
 
 
 def labelled(n, seed=0):
@@ -134,7 +135,7 @@ def labelled(n, seed=0):
 
 def test_the_bias_of_values_is_the_log_of_mean_and_prior():
     labels = [label for _, _, label in labelled(400)]
-    bias = learn_value_bias(labels, {'tone': TONES}, PRIORS)
+    bias = learn_value_bias(labels, Schema({'tone': TONES}), PRIORS)
     p = np.array([[*label['probabilities']['tone'].values()] for label in labels])
     mean = (p.sum(0) + PRIORS['tone']) / 401
     assert [*bias['tone'].values()] == pytest.approx(np.log(mean / PRIORS['tone']).tolist())
@@ -145,7 +146,7 @@ def test_the_bias_of_values_is_the_log_of_mean_and_prior():
     assert q[0] == pytest.approx(p[0] / mean * PRIORS['tone'] / (p[0] / mean * PRIORS['tone']).sum())
     assert all(label['probabilities']['spam'] == {'true': 1.0} for label in changed)
     assert calibrate_label({'answer': {'tone': 'rude'}}, bias) == {'answer': {'tone': 'rude'}}
-    never = learn_value_bias(labels[:1], {'tone': TONES}, {'tone': [0.999998, 1e-6, 1e-6]})
+    never = learn_value_bias(labels[:1], Schema({'tone': TONES}), {'tone': [0.999998, 1e-6, 1e-6]})
     assert all(map(math.isfinite, never['tone'].values()))
 
 
@@ -164,7 +165,7 @@ def test_a_run_killed_before_the_bias_is_known_pays_for_no_answer_twice(tmp_path
     task = {'fields': {'tone': TONES, 'spam': [True]}, 'calibrate': {'texts': 40}}
     whole = {h: label for group in calibrated(tmp_path / 'a', dict(task), range(100)) for h, _, label in group}
     assert len(whole) == 100 and 'calibrate field=tone texts=42' in capsys.readouterr().out
-    expected = learn_value_bias([label for _, _, label in texts[:42]], task['fields'], PRIORS)
+    expected = learn_value_bias([label for _, _, label in texts[:42]], Schema(task['fields']), PRIORS)
     assert whole == {h: calibrate_label(label, expected) for h, _, label in texts}
 
     asked.clear()
@@ -265,7 +266,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def ask(fakes, texts, **settings):
     """[(number of a text, its label or reason)] in order, of a Server in front of fakes."""
-    server = Server([fake.url for fake in fakes], 'm', FIELDS, 'label: {text}', **{'in_flight': 4, **settings})
+    server = Server([fake.url for fake in fakes], 'm', Schema(FIELDS), 'label: {text}', **{'in_flight': 4, **settings})
     groups = [[(n, np.array([n]), None)] for n in range(len(texts))]
     found = [row for group in server.answered(groups, lambda ids: texts[ids[0]]) for row in group]
     return server, [label for _, _, label in sorted(found, key=lambda row: row[0])]
@@ -334,7 +335,7 @@ def test_without_log_probabilities_samples_are_drawn():
 def test_a_prompt_of_messages_is_sent_as_they_are():
     fake = Fake()
     prompt = [{'role': 'system', 'content': 'label it'}, {'role': 'user', 'content': 'label: {text}'}]
-    server = Server([fake.url], 'm', FIELDS, prompt)
+    server = Server([fake.url], 'm', Schema(FIELDS), prompt)
     assert [label for group in server.answered([[(0, [0], None)]], lambda ids: 'say {text}') for _, _, label in group]
     assert fake.bodies[0]['messages'] == [prompt[0], {'role': 'user', 'content': 'label: say {text}'}]
     assert prompt_text(prompt) == 'label it\nlabel: {text}' and prompt_text('a {text}') == 'a {text}'
@@ -415,6 +416,7 @@ def odd_choice(content=None, finish='stop', **message):
     return {'choices': [{'message': {'role': 'assistant', 'content': content, **message}, 'finish_reason': finish}]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('error', [
     {'error': {'code': 429, 'message': 'slow down'}}, {'error': {'code': 429}}, {'error': 'overloaded'},
     {'error': {'message': 'upstream', 'code': 'server_error'}, 'choices': []}, odd_choice('', 'error'),
@@ -434,6 +436,7 @@ def test_the_code_of_an_error_in_a_reply_counts():
         ask([Fake(lambda n, body: {'error': {'code': 401, 'message': 'no key'}})], numbered(9))
 
 
+@pytest.mark.slow
 def test_a_text_that_fails_for_ever_does_not_hold_up_the_others(monkeypatch, capsys):
     monkeypatch.setattr('distil.server.random.uniform', lambda low, high: 0.01)
     fake = Fake(lambda n, body: 500 if asked_text(body) == 'text 3' else time.sleep(0.02))
@@ -470,7 +473,7 @@ def test_a_page_with_status_502_passes_and_what_is_waited_for_is_said_once(monke
     (odd_choice('{"tone": "Friendly", "spam": true}'), 'tone is "Friendly", "friendly" in another case or type'),
     (odd_choice('{"tone": "friendly", "spam": "True"}'), 'spam is "True", true in another case or type'),
     (odd_choice('{"tone": "rude", "spam": true}'), 'tone is "rude", not one of "neutral", "friendly"'),
-    (odd_choice('{"spam": true}'), 'it has no "tone"'), (odd_choice('{}', 'content_filter'), 'content_filter'),
+    (odd_choice('{"spam": true}'), 'it has no tone'), (odd_choice('{}', 'content_filter'), 'content_filter'),
     ({'choices': []}, 'it has no JSON object'), ({'usage': {'prompt_tokens': 'x'}}, 'it has no JSON object')])
 def test_an_answer_that_is_none_is_explained(reply, why, capsys):
     fake = Fake(lambda n, body: reply)
@@ -499,7 +502,7 @@ def test_a_key_is_read_without_the_white_space_around_it(monkeypatch, value, key
 def test_a_key_that_no_header_takes_is_refused_by_the_name_of_its_variable(monkeypatch, value, named):
     monkeypatch.setenv('TEACHER_API_KEY', value)
     with pytest.raises(SystemExit) as stopped:
-        Server(['http://x/v1'], 'm', FIELDS, '{text}')
+        Server(['http://x/v1'], 'm', Schema(FIELDS), '{text}')
     message = str(stopped.value)
     assert message.startswith('TEACHER_API_KEY') and named in message and 'live' not in message and '77' not in message
 
@@ -520,6 +523,7 @@ def test_keys_are_hidden_in_whatever_way_they_are_written():
         assert asyncio.run(collect(size)) == b'head ' + b'*' * 2 * len(key) + b' sk/ tail sk'
 
 
+@pytest.mark.slow
 def test_no_failure_shows_the_key(monkeypatch, capsys):
     monkeypatch.setenv('TEACHER_API_KEY', KEY)
     echo = f'wrong key: Bearer {KEY}'
@@ -531,7 +535,7 @@ def test_no_failure_shows_the_key(monkeypatch, capsys):
         (200, {}, {f'x {KEY}': 'an illegal header'}))]
     for url in [fake.url for fake in fakes] + [free, fakes[0].url.replace('http:', 'https:'), 'http://nowhere.invalid/v1',
                                                'http://[::1', 'http://', f'http://u:{KEY}@127.0.0.1:9/v1']:
-        server = Server([url], 'm', FIELDS, '{text}', in_flight=1, patience=0.3, timeout=0.5)
+        server = Server([url], 'm', Schema(FIELDS), '{text}', in_flight=1, patience=0.3, timeout=0.5)
         with pytest.raises(Stopped) as stopped:
             [*server.answered([[(n, [n], None)] for n in range(25)], lambda ids: f'text {ids[0]}')]
         printed = capsys.readouterr()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from distil.schema import Schema
 from distil.space import OutputSpace, accepted_prefix
 from tests.conftest import CONFIGS, FIELDS, SCHEMAS
 
@@ -18,21 +19,21 @@ def test_the_automaton_accepts_exactly_the_valid_answers(tokenizer, fields, inde
     space = OutputSpace(tokenizer, fields, indent, fence, end_id, auxiliary=range(4, 60))
     rng = random.Random(0)
     for values in product(*fields.values()):
-        outs = [space.output_index[i] for i in space.encode(values)]
+        answer = dict(zip(fields, values))
+        outs = [space.output_index[i] for i in space.encode(answer)]
         assert space.state_after(outs) == space.done
         assert len(outs) <= space.max_answer and max(outs) < space.n_required
-        answer = dict(zip(fields, values))
         assert json.dumps(space.to_json(outs)) == json.dumps(answer)  # 1, '1' and True stay different
         wrong = list(outs)
         wrong[rng.randrange(len(outs))] = rng.randrange(len(space.output_ids))
         if space.state_after(wrong) == space.done:  # then it is another valid answer
-            assert space.encode(space.to_json(wrong).values()) == [space.output_ids[o] for o in wrong]
+            assert space.encode(space.to_json(wrong)) == [space.output_ids[o] for o in wrong]
         assert space.to_json(outs[:-1]) is None
 
 
 def test_examples_in_the_prompt_with_another_form_than_the_answer_are_reported(tokenizer):
     space = OutputSpace(tokenizer, FIELDS)
-    good = space.text(['neutral', True])
+    good = space.text({'tone': 'neutral', 'spam': True})
     no_answers = 'say {text} or {x: y}\n{"tone": "neutral" | "friendly"}\n'
     assert not list(space.prompt_mismatches(good + no_answers))
     wrong = [good.replace(',', ', '), good.replace('neutral', 'angry'), '{"spam":true,"tone":"neutral"}',
@@ -41,11 +42,9 @@ def test_examples_in_the_prompt_with_another_form_than_the_answer_are_reported(t
     assert messages == ['must be written', 'is not an answe', 'must be written', 'is not an answe']
     for path in CONFIGS:
         task = runpy.run_path(str(path))
-        style = SimpleNamespace(fields=task['fields'], indent=task.get('indent'), fence=task.get('fence'),
-                                end_id=1, text=None, from_json=None)
-        style.text = lambda values: OutputSpace.text(style, values)
-        style.from_json = lambda answer: answer if all(answer[f] in values
-                                                       for f, values in task['fields'].items()) else None
+        style = SimpleNamespace(schema=Schema(task['fields']), indent=task.get('indent'), fence=task.get('fence'),
+                                end_id=1)
+        style.text = lambda answer: OutputSpace.text(style, answer)
         assert not list(OutputSpace.prompt_mismatches(style, task.get('prompt', ''))), path
 
 
@@ -53,7 +52,7 @@ def test_output_vocabulary_is_required_then_auxiliary(tokenizer):
     space = OutputSpace(tokenizer, FIELDS, auxiliary=[50, 51, 50])
     assert space.output_ids[-2:] == [50, 51]
     assert len(set(space.output_ids)) == len(space.output_ids) == space.n_required + 2
-    used = {i for values in product(*FIELDS.values()) for i in space.encode(values)}
+    used = {i for values in product(*FIELDS.values()) for i in space.encode(dict(zip(FIELDS, values)))}
     assert set(space.output_ids[:space.n_required]) == used
     again = OutputSpace(tokenizer, FIELDS, auxiliary=space.output_ids)  # as sample.py rebuilds it
     assert again.output_ids == space.output_ids and again.transitions == space.transitions
@@ -70,7 +69,7 @@ def test_a_draft_is_accepted_up_to_the_first_other_choice():
 def test_the_cache_of_to_json_is_bounded(tokenizer):
     space = OutputSpace(tokenizer, {'a': list(range(105)), 'b': list(range(105))})
     for a, b in product(range(105), repeat=2):
-        assert space.to_json([space.output_index[i] for i in space.encode((a, b))]) == {'a': a, 'b': b}
+        assert space.to_json([space.output_index[i] for i in space.encode({'a': a, 'b': b})]) == {'a': a, 'b': b}
     assert space.parse.cache_info().currsize == 10000 < 105 ** 2
 
 

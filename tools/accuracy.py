@@ -10,7 +10,6 @@ well the student's confidence parts them from the others. Of a field with two va
 the rarer one that is found if 95 in 100 of what is found shall be right. tools/evaluate.py measures agreement
 with the teacher instead.
 """
-import json
 import sys
 import time
 from pathlib import Path
@@ -23,11 +22,10 @@ from config.machine import pick_device
 import numpy as np
 
 from data import read_texts
-from distil.agreement import find_value
 from distil.records import load_records
-from distil.space import value_names
+from distil.schema import json_text
 from distil.split import hash_texts
-from sample import Labeler
+from distil.labeler import Labeler
 
 name = ''            # word; out/<name> is the student ...
 run = ''             # word; ... or out/<run>
@@ -57,7 +55,7 @@ def recall_at_precision(scores, positive, precision=0.95):
     return float(found[good].max(initial=0) / max(1, positive.sum()))
 
 
-def read_lines(path):
+def read_with_truth(path):
     """[(text, {field: true value}, {} if the line has none)] of a .jsonl. Exits if there is no such
     file."""
     if not Path(path).is_file():
@@ -79,25 +77,25 @@ def count_trained(texts, labeler):
     return sum(not trained.isdisjoint(of_text) for of_text in hashes)
 
 
-def measure(field, values, records, answers, others, problem='error'):
-    """the figures of a field's accuracy line, or None if no answer names the field. values: of the field;
-    records: of a Labeler with confidence, for the texts with answers [{field: true value}]; others: its
-    records for the texts outside; problem: the key of records without an answer."""
-    pairs = [(record, json.dumps(find_value(answer[field], values)))
+def measure(leaf, records, answers, others, problem='error'):
+    """the figures of a leaf's accuracy line, or None if no answer names it. records: of a Labeler with confidence, for
+    the texts with answers [{path: true value}]; others: its records for the texts outside; problem: the key of records
+    without an answer."""
+    field, said = leaf.path, lambda record: json_text(leaf.get(record))
+    pairs = [(record, json_text(leaf.meant_by(answer[field])))
              for record, answer in zip(records, answers) if field in answer and problem not in record]
     if not pairs:
         return None
     truth = np.array([value for _, value in pairs])
-    right = np.array([json.dumps(record[field]) for record, _ in pairs]) == truth
+    right = np.array([said(record) for record, _ in pairs]) == truth
     balanced = np.mean([right[truth == value].mean() for value in set(truth)])
     figures = {'name': field, 'texts': len(right), 'right': float(right.mean()), 'balanced': float(balanced)}
-    name_of = dict(zip(map(json.dumps, values), value_names(values)))  # {JSON text: key of _confidence}
+    name_of = dict(zip(leaf.texts, leaf.names))                 # {JSON text: key of _confidence}
 
     def confidence(records):
-        known = [(record['_confidence'][field], json.dumps(record[field]))
-                 for record in records if problem not in record]
+        known = [(record['_confidence'][field], said(record)) for record in records if problem not in record]
         return [p[name_of[value]] if isinstance(p, dict) else p for p, value in known]
-    if len(values) == 2 and len({*truth}) == 2:                 # the rarer one is what people look for
+    if len(leaf) == 2 and len({*truth}) == 2:                   # the rarer one is what people look for
         rare = min(name_of, key=[*truth].count)
         scores = np.array([record['_confidence'][field][name_of[rare]] for record, _ in pairs])
         figures |= {'rare': name_of[rare], 'recall_at_95': recall_at_precision(scores, truth == rare)}
@@ -110,19 +108,18 @@ def measure(field, values, records, answers, others, problem='error'):
 if __name__ == '__main__':
     if not (name or run) or not input:
         stop('no task or no texts; run: python tools/accuracy.py config/clinc.py --input=data/clinc/val.jsonl')
-    lines, others = read_lines(input), read_lines(outside) if outside else []
+    lines, others = read_with_truth(input), read_with_truth(outside) if outside else []
     labeler = Labeler(Path('out', run or name), pick_device(device), which, sample_batch, dtype=dtype)
-    if any(len(values) == 2 for values in labeler.space.fields.values()):
+    if any(len(leaf) == 2 for leaf in labeler.space.schema.leaves):
         labeler.confidence = 'full'                             # recall_at_95 needs the probability of both values
     start = time.perf_counter()
     records = labeler([text for text, _ in lines])
     seconds = time.perf_counter() - start
     others = labeler([text for text, _ in others])
-    fields = labeler.space.fields
-    found = [measure(field, fields[field], records, [answer for _, answer in lines], others, labeler.problem)
-             for field in fields]
+    found = [measure(leaf, records, [answer for _, answer in lines], others, labeler.problem)
+             for leaf in labeler.space.schema.leaves]
     if not any(found):
-        stop(f'no line of {input} has the answer to one of: {", ".join(fields)}')
+        stop(f'no line of {input} has the answer to one of: {", ".join(labeler.space.schema.paths)}')
     for figures in filter(None, found):
         print(data_line('accuracy', figures))
     if n := count_trained([text for text, answer in lines if answer], labeler):

@@ -25,7 +25,7 @@ from data.texts import read_groups
 from distil.extraction import check_source
 from distil.prompts import prompt_text
 from distil.server import URL, Server
-from distil.space import check_fields
+from distil.schema import Schema
 from distil.teacher import load_tokenizer
 
 name = ''            # word; texts that data/<dataset>/<name>-* has are left out
@@ -73,7 +73,7 @@ if __name__ == '__main__':
     if not teacher_model:
         stop('teacher_model is missing: the name of the model at the provider')
     try:
-        check_fields(fields)
+        schema = Schema(fields).check()
     except ValueError as error:
         stop(f'fields: {error}')
     source = check_source('', dataset, prompt)
@@ -81,7 +81,7 @@ if __name__ == '__main__':
     tmp = target.with_name(f'{target.name}.tmp')
     if target.exists() and target.samefile(source):
         stop(f'{out} holds the texts; choose another file')
-    server = Server([], teacher_model, fields, prompt)
+    server = Server([], teacher_model, schema, prompt)
     if not logprobs:
         server.options |= {'logprobs': [None], 'temperature': [None]}
     try:
@@ -89,7 +89,7 @@ if __name__ == '__main__':
     except ValueError as error:                                 # a damaged meta.json
         stop(str(error))
     count = lambda text: len(counter.encode(text, add_special_tokens=False).ids)
-    longest = {field: max(values, key=lambda value: len(json.dumps(value))) for field, values in fields.items()}
+    longest = schema.longest()
     n_around, n_answer = count(prompt_text(prompt)) - count('{text}'), count(json.dumps(longest))
     n = n_in = size = 0
     filters = 3 if min_text < 0 else min_text, max_text, 0, too_long == 'cut'
