@@ -27,19 +27,21 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers.utils import logging
 
-from data import FORMAT, Hashes, first_answers, read_texts, shard_folders, stored_hashes, write_json
-from data.texts import prefetch, read_groups
-from distil.calibrate import calibrated_answers, learn_bias, print_bias
-from distil.engine import Drafts, Teacher, answer_batched, peak_memory_gb
-from distil.extraction import (check_calibration, check_settings, check_source, open_writer, print_filter,
+from data import (FORMAT, Hashes, Record, answers_from, first_answers, read_texts, shard_folders, stored_hashes,
+                  write_json)
+from data.texts import Text, prefetch, read_groups
+from distil.calibrate import calibrate_teacher, calibrated_answers
+from distil.engine import Drafts, Teacher, answer_batched
+from distil.extraction import (check_records, check_settings, check_source, describe_task, open_writer, print_filter, print_plan,
                                print_totals, read_task, try_compiling, write_meta)
-from distil.labels import find_known, open_labels, print_changed, record_from_label
+from distil.labels import open_labels, print_changed
 from distil.prompts import prompt_text
 from distil.records import open_shards
 from distil.server import URL, Stopped, open_server
+from distil.shares import find_known, record_from_label
 from distil.space import OutputSpace, special_ids, tokenizer_hash
 from distil.split import store_split
-from distil.teacher import encode_prompt, load_model, load_tokenizer, verify_records
+from distil.teacher import encode_prompt, load_model, load_tokenizer
 from distil.teacher_report import print_teacher_report
 
 # task
@@ -78,16 +80,16 @@ calibrate_fields = []  # names of the fields to calibrate; []: all
 prior = {}           # {'toxicity': {'toxic': 0.1}}: true shares of values, where they are not uniform; the
                      # values of a field that are not named share the rest
 # data
-max_records = 0      # 0..; stop after so many texts; 0: all of them
+max_records = 0      # 0..; stop after this many texts; 0: all of them
 min_text = -1        # -1..; tokens; shorter texts say too little to be labelled; -1: 3, and 0 where answers are
                      # given (score, labels): of those no text is left out for its links or markup either
 max_text = 25        # 1..; tokens; also the longest text the student will read
 too_long = 'refuse'  # 'refuse' or 'cut'; skip longer texts, or label their first max_text tokens
 output_vocab = 525   # 1..65535; tokens whose logits are kept: those of answers, then whitespace, the prompt,
                      # frequent words
-extra_vocab = []     # strings whose tokens are kept too; the coverage line says when some are missing
+extra_vocab = []     # strings whose tokens are kept too: those that the advice below the coverage line names
 min_coverage = 0.95  # 0..1; print advice if the kept tokens hold less of the probability than this at a field
-full_lse = -1        # -1..; of the first so many records (of each process) also keep logsumexp over all tokens.
+full_lse = -1        # -1..; of the first records (of each process) also keep logsumexp over all tokens, of this many.
                      # -1: all on a GPU; 64 on a CPU, where Gemma 3 270M takes 2.7 times as long with it
 examples = 8         # 0..; texts shown with their answers at the end
 ask_again = False    # ask again about the texts whose answer was dropped
@@ -97,7 +99,7 @@ labels = ''          # file; .jsonl of texts with "probabilities" or an "answer"
                      # with commas between them: no teacher is run, but for label_fields
 label_fields = []    # names of the fields that the labels have, if the teacher shall answer the others
 template = ''        # text; the user messages of that log, with {text} in it; '': the prompt, or found
-verify = 0           # 0..; compare so many stored records with a plain forward pass; status 1 if they differ
+verify = 0           # 0..; compare this many stored records with a plain forward pass; status 1 if they differ
 config = configure(globals())
 
 # -----------------------------------------------------------------------------
@@ -120,8 +122,9 @@ def new_task(task, wrapped, frequency):
     a message if the schema cannot be compiled. wrapped: the teacher's transformers tokenizer; frequency (n,):
     how often each id occurs in the texts."""
     tokenizer = wrapped.backend_tokenizer
-    shown, asked = prompt_text(task['prompt']), task['score'] != 'labels'  # asked: our engine reads the prompt
-    before, after, end_id = encode_prompt(wrapped, task['prompt'] if asked else shown, task['chat'], asked)
+    shown, kind = prompt_text(task['prompt']), answers_from(task)
+    ours = kind in ('teacher', 'score')                         # our engine reads the prompt
+    before, after, end_id = encode_prompt(wrapped, task['prompt'] if ours else shown, task['chat'], ours)
     style = tokenizer, task['fields'], task['indent'], task['fence'], end_id
     try:
         space = OutputSpace(*style)                             # the automaton of all valid answers
@@ -133,7 +136,7 @@ def new_task(task, wrapped, frequency):
         space = OutputSpace(*style, auxiliary)                  # with all V tokens
     except ValueError as error:
         sys.exit(f'fields: {error}')
-    for mismatch in islice(space.prompt_mismatches(shown if asked or 'server' in task else ''), 3):
+    for mismatch in islice(space.prompt_mismatches(shown if kind != 'labels' else ''), 3):
         print(f'check the prompt: {mismatch}')
     start_id = next((i for i in (wrapped.bos_token_id, wrapped.eos_token_id) if i is not None), 0)
     return {**task, 'format': FORMAT, 'tokenizer_hash': tokenizer_hash(tokenizer),
@@ -146,17 +149,18 @@ def new_task(task, wrapped, frequency):
 # which texts
 
 
-def scan_texts(task, dataset, name, source, lines, filters, ask_again):
+def scan_texts(task, path, labelled, filters, config):
     """reads all texts once, before any is asked. Returns (meta, tokenizer as JSON, number of texts still to be
-    labelled, (hash, ids, label) of the texts to calibrate with). Prints the filter and vocab lines.
+    labelled, the Texts to calibrate with). Prints the filter and vocab lines.
 
-    task: dict of the settings that define one; lines: of the file source, as read_texts yields them; filters:
-    arguments of read_groups; ask_again: also of texts whose answer was dropped.
+    task: dict of the settings that define one; path: of the file of texts; labelled: its Labels, or None; filters:
+    arguments of read_groups; config: the settings.
     """
-    folders, done = shard_folders(dataset, name), Hashes()
+    dataset, name, done = config['dataset'], config['name'], Hashes()
+    folders = shard_folders(dataset, name)
     if folders:                                                 # an earlier run: its vocabulary stays
         meta, tokenizer = read_task(folders[0], task)
-        done = stored_hashes(folders, meta, ask_again)          # 8 bytes a text
+        done = stored_hashes(folders, meta, config['ask_again'])  # 8 bytes a text
     else:
         print(f'loading the tokenizer of {task["teacher"]}')
         wrapped = load_tokenizer(task['teacher'])
@@ -166,15 +170,15 @@ def scan_texts(task, dataset, name, source, lines, filters, ask_again):
     frequency, n_todo = np.zeros(tokenizer.get_vocab_size(), np.int64), 0  # (whole vocabulary,)
     counts = Counter()                                          # what happened to each line
     n_sample, sample = (task['calibrate'] or {}).get('texts', 0), []  # for learn_bias
-    texts = tqdm(lines, desc='filter', unit=' texts', unit_scale=True, mininterval=1)
+    texts = tqdm(labelled or read_texts(path), desc='filter', unit=' texts', unit_scale=True, mininterval=1)
     for group in read_groups(texts, tokenizer, 1024, *filters, counts):
-        np.add.at(frequency, np.concatenate([ids for _, ids, _ in group]), 1)  # counts tokens
-        n_todo += sum(hash_ not in done for hash_, _, _ in group)
+        np.add.at(frequency, np.concatenate([text.ids for text in group]), 1)
+        n_todo += sum(text.hash not in done for text in group)
         if n_sample:  # the texts of lowest hash: the same ones in whatever order the file is
-            sample = sorted([*sample, *((hash_, ids.tolist(), label) for hash_, ids, label in group)])[:n_sample]
+            sample = sorted([*sample, *group], key=lambda text: text.hash)[:n_sample]
     print_filter(counts, task['max_text'])
     if not counts['kept']:
-        sys.exit(f'no text of {source} passes the filter; see the filter line')
+        sys.exit(f'no text of {path} passes the filter; see the filter line')
     if not folders:
         meta = new_task(task, wrapped, frequency) | {'min_text': filters[0]}
     V = len(meta['output_ids'])
@@ -185,89 +189,141 @@ def scan_texts(task, dataset, name, source, lines, filters, ask_again):
 
 
 # -----------------------------------------------------------------------------
-# asking the teacher
+# where the answers come from: each source has answer(texts), which returns for each text (outs (n,) output indices,
+# logits (n, V), lse (n,)), or in one word the reason why there is no answer
 
-DRAFT_TEXTS = 10000  # the drafts learn from so many answers: few enough to read again when a run continues
+DRAFT_TEXTS = 10000  # the drafts learn from the first answers: few enough to read again when a run continues
 
 
-def label_group(engine, space, drafts, group, meta, full_lse):
-    """asks the teacher about a group of texts. Returns its records for the Writer, the reason for each text
-    without an answer, the number of tokens read, and the number read if each text and answer were read once.
-    full_lse: also logsumexp over the whole vocabulary."""
-    hashes, ids, given = zip(*group)                            # given: an answer, a label or None
-    answers, n_read, n_needed, reasons = ['invalid'] * len(group), 0, 0, []
-    asked, outs = list(range(len(group))), None
-    if meta['score'] == 'labels':                               # probabilities are given, by a file or a server
-        for i, label in enumerate(given):
-            record = record_from_label(space, label) if isinstance(label, dict) else None
+class FromTeacher:
+    """a model that runs here answers, greedily and held to the schema: drafted, then verified many tokens at a time
+    (distil/engine.py)."""
+    is_costly = True            # so a text without an answer is stored, too: it is not asked about again
+
+    def __init__(self, engine, space, meta, n_seen, n_full_lse):
+        """n_seen: texts in the shard; n_full_lse: of the first ones also logsumexp over the whole vocabulary."""
+        self.engine, self.space, self.meta, self.drafts = engine, space, meta, Drafts(space)
+        self.n_seen, self.n_full_lse, self.n_read = n_seen, n_full_lse, 0  # n_read: tokens
+
+    def answer(self, texts, outs=None):
+        """outs: answers (lists of output indices) to score in place of the model's own."""
+        known = find_known(self.space, [text.given for text in texts], self.meta)  # of fields that have labels
+        self.full_lse = self.n_seen < self.n_full_lse
+        answers, n_read = answer_batched(
+            self.engine, self.space, self.drafts, [text.ids for text in texts], self.meta['after'],
+            self.meta['constrain'], self.full_lse, outs, self.meta['missing'], known)
+        for answer in answers[:max(0, DRAFT_TEXTS - self.n_seen)]:
+            if not isinstance(answer, str):
+                self.drafts.add(answer[0])
+        self.n_seen, self.n_read = self.n_seen + len(texts), self.n_read + n_read
+        return answers
+
+
+class FromScore(FromTeacher):
+    """the answers are given, the model only says how probable they are."""
+
+    def answer(self, texts):
+        outs = [self.space.from_json(text.given) for text in texts]
+        valid = [n for n, of_text in enumerate(outs) if of_text]
+        answers = ['invalid'] * len(texts)
+        if valid:
+            for n, answer in zip(valid, super().answer([texts[n] for n in valid], [outs[n] for n in valid])):
+                answers[n] = answer
+        return answers
+
+
+class FromLabels:
+    """the probabilities of the values are given, by people or by a log (distil/labels.py)."""
+    is_costly, n_read = False, 0
+
+    def __init__(self, space):
+        self.space = space
+
+    def answer(self, texts):
+        answers = []
+        for label in (text.given for text in texts):            # a dict, or a reason
+            record = record_from_label(self.space, label) if isinstance(label, dict) else None
             reason = label if isinstance(label, str) else 'invalid'
-            answers[i] = (*record, np.full(len(record[0]), np.nan)) if record else reason
-        asked = []
-    elif meta['score']:                                         # answers are given: the teacher scores them
-        outs = {i: valid for i, answer in enumerate(given) if (valid := space.from_json(answer))}
-        asked, outs = list(outs), list(outs.values())
-    if asked:  # greedy answers, held to the schema: drafted, then verified many tokens at a time (engine.py)
-        got, n_read = answer_batched(engine, space, drafts, [ids[i] for i in asked], meta['after'], meta['constrain'],
-                                     full_lse, outs, meta['missing'], find_known(space, given, meta))
-        for i, answer in zip(asked, got):                       # (outs, logits, lse), or a reason
-            answers[i] = answer
-    records, none = [], np.zeros((0, len(space.output_ids)), np.float32)
-    for i, answer in enumerate(answers):
-        if isinstance(answer, str):                             # a reason: stored empty, so not asked again ...
-            reasons.append(answer)
-            if meta['score'] != 'labels' or 'server' in meta:   # ... but a wrong label may be corrected
-                records.append((hashes[i], [], [], none, none[:, 0]))
-        else:                                                   # outs (n,), logits (n, V), lse (n,)
-            records.append((hashes[i], ids[i], *answer))
-            n_needed += len(ids[i]) + len(meta['after']) + len(answer[0]) - 1
-    return records, reasons, n_read, n_needed
+            answers.append((*record, np.full(len(record[0]), np.nan)) if record else reason)
+        return answers
 
 
-def extract(engine, server, space, drafts, groups, writer, meta, n_full_lse, n_todo, may_compile):
-    """labels all groups of texts and writes them. Updates meta['dropped'], meta['missing'] and meta['timed'];
-    returns the counts of the extract line. OSError on a full disk."""
-    costs, totals = [], Counter()                               # costs: seconds per token, of each group
-    n_seen, pending, planned = writer.n_records, None, False
-    start = last = time.perf_counter()
+class FromServer(FromLabels):
+    """the probabilities come from an LLM server, as it answers (distil/server.py)."""
+    is_costly = True
+
+    def ask(self, server, groups, folder, meta, priors):
+        """yields groups of texts with the server's label, or a reason, as what is given."""
+        ask = partial(server.answered, decode=self.space.tokenizer.decode)
+        labelled = calibrated_answers(ask, groups, folder, meta, priors) if priors else ask(groups)
+        yield from ([Text(*text) for text in group] for group in labelled)
+
+
+# -----------------------------------------------------------------------------
+# asking about all texts
+
+
+def extract(source, server, groups, writer, meta, n_todo, may_compile):
+    """asks about all groups of texts and writes their records. Updates meta['dropped'], meta['missing'] and
+    meta['timed']; returns the counts of the extract line. may_compile: the teacher's layers, if that is faster.
+    OSError on a full disk."""
+    costs, totals, V = [], Counter(), len(meta['output_ids'])   # costs: seconds per token, of each group
+    pending, planned, start = None, False, time.perf_counter()
+    last = start
     bar = tqdm(total=n_todo // WORLD, desc='extract', unit='rec', smoothing=0.05, disable=RANK > 0)
     with bar, ThreadPoolExecutor(1) as disk:
-        for n, group in enumerate(groups):
-            began = time.perf_counter()
-            full_lse = n_seen < n_full_lse
-            records, reasons, n_read, n_needed = label_group(engine, space, drafts, group, meta, full_lse)
-            seconds = time.perf_counter() - began
-            totals['asking'] += seconds
-            if may_compile and n_read and not full_lse:         # with full_lse a group costs more
+        for n, texts in enumerate(groups):
+            began, n_before = time.perf_counter(), source.n_read
+            answers = source.answer(texts)
+            seconds, n_read = time.perf_counter() - began, source.n_read - n_before
+            if may_compile and n_read and not source.full_lse:  # a group with full_lse costs more
                 costs.append(seconds / n_read)
-                try_compiling(engine, costs, (n_todo // WORLD - totals['records']) * n_read / len(group))
-            for _, _, outs, *_ in records[:max(0, DRAFT_TEXTS - n_seen)]:
-                if len(outs):                                   # not dropped
-                    drafts.add(outs)
+                try_compiling(source.engine, costs, (n_todo // WORLD - totals['records']) * n_read / len(texts))
+            records = [Record.dropped(text.hash, V) if isinstance(answer, str) else Record(text.hash, text.ids, *answer)
+                       for text, answer in zip(texts, answers)]
+            answered = [record for record in records if len(record.outs)]
             if pending:
                 pending.result()                                # raises what writing the last group raised
-            pending = disk.submit(writer.append, records)       # runs while the next group is asked
-            n_seen += len(group)
-            totals.update(records=len(group), read=n_read, needed=n_needed,
-                          steps=sum(len(outs) for _, _, outs, *_ in records))
+            # runs while the next group is asked
+            pending = disk.submit(writer.append, records if source.is_costly else answered)
+            totals.update(records=len(texts), read=n_read, asking=seconds,
+                          steps=sum(len(record.outs) for record in answered),
+                          needed=sum(len(record.ids) + len(meta['after']) + len(record.outs) - 1 for record in answered))
+            reasons = [answer for answer in answers if isinstance(answer, str)]
             totals.update(f'dropped_{reason}' for reason in reasons)  # of this run
             meta['dropped'].update(reasons)                     # of the shard
             now = time.perf_counter()
-            if engine or server:                                # without a teacher there is no cost to compare
-                meta['timed'].update(records=len(group), seconds=now - last)
+            if source.is_costly:
+                meta['timed'].update(records=len(texts), seconds=now - last)
             last = now
-            bar.update(len(group))
+            bar.update(len(texts))
             if not planned and (totals['records'] >= 50 if server else n == 3):
                 planned = True                                  # earlier groups cost more, because of full_lse
-                # a step: V logits of 2 bytes, two floats, an output index
-                gb = n_todo * totals['steps'] / totals['records'] * (2 * len(space.output_ids) + 10) / 1e9
-                hours = n_todo / totals['records'] / WORLD * (now - start) / 3600
-                tqdm.write(f'plan records={n_todo} hours={hours:.3f} disk_gb={gb:.3f} '
-                           f'memory_gb={peak_memory_gb(engine.device.type if engine else "cpu"):.2f}'
-                           + (f' cost={server.cost_of(n_todo):.4g}' if server else ''))
+                print_plan(totals, V, n_todo, now - start, server)
         if pending:
             pending.result()
     totals['seconds'] = time.perf_counter() - start
     return totals
+
+
+def start_engine(model, space, meta, compile):
+    """the engine of a teacher, which reads the prompt once. compile: the setting."""
+    engine = Teacher(model, meta['before'], space.output_ids)
+    if compile in ('True', 'true'):
+        engine.compile()
+    return engine
+
+
+def open_source(kind, engine, space, meta, writer, full_lse):
+    """the source of the answers. kind: see answers_from; writer: of this process's shard; full_lse: the setting."""
+    if kind in ('labels', 'server'):
+        return FromLabels(space) if kind == 'labels' else FromServer(space)
+    on_gpu = engine.device.type == 'cuda'                       # where it is nearly free
+    n_full_lse = full_lse if full_lse >= 0 else sys.maxsize if on_gpu else 64
+    source = (FromScore if kind == 'score' else FromTeacher)(engine, space, meta, writer.n_records, n_full_lse)
+    for outs in first_answers(writer.folder, meta, DRAFT_TEXTS):  # of the run that is continued
+        source.drafts.add(outs.tolist())
+    return source
 
 
 # -----------------------------------------------------------------------------
@@ -278,76 +334,54 @@ if __name__ == '__main__':
     logging.set_verbosity_error()
     on_stop(lambda *_: stop('\nstopped; the records written so far are safe, the same command continues'))
     check_settings(config)
-    asked = not labels or bool(label_fields)                    # the teacher, or the server
-    prompt, chat = (prompt, chat) if asked else (prompt or '{text}', False)  # serve.py finds a text by it
     server = open_server(config) if teacher.startswith(URL) else None
-    given = open_labels(config) if labels else None
-    source = check_source(given.log.paths[0] if given else score, dataset, prompt)
-    calibration, priors = check_calibration(config)
+    labelled = open_labels(config) if labels else None          # without a teacher, or beside it: label_fields
+    task, priors = describe_task(config, server)                # what identifies the records
+    kind = answers_from(task)                                   # 'teacher', 'server', 'labels' or 'score'
+    path = check_source(labelled.log.paths[0] if labelled else score, dataset, task['prompt'])
     device = start_ranks(pick_device(device), 'gloo')
     dtype = run_in_first(lambda: pick_dtype(dtype, device))
-    full_lse = full_lse if full_lse >= 0 else sys.maxsize if device.startswith('cuda') else 64  # nearly free on a GPU
+    has_answers = bool(score or labels)                         # then only what no student can read is left out
+    shortest = min_text if min_text >= 0 else 0 if has_answers else 3
+    filters = shortest, max_text, max_records, too_long == 'cut', has_answers
 
     # the first process scans the texts and tells the others what there is to do
-    task = {'teacher': teacher, 'prompt': prompt, 'chat': chat, 'fields': fields, 'indent': indent,
-            'fence': fence, 'constrain': constrain, 'max_text': max_text, 'output_vocab': output_vocab,
-            'extra_vocab': extra_vocab, 'score': bool(score) if asked else 'labels', 'calibrate': calibration,
-            'label_fields': label_fields or None}
-    if server:                                                  # `teacher` is whose tokenizer is used
-        task |= {'teacher': tokenizer, 'chat': False, 'score': 'labels', 'server': server.identity}
-    answered = bool(score or labels)                            # then only what no student can read is left out
-    filters = (0 if answered else 3) if min_text < 0 else min_text, max_text, max_records, too_long == 'cut', answered
-    meta, tokenizer_json, n_todo, sample = run_in_first(
-        lambda: scan_texts(task, dataset, name, source, given or read_texts(source), filters, ask_again))
+    meta, tokenizer_json, n_todo, sample = run_in_first(lambda: scan_texts(task, path, labelled, filters, config))
     meta['dtype'] = str(dtype).removeprefix('torch.')
     space = OutputSpace.from_task(Tokenizer.from_str(tokenizer_json), meta)  # the automaton and the V tokens
-    print_changed(given, dataset, name, space)
+    print_changed(labelled, dataset, name, space)
     folder = Path('data', dataset, f'{name}-{RANK:02d}')        # each process writes a shard of its own
     writer = None if verify else open_writer(folder, len(space.output_ids))
-    run_in_first(lambda: verify or store_split(dataset, name, source, given, space.tokenizer, max_text))
-    shards = open_shards(dataset, name) if verify else None
-    model = None
-    if (n_todo or verify) and asked and not server:
+    run_in_first(lambda: verify or store_split(dataset, name, path, labelled, space.tokenizer, max_text))
+    shards, model = open_shards(dataset, name) if verify else None, None
+    if (n_todo or verify) and kind in ('teacher', 'score'):
         print(f'loading {teacher} as {meta["dtype"]} on {device}')
         model = load_model(teacher, dtype, device)
     if verify:
-        rows = np.random.default_rng().choice(len(shards), min(verify, len(shards)), replace=False)
-        equal, line = verify_records(model, shards, space, rows)
-        print(line)
-        sys.exit(not equal)
+        check_records(model, shards, space, verify)
     if n_todo:
-        engine = Teacher(model, meta['before'], space.output_ids) if model else None  # reads the prompt once
-        if engine and compile in ('True', 'true'):
-            engine.compile()
-        if engine and calibration and 'bias' not in meta:
-            print(f'measuring the teacher\'s bias on {len(sample)} texts')
-            meta['bias'], report = run_in_first(
-                lambda: learn_bias(engine, space, [ids for _, ids, _ in sample], meta['after'], priors, extract_batch,
-                                   known=find_known(space, [label for *_, label in sample], meta)))
-            # subtracted where the teacher chooses and where the student learns; the stored logits stay raw
-            space.set_bias(meta['bias'])
-            print_bias(report, space)
-        done, drafts = stored_hashes(shard_folders(dataset, name), meta, ask_again), Drafts(space)
-        for outs in first_answers(folder, meta, DRAFT_TEXTS):   # of the run that is continued
-            drafts.add(outs.tolist())
-        groups = prefetch(read_groups(given or read_texts(source), space.tokenizer, extract_batch, *filters))
-        mine = ([text for text in group if text[0] not in done]
+        engine = start_engine(model, space, meta, compile) if model else None
+        if engine and priors and 'bias' not in meta:
+            meta |= run_in_first(lambda: calibrate_teacher(engine, space, meta, sample, priors, extract_batch))
+            space.set_bias(meta['bias'])  # subtracted where the teacher chooses and where the student learns
+        done = stored_hashes(shard_folders(dataset, name), meta, ask_again)
+        groups = prefetch(read_groups(labelled or read_texts(path), space.tokenizer, extract_batch, *filters))
+        mine = ([text for text in group if text.hash not in done]
                 for n, group in enumerate(groups) if n % WORLD == RANK)
         todo = filter(None, mine)
         try:
             meta = write_meta(folder, meta, model, tokenizer_json, ask_again)
-            if server:                                          # groups of what has been answered
-                ask = partial(server.answered, decode=space.tokenizer.decode)
-                todo = calibrated_answers(ask, todo, folder, meta, priors) if calibration else ask(todo)
+            source = open_source(kind, engine, space, meta, writer, full_lse)
+            todo = source.ask(server, todo, folder, meta, priors) if server else todo
             try:
-                totals = extract(engine, server, space, drafts, todo, writer, meta, full_lse, n_todo,
-                                 compile == 'auto' and engine and device == 'cpu')
+                may_compile = compile == 'auto' and engine and device == 'cpu'
+                totals = extract(source, server, todo, writer, meta, n_todo, may_compile)
             finally:
                 with suppress(OSError):  # on a full disk the counts are the smaller loss
                     write_json(folder / 'meta.json', meta)
         except OSError as error:
-            sys.exit(f'cannot write to {folder}: {error.strerror}; its {writer.n_records} records are safe, '
-                     'the same command continues')
+            stop(f'cannot write to {folder}: {error.strerror}; its {writer.n_records} records are safe, the same '
+                 'command continues')
         except Stopped as reason:                               # the server is gone, or the money is spent
             stop(f'{reason}; {writer.describe()}, the same command continues')
         print_totals(totals)
@@ -355,4 +389,4 @@ if __name__ == '__main__':
             print(server.summary())
     writer.close()
     end_ranks()                                                 # only the first process goes on
-    print_teacher_report(dataset, name, space, source, min_coverage, examples, not asked)
+    print_teacher_report(dataset, name, space, path, min_coverage, examples)

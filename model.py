@@ -1,12 +1,17 @@
 """The student's network. No settings, no printing, no files.
 
-    student = Student(StudentConfig(vocab_size=262144, output_vocab=525))
-    logits = student(torch.tensor([[5, 77, 2]]))  # (B, T) ids -> (B, T, V) logits over the output vocabulary
+    student = Student(StudentConfig(vocab_size=262144, output_vocab=525, output_ids=range(525)))
+    text, answer = torch.tensor([[5, 77]]), torch.tensor([[525, 3]])   # (B, T) each, -1 on padding
+    logits = student(text, answer)        # (2, 525): what follows the start token, what follows token 3
 
-A decoder-only transformer (RMSNorm, RoPE, GeGLU). It reads ids of the teacher's whole vocabulary and predicts
-output indices (distil/space.py defines both). distil/decode.py decodes with it, train.py trains it.
+A causal decoder (RMSNorm, RoPE, GeGLU) reads a text and what is written of its answer, and predicts the next
+token of the answer. The text is given as ids of a large vocabulary, the answer as *output indices*, positions in
+the small output vocabulary of V tokens (distil/space.py); index V is the start token. Without an encoder the
+text's tokens are looked up in a table, the teacher's whole vocabulary. With one, a pre-trained BERT reads the
+text in both directions, and its states take the place of the table's rows (distil/reader.py loads it).
 
-B rows, T tokens, C = n_embd channels, H = n_head heads of D = head_size, V = output_vocab.
+train.py trains it, sample.py and distil/decode.py decode with it. B rows, T tokens, C = n_embd channels,
+H = n_head heads of D = n_embd / n_head, V = output_vocab.
 """
 import math
 from dataclasses import dataclass
@@ -19,65 +24,42 @@ import torch.nn.functional as F
 
 @dataclass
 class StudentConfig:
-    vocab_size: int = 262144  # rows of the input embedding: the teacher's whole vocabulary, for any text
+    vocab_size: int = 262144  # rows of the input table: the teacher's whole vocabulary, for any text
     output_vocab: int = 525                                 # V, rows of the head: only what an answer can need
-    block_size: int = 75                                    # longest row: text + answer, + len(after) - 1
+    output_ids: tuple = ()    # row of the table for each output index; (): with an encoder, which has V + 1 rows
+    start_id: int = 2                                       # row of the table between text and answer
+    block_size: int = 75                                    # longest row: text + answer
     n_layer: int = 16
     n_head: int = 16
     n_kv_head: int = 16  # fewer than n_head: grouped-query attention, https://arxiv.org/abs/2305.13245
     n_embd: int = 1024
     n_mlp: int = 4096                                       # hidden width of the gated MLP
+    n_table: int = 0                                        # width of the input table; 0: n_embd
     dropout: float = 0.0
     rope_base: float = 10000.0
-    start_id: int = 2                                       # the id between text and answer ...
-    after: tuple = ()                                       # ... or these, as in the teacher's prompt
-    n_prompt: int = 0                                       # P, prompt tokens kept as keys and values
-    reader: dict = None                                     # sizes of an encoder in front, see Student
-    # what a block needs to hold a layer of Gemma 3, Llama or Qwen 2 (distil/start.py copies them)
-    head_size: int = 0                                      # 0: n_embd // n_head
-    n_table: int = 0                                        # width of the input embedding; 0: n_embd
-    activation: str = 'gelu'                                # of the MLP: gelu (its tanh form) or silu
-    qk_norm: bool = False                                   # RMSNorm on queries and keys
-    qkv_bias: bool = False                                  # queries, keys and values have a bias
-    sandwich: bool = False                                  # RMSNorm also after attention and MLP
-    norm_eps: float = 1e-6
-    rope_of_layer: tuple = ()                               # row of rope_freq for each layer; (): always 0
+    encoder: dict = None                                    # sizes of the EncoderConfig in front; None: none
 
-    @property
-    def start(self):
-        """ids between text and answer; at the last of them the first token of the answer is predicted."""
-        return list(self.after) or [self.start_id]
+
+@dataclass
+class EncoderConfig:
+    vocab_size: int                                         # of its own tokenizer
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_mlp: int
+    n_pos: int                                              # longest text it was trained with
+    norm_eps: float = 1e-12
 
 
 # -----------------------------------------------------------------------------
-# attention
+# the decoder
 
 
 def rotate(x, cos, sin):
     """rotary position embedding, https://arxiv.org/abs/2104.09864: x (B, H, T, D) rotated by the angles of its
-    positions. cos, sin (B or 1, 1, T, D). Channel i is paired with channel i + D/2."""
+    positions. cos, sin (1, 1, T, D). Channel i is paired with channel i + D/2."""
     a, b = x.chunk(2, dim=-1)                               # (B, H, T, D/2) each
     return x * cos + torch.cat((-b, a), dim=-1) * sin
-
-
-def attend_with_lse(q, k, v, mask, scale, softcap=None):
-    """attention that also returns the logsumexp of its scores, with which the decoder and the teacher's engine
-    merge attention to a shared prompt with attention to a text's own tokens.
-
-    q (B, n_kv, T, D), k and v (B, n_kv, S, D), mask added to the scores or None -> values (B, n_kv, T, D),
-    logsumexp (B, n_kv, T). Scores are float32 even for bfloat16 inputs: where they reach hundreds, as in
-    Qwen, bfloat16 scores would be whole units apart.
-    """
-    if q.device.type == 'cpu' and softcap is None:          # the kernel of F.scaled_dot_product_attention
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(q, k, v, attn_mask=mask, scale=scale)
-    scores = q.float() @ k.float().mT * scale               # (B, n_kv, T, S)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores + mask
-    lse = scores.logsumexp(-1)                              # (B, n_kv, T)
-    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
 
 
 class RMSNorm(nn.RMSNorm):
@@ -93,56 +75,43 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head, self.dropout = config.n_head, config.n_kv_head, config.dropout
-        self.head_size = config.head_size or config.n_embd // config.n_head
+        self.head_size = config.n_embd // config.n_head
         n_heads = config.n_head + 2 * config.n_kv_head      # queries, keys and values in one product
-        self.c_attn = nn.Linear(config.n_embd, n_heads * self.head_size, bias=config.qkv_bias)
-        self.c_proj = nn.Linear(config.n_head * self.head_size, config.n_embd, bias=False)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(self.head_size, eps=config.norm_eps)
-            self.k_norm = RMSNorm(self.head_size, eps=config.norm_eps)
+        self.c_attn = nn.Linear(config.n_embd, n_heads * self.head_size, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, prompt=None, attend=None, keep=None):
+    def forward(self, x, cos, sin, attend=None, kept=None):
         B, T, C = x.shape
         sizes = [n * self.head_size for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
         q, k, v = self.c_attn(x).split(sizes, dim=2)        # (B, T, H * D), twice (B, T, n_kv_head * D)
         q = q.view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, -1, self.head_size).transpose(1, 2)  # (B, n_kv_head, T, D)
         v = v.view(B, T, -1, self.head_size).transpose(1, 2)  # (B, n_kv_head, T, D)
-        if hasattr(self, 'q_norm'):
-            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if attend is not None:                              # decoding: a cache holds keys and values
-            y = attend(q if keep is None else q[:, :, keep], k, v, keep is not None)
+            y = attend(q, k, v, kept)                       # (1, H, n, D); without kept n is N
         else:
-            mask, dropout, gqa = None, self.dropout if self.training else 0.0, self.n_head != self.n_kv_head
-            if prompt is not None:                          # (2, n_kv_head, P, D): every token sees all of it
-                k, v = (torch.cat((old.expand(B, -1, -1, -1), new), 2) for old, new in zip(prompt, (k, v)))
-                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)  # (T, P + T)
+            dropout = self.dropout if self.training else 0.0
             with torch.autocast('cpu', enabled=False):      # in bfloat16 a CPU's gradient is 9 times slower
-                y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), attn_mask=mask, dropout_p=dropout,
-                                                   is_causal=mask is None, enable_gqa=gqa)
-        y = y.transpose(1, 2).flatten(2)                    # (B, H, T, D) -> (B, T, H * D)
-        if keep is not None:                                # (M, H * D); attend has selected them already
-            y = y.flatten(0, 1)[keep] if attend is None else y[0]
-        return self.c_proj(y)                               # (B, T, C), or (M, C)
-
-
-# -----------------------------------------------------------------------------
-# the rest of the network
+                y = F.scaled_dot_product_attention(q, k, v.to(q.dtype), dropout_p=dropout, is_causal=True,
+                                                   enable_gqa=self.n_head != self.n_kv_head)
+        y = y.transpose(1, 2).flatten(2)                    # (B, H, T, D) -> (B, T, C)
+        if kept is not None:                                # (n, C)
+            y = y[0] if attend is not None else y.flatten(0, 1)[kept]
+        return self.c_proj(y)                               # (B, T, C), or (n, C)
 
 
 class MLP(nn.Module):
-    """GeGLU or SwiGLU, https://arxiv.org/abs/2002.05202"""
+    """GeGLU, https://arxiv.org/abs/2002.05202"""
 
     def __init__(self, config):
         super().__init__()
         self.c_gate = nn.Linear(config.n_embd, config.n_mlp, bias=False)
         self.c_up = nn.Linear(config.n_embd, config.n_mlp, bias=False)
         self.c_proj = nn.Linear(config.n_mlp, config.n_embd, bias=False)
-        self.activation = {'gelu': partial(F.gelu, approximate='tanh'), 'silu': F.silu}[config.activation]
 
     def forward(self, x):
-        x = self.activation(self.c_gate(x)) * self.c_up(x)  # (B, T, C) -> (B, T, n_mlp)
+        x = F.gelu(self.c_gate(x), approximate='tanh') * self.c_up(x)  # (B, T, C) -> (B, T, n_mlp)
         return self.c_proj(x)                               # (B, T, C)
 
 
@@ -151,116 +120,195 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        norm = partial(RMSNorm, config.n_embd, eps=config.norm_eps)
+        norm = partial(RMSNorm, config.n_embd, eps=1e-6)
         self.norm_1, self.attn, self.norm_2, self.mlp = norm(), Attention(config), norm(), MLP(config)
-        self.post_1, self.post_2 = (norm(), norm()) if config.sandwich else (nn.Identity(), nn.Identity())
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin, prompt=None, attend=None, keep=None):
-        y = self.attn(self.norm_1(x), cos, sin, prompt, attend, keep)  # (B, T, C), or (M, C) with keep
-        x = (x if keep is None else x.flatten(0, 1)[keep]) + self.drop(self.post_1(y))
-        return x + self.drop(self.post_2(self.mlp(self.norm_2(x))))
+    def forward(self, x, cos, sin, attend=None, kept=None):
+        y = self.attn(self.norm_1(x), cos, sin, attend, kept)  # (B, T, C), or (n, C) with kept
+        x = (x if kept is None else x.flatten(0, 1)[kept]) + self.drop(y)
+        return x + self.drop(self.mlp(self.norm_2(x)))
+
+
+def lay_out(text, answer):
+    """text (R, T), answer (B, T), padded with -1 -> the cells of B rows of text, then answer, (B, T_row) each: source,
+    which of all tokens of text and then of answer it holds; used, bool, False on padding, whose source is the first
+    start token; of_text, bool. Rows from R on have no text."""
+    n_text = F.pad((text >= 0).sum(1), (0, answer.size(0) - text.size(0)))  # (B,)
+    n_row = n_text + (answer >= 0).sum(1)                   # (B,)
+    # a graph for export has no size that depends on the data, so its rows may be longer than needed
+    T_row = text.size(1) + answer.size(1) if torch.compiler.is_exporting() else int(n_row.max())
+    b, t = torch.arange(answer.size(0), device=answer.device)[:, None], torch.arange(T_row, device=answer.device)
+    used, of_text = t < n_row[:, None], t < n_text[:, None]
+    source = torch.where(of_text, text.size(1) * b + t, text.numel() + answer.size(1) * b + t - n_text[:, None])
+    return source.masked_fill(~used, text.numel()), used, of_text
 
 
 class Student(nn.Module):
-    """ValueError if the sizes do not fit together.
+    """encoder: an Encoder that reads the texts, of the sizes in config.encoder, or None. ValueError if the sizes do
+    not fit together."""
 
-    reader: a pre-trained encoder (distil/reader.py) or None. With one, the inputs are not the teacher's ids:
-    ids below vocab_size = V + 1 are output indices and the start token, vocab_size + i is the reader's id i.
-    """
-
-    def __init__(self, config, reader=None):
+    def __init__(self, config, encoder=None):
         super().__init__()
-        head_size = config.head_size or config.n_embd / config.n_head
-        if head_size % 2 or config.n_head % config.n_kv_head:
+        if config.n_embd % (2 * config.n_head) or config.n_head % config.n_kv_head:
             sizes = f'n_embd = {config.n_embd}, n_head = {config.n_head}, n_kv_head = {config.n_kv_head}'
             raise ValueError(f'{sizes}: n_embd / n_head must be an even number, and n_head a multiple of n_kv_head')
-        self.config = config
-        width = config.n_table or config.n_embd
-        self.wte = nn.Embedding(config.vocab_size, width)   # text and answer share one input embedding
-        self.wte_proj = nn.Identity()
-        if width != config.n_embd:                          # a teacher's embedding is projected
-            self.wte_proj = nn.Linear(width, config.n_embd, bias=False)
-        self.reader = reader
-        if reader is not None:                              # C of the reader -> C
-            self.reader_proj = nn.Linear(reader.config.n_embd, config.n_embd, bias=False)
+        self.config, C, V = config, config.n_embd, config.output_vocab
+        width = config.n_table or C
+        self.wte = nn.Embedding(config.vocab_size, width)   # text and answer share it, if there is no encoder
+        self.wte_proj = nn.Linear(width, C, bias=False) if width != C else nn.Identity()
+        self.encoder = encoder
+        if encoder is not None:
+            assert width == C and config.start_id == V, 'with an encoder the table has a row per output index, and V'
+            self.encoder_proj = nn.Linear(encoder.config.n_embd, C, bias=False)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        if config.n_prompt:
-            shape = config.n_layer, 2, config.n_kv_head, config.n_prompt, self.h[0].attn.head_size
-            self.prompt = nn.Parameter(torch.zeros(shape))  # keys, already rotated, and values
-        self.norm_f = RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.n_embd, config.output_vocab, bias=False)  # not tied to wte: V rows
-        D, self.rope_of_layer = self.h[0].attn.head_size, config.rope_of_layer or (0,) * config.n_layer
-        freq = config.rope_base ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
-        freq = freq.expand(max(self.rope_of_layer) + 1, -1).clone()  # (n_rope, D/2)
-        self.register_buffer('rope_freq', freq)
+        self.norm_f = RMSNorm(C, eps=1e-6)
+        self.lm_head = nn.Linear(C, V, bias=False)          # not tied to wte: V rows
+        # what follows from config: the row of the table for each output index, and for the start token
+        row = torch.tensor([*(config.output_ids or range(V)), config.start_id])
+        self.register_buffer('answer_row', row, persistent=False)  # (V + 1,)
+        D = C // config.n_head
+        self.register_buffer('rope_freq', config.rope_base ** (-torch.arange(0, D, 2).float() / D), persistent=False)
         for name, p in self.named_parameters():
-            if name.startswith('reader.'):                  # it is pre-trained
-                continue
-            if p.dim() == 2:
+            if p.dim() == 2 and not name.startswith('encoder.'):  # that is pre-trained
                 # residual projections start smaller, so that depth does not grow the stream (GPT-2, 2.3)
                 std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02
                 nn.init.normal_(p, std=std)
-            elif name.endswith('bias'):
-                nn.init.zeros_(p)
-        if width != config.n_embd:
+        if width != C:
             nn.init.normal_(self.wte_proj.weight, std=width ** -0.5)  # keeps the variance
-        if reader is not None:                              # keeps it, too
-            nn.init.normal_(self.reader_proj.weight, std=reader.config.n_embd ** -0.5)
+        if encoder is not None:                             # so does this
+            nn.init.normal_(self.encoder_proj.weight, std=encoder.config.n_embd ** -0.5)
 
-    def forward(self, idx, targets=None, cache=None, pos=None, keep=None):
-        """idx (B, T) ids, rows padded on the right -> logits over the output vocabulary, (B, T, V).
+    def forward(self, text, answer, cache=None, only_last=False):
+        """text (R, T) ids, answer (B, T) output indices, the start token V first; -1 pads both on the right. Row b is
+        text b and then answer b, without a gap: text [[5, 7], [9, -1]] and answer [[V, 3], [V, -1]] are the rows
+        5 7 V 3 and 9 V. Returns logits over the output vocabulary after each token of the answers, V included: (n, V)
+        in row order; with only_last after the last token of each answer alone, (B, V).
 
-        With targets (B, T): only where targets >= 0, as (n, V) in row order, so that the head is not computed
-        at text positions. With keep (M,) instead: only at these of the B * T positions, as (M, V). With a
-        cache (decode.Cache): idx (1, N) are the new tokens of several rows one after another, pos (1, N)
-        their positions, counted from the prompt's first token.
+        With a cache (decode.Cache) text and answer hold what is not in it yet: the first R rows begin, each with a
+        text; the others (R <= B) go on with their answer.
         """
-        T = idx.size(1)
-        if cache is None:
-            assert T <= self.config.block_size, f'{T} tokens do not fit block_size {self.config.block_size}'
-            pos = self.config.n_prompt + torch.arange(T, device=idx.device)[None]  # (1, T)
-        angle = pos[:, None, :, None] * self.rope_freq[:, None, None, None]  # (n_rope, 1, 1, T, D/2)
-        angle = torch.cat((angle, angle), dim=-1)           # (n_rope, 1, 1, T, D)
+        source, used, of_text = lay_out(text, answer)       # (B, T_row) each
+        B, n_row = used.size(0), used.sum(1)                # (B,) tokens of each row
+        if cache is None:                                   # rows padded on the right
+            pos = torch.arange(used.size(1), device=used.device)  # (T_row,)
+            last = torch.arange(B, device=used.device) * used.size(1) + n_row - 1  # (B,)
+            kept = last if only_last else (used & ~of_text).flatten().nonzero()[:, 0]  # (n,) cells
+        else:                                               # one row after the other, no padding: (1, N)
+            source, of_text = source[used][None], of_text[used][None]
+            kept = n_row.cumsum(0) - 1 if only_last else (~of_text[0]).nonzero()[:, 0]
+            pos = cache.place_tokens(used, kept)            # (N,) which also tells the cache where they go
+        angle = pos[:, None] * self.rope_freq               # (T, D/2)
+        angle = torch.cat((angle, angle), dim=-1)[None, None]  # (1, 1, T, D)
         cos, sin = angle.cos(), angle.sin()
-        x = self.drop(self.embed(idx))                      # (B, T, C)
+        x = self.drop(self.embed(text, answer, source, of_text))  # (B, T, C), or (1, N, C)
+        narrow = cache is not None or only_last             # behind its attention the last layer has the kept cells only
         for i, block in enumerate(self.h):
-            rope = self.rope_of_layer[i]
-            prompt = self.prompt[i] if self.config.n_prompt else None
             attend = None if cache is None else partial(cache.attend, i)
-            wanted = keep if i == len(self.h) - 1 else None  # the last layer computes only these positions
-            x = block(x, cos[rope], sin[rope], prompt, attend, wanted)
-        x = self.norm_f(x if targets is None else x[targets >= 0])  # (B, T, C), (n, C) or (M, C)
+            x = block(x, cos, sin, attend, kept if narrow and i == len(self.h) - 1 else None)
+        x = self.norm_f(x if narrow else x.flatten(0, 1)[kept])  # (n, C)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 logits near 10 are 0.06 apart
-            return self.lm_head(x)                          # (B, T, V), (n, V) or (M, V)
+            return self.lm_head(x)                          # (n, V)
 
-    def embed(self, idx):
-        """idx (B, T) -> (B, T, C): the input embedding, or the reader's states where idx is the reader's"""
+    def embed(self, text, answer, source, of_text):
+        """the cells of lay_out -> (B, T, C): rows of the table, or the encoder's states where it reads"""
         dtype = self.lm_head.weight.dtype                   # a frozen table is fp16
-        if self.reader is None:
-            return self.wte_proj(self.wte(idx).to(dtype)).to(dtype)  # (B, T, n_table) -> (B, T, C)
-        text = idx >= self.config.vocab_size                # (B, T) True where the reader reads
-        states = self.reader.read(idx - self.config.vocab_size, text)  # (B, T, C of the reader)
-        x = self.wte(idx.masked_fill(text, 0))
-        return torch.where(text[..., None], self.reader_proj(states).to(dtype), x)
+        row = torch.cat((text.flatten(), self.answer_row[answer].flatten()))[source]  # (B, T)
+        if self.encoder is None:
+            return self.wte_proj(self.wte(row).to(dtype)).to(dtype)
+        x = self.wte(row.masked_fill(of_text, 0))           # the table has V + 1 rows, and they are C wide
+        if not text.numel():                                # the texts were read in an earlier pass
+            return x
+        states = self.encoder(text).flatten(0, 1)[source.masked_fill(~of_text, 0)]  # (B, T, C of the encoder)
+        return torch.where(of_text[..., None], self.encoder_proj(states).to(dtype), x)
 
     def param_groups(self, weight_decay):
-        """AdamW groups: matrices decay. The embedding does not (rows absent from a batch would shrink), nor do
-        norms, biases and a kept prompt."""
-        groups = {(of_reader, decays): [] for of_reader in (False, True) for decays in (True, False)}
+        """AdamW groups: matrices decay. A table does not (rows absent from a batch would shrink), nor do norms
+        and biases."""
+        groups = {(of_encoder, decays): [] for of_encoder in (False, True) for decays in (True, False)}
         for name, p in self.named_parameters():
             if p.requires_grad:
                 decays = p.dim() == 2 and not name.endswith(('wte.weight', 'wpe.weight'))
-                groups[name.startswith('reader.'), decays].append(p)
-        return [{'params': params, 'weight_decay': weight_decay if decays else 0.0, 'of_reader': of_reader}
-                for (of_reader, decays), params in groups.items() if self.reader or not of_reader]
+                groups[name.startswith('encoder.'), decays].append(p)
+        return [{'params': params, 'weight_decay': weight_decay if decays else 0.0, 'of_encoder': of_encoder}
+                for (of_encoder, decays), params in groups.items() if self.encoder or not of_encoder]
 
     def count_params(self):
         """{part: number of parameters}; `total` also counts the norms."""
         parts = {'total': '', 'embedding': 'wte', 'attention': '.attn.', 'mlp': '.mlp.', 'head': 'lm_head.'}
-        parts |= {'prompt': 'prompt'} if self.config.n_prompt else {}
-        parts |= {'reader': 'reader'} if self.reader else {}
+        parts |= {'encoder': 'encoder'} if self.encoder else {}
         return {part: sum(p.numel() for name, p in self.named_parameters()
-                          if key in name and (part in ('total', 'reader') or not name.startswith('reader')))
+                          if key in name and (part in ('total', 'encoder') or not name.startswith('encoder')))
                 for part, key in parts.items()}
+
+
+# -----------------------------------------------------------------------------
+# the encoder, if there is one: BERT, https://arxiv.org/abs/1810.04805 (MiniLM, bge, e5)
+
+
+class EncoderBlock(nn.Module):
+    """post-norm residual block: attention in both directions, then MLP"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, C = config.n_head, config.n_embd
+        self.c_attn, self.c_proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.c_up, self.c_down = nn.Linear(C, config.n_mlp), nn.Linear(config.n_mlp, C)
+        self.norm_1, self.norm_2 = (nn.LayerNorm(C, eps=config.norm_eps) for _ in range(2))
+
+    def forward(self, x, attend):
+        """x (B, T, C) rows or (K, C) tokens; attend: attend_rows or attend_groups, for these texts"""
+        x = self.norm_1(x + self.c_proj(attend(self.c_attn(x), self.n_head)))
+        return self.norm_2(x + self.c_down(F.gelu(self.c_up(x))))
+
+
+def attend_rows(qkv, n_head, mask):
+    """attention in both directions. qkv (B, T, 3 C): queries, keys and values of rows; mask (B, T) bool, False on
+    padding -> (B, T, C)."""
+    B, T, _ = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+    mask = mask[:, None, None].expand(-1, 1, T, -1)         # (B, 1, T, T): a token sees the whole text
+    with torch.autocast(qkv.device.type, enabled=False):    # scores in the type of qkv
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(B, T, -1)
+
+
+def attend_groups(qkv, n_head, masks):
+    """the same for the tokens (K, 3 C) of groups of rows, one after the other -> (K, C). masks: of each group."""
+    parts = []
+    for part, mask in zip(qkv.split([int(mask.sum()) for mask in masks]), masks):
+        rows = part.new_zeros(*mask.shape, part.size(-1)).index_put((mask,), part)
+        parts.append(attend_rows(rows, n_head, mask)[mask])
+    return torch.cat(parts)
+
+
+class Encoder(nn.Module):
+    """ids of its own vocabulary -> hidden states of its last layer. tokenizer: see distil/reader.py."""
+
+    def __init__(self, config, tokenizer=None):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_pos, config.n_embd)
+        self.norm_e = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.h = nn.ModuleList(EncoderBlock(config) for _ in range(config.n_layer))
+
+    def forward(self, text):
+        """text (B, T) ids, -1 on padding -> states (B, T, C), of no meaning on padding"""
+        pos, used = torch.arange(text.size(1), device=text.device).expand_as(text), text >= 0
+        if torch.compiler.is_exporting():                   # no size may depend on the data
+            return self.run(text.clamp(min=0), pos, partial(attend_rows, mask=used))
+        # padding costs nothing: the texts in the order of their lengths n, in groups of up to 8 tokens, 16, ...
+        n, order = used.sum(1).sort(stable=True)            # (B,) each
+        text, used = text[order], used[order]
+        sizes = ((n - 1) // 8).unique_consecutive(return_counts=True)[1].tolist()
+        masks = [mask[:, :int(of_group[-1])] for mask, of_group in zip(used.split(sizes), n.split(sizes))]
+        x = self.run(text[used], pos[used], partial(attend_groups, masks=masks))  # (K, C)
+        return x.new_zeros(*text.shape, x.size(-1)).index_put((used,), x)[order.argsort()]
+
+    def run(self, ids, pos, attend):
+        """the states of ids (B, T) or (K,) at positions pos; attend: see EncoderBlock."""
+        x = self.norm_e(self.wte(ids) + self.wpe(pos))      # (B, T, C) or (K, C)
+        for block in self.h:
+            x = block(x, attend)
+        return x

@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import math
 import time
-from functools import partial
 from pathlib import Path
 
 # before torch, see config/machine.py
@@ -28,33 +27,28 @@ from tqdm import tqdm
 
 from data import batches
 from distil.agreement import evaluate, linear_baseline, report_lines, update_best
-from distil.decode import convert_records
+from distil.reader import encode_records
 from distil.records import check_data, check_sizes, note_rare_values, open_records
 from distil.report import draw_report
-from distil.resume import catch_signals, lock_folder, open_training
+from distil.resume import Meter, catch_signals, lock_folder, open_training
 from distil.start import SeenRows
 
 # task
 name = ''              # word; data/<dataset>/<name>-* is read ...
 dataset = ''           # word
 run = ''               # word; ... and out/<run> written; '': out/<name>. One extraction, many students
-max_records = 0        # 0..; use only the first so many records, without the held-out ones; 0: all
-train_on = 'all'       # 'all', 'right'; right: only on records in which the teacher says what "truth" of
-                       # data/<dataset>/input.jsonl says; the held-out ones stay all
+max_records = 0        # 0..; train on the first records alone, at most this many; 0: on all
+train_on = 'all'       # 'all', 'right'; right: only where the teacher says what "truth" of input.jsonl says; all
+                       # held-out records stay
 held_out = ''          # file; each text in it is held out; '': those with "split": "test", else a tenth
 init_from = 'scratch'  # 'scratch', 'teacher', 'resume'; how a new run starts; teacher: with its embedding
-                       # table and some of its layers. An interrupted run continues anyway; resume demands it
+                       # table. An interrupted run continues anyway; resume demands it
 overwrite = False      # replace the run that out/<run> holds
-teacher_layers = 'first'  # 'first', 'none'; with init_from teacher: its first n_layer layers, or the table
-                       # alone. With layers the student has the teacher's shape: only n_layer is used below
-keep_prompt = False    # with layers: also their keys and values of the prompt, as parameters
 freeze_table = True    # with init_from teacher: the table is not trained, so words unseen in training keep
                        # their meaning
-start_model = ''       # file; with init_from teacher: table and layers of this model instead. It must have the
-                       # teacher's tokenizer, such as a smaller model of its family
 # a pre-trained encoder that reads the text in place of the student's table (distil/reader.py)
-reader = ''            # file; or a Hugging Face id; '': none. With one, init_from is not used
-reader_layers = 0      # 0..; its first so many layers; 0: all
+reader = ''            # file; or a Hugging Face id; '': none
+reader_layers = 0      # 0..; its first layers alone, this many; 0: all
 reader_lr = 0.1        # 0..; its share of the learning rate: it has learned already
 # student
 n_layer = 16           # 1..
@@ -67,9 +61,9 @@ dropout = 0.0          # 0..1
 token_dropout = 0.0    # 0..1; share of text tokens hidden at each step, against overfitting on few texts
 # loss and curriculum
 kl_start = 1.0         # 0..1; weight of the KL at the first step ...
-kl_end = 1.0           # 0..1; ... and at the last, on a cosine; the rest of 1 is the cross-entropy's
+kl_end = 1.0           # 0..1; ... and at the last, on a cosine; the cross-entropy has 1 less this weight
 kd_temperature = 0.1   # 0.001..; tau: divides the logits of both in the KL. Above 1 softens, below 1 sharpens
-                       # and puts more weight on near ties, which agreed most (docs/results.md)
+                       # and puts more weight on near ties: of those tried, 0.1 agreed most (docs/results.md)
 kd_anneal = True       # tau goes linearly from kd_temperature to 1 over the run
 # optimizer
 max_epochs = 15        # 1..
@@ -89,9 +83,9 @@ compile = 'auto'       # 'auto', 'True', 'False', 'true', 'false'; torch.compile
                        # in bfloat16 with a C++ compiler, in runs long enough to pay for it
 eval_records = 2000    # 0..; of the held-out ones, at the end of each epoch; 0: all
 best_by = 'field'      # 'field', 'exact', 'kl', 'ce', 'teacher_forced', 'student_only', 'valid'; which epoch
-                       # becomes best.pt: the last of those within a standard error of the highest
-patience = 0           # 0..; stop after so many epochs without a better one; 0: never
-save_steps = 0         # 0..; checkpoint also every so many steps; 0: at the end of each epoch
+                       # becomes best.pt: the last of those within a standard error of the best
+patience = 0           # 0..; stop after this many epochs without a better one; 0: never
+save_steps = 0         # 0..; checkpoint also after this many steps, again and again; 0: at the end of each epoch
 log_steps = 10         # 1..; steps between train lines
 tracker = ''           # '', 'wandb', 'trackio'; the data lines go there too
 seed = 1337            # 0..
@@ -108,8 +102,7 @@ def distill_loss(logits, teacher_logits, targets, kl_weight, temperature=1.0):
     loss = kl_weight * tau^2 * kl + (1 - kl_weight) * ce. kl is KL(p || q) of the distributions p (teacher) and
     q (student) over the output vocabulary at temperature tau; it is 0 when they are equal. ce is the
     cross-entropy with the teacher's token. The gradient of tau^2 * kl is tau (q - p) (Hinton et al. 2015,
-    https://arxiv.org/abs/1503.02531): a lower tau leaves it as it is at near ties and shrinks it at clear
-    decisions.
+    https://arxiv.org/abs/1503.02531): a lower tau keeps it at near ties and makes it small at clear decisions.
     """
     keep = targets >= 0
     logits, targets = logits[keep].float(), targets[keep]       # (n, V), (n,)
@@ -126,112 +119,76 @@ def cosine(start, end, progress):
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def schedule(step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end, kd_temperature, kd_anneal):
-    """(learning rate, KL weight, temperature) of a step, 0 <= step < n_steps."""
-    n_warm = max(1, round(warmup * n_steps))
-    lr = learning_rate * (step + 1) / n_warm                    # linear up ...
+def schedule(step, n_steps, config):
+    """(learning rate, KL weight, temperature) of a step, 0 <= step < n_steps. config: the settings."""
+    n_warm = max(1, round(config['warmup'] * n_steps))
+    lr = config['learning_rate'] * (step + 1) / n_warm          # linear up ...
     if step >= n_warm:                                          # ... then half a cosine down
-        lr = cosine(learning_rate, min_lr, (step - n_warm) / max(1, n_steps - 1 - n_warm))
-    progress, tau = step / max(1, n_steps - 1), kd_temperature
-    if kd_anneal:  # annealing in the other direction than in https://arxiv.org/abs/2104.07163
-        tau += (1 - kd_temperature) * progress
-    return lr, cosine(kl_start, kl_end, progress), tau
+        lr = cosine(config['learning_rate'], config['min_lr'], (step - n_warm) / max(1, n_steps - 1 - n_warm))
+    progress, tau = step / max(1, n_steps - 1), config['kd_temperature']
+    if config['kd_anneal']:  # upwards; https://arxiv.org/abs/2104.07163 anneals downwards
+        tau += (1 - tau) * progress
+    return lr, cosine(config['kl_start'], config['kl_end'], progress), tau
 
 
 # -----------------------------------------------------------------------------
-# one step, one epoch
+# parts of a step, the end of an epoch
 
 
-def make_optimizer(training, shards, train_rows, weight_decay, learning_rate, betas, state):
+def make_optimizer(training, shards, train_rows, config, state):
     """gives the training its AdamW, with the state of a checkpoint if there is one. A table that is trained is
     cut down to the tokens that occur, see SeenRows."""
-    if training.student.wte.weight.requires_grad and not training.student.reader:
-        c = training.student.config
-        texts = [shards.ids(i) for i in train_rows]
-        others = shards.meta['output_ids'], c.start, [c.start_id]
-        training.seen = SeenRows(training.student, np.unique(np.concatenate([*texts, *others])))
-    groups = training.student.param_groups(weight_decay)
+    student = training.student
+    if student.wte.weight.requires_grad and not student.encoder:
+        training.seen = SeenRows(student, np.unique(np.concatenate([shards.ids(i) for i in train_rows])))
+    groups = student.param_groups(config['weight_decay'])
     learned = [p for group in groups for p in group['params']]
-    trainable = [p for p in training.student.parameters() if p.requires_grad]
+    trainable = [p for p in student.parameters() if p.requires_grad]
     assert sorted(map(id, learned)) == sorted(map(id, trainable)), 'a parameter in no group, or in two'
-    training.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    betas = config['beta1'], config['beta2']
+    training.optimizer = torch.optim.AdamW(groups, lr=config['learning_rate'], betas=betas, fused=True)
     if state:
         training.optimizer.load_state_dict(state)
+    return learned
 
 
-def hide_text(idx, targets, share, start_id, n_start=1):
-    """replaces this share of the text tokens, chosen at random, by start_id, in place. The answer and the
-    n_start tokens before it stay. idx (B, T) ids; targets (B, T) output indices, -1 on text and padding."""
-    first = (targets >= 0).int().argmax(1, keepdim=True)        # (B, 1) the position that predicts first
-    text = torch.arange(idx.size(1), device=idx.device) <= first - n_start  # (B, T)
-    idx[(torch.rand(idx.shape, device=idx.device) < share) & text] = start_id
+def hide_text(text, share, hidden_id):
+    """replaces this share of the text's tokens, chosen at random, by hidden_id, in place. text (B, T) ids, -1 on
+    padding."""
+    text[(torch.rand(text.shape, device=text.device) < share) & (text >= 0)] = hidden_id
 
 
-def hidden_id(student):
-    """the id that stands for a hidden text token: the start token, or the reader's mask token."""
-    if student.reader is None:
-        return student.config.start_id
-    return student.config.vocab_size + student.reader.tokenizer.token_to_id('[MASK]')
+def mask_id(student):
+    """the id that stands for a hidden token of a text: the start token, or the encoder's mask token."""
+    return student.encoder.tokenizer.token_to_id('[MASK]') if student.encoder else student.config.start_id
 
 
-def take_step(training, shards, rows, lr, reader_lr, grad_accum, grad_clip, token_dropout, autocast,
-              **loss_options):
-    """one optimizer step on the records `rows`, divided among the processes and micro-batches (the result
-    does not depend on how, but for dropout). Returns sums over the step, (loss, kl, ce, answer tokens right,
-    answer tokens), and the norm of the gradient. FloatingPointError if the loss is nan or infinite."""
-    learned = [p for group in training.optimizer.param_groups for p in group['params']]
-    device, c = training.student.lm_head.weight.device, training.student.config
-    n_tokens = sum(len(shards.answer(i)) for i in rows)         # one denominator for the whole step
-    sums = torch.zeros(5, dtype=torch.float64)
-    for part in np.array_split(rows, grad_accum * WORLD)[RANK::WORLD]:
-        if not len(part):
-            continue
-        # rows of text, start, answer: (B, T) ids, (B, T) targets, -1 but on the answer, (n, V) logits
-        idx, targets, teacher_logits = (x.to(device) for x in shards.batch(part, c.start))
-        if token_dropout:
-            hide_text(idx, targets, token_dropout, hidden_id(training.student), len(c.start))
-        if training.seen:                                       # ids -> rows of the table that is trained
-            idx = training.seen.lookup[idx]
-        with autocast:
-            logits = training.student(idx, targets)             # (n, V): at answer positions alone
-        targets = targets[targets >= 0]                         # (n,)
-        loss, kl, ce, n = distill_loss(logits, teacher_logits, targets, **loss_options)
-        (loss / n_tokens).backward()
-        hits = (logits.argmax(-1) == targets).sum()
-        sums += torch.tensor([loss.item(), kl.item(), ce.item(), hits.item(), n], dtype=torch.float64)
-    if WORLD > 1:  # a sum, because each part was divided by the tokens of the whole step
-        for p in learned:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
-        sums = sums.to(device)
-        dist.all_reduce(sums)
-    gnorm = torch.nn.utils.clip_grad_norm_(learned, grad_clip or math.inf).item()
-    if not math.isfinite(gnorm + sums.sum()):
-        raise FloatingPointError(f'the loss of step {training.step} is nan or infinite: try a lower '
-                                 f'learning_rate; {training.out} keeps its last checkpoint')
-    for group in training.optimizer.param_groups:
-        group['lr'] = lr * (reader_lr if group.get('of_reader') else 1.0)
-    training.optimizer.step()
-    training.optimizer.zero_grad(set_to_none=True)
-    training.step += 1
-    return np.array(sums.tolist()), gnorm
+def add_up(learned, sums):
+    """sums the gradients of the parameters, and sums (5,), over all processes. A sum, because each process divides
+    by the tokens of the whole step."""
+    for p in learned:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        dist.all_reduce(p.grad)
+    sums = sums.to(learned[0].device)
+    dist.all_reduce(sums)
+    return sums.cpu()
 
 
-def end_epoch(training, epoch, shards, val_rows, batch_size, best_by, patience, last):
+def end_epoch(training, epoch, shards, val_rows, config, last):
     """evaluates on the held-out records, logs and saves; in the first process. Returns True if `patience`
     epochs have passed without a better one. last: no epoch follows."""
     with training.whole_table(), training.precision:
-        figures, per_field, *_ = evaluate(training.student, training.space, shards, val_rows, batch_size)
+        figures, per_field, *_ = evaluate(training.student, training.space, shards, val_rows, config['batch_size'])
     training.figures, training.per_field = figures, per_field
     for tag, values in report_lines(training.step, figures, per_field, training.linear):
         training.log(tag, values)
-    training.best, is_best = update_best(training.best, figures, best_by, epoch, training.step)
+    training.best, is_best = update_best(training.best, figures, config['best_by'], epoch, training.step)
     if is_best:
         training.save('best.pt', finished=True)                 # without the optimizer's state
-    enough = bool(patience) and epoch - training.best['top_epoch'] >= patience
+    enough = bool(config['patience']) and epoch - training.best['top_epoch'] >= config['patience']
     training.save('ckpt.pt', finished=last or enough)
     if enough:
-        print(f'no better {best_by} in {patience} epochs: stopping early')
+        print(f'no better {config["best_by"]} in {config["patience"]} epochs: stopping early')
     return enough
 
 
@@ -239,16 +196,16 @@ def end_epoch(training, epoch, shards, val_rows, batch_size, best_by, patience, 
 # main
 
 
-def check_settings(config):
+def check_training(config):
     """exits with a message if settings contradict each other or a package is missing."""
     if not config['name'] or not config['dataset']:
         stop('no task; run: python train.py config/demo.py')
     tracker, tau = config['tracker'], config['kd_temperature']
-    if config['keep_prompt'] and (config['init_from'] == 'scratch' or config['teacher_layers'] == 'none'):
-        stop('keep_prompt keeps what the teacher\'s layers computed of the prompt; set init_from = teacher and '
-             'teacher_layers = first')
-    if config['start_model'] and config['init_from'] == 'scratch':
-        stop('start_model is the model to start from; set init_from = teacher')
+    if config['reader'] and config['init_from'] == 'teacher':
+        stop('init_from = teacher starts with the teacher\'s table, and a student with a reader has none; set reader = '
+             "'', or init_from = 'scratch'")
+    if config['reader_layers'] and not config['reader']:
+        stop('reader_layers says how many layers of the reader are kept; set reader, too')
     if tracker and not importlib.util.find_spec(tracker):
         stop(f'tracker = {tracker}: this package is missing; run: pip install {tracker}')
     if tau < 1 and min(config['kl_start'], config['kl_end']) < 1:
@@ -258,75 +215,87 @@ def check_settings(config):
 
 if __name__ == '__main__':
     device = start_ranks(pick_device(device), 'nccl' if pick_device(device) == 'cuda' else 'gloo')
-    check_settings(config)
+    check_training(config)
     out = Path('out', run or name)
-    shards, train_rows, val_rows = open_records(dataset, name, max_records, eval_records, held_out, train_on)
+    shards, train_rows, val_rows = open_records(config)
     check_sizes(config, shards.meta, len(train_rows), len(val_rows))
     torch.manual_seed(seed)
     lock = lock_folder(out) if RANK == 0 else None              # held until the program ends
     training, optimizer_state = open_training(out, config, shards, len(train_rows), device)
-    counts = training.student.count_params()
+    student = training.student
+    counts = student.count_params()
     print('model', *(f'{"params" if k == "total" else k}={n / 1e6:.1f}M' for k, n in counts.items()))
     checked = check_data(shards, training.space, train_rows, val_rows, np.random.default_rng(seed))
     print(data_line('check', checked))
     note_rare_values(shards, training.space, train_rows, val_rows, max_epochs)
-    make_optimizer(training, shards, train_rows, weight_decay, learning_rate, (beta1, beta2), optimizer_state)
+    learned = make_optimizer(training, shards, train_rows, config, optimizer_state)
     if training.linear is None and RANK == 0:                   # the yardstick: counts of words, of letters
         training.linear = linear_baseline(shards, training.space, train_rows, val_rows)
     if tracker and RANK == 0:
         training.tracker = importlib.import_module(tracker)
         training.tracker.init(project='distillation', name=out.name, config=training.facts['config'])
 
-    n_cut = convert_records(training.student, training.space, shards, [*train_rows, *val_rows])
+    n_cut = encode_records(student, training.space, shards, [*train_rows, *val_rows])
     if n_cut:
         print(f'note: {n_cut} texts do not fit into block_size = {block_size} with their answers: their ends are lost')
-    lengths = np.array([len(shards.texts.get(i, shards.ids(i))) + len(shards.answer(i)) for i in train_rows])
+    lengths = np.array([len(shards.encoded.get(i, shards.ids(i))) + len(shards.answer(i)) for i in train_rows])
     per_epoch = math.ceil(len(train_rows) / batch_size)
     n_steps, first = max_epochs * per_epoch, training.step
     autocast = training.set_precision(dtype, compile, device, max_epochs * int(lengths.sum()))
     print(f'records train={len(train_rows)} held_out={len(val_rows)} epochs={max_epochs} steps={n_steps} '
           f'longest={lengths.max()} from_step={first}')
-    caught, enough, stopping = catch_signals(), False, False
-    sums, n_seen, seconds, n_logged = np.zeros(5), 0, 0.0, 0    # since the last train line
-    total_seconds = 0.0                                         # of all steps of this process
-    training.student.train()
+    caught, enough, stopping, meter = catch_signals(), False, False, Meter(n_steps)
+    student.train()
     bar = tqdm(total=n_steps, initial=first, desc='train', unit='step', smoothing=0.05, disable=RANK > 0)
     while training.step < n_steps and not (stopping or enough):
-        start, (epoch, k) = time.time(), divmod(training.step, per_epoch)
+        began, (epoch, k) = time.time(), divmod(training.step, per_epoch)
         if k == 0 or training.step == first:
             order = batches(lengths, batch_size, seed, epoch)   # of (seed, epoch) alone: resume needs no more
-        lr, kl_weight, tau = schedule(training.step, n_steps, learning_rate, min_lr, warmup, kl_start, kl_end,
-                                      kd_temperature, kd_anneal)
         torch.manual_seed((seed + training.step) * WORLD + RANK)  # and dropout is a function of the step
-        try:
-            step_sums, gnorm = take_step(training, shards, train_rows[order[k]], lr, reader_lr, grad_accum,
-                                         grad_clip, token_dropout, autocast, kl_weight=kl_weight,
-                                         temperature=tau)
-        except FloatingPointError as error:
+        lr, kl_weight, tau = schedule(training.step, n_steps, config)
+        for group in training.optimizer.param_groups:
+            group['lr'] = lr * (reader_lr if group['of_encoder'] else 1.0)
+
+        rows = train_rows[order[k]]                             # of this step, shared by processes, in micro-batches
+        n_tokens = sum(len(shards.answer(i)) for i in rows)     # one denominator for all of them
+        sums = torch.zeros(5, dtype=torch.float64)              # loss, kl, ce, answer tokens right, answer tokens
+        for part in np.array_split(rows, grad_accum * WORLD)[RANK::WORLD]:
+            if not len(part):
+                continue
+            # text (B, T) ids; answer, targets (B, T) output indices, -1 on padding; teacher_logits (n, V), a row a target
+            text, answer, targets, teacher_logits = (x.to(device) for x in shards.batch(part))
+            targets = targets[targets >= 0]                     # (n,)
+            if token_dropout:
+                hide_text(text, token_dropout, mask_id(student))
+            with autocast:
+                logits = student(training.seen.convert(text) if training.seen else text, answer)  # (n, V)
+            loss, kl, ce, n = distill_loss(logits, teacher_logits, targets, kl_weight, tau)
+            (loss / n_tokens).backward()
+            hits = (logits.argmax(-1) == targets).sum()
+            sums += torch.tensor([loss.item(), kl.item(), ce.item(), hits.item(), n], dtype=torch.float64)
+        sums = add_up(learned, sums) if WORLD > 1 else sums
+        gnorm = torch.nn.utils.clip_grad_norm_(learned, grad_clip or math.inf).item()
+        if not math.isfinite(gnorm + sums.sum()):
             bar.close()
-            stop(str(error))
+            stop(f'the loss of step {training.step} is nan or infinite: try a lower learning_rate; {out} keeps its '
+                 'last checkpoint')
+        training.optimizer.step()
+        training.optimizer.zero_grad(set_to_none=True)
+        training.step += 1
+
         stopping = any_process(caught, device)
-        step_seconds = time.time() - start
-        sums, n_seen = sums + step_sums, n_seen + int(lengths[order[k]].sum())
-        seconds, total_seconds = seconds + step_seconds, total_seconds + step_seconds
-        n_logged += 1
+        meter.add(sums.numpy(), int(lengths[order[k]].sum()), time.time() - began)
         bar.update()
-        if training.step == min(first + 100, n_steps) and RANK == 0:
-            hours = total_seconds / (training.step - first) * n_steps / 3600
-            training.log('plan', {'epochs': max_epochs, 'hours': hours, 'records': len(train_rows)})
+        if RANK == 0 and training.step == min(first + 100, n_steps):
+            training.log('plan', {'epochs': max_epochs, 'hours': meter.hours(), 'records': len(train_rows)})
         if training.step % log_steps == 0:
-            means = dict(zip(('loss', 'kl', 'ce', 'teacher_forced'), (sums[:4] / sums[4]).tolist()))
-            step_s = seconds / n_logged
+            means, speed = meter.read(training.step)
             if RANK == 0:
-                training.log('train', {
-                    'step': training.step, **means, 'kl_weight': kl_weight, 'tau': tau, 'lr': lr,
-                    'gnorm': gnorm, 'ms': step_s * 1e3, 'tok_s': n_seen / seconds,
-                    'eta_min': step_s * (n_steps - training.step) / 60})
-            sums, n_seen, seconds, n_logged = np.zeros(5), 0, 0.0, 0
+                training.log('train', {'step': training.step, **means, 'kl_weight': kl_weight, 'tau': tau, 'lr': lr,
+                                       'gnorm': gnorm, **speed})
         if training.step % per_epoch == 0:
-            last = training.step == n_steps
-            arguments = training, epoch + 1, shards, val_rows, batch_size, best_by, patience, last
-            enough = run_in_first(partial(end_epoch, *arguments))
+            is_last = training.step == n_steps
+            enough = run_in_first(lambda: end_epoch(training, epoch + 1, shards, val_rows, config, is_last))
         elif RANK == 0 and (stopping or save_steps and training.step % save_steps == 0):
             training.save('ckpt.pt')
     bar.close()

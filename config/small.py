@@ -4,7 +4,6 @@
 # texts a second as one with a pre-trained encoder, and it agrees less with its teacher (docs/students.md).
 reader = ''
 init_from = 'teacher'
-teacher_layers = 'none'
 n_layer = 4
 n_head = 4
 n_embd = 128

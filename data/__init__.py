@@ -21,6 +21,7 @@ import json
 import os
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,6 +87,27 @@ def read_meta(folder):
                          'name') from None
 
 
+def answers_from(meta):
+    """where the answers of a shard come from, by its meta.json: 'teacher', a model that ran here; 'score', given answers
+    with that model's logits; 'server', a model behind a URL; 'labels', people or a log."""
+    if 'server' in meta:
+        return 'server'
+    return {'labels': 'labels', True: 'score'}.get(meta.get('score'), 'teacher')
+
+
+class Record(NamedTuple):
+    """a text and its answer, of n tokens, as it is stored. An answer that was dropped has none."""
+    hash: int           # of the text
+    ids: object         # of the text
+    outs: object        # (n,) output indices
+    logits: object      # (n, V) raw
+    lse: object         # (n,) logsumexp over all tokens; nan if not computed
+
+    @classmethod
+    def dropped(cls, hash_, V):
+        return cls(hash_, [], [], np.zeros((0, V), np.float32), np.zeros(0, np.float32))
+
+
 class Hashes:
     """a set of 64-bit hashes that takes 8 bytes per hash, far less than a set of Python."""
 
@@ -110,12 +132,13 @@ class Hashes:
 class Writer:
     """appends records to a shard. When it opens a shard, it cuts off what an interrupted run did not commit.
 
-    n_records, n_answered, n_output: rows, those with an answer and the tokens of these; without: hashes of the texts
-    that have no answer. BlockingIOError if another run writes to it.
+    folder: of the shard. n_records, n_answered, n_output: rows, those with an answer and the tokens of these; without:
+    hashes of the texts that have no answer. BlockingIOError if another run writes to it.
     """
 
     def __init__(self, folder, V):
         folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
         self.files = {name: open(folder / f'{name}.bin', 'ab', buffering=0) for name in DTYPES}
         fcntl.flock(self.files['index'], fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the file is closed
         index, (self.n_input, self.n_output) = read_index(folder, V), (0, 0)
@@ -238,7 +261,7 @@ class Shards:
         self.spans = np.concatenate(spans)  # (N, 5) shard, input start, output start, input end, output end
         named = [np.fromfile(path, DTYPES['index']) for folder in folders if (path := folder / 'held_out.bin').exists()]
         self.own_split = np.unique(np.concatenate(named)) if named else None
-        self.texts, self.answer_ids = {}, self.meta['output_ids']  # as a student reads them, see decode.py
+        self.encoded = {}  # {record: the ids of a student's encoder}, see reader.encode_records
 
     def __len__(self):
         return len(self.spans)
@@ -284,25 +307,25 @@ class Shards:
         odd = (np.asarray(rows) if self.own_split is None else self.hashes[rows]) % 2 == 1
         return odd if odd.any() else ~odd
 
-    def batch(self, rows, start):
-        """(idx, targets, teacher_logits) of the records `rows`. idx (B, T) ids: text, start, answer without
-        its last token. targets (B, T) output indices, from the last token of start on; -1 on the text and the
-        padding. teacher_logits (n, V): see logits(), a row per target >= 0, in their order."""
-        texts = [self.texts[i] if i in self.texts else self.ids(i) for i in map(int, rows)]
+    def batch(self, rows):
+        """(text, answer, targets, teacher_logits) of the records `rows`, B texts and their answers, padded on the
+        right with -1. text (B, T) ids; answer (B, T) output indices: the start token V, then all but the last;
+        targets, the same shape: what follows each of them; teacher_logits (n, V): see logits(), a row per
+        target, in their order."""
+        texts = [self.encoded[i] if i in self.encoded else self.ids(i) for i in map(int, rows)]
         outs = [self.answer(i) for i in rows]
         logits = np.concatenate([self.logits(i) for i in rows])
-        return *pad_batch(texts, outs, self.answer_ids, start), torch.from_numpy(logits)
+        start = [len(self.meta['output_ids'])]
+        padded = [pad(texts), pad([[*start, *o[:-1]] for o in outs]), pad(outs), logits]
+        return tuple(map(torch.from_numpy, padded))
 
 
-def pad_batch(texts, outs, output_ids, start):
-    """(idx, targets) as in Shards.batch. texts: lists of ids; outs: lists of output indices."""
-    T = max(len(t) + len(o) for t, o in zip(texts, outs)) + len(start) - 1
-    output_ids = np.array(output_ids)
-    idx, targets = np.full((len(texts), T), start[-1]), np.full((len(texts), T), -1)
-    for b, (t, o) in enumerate(zip(texts, outs)):
-        row = [*t, *start, *output_ids[o[:-1]]]
-        idx[b, :len(row)], targets[b, len(row) - len(o):len(row)] = row, o
-    return torch.from_numpy(idx), torch.from_numpy(targets)
+def pad(rows):
+    """rows (lists of numbers) -> (rows, longest) int64, with -1 on the right."""
+    padded = np.full((len(rows), max(map(len, rows))), -1)
+    for b, row in enumerate(rows):
+        padded[b, :len(row)] = row
+    return padded
 
 
 def batches(lengths, batch_size, seed, epoch, window=16):

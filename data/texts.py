@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,9 +31,16 @@ def refusal_reason(text, ids, too_long, min_text, special, keep_markup=False):
     return ''
 
 
+class Text(NamedTuple):
+    """a text to be labelled."""
+    hash: int
+    ids: np.ndarray     # (n,) uint32, of the teacher
+    given: object       # what is known of it: an answer, a label (a dict), the reason why it has none, or None
+
+
 def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut=False, keep_markup=False,
                 counts=None):
-    """yields the texts worth labelling in groups of `size`, each a list of (hash, ids, answer), in the order
+    """yields the texts worth labelling in groups of `size`, each a list of Texts, in the order
     of the file. Streams: it keeps only 16 bytes per text, and 8 more if cut.
 
     texts: from data.read_texts. cut: True keeps the first max_text tokens of a longer text, False refuses the
@@ -64,7 +72,7 @@ def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut=False, 
                 continue
             seen.add(hash_)
             pairs.add(pair)
-            group.append((hash_, np.array(ids, np.uint32), answer))
+            group.append(Text(hash_, np.array(ids, np.uint32), answer))
             is_last = counts['kept'] == limit
             if len(group) == size or is_last:
                 yield group

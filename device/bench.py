@@ -32,7 +32,7 @@ from device.web import Handler
 from distil.checkpoint import load_checkpoint
 from distil.records import load_records
 from distil.split import split_of
-from sample import Labeler
+from distil.labeler import Labeler
 
 name = ''            # word; out/<name> is the student ...
 run = ''             # word; ... or out/<run>

@@ -32,11 +32,12 @@ from data import held_out, read_texts, text_hash, write_json
 from device.shrink import choose_tokens, fold_table, round_to_int8, trim_student, trim_tokenizer
 from distil.agreement import field_texts, same_values, teacher_forced_sums
 from distil.checkpoint import load_checkpoint
-from distil.decode import answer_ids, generate, text_room
+from distil.decode import generate
 from distil.prompts import prompt_text
+from distil.reader import encode_texts, text_room
 from distil.records import load_records
 from distil.split import split_of
-from distil.space import clean, value_names
+from distil.space import clean
 
 name = ''            # word; out/<name> is the student ...
 run = ''             # word; ... or out/<run>
@@ -51,29 +52,30 @@ config = configure(globals())
 
 HERE = Path(__file__).resolve().parent
 RUNNERS = 'run.py', 'student.js', 'index.html', 'worker.js', 'package.json'
-FORMAT = 2  # of the folder; task.json has it, and the runners check it
+FORMAT = 3  # of the folder; task.json has it, and the runners check it
 
 # -----------------------------------------------------------------------------
 # the graph
 
 
 def write_onnx(student, path):
-    """writes the student's forward pass as an ONNX graph: ids (B, T), and asked (M,), the positions among the
-    B * T whose output is needed -> logits (M, V). All operators are standard ones, so every runtime computes
-    the same. 8-bit weights are stored as int8; Cast and Mul turn them into float32 when the graph is loaded
+    """writes the student's forward pass as an ONNX graph: text (B, T) and answer (B, T), as model.Student reads them,
+    with -1 on padding, at least two tokens wide -> logits (B, V). All operators are standard ones, so every runtime
+    computes the same. 8-bit weights are stored as int8; Cast and Mul turn them into float32 when the graph is loaded
     or a row is looked up. Activations are never rounded, since runtimes differ in how they do it. Operator
     set 23 has attention and RMSNorm as one operator each, an eighth faster than set 20's."""
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
-    dim = torch.export.Dim
-    T = dim('T', min=2, max=student.config.block_size)
-    shapes = {'idx': {0: dim('B', max=65536), 1: T}, 'keep': {0: dim('M', max=65536)}}
-    example = {'idx': torch.zeros(3, 7, dtype=torch.long), 'keep': torch.tensor([6, 13, 16, 20])}
+    dim, longest = torch.export.Dim, student.config.block_size
+    B = dim('B', max=65536)
+    shapes = {'text': {0: B, 1: dim('T', min=2, max=longest)}, 'answer': {0: B, 1: dim('A', min=2, max=longest)},
+              'only_last': None}
+    example = {'text': torch.zeros(3, 7, dtype=torch.long), 'answer': torch.zeros(3, 5, dtype=torch.long), 'only_last': True}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         with stop_anyway():
             program = torch.onnx.export(
                 student, kwargs=example, dynamic_shapes=shapes, opset_version=23, optimize=False, verbose=False,
-                input_names=['ids', 'asked'], output_names=['logits'], dynamo=True, external_data=False)
+                input_names=['text', 'answer'], output_names=['logits'], dynamo=True, external_data=False)
             program.optimize()  # folds small constants; the 8-bit matrices stay
     model = program.model_proto
     del model.metadata_props[:], model.graph.value_info[:]
@@ -105,11 +107,11 @@ def new_folder(path):
 def make_task(name, checkpoint, space, student):
     """the content of task.json, a dict: the automaton, reduced to its decisions. device/run.py uses it.
 
-    states: for each decision its legal tokens (rows: of the logits), the ids to read after each choice (read:
-    the token itself and the forced tokens after it), and the next decision (next: -1 if the answer is
-    complete). ways: for each value of a field its path: the decisions that lead to it, each as [state, index
-    among its legal tokens]. A row of ids is: before, the text's ids plus offset, start; before and offset are
-    those of a reader.
+    states: for each decision its legal tokens (rows: of the logits), what to read of the answer after each choice
+    (read: the token itself and the forced tokens after it), and the next decision (next: -1 if the answer is
+    complete). leaves: of the schema, with the keys that lead to a leaf, its values, and for each of them its way: the
+    decisions that lead to it, each as [state, index among its legal tokens]. A text is: before, its ids, after, which are an encoder's special tokens; an answer begins
+    with start.
     """
     task, numbers = checkpoint['task'], {}
     prefix, first = space.forced_runs[0]
@@ -123,24 +125,24 @@ def make_task(name, checkpoint, space, student):
         following = [space.forced_runs[after][1] for _, after in states[-1][1]]
         todo += [state for state in following if state != space.done]
     numbers[space.done] = -1
-    id_of, start = answer_ids(student, space), student.config.start
-    ids = lambda outs: [id_of[o] for o in outs]
-    before, offset, max_text = [], 0, task['max_text']
-    if student.reader:  # its special tokens around the text, and room for them
-        offset, room = student.config.vocab_size, text_room(student, space)
-        cls, sep = student.reader.encode([''], room)[0]
-        before, start, max_text = [offset + cls], [offset + sep, *start], room - 2
-    table = [{'field': space.field[state], 'rows': [out for out, _ in moves],
-              'read': [ids([out, *space.forced_runs[after][0]]) for out, after in moves],
+    before, after, max_text = [], [], task['max_text']
+    if student.encoder:  # its special tokens around the text, and room for them
+        room = text_room(student, space)
+        cls, sep = encode_texts(student.encoder, [''], room)[0]
+        before, after, max_text = [cls], [sep], room - 2
+    table = [{'field': space.leaf_at[state], 'rows': [out for out, _ in moves],
+              'read': [[out, *space.forced_runs[after][0]] for out, after in moves],
               'next': [numbers[space.forced_runs[after][1]] for _, after in moves]}
              for state, moves in states]
-    paths = {field: [[[numbers[state], table[numbers[state]]['rows'].index(out)] for state, out, _ in path]
-                     for path in of_values] for field, of_values in space.value_paths.items()}
-    names = {field: value_names(values) for field, values in space.fields.items()}
-    return {'format': FORMAT, 'name': name, 'fields': space.fields, 'names': names,
-            'max_text': max_text, 'before': before, 'offset': offset, 'start': [*start, *ids(prefix)],
-            'states': table, 'ways': paths,
-            'temperature': {field: checkpoint['per_field'][field]['temperature'] for field in space.fields},
+    leaves = []
+    for leaf in space.schema.leaves:
+        ways = [[[numbers[state], table[numbers[state]]['rows'].index(out)] for state, out, _ in way]
+                for way in space.ways.get(leaf.path, [[]])]  # a constant has no decision
+        leaves.append({'path': leaf.path, 'keys': leaf.keys, 'values': leaf.values, 'names': leaf.names, 'ways': ways,
+                       'temperature': checkpoint['per_field'][leaf.path]['temperature']})
+    return {'format': FORMAT, 'name': name, 'leaves': leaves,
+            'max_text': max_text, 'before': before, 'after': after, 'start': [student.config.output_vocab, *prefix],
+            'states': table,
             'min_confidence': (checkpoint.get('target') or {}).get('min_confidence')}
 
 
@@ -172,14 +174,14 @@ def read_check(path, counted, n):
     return checked
 
 
-def encode_texts(tokenizer, texts, max_text):
+def cut_texts(tokenizer, texts, max_text):
     """a list of ids for each text, cut to max_text (None: not cut)."""
     return [e.ids[:max_text] for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
 def label_texts(student, space, texts, max_text):
     """{field: [the value for each text, as a JSON text]}."""
-    return field_texts(space, generate(student, space, encode_texts(space.tokenizer, texts, max_text)))
+    return field_texts(space, generate(student, space, cut_texts(space.tokenizer, texts, max_text)))
 
 
 def measure_kl(student, space, shards):
@@ -193,7 +195,7 @@ def shrink_student(student, space, texts, check, max_text, keep_tokens, int8, sh
     """(the student with keep_tokens tokens, in 8 bits if int8; its OutputSpace; figures of what that cost, on
     the texts `check`). The tokens of `texts` are counted. ValueError if keep_tokens is too small."""
     figures = {'texts': len(check)}
-    if student.reader:                                          # its vocabulary is small: nothing to trim
+    if student.encoder:                                         # its vocabulary is small: nothing to trim
         small = round_to_int8(student) if int8 else student
         if shards and int8:
             figures |= {'kl_float32': measure_kl(student, space, shards),
@@ -202,9 +204,9 @@ def shrink_student(student, space, texts, check, max_text, keep_tokens, int8, sh
             before, after = (label_texts(model, space, check, None) for model in (student, small))
             figures['fields_same'] = float(same_values(before, after).mean())
         return small, space, figures
-    encode = lambda texts: encode_texts(space.tokenizer, texts, max_text)
+    encode = lambda texts: cut_texts(space.tokenizer, texts, max_text)
     counts = Counter(i for ids in encode(texts) for i in ids)
-    always = {*space.output_ids[:space.n_required], *student.config.start}
+    always = {*space.output_ids[:space.n_required], student.config.start_id}
     kept = choose_tokens(space.tokenizer, keep_tokens, counts, always)
     folded = fold_table(student)
     rounded = round_to_int8(folded) if int8 else folded
@@ -217,7 +219,7 @@ def shrink_student(student, space, texts, check, max_text, keep_tokens, int8, sh
         before = label_texts(student, space, check, max_text)
         trimmed = label_texts(*trim_student(folded, space, kept, tokenizer), check, max_text)
         after = label_texts(small, small_space, check, max_text)
-        encodings = zip(encode(check), encode_texts(tokenizer, check, max_text))
+        encodings = zip(encode(check), cut_texts(tokenizer, check, max_text))
         figures |= {'ids_changed': sum(a != [kept[i] for i in b] for a, b in encodings) / len(check),
                     'fields_trimmed': float(same_values(before, trimmed).mean()),
                     'fields_int8': float(same_values(trimmed, after).mean()),
@@ -270,20 +272,20 @@ def write_card(folder, checkpoint, figures, source, space, n_tokens, vocab):
                'student.js': 'answers, in a browser or in Node', 'index.html': 'a page to try it',
                'worker.js': 'stores the page, so that it works without a network',
                'package.json': 'declares student.js as a module, for Node'}
-    lines = [f'| `{field}` | {", ".join(json.dumps(v, ensure_ascii=False) for v in values)} | '
-             f'{per_field[field]["agree"]:.3f} | {per_field[field]["majority"]:.3f} |'
-             for field, values in space.fields.items()]
+    lines = [f'| `{leaf.path}` | {", ".join(json.dumps(v, ensure_ascii=False) for v in leaf.values)} | '
+             f'{per_field[leaf.path]["agree"]:.3f} | {per_field[leaf.path]["majority"]:.3f} |'
+             for leaf in space.schema.leaves]
     files = [f'| `{file}` | {(folder / file).stat().st_size:,} | {text} |' for file, text in purpose.items()]
     loss = 'What that changes was not measured: there were no texts to check.'
     if 'fields_same' in figures:
         cut = ''
-        if 'ids_changed' in figures:  # a reader's tokens are all kept
+        if 'ids_changed' in figures:  # an encoder's tokens are all kept
             cut = f'a share of {figures["ids_changed"]:.3f} of them is cut into other tokens,\nand '
         loss = (f'This was measured\non {source}: {cut}{figures["fields_same"]:.4f} of their fields are '
                 'unchanged. Texts from elsewhere may lose more:\n'
                 '`python device/export.py --check=FILE` measures it on yours.')
     best = checkpoint['figures']
-    card = CARD.format(name=run or name, n_fields=f'{len(space.fields)} fields', teacher=task['teacher'],
+    card = CARD.format(name=run or name, n_fields=f'{len(space.schema.leaves)} fields', teacher=task['teacher'],
                        fields='\n'.join(lines), records=best['records'], exact=best['exact'],
                        trained=f'{checkpoint["n_train"]:,}', max_text=max_text, loss=loss,
                        keep_tokens=f'{n_tokens:,}', vocab=f'{vocab:,}',
@@ -308,7 +310,7 @@ if __name__ == '__main__':
     except OSError as error:
         stop(f'cannot write to {out}: {error.strerror}')
     corpus = Path('data', dataset, 'input.jsonl')
-    if not corpus.is_file() and keep_tokens and not student.reader:
+    if not corpus.is_file() and keep_tokens and not student.encoder:
         stop(f'{corpus} does not exist; its tokens are the ones to keep: add it, or set --keep_tokens=0')
     texts, checked = read_corpus(corpus, corpus_texts, split_of(checkpoint)) if corpus.is_file() else ([], [])
     checked = read_check(check, texts, check_texts) if check else checked[:check_texts]
@@ -317,24 +319,24 @@ if __name__ == '__main__':
     file = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name
     source = f'{len(checked):,} texts of {file}' if check else f'{len(checked):,} held-out texts of {corpus}'
     shards = load_records(dataset, name, checkpoint)  # None if they are not here
-    reader = student.reader  # it cuts the texts, by its own tokens
-    max_text = None if reader else checkpoint['task']['max_text']
-    vocab = reader.config.vocab_size if reader else student.config.vocab_size
+    encoder = student.encoder  # it cuts the texts, by its own tokens
+    max_text = None if encoder else checkpoint['task']['max_text']
+    vocab = encoder.config.vocab_size if encoder else student.config.vocab_size
     try:
         small, small_space, figures = shrink_student(student, space, texts, checked, max_text, keep_tokens,
                                                      int8, shards)
     except ValueError as error:
         stop(str(error))
-    n_tokens = vocab if reader else small.config.vocab_size
+    n_tokens = vocab if encoder else small.config.vocab_size
     print(data_line('shrink', {'tokens': n_tokens, 'of': vocab, **figures}))
     if checked:
         print(f'measured on {source}; texts from elsewhere may lose more: --check=FILE measures it on yours'
-              + ('' if reader else ', --keep_tokens=0 loses least'))
+              + ('' if encoder else ', --keep_tokens=0 loses least'))
 
     folder, tmp = out / 'device', out / 'device.tmp'
     with new_folder(tmp):
         write_onnx(small, tmp / 'student.onnx')
-        tokenizer = reader.tokenizer if reader else small_space.tokenizer
+        tokenizer = encoder.tokenizer if encoder else small_space.tokenizer
         tokenizer.no_truncation()  # the runners cut
         (tmp / 'tokenizer.json').write_text(tokenizer.to_str(), encoding='utf-8')
         sizes = {file: (tmp / file).stat().st_size for file in ('student.onnx', 'tokenizer.json')}
@@ -346,8 +348,8 @@ if __name__ == '__main__':
 
         from device.run import Student
         runner, probe = Student(tmp), checked or ['one text', 'another']
-        values = label_texts(small, small_space, probe, max_text)
-        expected = [{field: json.loads(values[field][n]) for field in space.fields} for n in range(len(probe))]
+        ids = cut_texts(small_space.tokenizer, probe, max_text)
+        expected = [small_space.to_json(outs) for outs in generate(small, small_space, ids)]
         same = sum(json.dumps(a) == json.dumps(b) for a, b in zip(runner(probe), expected, strict=True))
         print(data_line('onnx', {'texts': len(probe), 'same_records': same / len(probe)}))
     if same < 0.99 * len(probe):

@@ -10,8 +10,9 @@
 
 This file is also the specification of decoding. Its answers are those of the project's sample.py:
 
-1. The tokenizer cuts the text into ids. The ids of `start` follow: the tokens between text and answer, and
-   the first tokens of the answer, if the schema forces them.
+1. The tokenizer cuts the text into ids, which stand between those of `before` and `after`. The answer begins with
+   `start`: the start token, and the first tokens that the schema forces. The tokens of an answer are numbers of a
+   small vocabulary of their own.
 2. task.json holds the schema as a small automaton. Its states are the decisions: the points where the schema
    leaves more than one legal token. At each of them one forward pass reads the text and the answer so far,
    and the legal token with the highest logit is chosen. The forced tokens after it are appended.
@@ -54,8 +55,8 @@ class Student:
         self.pool = ThreadPoolExecutor(os.cpu_count())
         try:
             self.task = json.loads((folder / 'task.json').read_text(encoding='utf-8'))
-            if self.task['format'] != 2:
-                sys.exit(f'{folder} has format {self.task["format"]}, this run.py reads 2; export it again')
+            if self.task['format'] != 3:
+                sys.exit(f'{folder} has format {self.task["format"]}, this run.py reads 3; export it again')
             self.tokenizer = Tokenizer.from_file(str(folder / 'tokenizer.json'))
             for file, size in self.task['bytes'].items():
                 assert (folder / file).stat().st_size == size, f'{file} is not from this export'
@@ -64,7 +65,7 @@ class Student:
             newer = ', or install onnxruntime 1.24 or newer' if 'opset' in str(error) else ''
             reason = ' '.join(str(error).split())[:150]
             sys.exit(f'{folder} does not hold a complete student ({reason}); export it again{newer}')
-        self.fields, self.states = self.task['fields'], self.task['states']
+        self.leaves, self.states = self.task['leaves'], self.task['states']
         self.confidence, self.min_confidence = confidence, min_confidence
         if min_confidence == 'target':
             self.min_confidence = self.task['min_confidence']
@@ -80,92 +81,90 @@ class Student:
         texts = [' '.join(line.decode('utf-8', 'replace').split()) for line in lines]
         return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-    def compute_logits(self, rows):
-        """B lists of ids -> (B, V) logits of the token after each list, in one forward pass. Rows are padded
-        on the right; attention is causal, so the padding changes nothing."""
-        ids = np.zeros((len(rows), max(2, *map(len, rows))), np.int64)  # (B, T)
-        for n, row in enumerate(rows):
-            ids[n, :len(row)] = row
-        # where the last token of each row is among the B * T
-        asked = np.arange(len(rows)) * ids.shape[1] + [len(row) - 1 for row in rows]
-        return self.session.run(None, {'ids': ids, 'asked': asked})[0]
+    def compute_logits(self, texts, answers):
+        """B lists of ids, and the B answers so far -> (B, V) logits of the next token of each, in one forward
+        pass."""
+        padded = []
+        for rows in texts, answers:
+            padded.append(np.full((len(rows), max(2, *map(len, rows))), -1, np.int64))  # (B, T), -1 on padding
+            for n, row in enumerate(rows):
+                padded[-1][n, :len(row)] = row
+        return self.session.run(None, dict(zip(('text', 'answer'), padded)))[0]
 
     def decide(self, texts):
-        """lists of ids -> for each text {state: (ids read before the decision, logits of its legal tokens,
+        """lists of ids -> for each text {state: (the answer before the decision, logits of its legal tokens,
         index of the token chosen)}."""
-        before, offset, start = (self.task[key] for key in ('before', 'offset', 'start'))
-        rows, state = [[*before, *(offset + i for i in ids), *start] for ids in texts], [0] * len(texts)
+        answers, state = [self.task['start']] * len(texts), [0] * len(texts)
         decisions = [{} for _ in texts]
         while unfinished := [n for n, s in enumerate(state) if s >= 0]:
-            for n, row in zip(unfinished, self.compute_logits([rows[n] for n in unfinished])):
+            all_logits = self.compute_logits([texts[n] for n in unfinished], [answers[n] for n in unfinished])
+            for n, row in zip(unfinished, all_logits):
                 choices = self.states[state[n]]
                 logits = row[choices['rows']]  # of V only the legal ones
                 choice = int(logits.argmax())
-                decisions[n][state[n]] = rows[n], logits, choice
-                rows[n] = rows[n] + choices['read'][choice]  # the token chosen and the forced ones after it
+                decisions[n][state[n]] = answers[n], logits, choice
+                answers[n] = answers[n] + choices['read'][choice]  # the token chosen and the forced ones after it
                 state[n] = choices['next'][choice]  # -1: the answer is complete
         return decisions
 
-    def value_probabilities(self, field, decisions):
-        """{value: its probability} of one field, given the answers to the fields before it: the product,
+    def value_probabilities(self, leaf, text, decisions):
+        """{value: its probability} of one leaf (a field) for a text (its ids), given the answers to the fields before it: the product,
         along the value's path, of the softmax over the legal tokens. Decisions that are not on the answer's
         own path cost one more forward pass."""
-        if field not in self.task['ways']:
-            return {self.task['names'][field][0]: 1.0}  # a constant is certain
         known = {state: logits for state, (_, logits, _) in decisions.items()}
-        missing = {}  # for each decision that the answer did not meet: the ids to read before it
-        for path in self.task['ways'][field]:
-            ids = decisions[path[0][0]][0]  # all values of a field start at the same decision
-            for state, choice in path:
+        missing = {}  # for each decision that the answer did not meet: the answer before it
+        for way in filter(None, leaf['ways']):  # the way of a constant has no decision: it is certain
+            answer = decisions[way[0][0]][0]  # all values of a leaf start at the same decision
+            for state, choice in way:
                 if state not in known:
-                    missing[state] = ids
-                ids = ids + self.states[state]['read'][choice]
+                    missing[state] = answer
+                answer = answer + self.states[state]['read'][choice]
         if missing:
-            for state, row in zip(missing, self.compute_logits(list(missing.values()))):
+            for state, row in zip(missing, self.compute_logits([text] * len(missing), list(missing.values()))):
                 known[state] = row[self.states[state]['rows']]
-        temperature = self.task['temperature'][field]
-        p = [math.prod(float(softmax(known[state].astype(float) / temperature)[choice])
-                       for state, choice in path) for path in self.task['ways'][field]]
-        return dict(zip(self.task['names'][field], p))
+        p = [math.prod(float(softmax(known[state].astype(float) / leaf['temperature'])[choice])
+                       for state, choice in way) for way in leaf['ways']]
+        return dict(zip(leaf['names'], p))
 
-    def make_record(self, decisions):
-        """the decisions of one text -> its answer, a dict."""
+    def make_record(self, text, decisions):
+        """a text (its ids) and its decisions -> its answer, a dict."""
         answer, confidence = {}, {}
-        for field, values in self.fields.items():
-            paths = self.task['ways'].get(field, [[]])  # a constant: one value, no decisions
-            n = next(n for n, path in enumerate(paths)
-                     if all(s in decisions and decisions[s][2] == c for s, c in path))
-            answer[field] = values[n]
+        for leaf in self.leaves:
+            n = next(n for n, way in enumerate(leaf['ways'])
+                     if all(s in decisions and decisions[s][2] == c for s, c in way))
+            answer[leaf['keys'][0]] = leaf['values'][n]
             if self.confidence or self.min_confidence:
-                temperature = self.task['temperature'][field]
-                confidence[field] = math.prod(
-                    float(softmax(decisions[state][1].astype(float) / temperature)[choice])
-                    for state, choice in paths[n])
+                confidence[leaf['path']] = math.prod(
+                    float(softmax(decisions[state][1].astype(float) / leaf['temperature'])[choice])
+                    for state, choice in leaf['ways'][n])
         if self.confidence:
-            full = self.confidence == 'full'
-            answer['_confidence'] = {
-                field: {v: round(p, 4) for v, p in self.value_probabilities(field, decisions).items()}
-                if full else round(p, 4) for field, p in confidence.items()}
+            shown = {leaf['path']: round(confidence[leaf['path']], 4) for leaf in self.leaves}
+            if self.confidence == 'full':
+                for leaf in self.leaves:
+                    p_values = self.value_probabilities(leaf, text, decisions)
+                    shown[leaf['path']] = {value: round(p, 4) for value, p in p_values.items()}
+            answer['_confidence'] = shown
         defer = min(confidence.values(), default=1) < self.min_confidence
         return answer | ({'_defer': True} if defer else {})
 
     def label(self, lines):
         """lines of bytes -> records, in their order. Texts of similar length are read together."""
         texts = self.encode(lines)
-        problem = '_error' if 'error' in self.fields else 'error'
+        problem = '_error' if any(leaf['path'] == 'error' for leaf in self.leaves) else 'error'
         records = [None if ids else {problem: 'empty text'} for ids in texts]
         order = sorted((n for n, ids in enumerate(texts) if ids), key=lambda n: len(texts[n]))
 
         def label_batch(batch):
-            all_decisions = self.decide([texts[n][:self.task['max_text']] for n in batch])
-            for n, decisions in zip(batch, all_decisions):
-                records[n] = self.make_record(decisions)
+            before, after, most = (self.task[key] for key in ('before', 'after', 'max_text'))
+            cut = [[*before, *texts[n][:most], *after] for n in batch]
+            for n, text, decisions in zip(batch, cut, self.decide(cut)):
+                records[n] = self.make_record(text, decisions)
         list(self.pool.map(label_batch, (order[at:at + BATCH] for at in range(0, len(order), BATCH))))
         self.n_cut = sum(len(ids) > self.task['max_text'] for ids in texts)
         return records
 
 
-def read_lines(file):
+def read_arrived(file):
     """yields lists of lines, each with the lines that have arrived: a slow pipe is answered line by line."""
     rest = b''
     while data := file.read1(1 << 16):
@@ -193,10 +192,10 @@ if __name__ == '__main__':
     elif args.file in (None, '-'):
         if sys.stdin is None or sys.stdin.isatty():
             sys.exit('nothing to label; give a file, a pipe, or --text="..."')
-        parts = read_lines(sys.stdin.buffer)
+        parts = read_arrived(sys.stdin.buffer)
     else:
         try:
-            parts = read_lines(open(args.file, 'rb'))
+            parts = read_arrived(open(args.file, 'rb'))
         except OSError as error:
             sys.exit(f'{args.file} cannot be read: {error.strerror}; for a single text use --text="..."')
     confidence = {'False': False, 'True': True}.get(args.confidence, args.confidence)

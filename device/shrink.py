@@ -110,16 +110,17 @@ def trim_student(student, space, kept, tokenizer):
     an answer can need. tokenizer: that of trim_tokenizer. A text of the same tokens gets the same answer."""
     new_id = {i: n for n, i in enumerate(kept)}
     small = copy.copy(student)
-    small._modules = dict(student._modules)  # table and head are its own; it shares the layers between them
+    # table and head are its own; it shares the layers between them
+    small._modules, small._buffers = dict(student._modules), dict(student._buffers)
     small.wte = take_rows(student.wte, kept)
     small.lm_head = take_rows(student.lm_head, range(space.n_required))
+    output_ids, start_id = [new_id[i] for i in space.output_ids[:space.n_required]], new_id.get(student.config.start_id, 0)
     small.config = StudentConfig(**asdict(student.config) | {
-        'vocab_size': len(kept), 'output_vocab': space.n_required,
-        'start_id': new_id.get(student.config.start_id, 0),
-        'after': tuple(new_id[i] for i in student.config.after)})
+        'vocab_size': len(kept), 'output_vocab': space.n_required, 'output_ids': output_ids, 'start_id': start_id})
+    small.answer_row = torch.tensor([*output_ids, start_id])
     end_id = None if space.end_id is None else new_id[space.end_id]
-    trimmed = OutputSpace(tokenizer, space.fields, space.indent, space.fence, end_id)
-    assert trimmed.output_ids == [new_id[i] for i in space.output_ids[:space.n_required]]
+    trimmed = OutputSpace(tokenizer, space.schema.fields, space.indent, space.fence, end_id)
+    assert trimmed.output_ids == output_ids
     return small, trimmed
 
 

@@ -72,8 +72,8 @@ export class Student {
       readJson('task.json'), readJson('tokenizer.json'),
       readFile('student.onnx'), readFile('npm/ort-wasm-simd-threaded.wasm.gz'),
     ]);
-    if (task.format !== 2) {
-      throw new Error(`this folder has format ${task.format}, this student.js reads 2; export it again`);
+    if (task.format !== 3) {
+      throw new Error(`this folder has format ${task.format}, this student.js reads 3; export it again`);
     }
     sizes['student.onnx'] = graph.length;
     for (const [name, size] of Object.entries(task.bytes)) {
@@ -101,92 +101,86 @@ export class Student {
     return clean ? this.tokenizer.encode(clean, { add_special_tokens: false }).ids : [];
   }
 
-  /** B lists of ids -> for each the logits (V,) of the token after it, in one forward pass. Rows are padded
-      on the right; attention is causal, so the padding changes nothing. */
-  async computeLogits(rows) {
-    const T = Math.max(2, ...rows.map((row) => row.length));
-    const ids = new BigInt64Array(rows.length * T); // (B, T)
-    rows.forEach((row, n) => row.forEach((id, t) => { ids[n * T + t] = BigInt(id); }));
-    // where the last token of each row is among the B * T
-    const asked = BigInt64Array.from(rows, (row, n) => BigInt(n * T + row.length - 1));
-    const { logits } = await this.session.run({
-      ids: new this.ort.Tensor('int64', ids, [rows.length, T]),
-      asked: new this.ort.Tensor('int64', asked, [rows.length]),
-    });
+  /** B lists of ids, and the B answers so far -> for each the logits (V,) of its next token, in one forward
+      pass. */
+  async computeLogits(texts, answers) {
+    const pad = (rows) => {
+      const T = Math.max(2, ...rows.map((row) => row.length));
+      const ids = new BigInt64Array(rows.length * T).fill(-1n); // (B, T), -1 on padding
+      rows.forEach((row, n) => row.forEach((id, t) => { ids[n * T + t] = BigInt(id); }));
+      return new this.ort.Tensor('int64', ids, [rows.length, T]);
+    };
+    const { logits } = await this.session.run({ text: pad(texts), answer: pad(answers) });
     const V = logits.dims[1];
-    return rows.map((_, n) => Array.from(logits.data.subarray(n * V, (n + 1) * V)));
+    return texts.map((_, n) => Array.from(logits.data.subarray(n * V, (n + 1) * V)));
   }
 
-  /** lists of ids -> for each text Map(state -> { ids, logits, choice }): the ids read before the decision,
+  /** lists of ids -> for each text Map(state -> { answer, logits, choice }): the answer before the decision,
       the logits of its legal tokens, the index of the token chosen. */
   async decide(texts) {
-    const { before, offset, start } = this.task;
-    const rows = texts.map((ids) => [...before, ...ids.map((id) => offset + id), ...start]);
+    const answers = texts.map(() => this.task.start);
     const state = texts.map(() => 0);
     const decisions = texts.map(() => new Map());
     for (;;) {
       const unfinished = state.flatMap((s, n) => (s >= 0 ? [n] : []));
       if (!unfinished.length) return decisions;
-      const all = await this.computeLogits(unfinished.map((n) => rows[n]));
+      const all = await this.computeLogits(unfinished.map((n) => texts[n]), unfinished.map((n) => answers[n]));
       unfinished.forEach((n, i) => {
         const choices = this.task.states[state[n]];
         const logits = choices.rows.map((v) => all[i][v]); // of V only the legal ones
         const choice = logits.indexOf(Math.max(...logits));
-        decisions[n].set(state[n], { ids: rows[n], logits, choice });
-        rows[n] = [...rows[n], ...choices.read[choice]]; // the token chosen and the forced ones after it
+        decisions[n].set(state[n], { answer: answers[n], logits, choice });
+        answers[n] = [...answers[n], ...choices.read[choice]]; // the token chosen and the forced ones after it
         state[n] = choices.next[choice]; // -1: the answer is complete
       });
     }
   }
 
-  /** { value: its probability } of one field, given the answers to the fields before it: the product, along
+  /** { value: its probability } of one leaf (a field) for a text (its ids), given the answers to the fields before it: the product, along
       the value's path, of the softmax over the legal tokens. Decisions that are not on the answer's own path
       cost one more forward pass. */
-  async valueProbabilities(field, decisions) {
-    const paths = this.task.ways[field];
-    if (!paths) return { [this.task.names[field][0]]: 1 }; // a constant is certain
+  async valueProbabilities(leaf, text, decisions) {
     const known = new Map([...decisions].map(([state, { logits }]) => [state, logits]));
-    const missing = new Map(); // for each decision that the answer did not meet: the ids to read before it
-    for (const path of paths) {
-      let { ids } = decisions.get(path[0][0]); // all values of a field start at the same decision
-      for (const [state, choice] of path) {
-        if (!known.has(state)) missing.set(state, ids);
-        ids = [...ids, ...this.task.states[state].read[choice]];
+    const missing = new Map(); // for each decision that the answer did not meet: the answer before it
+    for (const way of leaf.ways) {
+      if (!way.length) continue; // a constant is certain
+      let { answer } = decisions.get(way[0][0]); // all values of a leaf start at the same decision
+      for (const [state, choice] of way) {
+        if (!known.has(state)) missing.set(state, answer);
+        answer = [...answer, ...this.task.states[state].read[choice]];
       }
     }
     if (missing.size) {
-      const all = await this.computeLogits([...missing.values()]);
+      const answers = [...missing.values()];
+      const all = await this.computeLogits(answers.map(() => text), answers);
       [...missing.keys()].forEach((state, n) => {
         known.set(state, this.task.states[state].rows.map((v) => all[n][v]));
       });
     }
-    const temperature = this.task.temperature[field];
-    const product = (path) => path.reduce((p, [s, c]) => p * softmax(known.get(s), temperature)[c], 1);
-    return Object.fromEntries(paths.map((path, n) => [this.task.names[field][n], round4(product(path))]));
+    const product = (way) => way.reduce((p, [s, c]) => p * softmax(known.get(s), leaf.temperature)[c], 1);
+    return Object.fromEntries(leaf.ways.map((way, n) => [leaf.names[n], round4(product(way))]));
   }
 
-  /** a value of a field -> its key in the { value: probability } of that field. */
-  valueName(field, value) {
-    const n = this.task.fields[field].findIndex((other) => JSON.stringify(other) === JSON.stringify(value));
-    return this.task.names[field][n];
+  /** a value of a leaf -> its key in the { value: probability } of that leaf. */
+  valueName(leaf, value) {
+    return leaf.names[leaf.values.findIndex((other) => JSON.stringify(other) === JSON.stringify(value))];
   }
 
-  /** the decisions of one text -> its answer. */
-  async makeRecord(decisions, { confidence = false, minConfidence = 0 }) {
+  /** a text (its ids) and its decisions -> its answer. */
+  async makeRecord(text, decisions, { confidence = false, minConfidence = 0 }) {
     const answer = {}, pOfField = {};
-    for (const [field, values] of Object.entries(this.task.fields)) {
-      const paths = this.task.ways[field] ?? [[]]; // a constant: one value, no decisions
-      const n = paths.findIndex((path) => path.every(([s, c]) => decisions.get(s)?.choice === c));
-      answer[field] = values[n];
-      const temperature = this.task.temperature[field];
-      const probability = ([s, c]) => softmax(decisions.get(s).logits, temperature)[c];
-      pOfField[field] = paths[n].reduce((p, step) => p * probability(step), 1);
+    for (const leaf of this.task.leaves) {
+      const n = leaf.ways.findIndex((way) => way.every(([s, c]) => decisions.get(s)?.choice === c));
+      answer[leaf.keys[0]] = leaf.values[n];
+      const probability = ([s, c]) => softmax(decisions.get(s).logits, leaf.temperature)[c];
+      pOfField[leaf.path] = leaf.ways[n].reduce((p, step) => p * probability(step), 1);
     }
     if (confidence) {
       answer._confidence = {};
-      for (const [field, p] of Object.entries(pOfField)) {
+      for (const leaf of this.task.leaves) {
         const full = confidence === 'full';
-        answer._confidence[field] = full ? await this.valueProbabilities(field, decisions) : round4(p);
+        answer._confidence[leaf.path] = full ? await this.valueProbabilities(leaf, text, decisions)
+          : round4(pOfField[leaf.path]);
       }
     }
     if (Math.min(...Object.values(pOfField)) < minConfidence) answer._defer = true;
@@ -196,14 +190,18 @@ export class Student {
   /** texts -> records, in their order. options: confidence (true or 'full'), minConfidence. */
   async label(texts, options = {}) {
     const ids = texts.map((text) => this.encode(text));
-    const problem = 'error' in this.task.fields ? '_error' : 'error';
+    const problem = this.task.leaves.some((leaf) => leaf.path === 'error') ? '_error' : 'error';
     const records = ids.map((row) => (row.length ? null : { [problem]: 'empty text' }));
     const order = ids.flatMap((row, n) => (row.length ? [n] : []));
     order.sort((a, b) => ids[a].length - ids[b].length); // texts of similar length are read together
     for (let at = 0; at < order.length; at += BATCH) {
       const batch = order.slice(at, at + BATCH);
-      const decisions = await this.decide(batch.map((n) => ids[n].slice(0, this.task.max_text)));
-      for (let i = 0; i < batch.length; i++) records[batch[i]] = await this.makeRecord(decisions[i], options);
+      const { before, after, max_text: most } = this.task;
+      const cut = batch.map((n) => [...before, ...ids[n].slice(0, most), ...after]);
+      const decisions = await this.decide(cut);
+      for (let i = 0; i < batch.length; i++) {
+        records[batch[i]] = await this.makeRecord(cut[i], decisions[i], options);
+      }
     }
     return records;
   }

@@ -1,23 +1,29 @@
 """What the four scripts are made of, in the order data flows:
 
-space.py           a schema as an automaton over tokens
+schema.py          a task's schema: what a field is, and how an answer is written
+automaton.py       which token of an answer may come next
+space.py           a schema as an automaton over tokens, and the output vocabulary
 prompts.py         a prompt as chat messages, a schema as a request
 teacher.py         model and tokenizer of the teacher, its prompt, a slow check of what is stored
 engine.py          the teacher asked about many texts at a time
 calibrate.py       the teacher's bias, measured and subtracted
 labels.py          labels that exist already, in place of a teacher
+shares.py          probabilities of values as logits of tokens
 server.py          a teacher behind a URL
+keys.py            the keys of servers, read and kept out of sight
+replies.py         what a reply of such a server is: an answer, a refusal, a reason to wait
 answers.py         what it answers, as probabilities of values
 extraction.py      settings, shard and totals of extract.py
 teacher_report.py  is this teacher worth copying?
-start.py           a student at the start of its training, with parts of a teacher
-reader.py          a pre-trained encoder that reads the text for the student
+start.py           a student at the start of its training
+reader.py          a pre-trained encoder that reads the text for the student: loading it, its tokens
 split.py           which records are held out: those that people name, or a tenth
 records.py         the records a student is trained on, opened and checked
-decode.py          greedy decoding of the student, and its confidence
+decode.py          greedy decoding of the student, many texts at a time, and its confidence
+labeler.py         a student as a function from texts to records
 cascade.py         the teacher that answers what the student is not sure of
 checkpoint.py      the file of a student
 resume.py          a training under way, and how it continues
-agreement.py       agreement, truth, baselines, calibration of confidence
+agreement.py       agreement, truth, baselines, reliability of confidence
 report.py          the picture of a training
 """

@@ -1,5 +1,5 @@
-"""How well a student agrees with its teacher: agreement, truth, the linear baseline, calibration of its
-confidence. No settings, no printing.
+"""How well a student agrees with its teacher: agreement, truth, the linear baseline, the reliability of
+its confidence. No settings, no printing.
 
     figures, per_field, answers, decisions = evaluate(student, space, shards, rows)
 
@@ -7,7 +7,6 @@ train.py calls evaluate after every epoch, tools/evaluate.py on the finished stu
 often the teacher's answers are true. README.md and docs/results.md define the words.
 """
 import importlib.util
-import json
 import math
 
 import numpy as np
@@ -16,17 +15,19 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from data import first_tokens, read_texts, text_hash
-from distil.decode import convert_records, decode
+from distil.decode import decode
+from distil.reader import encode_records
+from distil.schema import json_text
 
 BROKEN = ''  # the value in an answer that breaks the schema: no JSON text is empty, so it equals no value
 
 
 def field_texts(space, answers):
     """{field: [JSON text of its value in each answer]}, BROKEN if an answer breaks the schema. answers: lists
-    of output indices. JSON texts, because 1, '1' and true must differ."""
+    of output indices. JSON texts, because 1, '1' and true must differ. A field is named by the path of its leaf."""
     parsed = [space.to_json(outs) for outs in answers]
-    text = lambda answer, field: json.dumps(answer[field]) if answer else BROKEN
-    return {field: [text(answer, field) for answer in parsed] for field in space.fields}
+    text = lambda answer, leaf: json_text(leaf.get(answer)) if answer else BROKEN
+    return {leaf.path: [text(answer, leaf) for answer in parsed] for leaf in space.schema.leaves}
 
 
 def same_values(first, second):
@@ -61,12 +62,12 @@ def teacher_forced_sums(student, space, shards, rows, batch_size):
     """[kl, ce, hits, steps], teacher-forced, summed over the answer tokens of the records `rows`. kl and ce
     are in nats."""
     device, sums = student.lm_head.weight.device, np.zeros(4)
-    convert_records(student, space, shards, rows)
+    encode_records(student, space, shards, rows)
     order = sorted(rows, key=lambda i: len(shards.ids(i)))      # similar lengths need little padding
     for start in range(0, len(rows), batch_size):
-        batch = shards.batch(order[start:start + batch_size], student.config.start)
-        idx, targets, teacher_logits = (x.to(device) for x in batch)
-        logits, targets = student(idx, targets).float(), targets[targets >= 0]  # (n, V), (n,)
+        batch = shards.batch(order[start:start + batch_size])
+        text, answer, targets, teacher_logits = (x.to(device) for x in batch)
+        logits, targets = student(text, answer).float(), targets[targets >= 0]  # (n, V), (n,)
         log_q, log_p = F.log_softmax(logits, -1), F.log_softmax(teacher_logits, -1)
         kl = (log_p.exp() * (log_p - log_q)).sum().item()
         ce = F.nll_loss(log_q, targets, reduction='sum').item()
@@ -94,7 +95,7 @@ def evaluate(student, space, shards, rows, batch_size=64):
     student_values, teacher_values = field_texts(space, answers), field_texts(space, targets)
     valid = [space.to_json(outs) is not None for outs in answers]
     per_field, even = {}, [n for n, odd in enumerate(shards.is_odd(rows)) if not odd and valid[n]]
-    for field in space.fields:
+    for field in space.schema.paths:
         of_field = [[d for d in decisions[n] if d[0] == field] for n in even]
         hits = [student_values[field][n] == teacher_values[field][n] for n in even]
         per_field[field] = measure_agreement(student_values[field], teacher_values[field])
@@ -159,33 +160,15 @@ def read_truth(path, shards, rows):
     return truths
 
 
-def find_value(truth, values):
-    """the one of a field's JSON values that a truth means; the truth itself if it means none of them. A text,
-    such as a cell of a table, that is not one of the values means the number, boolean or null that it is a
-    usual way to write: 1.0, TRUE, none."""
-    if not isinstance(truth, str) or truth in values:
-        return truth
-    word = truth.strip().lower()
-    usual = {'true': ('yes', '1', '1.0'), 'false': ('no', '0', '0.0'), 'null': ('none',)}
-    try:
-        meant = [value for value in values if type(value) in (int, float) and value == float(word)]
-    except ValueError:  # no number
-        meant = []
-    for value in values:
-        text = json.dumps(value)
-        if not isinstance(value, str) and word in (text.lower(), *usual.get(text, ())):
-            meant.append(value)
-    return meant[0] if meant else truth
-
-
 def truth_lines(space, truth, answers):
     """yields ('truth', figures) per field: the share of true answers of each model (under its name), and its
     average over the true values (balanced). truth: of read_truth. answers: {model, such as 'teacher': [output
     indices of its answer to each of these texts]}."""
     values_of = {model: field_texts(space, outs) for model, outs in answers.items()}
-    for field in space.fields:
-        known = [(n, json.dumps(find_value(of_text[field], space.fields[field])))
-                 for n, of_text in enumerate(truth.values()) if field in of_text]
+    for leaf in space.schema.leaves:
+        field = leaf.path
+        known = [(n, json_text(leaf.meant_by(of_text[field]))) for n, of_text in enumerate(truth.values())
+                 if field in of_text]
         if not known:
             continue
         numbers, expected = map(np.array, zip(*known))
@@ -219,7 +202,7 @@ def linear_baseline(shards, space, train_rows, rows):
     records alone, and a note says so."""
     if not importlib.util.find_spec('sklearn'):
         return {}
-    n_values = max(map(len, space.fields.values()))
+    n_values = max(map(len, space.schema.leaves))
     if len(train_rows) > (most := LINEAR_COST // n_values):
         print(f'note: with {n_values} values the linear baseline learns from the first {most} records alone')
         train_rows = train_rows[:most]
@@ -235,7 +218,7 @@ def linear_baseline(shards, space, train_rows, rows):
         except ValueError:                                      # after pruning, no terms remain
             continue
         x, hits = vectorizer.transform(texts), {}
-        for field in space.fields:
+        for field in space.schema.paths:
             predicted = train_values[field][:1] * len(texts)
             if len(set(train_values[field])) > 1:
                 predicted = LogisticRegression(max_iter=1000).fit(train_x, train_values[field]).predict(x)
@@ -248,7 +231,7 @@ def linear_baseline(shards, space, train_rows, rows):
 
 
 # -----------------------------------------------------------------------------
-# calibration of confidence
+# reliability of the confidence
 
 
 def fit_temperature(decisions, hits):

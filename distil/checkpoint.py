@@ -10,6 +10,7 @@ The file also has model (the weights), and a ckpt.pt that is not finished has op
 """
 import json
 import pickle
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -20,10 +21,10 @@ from tokenizers import Tokenizer
 from config import next_command, stop
 from config.machine import pick_dtype, whole_file
 from distil.space import OutputSpace, tokenizer_hash
-from distil.reader import Reader, ReaderConfig, read_tokenizer
-from model import Student, StudentConfig
+from distil.reader import read_tokenizer
+from model import Encoder, EncoderConfig, Student, StudentConfig
 
-CHECKPOINT = 4  # version of the file
+CHECKPOINT = 5  # version of the file; 4 is read too, see upgrade
 
 # keys of meta.json that a checkpoint keeps: all that is needed to answer, and to defer to the teacher
 TASK = ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'tokenizer_hash',
@@ -50,7 +51,7 @@ def checkpoint_path(folder, which='best'):
 
 def is_large(student):
     """True if matrix products take most of the decoding time; if not, lower precision would gain nothing."""
-    return bool(student.reader) or sum(p.numel() for p in student.h.parameters()) > 1e7
+    return bool(student.encoder) or sum(p.numel() for p in student.h.parameters()) > 1e7
 
 
 def lower_precision(student, dtype):
@@ -59,7 +60,7 @@ def lower_precision(student, dtype):
     device = student.lm_head.weight.device.type
     if not is_large(student) or pick_dtype(dtype, device) != torch.bfloat16:
         return
-    for blocks in (student.h, student.reader.h if student.reader else ()):
+    for blocks in (student.h, student.encoder.h if student.encoder else ()):
         for block in blocks:
             for module in block.modules():
                 if isinstance(module, torch.nn.Linear):
@@ -76,11 +77,30 @@ def read_checkpoint(path, device):
             if damaged := file.testzip():
                 stop(f'{path} is damaged at {damaged}; copy it again, or train again')
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        if checkpoint['format'] == 4:
+            upgrade(checkpoint, path)
         if checkpoint['format'] != CHECKPOINT:
             stop(f'{path} has format {checkpoint["format"]}, this version reads {CHECKPOINT}; train again')
     except LOAD_ERRORS as error:
         stop(f'{path} is not a whole checkpoint ({type(error).__name__}); train again')
     return checkpoint
+
+
+def upgrade(checkpoint, path):
+    """turns a checkpoint of format 4 into one of format 5, in place: other names, and the ids of the answer's tokens
+    in the sizes. Exits with a message if its student has layers of its teacher, which are no longer read."""
+    old = checkpoint['student']
+    if old['rope_of_layer']:
+        stop(f'{path} is a student with layers of its teacher, which this version does not read; train again, with '
+             'reader = or with a table alone')
+    keys = [key for key in StudentConfig.__dataclass_fields__ if key in old]
+    ids = () if old['reader'] else tuple(checkpoint['task']['output_ids'])
+    checkpoint['student'] = {**{key: old[key] for key in keys}, 'output_ids': ids, 'encoder': old['reader']}
+    checkpoint['model'] = {re.sub('^reader', 'encoder', name): weight for name, weight in checkpoint['model'].items()
+                           if name != 'rope_freq'}
+    for group in checkpoint.get('optimizer', {}).get('param_groups', ()):
+        group['of_encoder'] = group.pop('of_reader')
+    checkpoint['format'] = CHECKPOINT
 
 
 def load_checkpoint(folder, device, which='best', dtype='float32'):
@@ -90,9 +110,8 @@ def load_checkpoint(folder, device, which='best', dtype='float32'):
     checkpoint = read_checkpoint(path, device)
     try:
         with NoInit():
-            reader = checkpoint['student'].get('reader')
-            reader = reader and Reader(ReaderConfig(**reader))
-            student = Student(StudentConfig(**checkpoint['student']), reader)
+            config = StudentConfig(**checkpoint['student'])
+            student = Student(config, Encoder(EncoderConfig(**config.encoder)) if config.encoder else None)
         student.load_state_dict(checkpoint.pop('model'), assign=True)  # a frozen table stays fp16
         task = checkpoint['task']
     except LOAD_ERRORS as error:
@@ -100,8 +119,8 @@ def load_checkpoint(folder, device, which='best', dtype='float32'):
     try:
         tokenizer = Tokenizer.from_file(str(Path(folder, 'tokenizer.json')))
         space = OutputSpace.from_task(tokenizer, task)
-        if student.reader:
-            student.reader.tokenizer = read_tokenizer(folder)
+        if student.encoder:
+            student.encoder.tokenizer = read_tokenizer(folder)
     except Exception as error:  # tokenizers raises no narrower type
         stop(f'{folder}/tokenizer.json cannot be used: {error}; copy it from where the student was trained')
     if tokenizer_hash(tokenizer) != task['tokenizer_hash'] or space.output_ids != task['output_ids']:
@@ -128,9 +147,9 @@ def read_work(folder, checkpoint):
     return checkpoint['work']
 
 
-def problem_key(fields):
+def problem_key(schema):
     """the key under which a record says why there is no answer: 'error', or '_error' if a field is called so."""
-    return '_error' if 'error' in fields else 'error'
+    return '_error' if 'error' in schema.paths else 'error'
 
 
 def warn_changed_task(task, fields, prompt):

@@ -23,10 +23,29 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 
 from distil.space import accepted_prefix
-from model import attend_with_lse
 
 # -----------------------------------------------------------------------------
 # the network
+
+
+def attend_with_lse(q, k, v, mask, scale, softcap=None):
+    """attention that also returns the logsumexp of its scores, with which attention to the prompt that all texts share
+    is merged with attention to a text's own tokens.
+
+    q (B, n_kv, T, D), k and v (B, n_kv, S, D), mask added to the scores or None -> values (B, n_kv, T, D),
+    logsumexp (B, n_kv, T). Scores are float32 even for bfloat16 inputs: where they reach hundreds, as in
+    Qwen, bfloat16 scores would be whole units apart.
+    """
+    if q.device.type == 'cpu' and softcap is None:          # the kernel of F.scaled_dot_product_attention
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(q, k, v, attn_mask=mask, scale=scale)
+    scores = q.float() @ k.float().mT * scale               # (B, n_kv, T, S)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores + mask
+    lse = scores.logsumexp(-1)                              # (B, n_kv, T)
+    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
 
 
 class Teacher:
@@ -226,7 +245,7 @@ class Drafts:
 
 
 @torch.inference_mode()
-def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False, given=None, missing=None,
+def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False, scored=None, missing=None,
            known=None):
     """the teacher's greedy answers to texts, token for token those of one-step-at-a-time decoding.
 
@@ -236,7 +255,7 @@ def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False,
     (Speculative decoding, https://arxiv.org/abs/2211.17192; schema and earlier answers are the draft model.)
 
     texts: list of id arrays. after: ids between text and answer. constrain: choose among legal tokens, by
-    calibrated logits. full_lse: also compute the logsumexp over the full vocabulary. given: answers (lists of
+    calibrated logits. full_lse: also compute the logsumexp over the full vocabulary. scored: answers (lists of
     output indices) to score in place of the teacher's own. missing: a Counter; it is updated with the
     probabilities of ids outside the output vocabulary, at each step where the full vocabulary is computed.
     known: for each text {state: logits (V,)}, which stand in place of the teacher's: fields with a label.
@@ -254,10 +273,10 @@ def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False,
     n_read = 0
     while live:
         # draft, and read the drafts of all texts in one pass
-        if given is None:
+        if scored is None:
             drafted = [drafts.propose(results[i][0], known[i] if known else ()) for i in live]  # R pairs: outs, states
         else:
-            drafted = [(given[i], space.states_before(given[i])) for i in live]
+            drafted = [(scored[i], space.states_before(scored[i])) for i in live]
         new = [unread[i] + [space.output_ids[o] for o in outs[:-1]] for i, (outs, _) in zip(live, drafted)]
         hidden = teacher.read(live, new, [starts[i] for i in live])  # (N, C)
         n_read += len(hidden)
@@ -275,8 +294,8 @@ def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False,
             for n, (i, state) in enumerate(places):
                 if state in known[i]:
                     logits[n], lse[n] = known[i][state], known[i][state].logsumexp(-1)
-        if given is not None:
-            chosen = [o for outs in given for o in outs]
+        if scored is not None:
+            chosen = [o for outs in scored for o in outs]
         elif constrain:
             states = [state for _, states in drafted for state in states]
             legal = space.next_state[states].to(hidden.device) >= 0  # (n, V)
@@ -312,17 +331,17 @@ def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False,
     return results, n_read
 
 
-def answer_batched(teacher, space, drafts, texts, after, constrain=True, full_lse=False, given=None,
+def answer_batched(teacher, space, drafts, texts, after, constrain=True, full_lse=False, scored=None,
                    missing=None, known=None):
     """answer(), in batches that fit the memory: halves the batch each time the device has no room for it.
     Prints a line then. RuntimeError if one text alone does not fit."""
     answers, n_read = [], 0
     while len(answers) < len(texts):
         part = slice(len(answers), len(answers) + teacher.max_batch)
-        scored, labelled = given and given[part], known and known[part]
+        of_part, known_part = scored and scored[part], known and known[part]
         try:
-            more, n = answer(teacher, space, drafts, texts[part], after, constrain, full_lse, scored, missing,
-                             labelled)
+            more, n = answer(teacher, space, drafts, texts[part], after, constrain, full_lse, of_part, missing,
+                             known_part)
             answers, n_read = answers + more, n_read + n
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             size = len(texts[part])

@@ -1,5 +1,4 @@
 """The records a student is trained on: opened, and checked before the first step."""
-import json
 import math
 
 import numpy as np
@@ -7,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from config import next_command, stop
-from data import Shards
-from distil.agreement import field_texts, find_value, read_truth
+from data import Shards, answers_from
+from distil.agreement import field_texts, read_truth
+from distil.schema import json_text
 from distil.split import count_near, hold_out_file, split_of
 
 SEEN = 100  # so often a value should be seen in training, on average
@@ -24,24 +24,19 @@ def open_shards(dataset, name):
         stop(str(error))
 
 
-def labels_given(meta):
-    """True if the answers of a shard, with this meta.json, were given (people, a log): no teacher wrote them."""
-    return meta.get('score') == 'labels' and 'server' not in meta
-
-
-def open_records(dataset, name, max_records, eval_records, held_out, train_on):
+def open_records(config):
     """(Shards, record numbers to train on, record numbers to evaluate on) of a task. Exits with a message if
-    there are none, or if a split that people made leaves none to one of the two. The arguments are settings of
+    there are none, or if a split that people made leaves none to one of the two. config: the settings of
     train.py."""
-    shards = open_shards(dataset, name)
-    if held_out:
-        hold_out_file(held_out, shards)
+    shards = open_shards(config['dataset'], config['name'])
+    if config['held_out']:
+        hold_out_file(config['held_out'], shards)
     n_train, n_val = map(len, shards.split())
     if shards.own_split is not None and not (n_train and n_val):
         stop(f'{len(shards)} records, none of them held out: the texts of the test part have no record yet; extract '
              'more' if n_train else f'all {n_val} records are held out, none is left to train on; extract more, or '
              'correct the split')
-    return shards, *choose_rows(shards, max_records, eval_records, train_on)
+    return shards, *choose_rows(shards, config['max_records'], config['eval_records'], config['train_on'])
 
 
 def choose_rows(shards, max_records, eval_records, train_on):
@@ -68,8 +63,8 @@ def find_right(shards, rows, path):
     right = []
     for n, known in truth.items():
         answer = space.to_json(shards.answer(rows[n]).tolist())
-        known = {name: find_value(value, space.fields[name]) for name, value in known.items() if name in space.fields}
-        if known and all(json.dumps(answer[name]) == json.dumps(value) for name, value in known.items()):
+        leaves = [leaf for leaf in space.schema.leaves if leaf.path in known]
+        if leaves and all(json_text(leaf.get(answer)) == json_text(leaf.meant_by(known[leaf.path])) for leaf in leaves):
             right.append(n)
     return rows[sorted(right)]
 
@@ -93,16 +88,13 @@ def load_records(dataset, name, checkpoint):
 def check_sizes(config, meta, n_train, n_val):
     """exits with a message if there are too few records, or if they do not fit the student. config: the
     settings of train.py; meta: the meta.json of the records."""
-    keep_prompt, batch_size, block_size = (config[key] for key in ('keep_prompt', 'batch_size', 'block_size'))
-    if keep_prompt and not (meta['before'] and meta['after']):
-        stop('keep_prompt needs a prompt with words before and after its {text}; set keep_prompt = False')
+    batch_size, block_size = config['batch_size'], config['block_size']
     if n_train < batch_size or not n_val:
         stop(f'{n_train} records to train on and {n_val} held out are too few for '
              f'batch_size = {batch_size}; extract more')
-    n_after = meta['max_answer'] + (len(meta['after']) - 1 if keep_prompt else 0)
-    needed = meta['max_text'] + n_after
+    needed = meta['max_text'] + meta['max_answer']
     if needed > block_size:
-        stop(f'a text may have {meta["max_text"]} tokens, and {n_after} follow it; '
+        stop(f'a text may have {meta["max_text"]} tokens, and its answer {meta["max_answer"]}; '
              f'set block_size = {needed} or more')
 
 
@@ -121,7 +113,7 @@ def check_data(shards, space, train_rows, val_rows, rng):
         n_wrong += (best - logits.gather(1, targets[:, None])[:, 0] > 0.02).sum().item()  # precision of fp16
         ce += F.cross_entropy(logits, targets, reduction='sum').item()
         n_steps += len(outs)
-    if n_wrong > 1e-3 * n_steps and not shards.meta.get('score'):
+    if n_wrong > 1e-3 * n_steps and answers_from(shards.meta) == 'teacher':
         stop(f'{n_wrong} of {n_steps} stored tokens are not the teacher\'s likeliest legal one; '
              f'the files of {shards.folder} do not belong together')
     texts = [{shards.ids(i).tobytes() for i in rows} for rows in (train_rows, val_rows)]
@@ -143,12 +135,12 @@ def note_rare_values(shards, space, train_rows, val_rows, max_epochs):
     """prints where a field has so many values, or the task so few records, that a training fails or its figures
     mean little: fewer than SEEN examples of a value in all epochs, values without a held-out record."""
     held_out = field_texts(space, [shards.answer(i).tolist() for i in val_rows])
-    for name, values in space.fields.items():
-        seen = len(train_rows) * max_epochs / len(values)
-        if len(values) > 1 and seen < SEEN:
-            epochs = math.ceil(2 * SEEN * len(values) / len(train_rows))
-            print(f'note: each of the {len(values)} values of {name} is seen about {seen:.0f} times in {max_epochs} '
+    for leaf in space.schema.leaves:
+        seen = len(train_rows) * max_epochs / len(leaf)
+        if len(leaf) > 1 and seen < SEEN:
+            epochs = math.ceil(2 * SEEN * len(leaf) / len(train_rows))
+            print(f'note: each of the {len(leaf)} values of {leaf.path} is seen about {seen:.0f} times in {max_epochs} '
                   f'epochs, which is few: --max_epochs={epochs}, or label more')
-        if n := len(values) - len({*held_out[name]} & {*map(json.dumps, values)}):
-            print(f'note: {n} of {len(values)} values of {name} have no held-out record; the figures say nothing '
+        if n := len({*leaf.texts} - {*held_out[leaf.path]}):
+            print(f'note: {n} of {len(leaf)} values of {leaf.path} have no held-out record; the figures say nothing '
                   'of them')

@@ -63,22 +63,26 @@ def draw_log(axes, log):
         draw_curve(axes[2], 'val', key, '.-')
     draw_curve(axes[2], 'train', 'teacher_forced', ':', 'teacher_forced in training')
     axes[0].set(title='nats per answer token', yscale='log', xlabel='step')
+    axes[0].yaxis.set_major_formatter('{x:g}')              # its own has mathematics in it, which is switched off
+    axes[0].yaxis.set_minor_formatter('')
     axes[1].set(title='curriculum', xlabel='step', ylim=(0, None))
     axes[2].set(title='agreement', xlabel='step')
 
 
-def draw_confusion(ax, field, values, student_values, teacher_values):
-    """draws the confusion matrix of a field: teacher's values (rows), student's (columns), at most twelve."""
-    names = [json.dumps(value) for value in values][:12]
+def draw_confusion(ax, leaf, student_values, teacher_values):
+    """draws the confusion matrix of a leaf: teacher's values (rows), student's (columns), at most twelve. Both: JSON
+    texts of its value in each answer."""
+    names = leaf.texts[:12]
     table = np.zeros((len(names), len(names)))
     for row, column in zip(teacher_values, student_values):
         if row in names and column in names:
             table[names.index(row), names.index(column)] += 1
-    ax.imshow(table / np.maximum(table.sum(1, keepdims=True), 1), vmin=0, vmax=1, cmap='Blues')
+    share = table / np.maximum(table.sum(1, keepdims=True), 1)
+    ax.imshow(share, vmin=0, vmax=1, cmap='Blues')
     for i, j in np.ndindex(table.shape):
-        ax.text(j, i, int(table[i, j]), ha='center', va='center', fontsize=8)
-    ax.set(title=field, xlabel='student', ylabel='teacher')
-    shown = [json.dumps(value, ensure_ascii=False) for value in values][:12]
+        ax.text(j, i, int(table[i, j]), ha='center', va='center', fontsize=8, color='white' if share[i, j] > 0.5 else 'black')
+    ax.set(title=leaf.path, xlabel='student', ylabel='teacher')
+    shown = [json.dumps(value, ensure_ascii=False) for value in leaf.values][:12]
     ax.set_xticks(range(len(shown)), shown, rotation=45, fontsize=7)
     ax.set_yticks(range(len(shown)), shown, fontsize=7)
 
@@ -110,7 +114,7 @@ def draw_report(out, shards, rows, dtype='float32', which='best'):
 
     temperature = {field: figures['temperature'] for field, figures in checkpoint['per_field'].items()}
     odd = np.flatnonzero(shards.is_odd(rows))                   # temperatures are fitted on the even ones
-    confidence = [list(confidence_of(space.fields, decisions[n], temperature).values()) for n in odd]
+    confidence = [list(confidence_of(space.schema.paths, decisions[n], temperature).values()) for n in odd]
     points = reliability_bins(confidence, same_values(student_values, teacher_values)[odd])
     axes[1, 1].plot([0, 1], [0, 1], 'k:')
     axes[1, 1].scatter([p[0] for p in points], [p[1] for p in points], s=[20 + 400 * p[2] for p in points])
@@ -118,9 +122,9 @@ def draw_report(out, shards, rows, dtype='float32', which='best'):
                    ylabel='share equal to the teacher')
     for ax in (*axes[0, :3], axes[1, 0]):
         if ax.get_legend_handles_labels()[0]:                   # a run of a few steps has no line yet
-            ax.legend(fontsize=7, framealpha=0.5)
-    for k, (field, values) in enumerate(space.fields.items()):
-        draw_confusion(axes[2, k], field, values, student_values[field], teacher_values[field])
+            ax.legend(fontsize=7, ncols=3, loc='upper center', bbox_to_anchor=(0.5, -0.2), frameon=False)  # below
+    for k, leaf in enumerate(space.schema.leaves):
+        draw_confusion(axes[2, k], leaf, student_values[leaf.path], teacher_values[leaf.path])
     for ax in axes.flat:
         if not ax.has_data():
             ax.axis('off')

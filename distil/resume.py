@@ -14,14 +14,15 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from config import data_line, stop
 from config.machine import RANK, can_compile, on_stop, pick_dtype, run_in_first, whole_file
+from data import answers_from
 from distil.checkpoint import CHECKPOINT, TASK, is_large, load_checkpoint, save_checkpoint, what_is_kept
-from distil.records import labels_given
 from distil.space import OutputSpace
 from distil.split import describe_split, pack_split
 from distil.start import SeenRows, new_student
@@ -32,7 +33,7 @@ FREE = ('device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum',
         'tracker', 'held_out')                               # the split itself is compared
 
 # values of settings that older checkpoints lack, and of a setting that only older ones have
-MISSING = {'keep_prompt': False, 'start_model': '', 'reader': '', 'reader_layers': 0, 'reader_lr': 0.1,
+MISSING = {'reader': '', 'reader_layers': 0, 'reader_lr': 0.1,
             'divergence': 'forward', 'train_on': 'all'}
 
 
@@ -125,6 +126,36 @@ def compiling_pays(student, device, bf16, n_tokens):
     return bf16 and 6 * n_weights * n_tokens > 4e13 and can_compile()
 
 
+class Meter:
+    """the means and the speed that a train line shows: of the steps since the last one, in this process."""
+
+    def __init__(self, n_steps):
+        self.n_steps = n_steps
+        self.all_seconds, self.all_steps = 0.0, 0
+        self.clear()
+
+    def clear(self):
+        self.sums, self.n_read, self.seconds, self.n = np.zeros(5), 0, 0.0, 0
+
+    def add(self, sums, n_read, seconds):
+        """counts a step. sums (5,): of loss, kl, ce, hits and answer tokens; n_read: tokens read; seconds it took."""
+        self.sums, self.n_read = self.sums + sums, self.n_read + n_read
+        self.seconds, self.n = self.seconds + seconds, self.n + 1
+        self.all_seconds, self.all_steps = self.all_seconds + seconds, self.all_steps + 1
+
+    def hours(self):
+        """that all steps of the run take at the mean speed so far."""
+        return self.all_seconds / self.all_steps * self.n_steps / 3600
+
+    def read(self, step):
+        """({loss, kl, ce, teacher_forced}, {ms, tok_s, eta_min}) since the last call."""
+        means = dict(zip(('loss', 'kl', 'ce', 'teacher_forced'), (self.sums[:4] / self.sums[4]).tolist()))
+        step_s = self.seconds / self.n
+        speed = {'ms': step_s * 1e3, 'tok_s': self.n_read / self.seconds, 'eta_min': step_s * (self.n_steps - step) / 60}
+        self.clear()
+        return means, speed
+
+
 # -----------------------------------------------------------------------------
 # a new training, or one that continues
 
@@ -142,11 +173,7 @@ def open_training(out, config, shards, n_train, device):
     if resume:
         training, optimizer_state = resume_training(out, facts, config['freeze_table'], device)
     else:
-        keys = 'block_size', 'n_layer', 'n_head', 'n_embd', 'n_mlp', 'dropout'
-        sizes = dict(vocab_size=meta['vocab_size'], output_vocab=len(meta['output_ids']),
-                     start_id=meta['start_id'], n_kv_head=config['n_kv_head'] or config['n_head'],
-                     **{key: config[key] for key in keys})
-        student = new_student(sizes, config, meta).to(device)
+        student = new_student(config, meta).to(device)
         training, optimizer_state = new_training(out, facts, student, shards), None
     if training.finished:
         print(f'{out} is trained already ({training.step} steps); train another beside it with --run=other, '
@@ -177,8 +204,8 @@ def new_training(out, facts, student, shards):
     space = OutputSpace.from_task(tokenizer, task)
     if RANK == 0:
         contents = {'tokenizer.json': (shards.folder / 'tokenizer.json').read_bytes()}
-        if student.reader:
-            contents['reader.json'] = student.reader.tokenizer.to_str(True).encode()
+        if student.encoder:
+            contents['reader.json'] = student.encoder.tokenizer.to_str(True).encode()
         for file, content in contents.items():
             with whole_file(out / file, what_is_kept(out)) as tmp:
                 tmp.write_bytes(content)
@@ -195,7 +222,7 @@ def work_before(shards):
     for meta in shards.metas:
         timed.update(meta.get('timed', {}))
     teacher_rec_s = timed['records'] / timed['seconds'] if timed else math.nan
-    hours = 0.0 if labels_given(shards.meta) else len(shards) / teacher_rec_s / 3600
+    hours = 0.0 if answers_from(shards.meta) == 'labels' else len(shards) / teacher_rec_s / 3600
     return {'extract_hours': hours, 'train_hours': 0.0, 'teacher_rec_s': teacher_rec_s}
 
 
@@ -205,7 +232,7 @@ def resume_training(out, facts, freeze_table, device):
     if differ := describe_differences(checkpoint, facts):
         stop(f'{out} holds another run ({"; ".join(differ)}); keep both with --run=other, or replace it with '
              '--overwrite=True')
-    if checkpoint['config']['init_from'] == 'teacher' and freeze_table and not student.reader:
+    if checkpoint['config']['init_from'] == 'teacher' and freeze_table and not student.encoder:
         student.wte.requires_grad_(False)
     keys = 'step', 'finished', 'figures', 'per_field', 'best', 'linear', 'work'
     kept = {key: checkpoint[key] for key in keys}

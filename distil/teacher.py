@@ -19,6 +19,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data import answers_from
 from distil.prompts import prompt_messages
 
 # -----------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def verify_records(model, shards, space, rows):
         kept = logits[:, space.output_ids]                      # (n, V)
         stored = torch.from_numpy(shards.answer(i, 'logits').astype(np.float32))  # top is subtracted
         states = space.states_before(outs) if space.state_after(outs) == space.done else None
-        asked = [states is None or space.field[state] not in labelled for state in states or outs]  # not a label
+        asked = [states is None or space.leaf_at[state] not in labelled for state in states or outs]  # not a label
         diff = (kept - torch.tensor(top)[:, None] - stored).abs()[asked]
         diff_lse = np.abs(logits.logsumexp(-1).numpy() - lse)[~np.isnan(lse) & asked].max(initial=0)
         max_diff = max(max_diff, diff.max().item(), diff_lse)
@@ -157,4 +158,4 @@ def verify_records(model, shards, space, rows):
         steps += sum(asked)
     line = (f'verify records={len(rows)} steps={steps} max_diff={max_diff:.4f} tolerance={atol}+x/1024 '
             f'equal={equal / steps:.4f}')
-    return bool(excess <= atol and (meta['score'] or equal >= min_equal * steps)), line
+    return bool(excess <= atol and (answers_from(meta) == 'score' or equal >= min_equal * steps)), line

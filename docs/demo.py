@@ -37,23 +37,25 @@ if __name__ == '__main__':
     fig, (left, right) = plt.subplots(1, 2, figsize=(11.5, 3.4), width_ratios=(1, 2.8))
     bars = {'always the commonest': figures['majority'], 'word and letter counts': linear['field'],
             'the student': figures['field']}
-    left.barh(range(3), bars.values(), color=['#b0b0b0', '#7f9fbf', '#2f7f4f'])
+    left.barh(range(3), bars.values(), 0.5, color=['#b0b0b0', '#7f9fbf', '#2f7f4f'])
     for y, (label, value) in enumerate(bars.items()):
-        left.text(0.02, y, f'{label}  {value:.2f}', va='center', color='white' if y == 2 else 'black')
-    left.set(xlim=(0, 1), yticks=[], title=f'fields as the teacher says ({figures["records"]} held out)')
+        left.text(0, y - 0.34, label, fontsize=9)                # above its bar
+        left.text(value + 0.02, y, f'{value:.2f}', va='center')
+    left.set(xlim=(0, 1.12), ylim=(-0.7, 2.4), yticks=[], title=f'fields as the teacher says ({figures["records"]} held out)')
     left.title.set_size(10)
     left.invert_yaxis()
     right.axis('off')
     right.text(0, 1.04, 'a message that it has never seen', weight='bold')
-    for n, field in enumerate(space.fields):
-        right.text(0.56 + 0.23 * n, 1.04, field, weight='bold')
+    for n, leaf in enumerate(space.schema.leaves):
+        right.text(0.56 + 0.23 * n, 1.04, leaf.path, weight='bold')
     for y, (i, answer) in enumerate(zip(short, answers)):
         teacher, top = space.to_json(shards.answer(i).tolist()), 0.93 - y / 8
         text = space.tokenizer.decode(shards.ids(i).tolist())
         right.text(0, top, textwrap.shorten(text, 58, placeholder=' …'), fontsize=9)
-        for n, field in enumerate(space.fields):
-            same = answer[field] == teacher[field]
-            said = str(answer[field]) if same else f'{answer[field]} (teacher: {teacher[field]})'
+        for n, leaf in enumerate(space.schema.leaves):
+            ours, theirs = leaf.get(answer), leaf.get(teacher)
+            same = ours == theirs
+            said = str(ours) if same else f'{ours} (teacher: {theirs})'
             right.text(0.56 + 0.23 * n, top, said, fontsize=9, color='#2f7f4f' if same else '#b03030')
     fig.tight_layout()
     target = Path(__file__).with_suffix('.png')

@@ -116,14 +116,14 @@ def print_record(shards, space, i):
     sizes = {what: shards.answer(i, what).nbytes for what in ('output', 'logits', 'stats')}
     whole = len(outs) * shards.meta['vocab_size'] * 2           # if the logits of every token were kept
     print(data_line('bytes', {'input': shards.ids(i).nbytes, **sizes, 'whole_logits': whole}))
-    idx, targets, _ = shards.batch([i], [shards.meta['start_id']])
-    print(data_line('row', {'idx': comma(idx[0].tolist()), 'targets': comma(targets[0].tolist())}))
+    text, answer, targets, _ = (part[0].tolist() for part in shards.batch([i]))
+    print(data_line('row', {'text': comma(text), 'answer': comma(answer), 'targets': comma(targets)}))
     for k, (state, mass) in enumerate(zip(space.states_before(outs), measure_kept_mass(shards, i).tolist())):
         if len(legal := list(space.transitions[state])) > 1:
             top, lse = shards.answer(i, 'stats')[k].tolist()
             logits = torch.from_numpy(shards.answer(i, 'logits')[k].astype(np.float32))
             print(data_line('decision', {
-                'field': space.field[state], 'position': k, 'chosen': decode_text(space, [outs[k]]),
+                'field': space.leaf_at[state], 'position': k, 'chosen': decode_text(space, [outs[k]]),
                 'top': top, 'lse': lse, 'kept': mass, 'of_all': (logits[outs[k]] + top - lse).exp().item(),
                 'of_kept': logits.softmax(0)[outs[k]].item(),
                 'of_legal': logits[legal].softmax(0)[legal.index(outs[k])].item()}))
@@ -136,7 +136,7 @@ def print_outside(shards, space):
     for i in range(len(shards)):
         for state, p in zip(space.states_before(shards.answer(i).tolist()), measure_kept_mass(shards, i)):
             if not np.isnan(p):
-                missed.setdefault(space.field[state] or 'json', []).append(1 - p)
+                missed.setdefault(space.leaf_at[state] or 'json', []).append(1 - p)
     mean = float(np.mean(sum(missed.values(), [])))
     print(data_line('outside', {'steps': sum(map(len, missed.values())), 'mean': mean,
                                 **{field: float(np.mean(p)) for field, p in missed.items()}}))
@@ -151,11 +151,11 @@ def print_gradient_shares(students, shards, space, rows):
     kinds = {'ties': margin <= near, 'clearer': (margin > near) & (margin < np.inf),
              'forced': margin == np.inf}
     count = {kind: int(mask.sum()) for kind, mask in kinds.items()}
-    idx, targets, teacher = shards.batch(rows, next(iter(students.values())).config.start)
+    text, answer, targets, teacher = shards.batch(rows)
     ce = F.cross_entropy(teacher, targets[targets >= 0]).item()  # of a student that equals its teacher
     print(data_line('tokens', {'records': len(rows), 'all': len(margin), **count, 'teacher_ce': ce}))
     for epoch, student in students.items():
-        logits = student(idx, targets)                          # (n, V)
+        logits = student(text, answer)                          # (n, V)
         for tau in TAUS[-4:]:
             norm = gradient_norms(logits, teacher, tau)
             share = {kind: float(norm[mask].sum() / norm.sum()) for kind, mask in kinds.items()}
@@ -166,7 +166,7 @@ def print_answer(student, shards, space, i, rows):
     """prints the student's answer to record i, and the standard error of `field` on these records."""
     (outs, decisions), = decode(student, space, [shards.ids(i).tolist()])
     print('student:', json.dumps(space.to_json(outs)))
-    confidence = confidence_of(space.fields, decisions)
+    confidence = confidence_of(space.schema.paths, decisions)
     print(data_line('decode', {'tokens': len(outs), 'passes': len(decisions), **confidence}))
     figures, _, answers, _ = evaluate(student, space, shards, rows)
     teacher_texts = field_texts(space, [shards.answer(n).tolist() for n in rows])
@@ -183,9 +183,9 @@ def print_answer(student, shards, space, i, rows):
 def draw_record(plt, students, shards, space, i, positions):
     """draws the probabilities of the legal tokens at some positions of record i, given the teacher's tokens
     before them: the teacher's beside those of the students."""
-    idx, targets, teacher = shards.batch([i], next(iter(students.values())).config.start)
+    text, answer, targets, teacher = shards.batch([i])
     outs = targets[targets >= 0]
-    logits = {'teacher': teacher} | {f'epoch {n}': student(idx, targets) for n, student in students.items()}
+    logits = {'teacher': teacher} | {f'epoch {n}': student(text, answer) for n, student in students.items()}
     colors = 'black', *plt.cm.Blues(np.linspace(0.35, 0.9, len(students)))
     fig, axes = plt.subplots(len(positions), figsize=(8, 6.6))
     for ax, k in zip(axes, positions):
@@ -201,7 +201,7 @@ def draw_record(plt, students, shards, space, i, positions):
             bars = ax.bar(np.arange(len(legal)) + 0.2 * (n - 1.5), p, 0.19, label=label, color=colors[n])
             ax.bar_label(bars, fmt='%.2f', fontsize=8, padding=1)
         ax.set_xticks(range(len(legal)), [repr(decode_text(space, [o])) for o in legal])
-        ax.set_title(f'{space.field[state]}: the two likeliest are {margin:.2f} logits apart', fontsize=10)
+        ax.set_title(f'{space.leaf_at[state]}: the two likeliest are {margin:.2f} logits apart', fontsize=10)
         ax.set(ylabel='probability', ylim=(0, ax.get_ylim()[1] * (1.2 if ax is axes[0] else 1.04)))
         ax.spines[['top', 'right']].set_visible(False)
     axes[0].legend(fontsize=9, frameon=False, ncols=4, loc='upper center')
@@ -240,7 +240,7 @@ def draw_automaton(plt, space):
         choice, done = len(space.transitions[state]) > 1, state == space.done
         ax.scatter(at, 0, 650, 'orange' if choice else 'white', edgecolors='black', zorder=3)
         ax.text(at, 0, state, ha='center', va='center', zorder=4)
-        under = f'{space.field[state]}?' if choice else 'done' if done else 'start' if state == 0 else ''
+        under = f'{space.leaf_at[state]}?' if choice else 'done' if done else 'start' if state == 0 else ''
         ax.text(at, -0.24, under, ha='center', va='top', fontsize=10)
     ax.set(xlim=(-0.3, len(x) - 0.7), ylim=(-0.45, 0.45), aspect='equal')
     ax.axis('off')
@@ -252,11 +252,11 @@ def draw_automaton(plt, space):
 def draw_gradient(plt, students, shards, i, positions):
     """draws the norm of the gradient of tau^2 KL_tau against tau, at two positions of record i: by autograd
     and by the formula."""
-    idx, targets, teacher = shards.batch([i], next(iter(students.values())).config.start)
+    text, answer, targets, teacher = shards.batch([i])
     outs = targets[targets >= 0]
     fig, axes = plt.subplots(1, len(students), figsize=(9, 3.6), sharey=True)
     for ax, (epoch, student) in zip(axes, students.items()):
-        logits = student(idx, targets).requires_grad_()         # (n, V)
+        logits = student(text, answer).requires_grad_()         # (n, V)
         measured, formula = [], []                              # (n,) for each temperature
         for tau in TAUS:
             with torch.enable_grad():

@@ -91,7 +91,8 @@ def measure_speeds(folder, task, texts, comments):
     required = set(OutputSpace(*style).output_ids)
     others = [i for i in range(10, 10000) if i not in required][:task['output_vocab'] - len(required)]
     space, rates = OutputSpace(*style, others), {'student': [], 'stepwise': [], 'teacher': []}
-    student = Student(StudentConfig(output_vocab=task['output_vocab'], block_size=task['block_size'])).eval()
+    sizes = {'output_vocab': task['output_vocab'], 'block_size': task['block_size'], 'output_ids': space.output_ids}
+    student = Student(StudentConfig(**sizes)).eval()
     lower_precision(student, 'auto')
     prompt = {'before': before, 'after': after}
     for text in tqdm([texts[0], *texts], desc='decode', unit='text'):  # the first warms up

@@ -24,7 +24,7 @@ from sklearn.pipeline import make_pipeline
 from data import Shards, read_texts, text_hash
 from distil.agreement import linear_models
 from distil.records import load_records
-from sample import Labeler
+from distil.labeler import Labeler
 
 dataset = 'tweets'     # data/<dataset>/input.jsonl has the texts
 runs = ''              # folders in out/, separated by commas: students

@@ -13,8 +13,8 @@ from transformers import LogitsProcessor
 from config.machine import pick_dtype
 from data import batches
 from distil.agreement import field_texts, same_values
-from distil.decode import Cache, answer_ids, input_ids
-from distil.reader import load_reader
+from distil.decode import Cache, pad_rows
+from distil.reader import encode_texts, load_encoder, student_ids
 
 
 class SchemaProcessor(LogitsProcessor):
@@ -60,20 +60,19 @@ def stepwise(student, space, texts, constrain=True):
     texts: lists of ids. Returns lists of output indices."""
     device = student.lm_head.weight.device
     legal, cache, live = space.next_state.to(device) >= 0, Cache(student), list(range(len(texts)))
-    states, outs, at = [0] * len(texts), [[] for _ in texts], [student.config.n_prompt] * len(texts)
-    id_of = answer_ids(student, space)
-    feed = [[*text, *student.config.start] for text in input_ids(student, space, texts)]
+    states, outs, n_read = [0] * len(texts), [[] for _ in texts], [0] * len(texts)
+    unread, V = student_ids(student, space, texts), student.config.output_vocab
     while live:
-        counts = [len(feed[i]) for i in live]
-        pos, keep = cache.place_tokens(live, [at[i] for i in live], counts, [1] * len(live))
-        idx = torch.tensor([[token for i in live for token in feed[i]]], device=device)  # (1, N)
-        logits = student(idx, cache=cache, pos=pos, keep=keep).float()  # (R, V)
+        cache.begin_pass(live, [n_read[i] for i in live])
+        text = pad_rows([] if outs[0] else unread, device)      # of all in the first pass, then of none
+        answer = pad_rows([outs[i][-1:] or [V] for i in live], device)
+        logits = student(text, answer, cache, only_last=True).float()  # (R, V)
         if constrain:
             logits = logits.masked_fill(~legal[[states[i] for i in live]], -math.inf)
         for i, out in zip(live, logits.argmax(-1).tolist()):
+            n_read[i] += 1 if outs[i] else len(unread[i]) + 1
             outs[i].append(out)
-            at[i] += len(feed[i])
-            feed[i], states[i] = [id_of[out]], space.state_after([out], states[i])
+            states[i] = space.state_after([out], states[i])
         live = [i for i in live if states[i] not in (-1, space.done)]
     return outs
 
@@ -85,18 +84,16 @@ def stepwise(student, space, texts, constrain=True):
 class Classifier(nn.Module):
     """an encoder (distil/reader.py), and a linear head per field on the mean of its states"""
 
-    def __init__(self, reader, counts):
+    def __init__(self, encoder, counts):
         super().__init__()
-        self.reader = reader
-        self.heads = nn.ModuleList(nn.Linear(reader.config.n_embd, n) for n in counts)
+        self.encoder = encoder
+        self.heads = nn.ModuleList(nn.Linear(encoder.config.n_embd, n) for n in counts)
 
     def forward(self, rows):
         """rows: lists of the encoder's ids -> logits of each field, (B, its number of values) each"""
-        longest, device = max(map(len, rows)), self.heads[0].weight.device
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)  # (B, T)
-        mask = torch.tensor([[t < len(row) for t in range(longest)] for row in rows], device=device)
-        states = self.reader(ids, mask) * mask[..., None]       # (B, T, C)
-        mean = states.sum(1) / mask.sum(1, keepdim=True)        # (B, C)
+        text = pad_rows(rows, self.heads[0].weight.device)      # (B, T)
+        states, used = self.encoder(text), text >= 0            # (B, T, C), (B, T)
+        mean = (states * used[..., None]).sum(1) / used.sum(1, keepdim=True)  # (B, C)
         return [head(mean) for head in self.heads]
 
 
@@ -110,16 +107,16 @@ def encoder_baseline(shards, space, train_rows, rows, name, device, dtype, max_e
     ten times that rate. The last epoch counts.
     """
     torch.manual_seed(seed)
-    start, reader = time.perf_counter(), load_reader(name)
-    encode = lambda split: reader.encode(
-        space.tokenizer.decode_batch([shards.ids(i).tolist() for i in split]), reader.config.n_pos)
+    start, encoder = time.perf_counter(), load_encoder(name)
+    decoded = lambda split: space.tokenizer.decode_batch([shards.ids(i).tolist() for i in split])
+    encode = lambda split: encode_texts(encoder, decoded(split), encoder.config.n_pos)
     values = lambda split: field_texts(space, [shards.answer(i).tolist() for i in split])
     texts, of_train = encode(train_rows), values(train_rows)
-    kinds = {field: sorted(set(of_train[field])) for field in space.fields}
+    kinds = {field: sorted(set(of_train[field])) for field in space.schema.paths}
     labels = [torch.tensor([kinds[field].index(value) for value in of_train[field]], device=device)
               for field in kinds]                               # (N,) each
-    model = Classifier(reader, map(len, kinds.values())).to(device).train()
-    optimizer = torch.optim.AdamW([{'params': model.reader.parameters(), 'share': 1},
+    model = Classifier(encoder, map(len, kinds.values())).to(device).train()
+    optimizer = torch.optim.AdamW([{'params': model.encoder.parameters(), 'share': 1},
                                    {'params': model.heads.parameters(), 'share': 10}], weight_decay=0.01, fused=True)
     lengths, n_steps = np.array([len(row) for row in texts]), max_epochs * math.ceil(len(texts) / batch_size)
     order = (part for epoch in range(max_epochs) for part in batches(lengths, batch_size, seed, epoch))

@@ -21,6 +21,7 @@ from config.machine import can_compile, pick_device, pick_dtype
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
@@ -149,18 +150,15 @@ def bench_train(student, shards, rows, batch_size, dtype, compiled, steps=12):
     plain = Gemma3ForCausalLM(
         Gemma3TextConfig(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_mlp,
                          num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-                         num_key_value_heads=c.n_kv_head, head_dim=c.head_size or c.n_embd // c.n_head,
+                         num_key_value_heads=c.n_kv_head, head_dim=c.n_embd // c.n_head,
                          attn_implementation='sdpa')).to(device).train()
-    lookup = torch.arange(c.vocab_size, device=device)
+    convert, output_ids = lambda text: text, torch.tensor([*shards.meta['output_ids'], c.start_id], device=device)
     if student.wte.weight.dtype == torch.float32:  # else it is the frozen table of a teacher
-        ids = [shards.ids(i) for i in rows]
-        seen = np.unique(np.concatenate([*ids, shards.meta['output_ids'], c.start]))
-        lookup = SeenRows(student, seen).lookup
+        convert = SeenRows(student, np.unique(np.concatenate([shards.ids(i) for i in rows]))).convert
     else:
         student.wte.requires_grad_(False)
     optimizers = {m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-4, fused=True)
                   for m in (student, plain)}
-    output_ids = torch.tensor(shards.meta['output_ids'], device=device)
     bf16 = dtype == torch.bfloat16
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     if compiled:
@@ -169,14 +167,20 @@ def bench_train(student, shards, rows, batch_size, dtype, compiled, steps=12):
 
     def step(model, part):
         """makes one optimizer step of either model. Returns the number of positions, padding included."""
-        idx, targets, teacher_logits = (x.to(device) for x in shards.batch(part, c.start))
+        text, answer, targets, teacher_logits = (x.to(device) for x in shards.batch(part))
+        # rows of text and answer as the plain model reads them, ids padded on the right
+        rows = [torch.cat((t[t >= 0], output_ids[a[a >= 0]])) for t, a in zip(text, answer)]
+        idx = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
         if model is student:
             with autocast:
-                logits, targets = student(lookup[idx], targets), targets[targets >= 0]
+                logits, targets = student(convert(text), answer), targets[targets >= 0]
             loss, *_, n = distill_loss(logits, teacher_logits, targets, 0.5)
             loss = loss / n
         else:
-            labels = torch.where(targets >= 0, output_ids[targets.clamp(min=0)], -100)
+            labels = torch.full_like(idx, -100)
+            for label, t, target in zip(labels, text, targets):
+                of_target = output_ids[target[target >= 0]]
+                label[(t >= 0).sum():][:len(of_target)] = of_target
             with autocast:
                 logits = plain(idx).logits
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
@@ -244,11 +248,11 @@ def bench_decode(student, space, task, texts, teacher, device, dtype, n_generate
     """prints bench lines: the student's decoding and one token per pass, alone and in batches of 64, in the
     task's style and fenced (the latter with a student of the same shape and random weights); its latency; and
     its records/s and those of the teacher, with generate and with the engine."""
-    fenced = OutputSpace(space.tokenizer, space.fields, 2, True, space.end_id, space.output_ids)
+    fenced = OutputSpace(space.tokenizer, space.schema.fields, 2, True, space.end_id, space.output_ids)
     V, longer = len(fenced.output_ids), max(0, fenced.max_answer - space.max_answer)
     shape = asdict(student.config) | {'output_vocab': V, 'block_size': student.config.block_size + longer}
-    shape |= {'vocab_size': V + 1, 'start_id': V} if student.reader else {}
-    random_student = Student(StudentConfig(**shape), student.reader).to(device).eval()
+    shape |= {'vocab_size': V + 1, 'start_id': V} if student.encoder else {'output_ids': fenced.output_ids}
+    random_student = Student(StudentConfig(**shape), student.encoder).to(device).eval()
     lower_precision(random_student, dtype)
     for style, of_style, its_space in (('own', student, space), ('fenced', random_student, fenced)):
         for batch_size in (1, 64):
@@ -299,7 +303,7 @@ if __name__ == '__main__':
     else:
         student_dtype = 'float32' if what == 'train' else dtype_setting
         checkpoint, student, space = load_checkpoint(Path('out', run or name), device, dtype=student_dtype)
-        if student.reader and what == 'train':
+        if student.encoder and what == 'train':
             stop('a step of a student with a reader has no counterpart; train one with --reader= and add its --run=')
         train_rows, val_rows = shards.split()
         if what == 'train':

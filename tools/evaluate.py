@@ -21,12 +21,13 @@ from config.machine import pick_device
 
 import numpy as np
 
+from data import answers_from
 from distil.agreement import (calibration_error, evaluate, field_texts, read_truth, report_lines,
                               same_values, truth_lines)
 from distil.checkpoint import (checkpoint_path, load_checkpoint, read_checkpoint, read_work, save_checkpoint,
                                warn_changed_task)
 from distil.decode import confidence_of, decode, generate
-from distil.records import choose_rows, labels_given, load_records
+from distil.records import choose_rows, load_records
 from distil.report import draw_report, save_picture, start_drawing
 from distil.resume import lock_folder
 
@@ -97,7 +98,7 @@ def known_line(tag, figures):
 
 
 def print_confidence_and_cost(checkpoint, student, space, shards, rows, free_answers, batch_size, *prices):
-    """prints how well the student's confidence is calibrated, the agreement of a cascade, and the cost.
+    """prints how reliable the student's confidence is, the agreement of a cascade, and the cost.
     prices: the last arguments of compute_cost. Returns that cost, and of the odd records the student's
     confidence and its hits, (N, fields) each."""
     start = time.perf_counter()
@@ -110,10 +111,10 @@ def print_confidence_and_cost(checkpoint, student, space, shards, rows, free_ans
     hits = same_values(student_values, teacher_values)
     temperature = {field: figures['temperature'] for field, figures in checkpoint['per_field'].items()}
     raw, confidence = (
-        np.array([list(confidence_of(space.fields, decisions[n], t).values()) for n in odd])
+        np.array([list(confidence_of(space.schema.paths, decisions[n], t).values()) for n in odd])
         for t in (None, temperature))
     free_differs = float(np.mean([a != b for a, b in zip(answers, free_answers)]))
-    print(data_line('calibration', {'records': len(odd), 'ece_before': calibration_error(raw, hits),
+    print(data_line('reliability', {'records': len(odd), 'ece_before': calibration_error(raw, hits),
                                     'ece_after': calibration_error(confidence, hits),
                                     'free_differs': free_differs}))
     points = list(simulate_cascade(confidence, hits))
@@ -192,10 +193,10 @@ def print_examples(space, shards, rows, answers, n, source):
     differ."""
     def values_of(outs):
         answer = space.to_json(outs)
-        return [str(value) for value in answer.values()] if answer else ['(not JSON)'] * len(space.fields)
+        return [str(leaf.get(answer)) if answer else '(not JSON)' for leaf in space.schema.leaves]
     pairs = [(values_of(shards.answer(i).tolist()), values_of(outs)) for i, outs in zip(rows[:n], answers)]
-    widths = [max(map(len, column)) for column in zip(space.fields, *(row for pair in pairs for row in pair))]
-    print(' ' * 10, *(name.ljust(width + 1) for name, width in zip(space.fields, widths)))
+    widths = [max(map(len, column)) for column in zip(space.schema.paths, *(row for pair in pairs for row in pair))]
+    print(' ' * 10, *(name.ljust(width + 1) for name, width in zip(space.schema.paths, widths)))
     for i, (teacher_values, student_values) in zip(rows, pairs):
         print(space.tokenizer.decode(shards.ids(i).tolist()))
         print(f'   {source:<7}', *(value.ljust(width + 1) for value, width in zip(teacher_values, widths)))
@@ -305,7 +306,7 @@ if __name__ == '__main__':
         train_rows = choose_rows(shards, settings['max_records'], 0, settings.get('train_on', 'all'))[0]
         encoder = settings.get('reader') or 'data/teachers/minilm'
         print(data_line('encoder', encoder_baseline(shards, space, train_rows, rows, encoder, device, dtype)))
-    source = 'labels' if labels_given(shards.meta) else 'teacher'
+    source = 'labels' if answers_from(shards.meta) == 'labels' else 'teacher'
     texts = Path('data', dataset, 'input.jsonl')
     if texts.is_file():
         truth = read_truth(texts, shards, rows)

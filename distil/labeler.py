@@ -1,0 +1,179 @@
+"""A student as a function from texts to records, one after another or many at a time.
+
+    label = Labeler('out/demo', min_confidence=0.61)
+    label(['you are great'])    # [{'sentiment': 'positive', ..., '_confidence': {'sentiment': 0.93, ...}}]
+
+sample.py and tools/ label with it, serve/ answers requests with its parts.
+"""
+import os
+import queue
+import threading
+from collections import deque
+from pathlib import Path
+
+from config import stop
+from config.machine import pick_device
+import torch
+
+from distil.checkpoint import find_threshold, load_checkpoint, problem_key
+from distil.decode import confidence_of, decode, value_probabilities
+from distil.reader import count_cut
+from distil.space import clean
+
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # torch's threads do not survive a fork
+
+
+def read_ahead(items):
+    """a queue of (item, None) for each item of an iterable, then (None, error): the exception that ended it,
+    or a StopIteration. A thread fills it: a line from a slow pipe is answered at once, and memory does not
+    grow with a fast one."""
+    ahead = queue.Queue(1000)                                   # blocks the thread when it is full
+
+    def read():
+        error = None
+        try:
+            for item in items:
+                ahead.put((item, None))
+        except BaseException as raised:                         # belongs to the caller, not to this thread
+            error = raised
+        ahead.put((None, error or StopIteration()))             # the end
+    threading.Thread(target=read, daemon=True).start()          # daemon: it must not keep the program alive
+    return ahead
+
+
+def load_teacher_to_ask(teacher, task, space, device):
+    """a function from lists of ids to the teacher's answers, lists of output indices. Exits with a message if
+    this is not the teacher that the student learned from."""
+    try:                                                        # it may be missing beside a copied student
+        from distil.cascade import load_answerer
+    except ImportError as error:
+        stop(f'ask_teacher needs distil/cascade.py and transformers here ({error})')
+    return load_answerer(teacher, task, space, device)
+
+
+class Labeler:
+    """A student, from Python: Labeler('out/demo')(['text', ...]) -> [{'sentiment': 'positive', ...,
+    '_confidence': {'sentiment': 0.93, ...}}, ...].
+
+    folder: of a training run. confidence, which, dtype, teacher: as the settings of sample.py. too_long: 'cut', or
+    'refuse' for {'error': ...} in place of an answer, or what problem_key says. min_confidence: records with a field
+    below it get '_defer': True, or, with ask_teacher, the teacher's answer and '_teacher': True. SystemExit if it
+    cannot be loaded. It can be pickled (the copy loads the folder again), and used in a forked process (on one thread).
+    """
+
+    def __init__(self, folder, device='auto', which='best', batch_size=64, constrain=True, too_long='cut',
+                 confidence=True, min_confidence=0.0, ask_teacher=False, teacher='', dtype='auto'):
+        self.arguments = (Path(folder).absolute(), device, which, batch_size, constrain, too_long, confidence,
+                          min_confidence, ask_teacher, teacher, dtype)
+        assert confidence in (False, True, 'full'), f'confidence is {confidence!r}; it is False, True or \'full\''
+        if ask_teacher and not min_confidence:
+            stop('ask_teacher needs a min_confidence: the teacher answers the records with a field below it')
+        device = pick_device(device)
+        self.checkpoint, self.student, self.space = load_checkpoint(folder, device, which, dtype)
+        self.task = self.checkpoint['task']                     # fields, prompt, max_text, ... of meta.json
+        self.batch_size, self.constrain = batch_size, constrain
+        self.too_long, self.confidence, self.problem = too_long, confidence, problem_key(self.space.schema)
+        self.min_confidence = find_threshold(self.checkpoint, min_confidence)
+        self.temperature = {name: of_field['temperature']       # fitted on held-out records
+                            for name, of_field in (self.checkpoint['per_field'] or {}).items()}
+        self.ask = load_teacher_to_ask(teacher, self.task, self.space, device) if ask_teacher else None
+
+    def __reduce__(self):                                       # for pickle: spawned processes, joblib
+        return Labeler, self.arguments
+
+    def __call__(self, texts):
+        """a dict for each of an iterable of texts, in their order; {'error': ...} for what is no text, such as
+        a nan. TypeError if texts is one text. What the iterable raises is raised here."""
+        if isinstance(texts, (str, bytes)):                     # its letters would be answered
+            raise TypeError('a Labeler takes a list of texts, not one text')
+        return [record for record, _ in self.stream(texts)]
+
+    def encode(self, text):
+        """a text (str, or bytes in UTF-8) -> (ids the student reads, reason why there is no answer or '',
+        number of ids cut off)."""
+        if not isinstance(text, (str, bytes)):
+            return [], f'not a text but {type(text).__name__}', 0
+        line = text if isinstance(text, bytes) else text.encode('utf-8', 'replace')  # no lone surrogates
+        string = clean(line.decode('utf-8', 'replace'))         # as the teacher's texts were
+        ids = self.space.tokenizer.encode(string, add_special_tokens=False).ids  # of the whole vocabulary
+        max_text = self.task['max_text']
+        n_cut = count_cut(self.student, self.space, ids, max_text)
+        if not string:
+            return [], 'empty text', 0
+        if n_cut and self.too_long == 'refuse':
+            return [], f'text has {len(ids)} tokens, {n_cut} more than the student reads', 0
+        return ids[:max_text], '', n_cut
+
+    def stream(self, texts):
+        """yields (record, number of the text's tokens that were cut off) for each text, in order, as soon as
+        it is known. What the iterable raises is raised after the answers to the texts before it."""
+        ahead, results, end = read_ahead(texts), [], None
+        waiting = deque()                                       # encoded texts without an answer yet
+        drained = False                                         # no text was there when the decoder last asked
+
+        def encoded():
+            nonlocal drained, end
+            while True:
+                try:
+                    text, end = ahead.get(block=not waiting)    # wait only if nothing is being decoded
+                except queue.Empty:
+                    drained = True
+                    yield None                                  # tells the decoder to go on without a new text
+                    continue
+                if end:                                         # no text follows
+                    return
+                drained = False
+                waiting.append(self.encode(text))
+                yield waiting[-1][0]                            # [] for a text without answer: keeps the order
+
+        # answers in the order of the texts: output indices, and decisions [(field, logits (V,), choice)]
+        for answer in decode(self.student, self.space, encoded(), self.batch_size, self.constrain):
+            results.append((*waiting.popleft(), *answer))
+            # the teacher is faster on many at once, so results are collected while more texts are coming
+            if not self.ask or drained or not waiting or len(results) >= self.batch_size:
+                yield from self.finish(results)
+                results = []
+        yield from self.finish(results)                         # those of the last texts
+        if not isinstance(end, StopIteration):
+            raise end                                           # the caller's own exception
+
+    def confidence_in(self, ids, outs, decisions):
+        """({field: probability of its value}, what the record shows of it)."""
+        p_chosen = confidence_of(self.space.schema.paths, decisions, self.temperature)  # {field: 0..1}
+        if self.confidence != 'full':
+            return p_chosen, {name: round(p, 4) for name, p in p_chosen.items()}
+        # one more forward pass for the other values, from the token at which they differ from the answer
+        p_values = value_probabilities(self.student, self.space, ids, outs, decisions, self.temperature)
+        return p_chosen, {path: self.space.schema.leaf(path).write_weights([round(p, 4) for p in row])
+                          for path, row in p_values.items()}
+
+    def finish(self, results):
+        """[(record, n_cut)] of results, (ids, error, n_cut, outs, decisions) each. Records below
+        min_confidence are marked, or answered by the teacher."""
+        records, below = [], {}                                 # below: {number in results: ids}
+        for n, (ids, error, n_cut, outs, decisions) in enumerate(results):
+            answer = None if error else self.space.to_json(outs)  # dict, or None if it breaks the schema
+            if error:                                           # no text, or too long
+                record = {self.problem: error}
+            elif answer is None:                                # only without constrain
+                raw = self.space.tokenizer.decode([self.space.output_ids[o] for o in outs],
+                                                  skip_special_tokens=True)
+                record = {self.problem: 'answer breaks the schema', 'answer': raw}
+                if self.min_confidence:
+                    below[n] = ids                              # surely not what the teacher says
+            else:
+                record = dict(answer)
+                if self.confidence or self.min_confidence:      # costs time, so only if it is used
+                    p_chosen, shown = self.confidence_in(ids, outs, decisions)
+                    record |= {'_confidence': shown} if self.confidence else {}
+                    if min(p_chosen.values()) < self.min_confidence:
+                        below[n] = ids
+            records.append((record, n_cut))                     # in the order of the texts
+        teacher_outs = self.ask(list(below.values())) if self.ask and below else [None] * len(below)
+        for n, outs in zip(below, teacher_outs):
+            record, n_cut = records[n]
+            if outs is not None:                                # the confidence shown is still the student's
+                shown = {'_confidence': record['_confidence']} if '_confidence' in record else {}
+                record = self.space.to_json(outs) | shown
+            records[n] = record | {'_defer' if outs is None else '_teacher': True}, n_cut
+        return records
