@@ -26,6 +26,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import data
+from distil.schema import write_object
 from distil.space import OutputSpace
 from model import Student, StudentConfig
 
@@ -90,7 +91,6 @@ def train_teachers(root, words):
     gemma = transformers.Gemma3TextConfig(
         **sizes, head_dim=8, sliding_window=24, query_pre_attn_scalar=8,
         layer_types=['sliding_attention', 'sliding_attention', 'full_attention'])
-    json_style = SimpleNamespace(fields=FIELDS, indent=None, fence=False, end_id=None)
     qwen = transformers.Qwen2Config(**sizes)
     for family, cls, cfg in (('gemma', transformers.Gemma3ForCausalLM, gemma),
                              ('llama', transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes)),
@@ -108,8 +108,8 @@ def train_teachers(root, words):
             for _ in range(16):
                 text = rng.choices(words, k=rng.randint(3, 9))
                 tone = 'friendly' if {'hello', 'friend', 'good'} & {*text} else 'neutral'
-                answer = OutputSpace.text(json_style, [tone, bool({'buy', 'spam'} & {*text})])
-                rows.append(wrapped(PROMPT.replace('{text}', ' '.join(text)) + answer)['input_ids'])
+                answer = write_object({'tone': tone, 'spam': bool({'buy', 'spam'} & {*text})})
+                rows.append(wrapped(PROMPT.replace('{text}', ' '.join(text)) + answer + '\n')['input_ids'])
             idx = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
             model(idx, labels=idx.masked_fill(idx == 0, -100)).loss.backward()
             optimizer.step()
@@ -141,7 +141,7 @@ def space(tokenizer):
 def tiny_student(space, seed=0, **sizes):
     torch.manual_seed(seed)
     defaults = dict(vocab_size=600, output_vocab=len(space.output_ids), block_size=96, n_layer=2, n_head=4,
-                    n_kv_head=2, n_embd=32, n_mlp=64, start_id=1)
+                    n_kv_head=2, n_embd=32, n_mlp=64, start_id=1, output_ids=space.output_ids)
     return Student(StudentConfig(**{**defaults, **sizes})).eval()
 
 

@@ -23,6 +23,7 @@ def test_extraction_is_compared_with_generate_on_the_same_answers(project):
     assert figures['dtype'] == 'float32'
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(torch.cpu.get_capabilities().get, ('amx_bf16', 'avx512_bf16'))),
                     reason='this processor multiplies bfloat16 hundreds of times slower than float32')
 def test_extraction_in_bfloat16_counts_near_ties_as_equal_and_nothing_else(project):

@@ -85,13 +85,13 @@ def test_the_split_depends_on_the_text_and_not_on_its_place(tmp_path):
 
 def test_batches_align_inputs_targets_and_logits(tmp_path):
     records = list(random_records(5, 8))
-    idx, targets, teacher_logits = make_shards(tmp_path, records, 8).batch([3, 0], start=[9])
+    text, answer, targets, teacher_logits = make_shards(tmp_path, records, 8).batch([3, 0])
     row = 0
     for b, (_, ids, outs, logits, _) in enumerate([records[3], records[0]]):
         n, m = len(ids), len(outs)
-        assert idx[b, :n + m].tolist() == [
-            *ids, 9, *(100 + outs[:-1])
-        ] and targets[b].tolist() == [-1] * n + outs.tolist() + [-1] * (idx.size(1) - n - m)
+        assert text[b].tolist() == [*ids, *[-1] * (text.size(1) - n)]
+        assert answer[b].tolist() == [8, *outs[:-1], *[-1] * (answer.size(1) - m)]  # 8: the start token
+        assert targets[b].tolist() == [*outs, *[-1] * (answer.size(1) - m)]
         np.testing.assert_allclose(teacher_logits[row:row + m], logits - logits.max(1, keepdims=True),
                                    atol=0.01)
         row += m

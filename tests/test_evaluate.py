@@ -16,6 +16,7 @@ from distil.agreement import (BROKEN, calibration_error, field_texts, fit_temper
 from distil.checkpoint import load_checkpoint
 from distil.decode import generate
 from distil.report import draw_confusion, start_drawing
+from distil.schema import Choice
 from distil.space import OutputSpace
 from tests.conftest import FIELDS, clone_task, one_line, run
 from tools.accuracy import area_under_roc, recall_at_precision
@@ -32,7 +33,7 @@ def test_an_answer_that_breaks_the_schema_agrees_in_no_field_even_if_null_is_all
     space = OutputSpace(tokenizer, {'a': [None, 'x'], 'b': [None, True]})
     null, broken = space.from_json({'a': None, 'b': None}), space.from_json({'a': None, 'b': None})[:-3]
     student, teacher = field_texts(space, [null, broken]), field_texts(space, [null, null])
-    agree = [measure_agreement(student[field], teacher[field])['agree'] for field in space.fields]
+    agree = [measure_agreement(student[field], teacher[field])['agree'] for field in space.schema.paths]
     assert agree == [0.5, 0.5]
 
 
@@ -130,7 +131,7 @@ def test_the_report_shows_teacher_and_student_side_by_side(project):
     (summary,) = [line for line in lines if line.startswith('the student agrees')]
     assert f'in {field} fields' in summary and f'majority baseline agrees in {majority[:-7]}' in summary
     tags = [line.split()[0] for line in done.stdout.splitlines() if '=' in line]
-    assert tags.count('calibration') == tags.count('cost') == 1 and tags.count('cascade') == 6
+    assert tags.count('reliability') == tags.count('cost') == 1 and tags.count('cascade') == 6
     if importlib.util.find_spec('matplotlib'):
         assert picture.stat().st_size > 10000 and str(picture.relative_to(project)) in done.stdout
 
@@ -284,7 +285,7 @@ def test_the_linear_baseline_is_the_better_of_words_and_characters_and_stops_no_
     nothing = baseline([chr(0x4e00 + n) for n in range(100)], tones)  # in which only the blanks come twice
     assert nothing['fields'] == {'n': 1.0, 'tone': 0.5, 'ok': 1.0}
     assert not capsys.readouterr().out
-    monkeypatch.setattr('distil.agreement.LINEAR_COST', 20 * len(max(space.fields.values(), key=len)))
+    monkeypatch.setattr('distil.agreement.LINEAR_COST', 20 * max(map(len, space.schema.leaves)))
     late = ["bad x" if tone == "friendly" or n < 20 else "good x" for n, tone in enumerate(tones)]
     assert baseline(late, tones)['fields']['tone'] == 0.5       # the first 20 records teach it nothing
     assert 'from the first 20 records alone' in capsys.readouterr().out
@@ -294,6 +295,6 @@ def test_the_picture_names_values_in_their_own_script():
     pytest.importorskip('matplotlib')
     _, ax = start_drawing().subplots()
     values = ['jó', '好', True]
-    draw_confusion(ax, 'hang', values, *[[*map(json.dumps, values)]] * 2)
+    draw_confusion(ax, Choice(('hang',), values), *[[*map(json.dumps, values)]] * 2)
     assert [label.get_text() for label in ax.get_yticklabels()] == ['"jó"', '"好"', 'true']
     assert [text.get_text() for text in ax.texts] == ['1', '0', '0', '0', '1', '0', '0', '0', '1']

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +76,7 @@ def test_the_first_process_of_a_container_stops_while_it_loads(slow_packages):
     assert stderr == '\nstopped\n' and process.returncode == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_program_that_imports_ours_keeps_its_signals_and_its_exceptions(tmp_path):
     program = tmp_path / 'mine.py'
     program.write_text(f'import signal, sys; sys.path.insert(0, {str(ROOT)!r}); import config, sample\n'
@@ -86,6 +86,7 @@ def test_a_program_that_imports_ours_keeps_its_signals_and_its_exceptions(tmp_pa
     assert subprocess.run([sys.executable, program]).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', ['SIGINT', 'SIGTERM', 'SIGHUP'])
 def test_a_signal_leaves_no_unfinished_file_behind(tmp_path, number):
     (tmp_path / 'old.txt').write_text('old')
@@ -99,6 +100,7 @@ with whole_file({str(tmp_path / 'old.txt')!r}) as tmp:
     assert (tmp_path / 'old.txt').read_text() == 'old' and not list(tmp_path.glob('*.tmp'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('swallow', ['pass', 'raise RuntimeError'])
 def test_a_signal_ends_a_program_even_in_a_package_that_catches_its_exception(tmp_path, swallow):
     done = subprocess.run([sys.executable, own_program(tmp_path, f'''
@@ -243,6 +245,7 @@ def test_a_file_that_cannot_be_written_is_named_in_one_line(project, tmp_path):
 MANY = 'for n in range(100000): print(n)'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('body, output, message, status', [
     (MANY, '| head -n 1', '\nstopped: nobody reads the output\n', 0),
     ('import time; print(1, flush=True); time.sleep(0.5); print(2)', '| head -n 1', '', 0),

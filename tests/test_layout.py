@@ -1,18 +1,15 @@
-"""The form of the project: short files with comments, imports in one direction, and what pytest prints at its
-end."""
+"""The form of the project: short files, imports in one direction, and what pytest prints at its end."""
 import ast
-import io
-import tokenize
+import fnmatch
 
 import pytest
 
 from config import PROGRAMS
 from tests.conftest import ROOT, describe_skips
 
-SCRIPTS = {'extract.py': 360, 'model.py': 300, 'train.py': 360, 'sample.py': 260}  # most lines of each
+SCRIPTS = {'extract.py': 360, 'model.py': 300, 'train.py': 360, 'sample.py': 260}  # lines of each, see fits()
 ROOMS = 'distil', 'tools', 'serve', 'device', 'data', 'config', 'docs'
 OURS = {'extract', 'model', 'train', 'sample', 'tests', *ROOMS}
-ABOVE = {'extract', 'train', 'sample', 'tools', 'serve', 'device', 'docs', 'tests'}  # they import distil
 HEADER = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root"
 
 
@@ -23,55 +20,26 @@ def find_sources(*rooms):
 
 
 # -----------------------------------------------------------------------------
-# lengths and comments
+# lengths
 
 
 def test_the_top_level_has_four_scripts_and_the_smoke_test():
     assert {path.name for path in ROOT.glob('*.py')} == {*SCRIPTS, 'test_smoke.py'}
 
 
+def fits(path, most):
+    """True if a file has no more lines than this and a tenth: a limit that makes lines worse is the wrong limit."""
+    return len((ROOT / path).read_text(encoding='utf-8').splitlines()) <= 1.1 * most
+
+
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_a_script_is_short(script):
-    assert len((ROOT / script).read_text(encoding='utf-8').splitlines()) <= SCRIPTS[script]
+    assert fits(script, SCRIPTS[script])
 
 
-def test_the_readme_is_short_and_narrow():
-    lines = (ROOT / 'README.md').read_text(encoding='utf-8').splitlines()
-    assert len(lines) <= 250
-    assert [line for line in lines if len(line) > 120] == []
-
-
-def test_the_explanation_is_short():
-    assert len((ROOT / 'docs/how.md').read_text(encoding='utf-8').splitlines()) <= 200
-
-
-def count_comments(source):
-    """(number of comments, number of lines with code). Docstrings and blank lines are neither."""
-    docstrings = set()  # line numbers
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) \
-                and ast.get_docstring(node) is not None:
-            docstrings.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    blank = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    comments, code = 0, set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments += 1
-        elif token.type not in blank:
-            code.update(range(token.start[0], token.end[0] + 1))
-    return comments, len(code - docstrings)
-
-
-def test_comments_and_lines_of_code_are_counted():
-    source = ('"""doc\n# not one"""\n# one\n\nx = """a\n# not one"""  # two\n\n'
-              'def f():\n    "doc"\n    return f(\n        1)\n')
-    assert count_comments(source) == (2, 5)
-
-
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_a_script_has_a_comment_for_every_third_line_of_code(script):
-    comments, code = count_comments((ROOT / script).read_text(encoding='utf-8'))
-    assert 3 * comments >= code, f'{script} has {comments} comments for {code} lines of code'
+def test_the_readme_and_the_explanation_are_short_and_the_readme_is_narrow():
+    assert fits('README.md', 250) and fits('docs/how.md', 200)
+    assert [line for line in (ROOT / 'README.md').read_text(encoding='utf-8').splitlines() if len(line) > 120] == []
 
 
 # -----------------------------------------------------------------------------
@@ -102,30 +70,64 @@ def test_every_program_in_a_room_finds_the_project_in_the_same_way():
         assert source.splitlines().count(HEADER) == source.count('sys.path') == 1, path
 
 
-def test_distil_imports_no_program():
-    for path, source in find_sources('distil'):
-        assert imports_of(source, ABOVE) == [], path
+def file_of(name, path, files):
+    """the file that an import in the file `path` means, None if it is none of ours. The programs in data/ import what
+    lies beside them."""
+    for module in (name, name.rpartition('.')[0]):
+        for root in ('', 'data/') if path.startswith('data/') else ('',):
+            found = root + module.replace('.', '/')
+            for file in f'{found}.py', f'{found}/__init__.py':
+                if module and file in files:
+                    return file
+    return None
 
 
-def test_data_and_config_import_only_the_output_space():
-    for path, source in find_sources('data', 'config'):
-        names = imports_of(source, ABOVE | {'model', 'distil'})
-        assert [name for name in names if not f'{name}.'.startswith('distil.space.')] == [], path
+def read_levels(files):
+    """{file: number of its line in docs/how.md, whether * stands for it}, from the list of which file imports which."""
+    text = (ROOT / 'docs/how.md').read_text(encoding='utf-8').partition('How the files depend')[2]
+    lines = [line.partition('#')[0].split() for line in text.splitlines() if line.startswith('    ')]
+    levels = {}
+    for number, words in enumerate(lines):
+        folder = ''
+        for word in words:
+            if word.endswith(':'):
+                folder = word[:-1]
+                continue
+            pattern = word if '/' in word or '.py' in word else f'{folder}{word}.py'
+            for file in files:
+                if fnmatch.fnmatchcase(file, pattern):
+                    levels.setdefault(file, (number, pattern.endswith('/*')))
+    return levels
 
 
-def test_the_model_imports_none_of_our_files():
-    assert imports_of((ROOT / 'model.py').read_text(encoding='utf-8'), OURS) == []
+def test_imports_run_down_the_list_of_the_explanation():
+    sources = [(script, (ROOT / script).read_text(encoding='utf-8')) for script in SCRIPTS] + find_sources(*ROOMS)
+    files = {path: source for path, source in sources if path.count('/') < 2 or path.endswith('prepare.py')}
+    tasks = {path for path in files if path.startswith('config/')} - {'config/__init__.py', 'config/machine.py'}
+    levels = read_levels(files)
+    missing = {path for path in files if path not in levels} - tasks
+    assert missing <= {'distil/__init__.py'}, missing
+    arrows = 0
+    for path in levels:
+        for name in find_imports(ast.parse(files[path])):
+            target = file_of(name, path, files)
+            if target in (None, path, 'distil/__init__.py'):
+                continue
+            (below, _), (here, is_room) = levels[target], levels[path]
+            assert below > here or below == here and is_room, f'{path} imports {target}'
+            arrows += 1
+    assert arrows > 200
 
 
 def test_our_files_are_imported_at_the_top():
-    """but for what is optional: the teacher in sample.py, and in device/."""
+    """but for what is optional: the teacher in distil/labeler.py, and in device/."""
     sources = [(script, (ROOT / script).read_text(encoding='utf-8')) for script in SCRIPTS]
     for path, source in sources + find_sources(*ROOMS):
         inside = set()
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 inside |= {name for name in find_imports(node) if name.partition('.')[0] in OURS}
-        if path == 'sample.py':
+        if path == 'distil/labeler.py':
             inside = {name for name in inside if not name.startswith('distil.cascade.')}
         assert not inside or path.startswith('device/'), (path, inside)
 

@@ -1,10 +1,9 @@
 """The network, and a student that starts from its teacher."""
-from functools import partial
-
+import numpy as np
 import pytest
 import torch
 
-from distil.decode import Cache
+from distil.decode import Cache, pad_rows
 from distil.start import student_from_teacher
 from model import Student, StudentConfig
 from tests.conftest import load_teacher, tiny_student
@@ -31,71 +30,80 @@ def test_every_parameter_is_initialised_and_optimised_once(space):
         assert abs((p.mean() if p.dim() == 1 else p.std()).item() / expected - 1) < 0.15, name
 
 
-def test_no_token_sees_the_future_or_the_padding(space):
-    model, idx = tiny_student(space), torch.randint(4, 500, (2, 12))
-    out, idx[:, 8:] = model(idx), 0
-    torch.testing.assert_close(model(idx)[:, :8], out[:, :8])
-    targets = torch.where(torch.arange(12) % 3 == 0, 1, -1).expand(2, -1)
-    torch.testing.assert_close(model(idx, targets), model(idx)[targets >= 0])
+def random_rows(space, seed=0):
+    """texts of 1 to 9 tokens and answers of 1 to 6, padded with -1; an answer begins with the start token."""
+    rng, V = np.random.default_rng(seed), len(space.output_ids)
+    texts = [rng.integers(4, 500, n) for n in (3, 9, 1, 5)]
+    answers = [[V, *rng.integers(0, V, n)] for n in (5, 2, 0, 3)]
+    return pad_rows(texts, 'cpu'), pad_rows(answers, 'cpu')
+
+
+def test_rows_are_text_and_answer_without_padding_between_them(space):
+    """compared with the plain network on one row at a time, its tokens in one list of table rows."""
+    model, (text, answer) = tiny_student(space), random_rows(space)
+    expected = []
+    for t, a in zip(text, answer):
+        t, a = t[t >= 0], a[a >= 0]
+        x, n = model.wte(torch.cat((t, model.answer_row[a])))[None], len(t) + len(a)
+        angle = torch.arange(n)[:, None] * model.rope_freq
+        angle = torch.cat((angle, angle), -1)[None, None]
+        for block in model.h:
+            x = block(x, angle.cos(), angle.sin())
+        expected.append(model.lm_head(model.norm_f(x))[0, len(t):])
+    torch.testing.assert_close(model(text, answer), torch.cat(expected))
+    torch.testing.assert_close(model(text, answer, only_last=True), torch.stack([rows[-1] for rows in expected]))
+
+
+def test_no_token_sees_the_future(space):
+    model, (text, answer) = tiny_student(space), random_rows(space)
+    n = (answer >= 0).sum(1)
+    other = answer.clone()
+    other[torch.arange(4), n - 1] = (answer[torch.arange(4), n - 1] + 1) % len(space.output_ids)  # the last token
+    before, after = (model(text, a).split(n.tolist()) for a in (answer, other))
+    for a, b, k in zip(before, after, n):
+        torch.testing.assert_close(a[:k - 1], b[:k - 1])
+        assert not torch.allclose(a[k - 1], b[k - 1])
+
+
+def test_with_a_cache_the_logits_are_those_without_one(space):
+    """whatever is read at a time, and in whatever slots."""
+    model, (text, answer) = tiny_student(space), random_rows(space)
+    with torch.no_grad():
+        whole, cache, parts = model(text, answer), Cache(model), []
+        n_text, n_answer = (text >= 0).sum(1).tolist(), (answer >= 0).sum(1).tolist()
+        cache.begin_pass([4, 0, 2, 1], [0] * 4)
+        first = model(text, answer[:, :1], cache)               # the start tokens
+        rest = [b for b in range(4) if n_answer[b] > 1]
+        cache.begin_pass([[4, 0, 2, 1][b] for b in rest], [n_text[b] + 1 for b in rest])
+        more = model(text[:0], answer[rest, 1:], cache).split([n_answer[b] - 1 for b in rest])
+        for b in range(4):
+            parts += [first[b:b + 1], *([more[rest.index(b)]] if b in rest else [])]
+        torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize('family', ['gemma', 'llama', 'qwen'])
-def test_a_student_with_all_layers_equals_the_teacher(teachers, family):
-    _, model = load_teacher(teachers[family])
-    for name, p in model.named_parameters():
-        p.data += 0.1 * torch.randn_like(p) if 'norm' in name else 0.0  # norm weights that differ
-    output_ids, idx = list(range(5, 50)), torch.randint(4, 300, (3, 22))  # within the sliding window
-    sizes = dict(vocab_size=model.config.vocab_size, output_vocab=45, block_size=64, n_layer=3)
-    student = student_from_teacher(model, sizes, output_ids).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(student(idx), model(idx).logits[..., output_ids], atol=1e-5, rtol=1e-5)
-        cache, parts = Cache(student), []
-        for start, stop in ((0, 9), (9, 10), (10, 22)):
-            pos, keep = cache.place_tokens([0, 1, 2], [start] * 3, [stop - start] * 3, [stop - start] * 3)
-            parts.append(
-                student(idx[:, start:stop].reshape(1, -1), cache=cache, pos=pos,
-                        keep=keep).view(3, stop - start, -1))
-        torch.testing.assert_close(torch.cat(parts, 1), student(idx), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize('family', ['gemma', 'llama', 'qwen'])
-def test_a_student_with_all_layers_that_keeps_the_prompt_equals_the_teacher_after_it(teachers, family):
-    _, model = load_teacher(teachers[family])
-    before, after, output_ids = [1, 7, 40, 9, 33], (12, 30), list(range(5, 50))
-    idx = torch.cat((torch.randint(4, 300, (3, 8)), torch.tensor(after).expand(3, -1),
-                     torch.randint(4, 300, (3, 5))), 1)         # (B, T) text, ids after it, answer
-    sizes = dict(vocab_size=model.config.vocab_size, output_vocab=45, block_size=17, n_layer=3)
-    student = student_from_teacher(model, sizes, output_ids, 'first', before, after)
-    whole = torch.cat((torch.tensor(before).expand(3, -1), idx), 1)
-    close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
-    teacher_logits = model(whole).logits[:, len(before):, output_ids]
-    assert student.config.start == [*after]
-    close(student(idx), teacher_logits)
-    student(idx).sum().backward()
-    assert (student.prompt.grad.flatten(1).abs().sum(1) > 0).all()  # every layer gets a gradient
-    with torch.no_grad():
-        cache, parts = Cache(student), []
-        for start, stop in ((0, 9), (9, 10), (10, 15)):
-            pos, keep = cache.place_tokens([0, 1, 2], [5 + start] * 3, [stop - start] * 3, [stop - start] * 3)
-            logits = student(idx[:, start:stop].reshape(1, -1), cache=cache, pos=pos, keep=keep)
-            parts.append(logits.view(3, stop - start, -1))
-        close(torch.cat(parts, 1), teacher_logits)
-        keep = torch.tensor([3, 29, 44])
-        close(student(idx, keep=keep), teacher_logits.flatten(0, 1)[keep])
-    if family == 'gemma':
-        with pytest.raises(ValueError, match='see 24 tokens'):
-            student_from_teacher(model, {**sizes, 'block_size': 64}, output_ids, 'first', before, after)
+@pytest.mark.parametrize('freeze', [False, True])
+def test_a_student_gets_the_table_of_its_teacher(teachers, family, freeze):
+    _, teacher = load_teacher(teachers[family])
+    sizes = dict(vocab_size=teacher.config.vocab_size - 2, output_vocab=45, output_ids=range(5, 50), block_size=64,
+                 n_layer=1, n_embd=16, n_head=2, n_kv_head=2, n_mlp=8)
+    student = student_from_teacher(teacher, sizes, freeze)
+    idx = torch.tensor([4, 9, 77])
+    expected = teacher.get_input_embeddings()(idx)              # with its scale
+    torch.testing.assert_close(student.wte(idx).float(), expected, atol=1e-3 if freeze else 1e-6, rtol=1e-3)
+    assert student.wte.weight.requires_grad is not freeze and student.wte_proj.weight.requires_grad
+    text, answer = torch.tensor([[4, 9, 77]]), torch.tensor([[45, 3]])
+    student(text, answer).sum().backward()
+    assert (student.wte.weight.grad is None) == freeze and student.wte_proj.weight.grad.any()
 
 
 def test_in_bfloat16_the_gradient_equals_that_of_float32_except_for_rounding(space):
-    model, idx = tiny_student(space, n_table=24).train(), torch.randint(4, 500, (4, 12))
-    targets = torch.where(torch.arange(12) > 7, 1, -1).expand(4, -1)
-    grads = []
+    model, (text, answer), grads = tiny_student(space, n_table=24).train(), random_rows(space), []
     for enabled in (False, True):
         model.zero_grad()
         with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
-            logits = model(idx, targets)
+            logits = model(text, answer)
         assert logits.dtype == torch.float32                    # the head must distinguish near ties
-        torch.nn.functional.cross_entropy(logits, targets[targets >= 0]).backward()
+        torch.nn.functional.cross_entropy(logits, torch.ones(len(logits), dtype=torch.long)).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert (grads[0] - grads[1]).norm() < 0.02 * grads[0].norm()

@@ -20,7 +20,7 @@ import zipfile
 
 import pytest
 
-from distil.labels import read_label
+from distil.schema import Schema
 from tests.conftest import ROOT
 
 
@@ -153,6 +153,7 @@ def test_a_teacher_is_joined_from_pieces_resumed_and_verified(tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ['t.gguf']
 
 
+@pytest.mark.slow
 def test_equations_have_the_right_solutions(tmp_path):
     records = run_source(tmp_path, 'math')
     for text, answer in ((r['text'], r['answer']) for r in records):
@@ -739,7 +740,7 @@ def test_columns_with_labels_become_answers_and_a_config(tmp_path):
                                 'stars': [1, 5, '05']}
     assert list(config['fields']) == ['team', 'urgent', 'stars']
     assert config['labels'] == 'data/mine/input.jsonl' and 'prompt' not in config
-    assert all(read_label(config['fields'], record) for record in records[:4])
+    assert all(Schema(config['fields']).read_label(record) for record in records[:4])
     (tmp_path / 'b.jsonl').write_text('{"text": "late", "label": "5", "answer": {"team": "x"}}\n{"text": "b"}\n'
                                       '{"text": "c", "label": "4"}\n')
     done, records = run_prepare(tmp_path, 'b.jsonl', '--answer=label')  # JSON says itself what is a text
@@ -768,10 +769,10 @@ def test_an_empty_cell_beside_labels_is_null_and_a_row_without_labels_has_none(t
         assert [record['text'] for record in records if 'answer' not in record] == ['c'], (path, done.stderr)
         assert b"'team': ['x', 'y', None]," in done.stdout and b"'n': [2, 1, None]," in done.stdout, path
         fields = {'team': ['x', 'y', None], 'n': [2, 1, None]}
-        labels = [read_label(fields, record) for record in records if 'answer' in record]
+        labels = [Schema(fields).read_label(record) for record in records if 'answer' in record]
         assert labels[1] == {'team': [1, 0, 0], 'n': [0, 0, 1]} and labels[3] == {'team': [0, 0, 1], 'n': [1, 0, 0]}
         with pytest.raises(ValueError, match='it has no team'):  # a text without a label is not one of nulls
-            read_label(fields, records[2])
+            Schema(fields).read_label(records[2])
     (tmp_path / 'b.csv').write_text('text,team,n\n' + 'a,x,\nb,y,\nc,,1\nd,,2\n')  # each row tells of one field only
     done, _ = run_prepare(tmp_path, 'b.csv', '--answer=team,n')
     assert b"'team': ['x', 'y']," in done.stdout and b"'n': [1, 2]," in done.stdout

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,10 +14,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from data import Shards
 from device.run import Student as Runner
 from distil.checkpoint import load_checkpoint
-from distil.decode import answer_ids, decode, generate, input_ids, value_probabilities
-from distil.reader import load_reader
+from distil.decode import decode, generate, pad_rows, value_probabilities
+from distil.reader import load_encoder, student_ids
 from model import Student, StudentConfig
-from sample import Labeler
+from sample import Labeler, answer_text
 from tests.conftest import FIELDS, clone_task, one_line, run, weights
 from tools.baselines import stepwise
 
@@ -50,11 +49,11 @@ def bert(tmp_path_factory, words):
 @pytest.fixture
 def student(bert, space):
     torch.manual_seed(1)
-    reader, V = load_reader(str(bert)), len(space.output_ids)
-    student = Student(StudentConfig(vocab_size=V + 1, output_vocab=V, block_size=96, n_layer=2, n_head=4,
-                                    n_kv_head=2, n_embd=16, n_mlp=32, start_id=V, reader=vars(reader.config)), reader)
+    encoder, V = load_encoder(str(bert)), len(space.output_ids)
+    student = Student(StudentConfig(vocab_size=V + 1, output_vocab=V, block_size=96, n_layer=2, n_head=4, n_kv_head=2,
+                                    n_embd=16, n_mlp=32, start_id=V, encoder=vars(encoder.config)), encoder)
     for name, p in student.named_parameters():
-        p.data *= 1 if name.startswith('reader.') else 4    # decisions that are not near ties
+        p.data *= 1 if name.startswith('encoder.') else 4    # decisions that are not near ties
     return student.eval()
 
 
@@ -67,49 +66,43 @@ def texts(space, words):
 
 
 @pytest.mark.parametrize('n_layer', [0, 1, 3])
-def test_a_reader_computes_what_transformers_does(bert, n_layer):
-    reader, model = load_reader(str(bert), n_layer).eval(), transformers.AutoModel.from_pretrained(bert).eval()
+def test_an_encoder_computes_what_transformers_does(bert, n_layer):
+    encoder, model = load_encoder(str(bert), n_layer).eval(), transformers.AutoModel.from_pretrained(bert).eval()
     ids = torch.randint(5, 100, (5, 17))
-    mask = torch.arange(17) < torch.tensor([17, 3, 9, 1, 16])[:, None]
+    used = torch.arange(17) < torch.tensor([17, 3, 9, 1, 16])[:, None]
     with torch.no_grad():
-        states = model(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
-        torch.testing.assert_close(reader(ids, mask)[mask], states[n_layer or -1][mask], atol=1e-5, rtol=1e-4)
+        states = model(ids, attention_mask=used.long(), output_hidden_states=True).hidden_states
+        torch.testing.assert_close(encoder(ids.where(used, -1))[used], states[n_layer or -1][used], atol=1e-5, rtol=1e-4)
 
 
-def test_texts_are_found_in_a_long_row_and_in_padded_rows(bert):
-    """whatever their lengths: texts of about one length share a group, and each token gets its own state back."""
-    reader = load_reader(str(bert)).eval()
-    lengths = 4, 1, 17, 8, 9, 2, 30, 7                  # of four groups, in no order
+def test_texts_of_any_length_are_read_together_as_alone(bert):
+    """texts of about one length share a group, and each token gets its own state back; gradients, too."""
+    encoder = load_encoder(str(bert)).eval()
+    lengths = 4, 1, 17, 8, 9, 2, 30, 7                          # of four groups, in no order
     texts = [torch.randint(5, 100, (n,)) for n in lengths]
 
     def gradient(loss):
-        reader.zero_grad()
+        encoder.zero_grad()
         loss.backward()
-        return torch.cat([p.grad.flatten() for p in reader.h.parameters()])
-
-    alone = torch.cat([reader(text[None], torch.ones(1, len(text), dtype=torch.bool))[0] for text in texts])
+        return torch.cat([p.grad.flatten() for p in encoder.h.parameters()])
+    alone = torch.cat([encoder(text[None])[0] for text in texts])
     weight = torch.randn_like(alone)
     expected = gradient((alone * weight).sum())
-    for shape in ((1, 100), (8, 32)):
-        ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-        starts = range(0, 256, 32) if shape[0] == 8 else np.cumsum([0, *(n + 2 for n in lengths[:-1])])
-        for start, text in zip(starts, texts):
-            ids.view(-1)[start:start + len(text)], mask.view(-1)[start:start + len(text)] = text, True
-        states = reader.read(ids, mask)
-        assert states.shape == (*shape, 32) and not states[~mask].any()
-        torch.testing.assert_close(states[mask], alone, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(gradient((states[mask] * weight).sum()), expected, atol=1e-3, rtol=1e-3)
+    rows = pad_rows([text.tolist() for text in texts], 'cpu')
+    states = encoder(rows)
+    torch.testing.assert_close(states[rows >= 0], alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradient((states[rows >= 0] * weight).sum()), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_decoding_equals_one_by_one_without_cache(student, space, texts):
     for constrain in (True, False):
         fast = generate(student, space, texts, constrain, batch_size=4)
         assert constrain is False or fast == stepwise(student, space, texts)
-        for text, answer in zip(input_ids(student, space, texts), fast):
-            outs, state, id_of = [], 0, answer_ids(student, space)
+        assert constrain is False or fast == [answer_text(student, space, text)[0] for text in texts]
+        for text, answer in zip(student_ids(student, space, texts), fast):
+            outs, state = [], 0
             while state not in (-1, space.done) and len(outs) < len(answer):
-                row = torch.tensor([[*text, *student.config.start, *(id_of[o] for o in outs)]])
-                logits = student(row)[0, -1]
+                logits = student(torch.tensor([text]), torch.tensor([[len(space.output_ids), *outs]]))[-1]
                 if constrain:
                     logits = logits.masked_fill(space.next_state[state] < 0, -math.inf)
                 outs.append(logits.argmax().item())
@@ -125,8 +118,8 @@ def test_probabilities_of_all_values_sum_to_1(student, space, texts):
 
 def test_a_text_too_long_for_the_student_is_cut(student, space):
     ids = space.tokenizer.encode('hello friend ' * 60, add_special_tokens=False).ids
-    cut, = input_ids(student, space, [ids])
-    last = student.reader.tokenizer.token_to_id('[SEP]') + student.config.vocab_size
+    cut, = student_ids(student, space, [ids])
+    last = student.encoder.tokenizer.token_to_id('[SEP]')
     assert len(cut) <= 48 and cut[-1] == last
 
 
@@ -137,7 +130,7 @@ def test_a_student_with_a_reader_trains_and_its_folders_answer(project, bert, tm
     done = run(root, 'train.py', *settings, '--token_dropout=0.1')
     assert done.returncode == 0, done.stderr
     whole = weights(root)
-    assert any(name.startswith('reader.h.2.') for name in whole)
+    assert any(name.startswith('encoder.h.2.') for name in whole)
     assert whole['wte.weight'].shape[0] == 65               # the output vocabulary and a start token
     _, student, space = load_checkpoint(root / 'out/toy', 'cpu', 'last')
     shards = Shards('toy', 'toy', root / 'data')

@@ -81,7 +81,7 @@ def test_own_texts_are_held_out_and_all_others_trained_on(task):
     assert {*split_of(state).tolist()} >= {*map(data.text_hash, expected)}
     # confidence: fitted on one half of them and tested on the other
     shown = run(root, 'tools/evaluate.py').stdout
-    n_odd = int(next(line for line in shown.splitlines() if line.startswith('calibration ')).split()[1][8:])
+    n_odd = int(next(line for line in shown.splitlines() if line.startswith('reliability ')).split()[1][8:])
     assert 30 < n_odd < 70 and f'val step={state["step"]} records={len(expected)} ' in shown
     assert 'trained already' in run(root, 'train.py', '--max_epochs=1').stdout
     # the records get another split: the student is measured on its own one, and no run goes on with the other
@@ -123,6 +123,7 @@ def test_the_teacher_s_texts_and_given_answers_have_a_split_too(task):
         assert 'split train=370 held_out=30' in done.stdout and held_out_texts(root, texts) == texts[:30], done.stderr
 
 
+@pytest.mark.slow
 def test_the_texts_of_a_file_are_held_out(project, task):
     root, texts = task
     shutil.copytree(project / 'data/toy/toy-00', root / 'data/toy/toy-00')

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import config.machine as machine
-from distil.engine import Drafts, Teacher, answer, answer_batched
+from distil.engine import Drafts, Teacher, answer, answer_batched, attend_with_lse
 from distil.space import OutputSpace
 from distil.teacher import encode_prompt, fingerprint, load_model, load_tokenizer, locate
-from model import attend_with_lse
 from tests.conftest import FIELDS, PROMPT, clone_task, load_teacher, one_line, run
 from test_smoke import step_by_step
 
@@ -182,7 +181,7 @@ def test_a_teacher_in_float16_is_read_correctly(teachers):
 
 
 def test_a_tokenizer_without_a_begin_token_goes_every_way(project, teachers, tmp_path):
-    """extract, verify, score, train from layers with the prompt, sample; given labels: tests/test_labels.py."""
+    """extract, verify, score, train with its table, sample; given labels: tests/test_labels.py."""
     root, name = clone_task(project, tmp_path), ('--name=plain', f'--teacher={teachers["plain"]}')
     assert load_tokenizer(str(teachers['plain'])).bos_token_id is None
     for args in ([], ['--verify=20']):
@@ -190,8 +189,8 @@ def test_a_tokenizer_without_a_begin_token_goes_every_way(project, teachers, tmp
         assert done.returncode == 0, done.stdout + done.stderr
     meta = json.loads((root / 'data/toy/plain-00/meta.json').read_text())
     assert meta['before'][0] != 1 and 'verify records=20' in done.stdout
-    done = run(root, 'train.py', '--name=plain', '--init_from=teacher', '--n_layer=2', '--keep_prompt=True',
-               '--block_size=70', '--max_epochs=1', '--learning_rate=1e-3')
+    done = run(root, 'train.py', '--name=plain', '--init_from=teacher', '--n_layer=2', '--max_epochs=1',
+               '--learning_rate=1e-3')
     assert done.returncode == 0, done.stderr
     done = run(root, 'sample.py', '--name=plain', '--text=hello my friend')
     assert done.returncode == 0 and {*json.loads(done.stdout)} == {*FIELDS}, done.stderr
