@@ -84,7 +84,8 @@ max_records = 0      # 0..; stop after this many texts; 0: all of them
 min_text = -1        # -1..; tokens; shorter texts say too little to be labelled; -1: 3, and 0 where answers are
                      # given (score, labels): of those no text is left out for its links or markup either
 max_text = 25        # 1..; tokens; also the longest text the student will read
-too_long = 'refuse'  # 'refuse' or 'cut'; skip longer texts, or label their first max_text tokens
+too_long = 'refuse'  # 'refuse' or 'cut'; skip longer texts, or label their first max_text tokens ...
+keep_end = False     # ... or their last ones, where the first are the same in many texts
 output_vocab = 525   # 1..65535; tokens whose logits are kept: those of answers, then whitespace, the prompt,
                      # frequent words
 extra_vocab = []     # strings whose tokens are kept too: those that the advice below the coverage line names
@@ -176,7 +177,7 @@ def scan_texts(task, path, labelled, filters, config):
         n_todo += sum(text.hash not in done for text in group)
         if n_sample:  # the texts of lowest hash: the same ones in whatever order the file is
             sample = sorted([*sample, *group], key=lambda text: text.hash)[:n_sample]
-    print_filter(counts, task['max_text'])
+    print_filter(counts, task)
     if not counts['kept']:
         sys.exit(f'no text of {path} passes the filter; see the filter line')
     if not folders:
@@ -343,7 +344,8 @@ if __name__ == '__main__':
     dtype = run_in_first(lambda: pick_dtype(dtype, device))
     has_answers = bool(score or labels)                         # then only what no student can read is left out
     shortest = min_text if min_text >= 0 else 0 if has_answers else 3
-    filters = shortest, max_text, max_records, too_long == 'cut', has_answers
+    cut = ('last' if keep_end else 'first') if too_long == 'cut' else ''
+    filters = shortest, max_text, max_records, cut, has_answers
 
     # the first process scans the texts and tells the others what there is to do
     meta, tokenizer_json, n_todo, sample = run_in_first(lambda: scan_texts(task, path, labelled, filters, config))
@@ -352,7 +354,7 @@ if __name__ == '__main__':
     print_changed(labelled, dataset, name, space)
     folder = Path('data', dataset, f'{name}-{RANK:02d}')        # each process writes a shard of its own
     writer = None if verify else open_writer(folder, len(space.output_ids))
-    run_in_first(lambda: verify or store_split(dataset, name, path, labelled, space.tokenizer, max_text))
+    run_in_first(lambda: verify or store_split(dataset, name, path, labelled, space.tokenizer, meta))
     shards, model = open_shards(dataset, name) if verify else None, None
     if (n_todo or verify) and kind in ('teacher', 'score'):
         print(f'loading {teacher} as {meta["dtype"]} on {device}')

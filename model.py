@@ -283,11 +283,11 @@ def attend_groups(qkv, n_head, masks):
 
 
 class Encoder(nn.Module):
-    """ids of its own vocabulary -> hidden states of its last layer. tokenizer: see distil/reader.py."""
+    """ids of its own vocabulary -> hidden states of its last layer. tokenizer, keep_end: see distil/reader.py."""
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self.keep_end = config, tokenizer, False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_pos, config.n_embd)
         self.norm_e = nn.LayerNorm(config.n_embd, eps=config.norm_eps)

@@ -34,9 +34,26 @@ DTYPES = {'input': np.dtype('<u4'), 'output': np.dtype('<u2'), 'logits': np.dtyp
           'stats': np.dtype('<f4'), 'index': np.dtype('<u8')}
 
 
-def first_tokens(text, encoding, n):
-    """ids of the first n tokens of a text, and the cleaned text of these tokens. encoding: of tokenizers."""
-    return encoding.ids[:n], clean(text[:encoding.offsets[:n][-1][1]])
+def kept_part(task):
+    """the slice of a longer text's ids that is read: the first max_text, or the last. task: a meta.json."""
+    return slice(-task['max_text'], None) if task.get('keep_end') else slice(task['max_text'])
+
+
+def cut_text(text, tokenizer, task):
+    """(ids, text) of what is read of a text: of a long one only kept_part, as a cleaned text."""
+    part, most = kept_part(task), 100 * task['max_text']        # no need to tokenize a book
+    shown = text[-most:] if part.start else text[:most]
+    encoding = tokenizer.encode(shown, add_special_tokens=False)
+    return cut_encoding(text, shown, encoding, task)
+
+
+def cut_encoding(text, shown, encoding, task):
+    """cut_text of a text whose beginning, or end, has been encoded. encoding: of tokenizers, of the text `shown`."""
+    if len(encoding.ids) <= task['max_text'] and len(shown) == len(text):
+        return encoding.ids, text
+    part = kept_part(task)
+    (start, _), (_, end) = encoding.offsets[part][0], encoding.offsets[part][-1]
+    return encoding.ids[part], clean(shown[start:] if part.start else shown[:end])
 
 
 def read_texts(path, key='answer'):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import Hashes, first_tokens, text_hash
+from data import Hashes, cut_encoding, kept_part, text_hash
 from distil.space import special_ids
 
 URL = re.compile(r'https?:|www\.|\b[\w-]+\.(com|org|net|io|edu|gov)\b', re.I)
@@ -38,27 +38,27 @@ class Text(NamedTuple):
     given: object       # what is known of it: an answer, a label (a dict), the reason why it has none, or None
 
 
-def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut=False, keep_markup=False,
-                counts=None):
+def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut='', keep_markup=False, counts=None):
     """yields the texts worth labelling in groups of `size`, each a list of Texts, in the order
     of the file. Streams: it keeps only 16 bytes per text, and 8 more if cut.
 
-    texts: from data.read_texts. cut: True keeps the first max_text tokens of a longer text, False refuses the
-    text. limit: number of texts to keep; 0: all. keep_markup: as for refusal_reason. counts: a Counter that is
+    texts: from data.read_texts. cut: of a longer text 'first' keeps the first max_text tokens, 'last' the last ones, ''
+    refuses the text. limit: number of texts to keep; 0: all. keep_markup: as for refusal_reason. counts: a Counter that is
     updated with the outcome of each line: `equal_once_cut` is a text that equals an earlier one only because of the
     cut.
     """
     special, seen, pairs, wholes, group = special_ids(tokenizer), Hashes(), Hashes(), Hashes(), []
     counts, texts = Counter() if counts is None else counts, iter(texts)
-    max_chars = 100 * max_text  # no need to tokenize a book
+    max_chars, how = 100 * max_text, {'max_text': max_text, 'keep_end': cut == 'last'}  # no need to tokenize a book
+    part = slice(-max_chars, None) if kept_part(how).start else slice(max_chars)
     while block := list(islice(texts, 1024)):
-        encodings = tokenizer.encode_batch([text[:max_chars] for text, *_ in block], add_special_tokens=False)
+        encodings = tokenizer.encode_batch([text[part] for text, *_ in block], add_special_tokens=False)
         for (text, answer, reason), encoding in zip(block, encodings):
             ids = encoding.ids
             too_long = len(ids) > max_text or len(text) > max_chars
             hash_ = whole = text_hash(text)
             if cut and too_long:  # keep the text as the student will read it
-                ids, text = first_tokens(text, encoding, max_text)
+                ids, text = cut_encoding(text, text[part], encoding, how)
                 hash_ = text_hash(text)
             reason = reason or refusal_reason(text, ids, too_long and not cut, min_text, special, keep_markup)
             pair = hash_ if answer is None else text_hash(text + json.dumps(answer, sort_keys=True))

@@ -135,7 +135,7 @@ if __name__ == '__main__':
             if 0 < n >= student.config.vocab_size:
                 continue
             small, small_space, figures = shrink_student(
-                student, space, seen, checked, max_text, n, True, shards)
+                student, space, seen, checked, slice(max_text), n, True, shards)
             with tempfile.TemporaryDirectory() as folder:
                 write_onnx(small, Path(folder, 'student.onnx'))
                 small_space.tokenizer.save(f'{folder}/tokenizer.json', pretty=False)
@@ -149,7 +149,7 @@ if __name__ == '__main__':
         with tempfile.TemporaryDirectory() as float32:
             shutil.copy(folder / 'tokenizer.json', float32)
             n = len(json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))['model']['vocab'])
-            small, _, _ = shrink_student(student, space, seen, [], max_text, n, False)
+            small, _, _ = shrink_student(student, space, seen, [], slice(max_text), n, False)
             write_onnx(small, Path(float32, 'student.onnx'))
             task = json.loads((folder / 'task.json').read_text(encoding='utf-8')) | {'bytes': {}}
             Path(float32, 'task.json').write_text(json.dumps(task))

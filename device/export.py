@@ -28,7 +28,7 @@ from config.machine import on_stop, stop_anyway
 
 import torch
 
-from data import held_out, read_texts, text_hash, write_json
+from data import held_out, kept_part, read_texts, text_hash, write_json
 from device.shrink import choose_tokens, fold_table, round_to_int8, trim_student, trim_tokenizer
 from distil.agreement import field_texts, same_values, teacher_forced_sums
 from distil.checkpoint import load_checkpoint
@@ -141,7 +141,7 @@ def make_task(name, checkpoint, space, student):
         leaves.append({'path': leaf.path, 'keys': leaf.keys, 'values': leaf.values, 'names': leaf.names, 'ways': ways,
                        'temperature': checkpoint['per_field'][leaf.path]['temperature']})
     return {'format': FORMAT, 'name': name, 'leaves': leaves,
-            'max_text': max_text, 'before': before, 'after': after, 'start': [student.config.output_vocab, *prefix],
+            'max_text': max_text, 'keep_end': bool(task.get('keep_end')), 'before': before, 'after': after, 'start': [student.config.output_vocab, *prefix],
             'states': table,
             'min_confidence': (checkpoint.get('target') or {}).get('min_confidence')}
 
@@ -174,14 +174,14 @@ def read_check(path, counted, n):
     return checked
 
 
-def cut_texts(tokenizer, texts, max_text):
-    """a list of ids for each text, cut to max_text (None: not cut)."""
-    return [e.ids[:max_text] for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+def cut_texts(tokenizer, texts, part):
+    """a list of ids for each text, cut to this part (a slice; None: not cut)."""
+    return [e.ids[part or slice(None)] for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def label_texts(student, space, texts, max_text):
+def label_texts(student, space, texts, part):
     """{field: [the value for each text, as a JSON text]}."""
-    return field_texts(space, generate(student, space, cut_texts(space.tokenizer, texts, max_text)))
+    return field_texts(space, generate(student, space, cut_texts(space.tokenizer, texts, part)))
 
 
 def measure_kl(student, space, shards):
@@ -191,7 +191,7 @@ def measure_kl(student, space, shards):
     return kl / steps
 
 
-def shrink_student(student, space, texts, check, max_text, keep_tokens, int8, shards=None):
+def shrink_student(student, space, texts, check, part, keep_tokens, int8, shards=None):
     """(the student with keep_tokens tokens, in 8 bits if int8; its OutputSpace; figures of what that cost, on
     the texts `check`). The tokens of `texts` are counted. ValueError if keep_tokens is too small."""
     figures = {'texts': len(check)}
@@ -204,7 +204,7 @@ def shrink_student(student, space, texts, check, max_text, keep_tokens, int8, sh
             before, after = (label_texts(model, space, check, None) for model in (student, small))
             figures['fields_same'] = float(same_values(before, after).mean())
         return small, space, figures
-    encode = lambda texts: cut_texts(space.tokenizer, texts, max_text)
+    encode = lambda texts: cut_texts(space.tokenizer, texts, part)
     counts = Counter(i for ids in encode(texts) for i in ids)
     always = {*space.output_ids[:space.n_required], student.config.start_id}
     kept = choose_tokens(space.tokenizer, keep_tokens, counts, always)
@@ -216,10 +216,10 @@ def shrink_student(student, space, texts, check, max_text, keep_tokens, int8, sh
     tokenizer = trim_tokenizer(space.tokenizer, kept)
     small, small_space = trim_student(rounded, space, kept, tokenizer)
     if check:
-        before = label_texts(student, space, check, max_text)
-        trimmed = label_texts(*trim_student(folded, space, kept, tokenizer), check, max_text)
-        after = label_texts(small, small_space, check, max_text)
-        encodings = zip(encode(check), cut_texts(tokenizer, check, max_text))
+        before = label_texts(student, space, check, part)
+        trimmed = label_texts(*trim_student(folded, space, kept, tokenizer), check, part)
+        after = label_texts(small, small_space, check, part)
+        encodings = zip(encode(check), cut_texts(tokenizer, check, part))
         figures |= {'ids_changed': sum(a != [kept[i] for i in b] for a, b in encodings) / len(check),
                     'fields_trimmed': float(same_values(before, trimmed).mean()),
                     'fields_int8': float(same_values(trimmed, after).mean()),
@@ -244,7 +244,7 @@ The agreement was measured before the export, on {records} held-out texts (whole
 majority baseline always answers the commonest value. The student was trained on {trained} texts. Where the
 teacher is wrong, the student is wrong too. `_confidence` is the probability that its answer equals the
 teacher's, calibrated on held-out records. It is not reliable for texts unlike those it was trained on. The
-student reads the first {max_text} tokens of a text and ignores the rest (a token is about three quarters of
+student reads the {which} {max_text} tokens of a text and ignores the rest (a token is about three quarters of
 an English word).
 
 The export kept {keep_tokens} of {vocab} tokens, and the weights in {bits}. {loss}
@@ -288,6 +288,7 @@ def write_card(folder, checkpoint, figures, source, space, n_tokens, vocab):
     card = CARD.format(name=run or name, n_fields=f'{len(space.schema.leaves)} fields', teacher=task['teacher'],
                        fields='\n'.join(lines), records=best['records'], exact=best['exact'],
                        trained=f'{checkpoint["n_train"]:,}', max_text=max_text, loss=loss,
+                       which='last' if task.get('keep_end') else 'first',
                        keep_tokens=f'{n_tokens:,}', vocab=f'{vocab:,}',
                        bits='8 bits' if int8 else 'float32', files='\n'.join(files),
                        prompt='\n'.join('    ' + line for line in prompt_text(task['prompt']).splitlines()))
@@ -320,10 +321,10 @@ if __name__ == '__main__':
     source = f'{len(checked):,} texts of {file}' if check else f'{len(checked):,} held-out texts of {corpus}'
     shards = load_records(dataset, name, checkpoint)  # None if they are not here
     encoder = student.encoder  # it cuts the texts, by its own tokens
-    max_text = None if encoder else checkpoint['task']['max_text']
+    part = None if encoder else kept_part(checkpoint['task'])
     vocab = encoder.config.vocab_size if encoder else student.config.vocab_size
     try:
-        small, small_space, figures = shrink_student(student, space, texts, checked, max_text, keep_tokens,
+        small, small_space, figures = shrink_student(student, space, texts, checked, part, keep_tokens,
                                                      int8, shards)
     except ValueError as error:
         stop(str(error))
@@ -348,7 +349,7 @@ if __name__ == '__main__':
 
         from device.run import Student
         runner, probe = Student(tmp), checked or ['one text', 'another']
-        ids = cut_texts(small_space.tokenizer, probe, max_text)
+        ids = cut_texts(small_space.tokenizer, probe, part)
         expected = [small_space.to_json(outs) for outs in generate(small, small_space, ids)]
         same = sum(json.dumps(a) == json.dumps(b) for a, b in zip(runner(probe), expected, strict=True))
         print(data_line('onnx', {'texts': len(probe), 'same_records': same / len(probe)}))

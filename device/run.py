@@ -156,7 +156,8 @@ class Student:
 
         def label_batch(batch):
             before, after, most = (self.task[key] for key in ('before', 'after', 'max_text'))
-            cut = [[*before, *texts[n][:most], *after] for n in batch]
+            part = slice(-most, None) if self.task['keep_end'] else slice(most)
+            cut = [[*before, *texts[n][part], *after] for n in batch]
             for n, text, decisions in zip(batch, cut, self.decide(cut)):
                 records[n] = self.make_record(text, decisions)
         list(self.pool.map(label_batch, (order[at:at + BATCH] for at in range(0, len(order), BATCH))))
@@ -212,4 +213,4 @@ if __name__ == '__main__':
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it exits
     if n_cut:
         print(f'{n_cut} texts were longer than the {student.task["max_text"]} tokens the student reads; '
-              'their ends were ignored', file=sys.stderr)
+              'the rest of them was ignored', file=sys.stderr)

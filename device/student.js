@@ -196,8 +196,9 @@ export class Student {
     order.sort((a, b) => ids[a].length - ids[b].length); // texts of similar length are read together
     for (let at = 0; at < order.length; at += BATCH) {
       const batch = order.slice(at, at + BATCH);
-      const { before, after, max_text: most } = this.task;
-      const cut = batch.map((n) => [...before, ...ids[n].slice(0, most), ...after]);
+      const { before, after, max_text: most, keep_end: keepEnd } = this.task;
+      const part = keepEnd ? [-most] : [0, most];
+      const cut = batch.map((n) => [...before, ...ids[n].slice(...part), ...after]);
       const decisions = await this.decide(cut);
       for (let i = 0; i < batch.length; i++) {
         records[batch[i]] = await this.makeRecord(cut[i], decisions[i], options);

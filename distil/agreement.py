@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from data import first_tokens, read_texts, text_hash
+from data import cut_text, read_texts, text_hash
 from distil.decode import decode
 from distil.reader import encode_records
 from distil.schema import json_text
@@ -153,8 +153,7 @@ def read_truth(path, shards, rows):
         if not isinstance(truth, dict):
             continue
         if text_hash(text) not in numbers:
-            encoding = tokenizer.encode(text, add_special_tokens=False)
-            text = first_tokens(text, encoding, shards.meta['max_text'])[1]
+            text = cut_text(text, tokenizer, shards.meta)[1]
         if text_hash(text) in numbers:
             truths[numbers[text_hash(text)]] = truth
     return truths

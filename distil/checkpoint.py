@@ -28,7 +28,7 @@ CHECKPOINT = 5  # version of the file; 4 is read too, see upgrade
 
 # keys of meta.json that a checkpoint keeps: all that is needed to answer, and to defer to the teacher
 TASK = ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'tokenizer_hash',
-        'max_text', 'before', 'after', 'fingerprint', 'bias', 'server', 'value_bias', 'label_fields')
+        'max_text', 'before', 'after', 'fingerprint', 'bias', 'server', 'value_bias', 'label_fields', 'keep_end')
 
 # what torch.load and the use of its result raise if a file is incomplete or not a checkpoint
 LOAD_ERRORS = RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, TypeError
@@ -120,7 +120,7 @@ def load_checkpoint(folder, device, which='best', dtype='float32'):
         tokenizer = Tokenizer.from_file(str(Path(folder, 'tokenizer.json')))
         space = OutputSpace.from_task(tokenizer, task)
         if student.encoder:
-            student.encoder.tokenizer = read_tokenizer(folder)
+            student.encoder.tokenizer, student.encoder.keep_end = read_tokenizer(folder), bool(task.get('keep_end'))
     except Exception as error:  # tokenizers raises no narrower type
         stop(f'{folder}/tokenizer.json cannot be used: {error}; copy it from where the student was trained')
     if tokenizer_hash(tokenizer) != task['tokenizer_hash'] or space.output_ids != task['output_ids']:

@@ -80,7 +80,8 @@ def describe_task(config, server):
             'extra_vocab')
     # score is True if answers are given, 'labels' if their probabilities are, see data.answers_from
     task = {key: config[key] for key in keys} | {'score': bool(config['score']), 'calibrate': calibration,
-                                                'label_fields': config['label_fields'] or None}
+                                                'label_fields': config['label_fields'] or None,
+                                                'keep_end': config['keep_end'] or None}
     if config['labels'] and not config['label_fields']:         # serve.py finds a text by the prompt
         task |= {'prompt': config['prompt'] or '{text}', 'chat': False, 'score': 'labels'}
     if server:                                                  # the tokenizer is that of another model
@@ -185,13 +186,15 @@ def try_compiling(engine, costs, n_left):
         tqdm.write(f'compiled: {before / after:.2f} times as fast{"" if engine.compiled else "; undone"}')
 
 
-def print_filter(counts, max_text):
-    """prints the filter line, and advice if texts are lost because they begin alike. counts: of read_groups."""
+def print_filter(counts, task):
+    """prints the filter line, and advice if texts are lost because they are equal once cut. counts: of read_groups."""
     refused = [f'{reason}={n}' for reason, n in sorted(counts.items()) if reason != 'kept']
     print(f'filter read={counts.total()} kept={counts["kept"]}', *refused)
     if n := counts['equal_once_cut']:
-        print(f'equal_once_cut: {n} texts are left out, because they equal another one in their first {max_text} '
-              'tokens, which are all that is read; raise max_text, or take out what they begin with')
+        which, other = ('last', 'beginnings') if task['keep_end'] else ('first', 'ends')
+        print(f'equal_once_cut: {n} texts are left out, because they equal another one in their {which} '
+              f'{task["max_text"]} tokens, which are all that is read; raise max_text, or set keep_end = '
+              f'{not task["keep_end"]} to read their {other}')
 
 
 def print_plan(totals, V, n_todo, seconds, server):

@@ -15,6 +15,7 @@ from config import stop
 from config.machine import pick_device
 import torch
 
+from data import kept_part
 from distil.checkpoint import find_threshold, load_checkpoint, problem_key
 from distil.decode import confidence_of, decode, value_probabilities
 from distil.reader import count_cut
@@ -102,7 +103,7 @@ class Labeler:
             return [], 'empty text', 0
         if n_cut and self.too_long == 'refuse':
             return [], f'text has {len(ids)} tokens, {n_cut} more than the student reads', 0
-        return ids[:max_text], '', n_cut
+        return ids[kept_part(self.task)], '', n_cut
 
     def stream(self, texts):
         """yields (record, number of the text's tokens that were cut off) for each text, in order, as soon as

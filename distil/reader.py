@@ -22,9 +22,11 @@ from model import Encoder, EncoderConfig
 
 def encode_texts(encoder, texts, max_tokens):
     """lists of the encoder's ids of strings, each with its first and last special token and at most max_tokens
-    long."""
+    long: the first ones, or with keep_end the last."""
     longest = min(max_tokens, encoder.config.n_pos)
     rows = [encoding.ids for encoding in encoder.tokenizer.encode_batch_fast(texts)]
+    if encoder.keep_end:
+        return [row if len(row) <= longest else row[:1] + row[1 - longest:] for row in rows]
     return [row if len(row) <= longest else row[:longest - 1] + row[-1:] for row in rows]
 
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from config import data_line, stop
 from config.machine import whole_file
-from data import DTYPES, first_tokens, text_hash
+from data import DTYPES, cut_text, text_hash
 from data.logs import Log, read_lines
 from data.tables import read_part
 from distil.labels import read_text
@@ -45,14 +45,9 @@ def read_parts(lines):
             stop(line.say(error))
 
 
-def hash_texts(texts, tokenizer, max_text):
-    """(n,) uint64, sorted: the hashes that the records of these texts may have, whole or cut to max_text tokens."""
-    hashes = set()
-    for text in texts:
-        encoding = tokenizer.encode(text[:100 * max_text], add_special_tokens=False)  # no need to tokenize a book
-        long = len(encoding.ids) > max_text or len(text) > 100 * max_text
-        cut = first_tokens(text, encoding, max_text)[1] if long else text
-        hashes |= {text_hash(text), text_hash(cut)}
+def hash_texts(texts, tokenizer, task):
+    """(n,) uint64, sorted: the hashes that the records of these texts may have, whole or cut. task: a meta.json."""
+    hashes = {text_hash(form) for text in texts for form in (text, cut_text(text, tokenizer, task)[1])}
     return np.array(sorted(hashes), DTYPES['index'])
 
 
@@ -60,7 +55,7 @@ def hash_texts(texts, tokenizer, max_text):
 # of extract.py: what the lines say
 
 
-def store_split(dataset, name, source, labels, tokenizer, max_text):
+def store_split(dataset, name, source, labels, tokenizer, task):
     """writes held_out.bin to the first shard of a task if a line says that its text is held out, else removes it;
     prints the split line. Returns the number of hashes. Exits with a message if a split is no known word.
 
@@ -73,7 +68,7 @@ def store_split(dataset, name, source, labels, tokenizer, max_text):
     if corpus.is_file() and not corpus.samefile(source):
         readers.append(lambda: read_lines(corpus))
     for read in readers:
-        hashes = hash_texts((text for text, part in read_parts(read()) if part == 'test'), tokenizer, max_text)
+        hashes = hash_texts((text for text, part in read_parts(read()) if part == 'test'), tokenizer, task)
         if len(hashes):
             break
     try:
@@ -86,7 +81,7 @@ def store_split(dataset, name, source, labels, tokenizer, max_text):
         stop(f'cannot write to {folder}: {error.strerror}')
     counts, known = Counter(train=0, held_out=0, both=0), set(hashes.tolist())
     for text, part in read_parts(read()):
-        both = part == 'train' and not known.isdisjoint(hash_texts([text], tokenizer, max_text).tolist())
+        both = part == 'train' and not known.isdisjoint(hash_texts([text], tokenizer, task).tolist())
         counts['held_out' if part == 'test' else 'both' if both else 'train'] += 1
     print(data_line('split', counts))
     if counts['both']:
@@ -111,7 +106,7 @@ def hold_out_file(path, shards):
             texts = {*map(clean, Path(path).read_bytes().decode('utf-8-sig', 'replace').split('\n'))} - {''}
     except (OSError, EOFError, zlib.error) as error:
         stop(f'{path} cannot be read: {getattr(error, "strerror", None) or error}')
-    hashes = hash_texts(texts, tokenizer, shards.meta['max_text'])
+    hashes = hash_texts(texts, tokenizer, shards.meta)
     n = int(np.isin(shards.hashes, hashes).sum())
     if not n:
         stop(f'{path}: none of its {len(texts)} texts is among the {len(shards)} records. A held-out text needs an '

@@ -23,6 +23,7 @@ def new_student(config, meta):
         if config['reader']:
             print(f'loading {config["reader"]}, which reads for the student')
             encoder = load_encoder(config['reader'], config['reader_layers'])
+            encoder.keep_end = bool(meta.get('keep_end'))
             # the table has the output tokens and the start token
             sizes |= {'vocab_size': V + 1, 'start_id': V, 'encoder': asdict(encoder.config)}
             return Student(StudentConfig(**sizes), encoder)

@@ -67,7 +67,7 @@ def make_student(folder, tokenizer, fields, indent=None, fence=False, seed=0, **
         weight.data *= 8 if weight.dim() == 2 else 1
     task = {'fields': fields, 'indent': indent, 'fence': fence, 'end_id': 2, 'output_ids': space.output_ids,
             'tokenizer_hash': tokenizer_hash(tokenizer), 'prompt': PROMPT, 'max_text': 18,
-            'teacher': 'a/teacher', 'fingerprint': ''}
+            'teacher': 'a/teacher', 'fingerprint': '', 'keep_end': seed == 1}
     checkpoint = {'format': CHECKPOINT, 'student': vars(student.config), 'model': student.state_dict(),
                   'task': task, 'per_field': {f: {'temperature': 0.7 + n / 3} for n, f in enumerate(fields)}}
     folder.mkdir()

@@ -57,14 +57,19 @@ def test_long_texts_are_cut_as_the_student_will_cut_them(tokenizer):
     ]
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
     for max_text in range(1, 12):
-        (group, ) = read_groups([(text, None, '') for text in long], tokenizer, 9, 1, max_text, cut=True,
+        (group, ) = read_groups([(text, None, '') for text in long], tokenizer, 9, 1, max_text, cut='first',
                                 counts=(counts := Counter()))
         assert [ids.tolist() for _, ids, _ in group] == list(
             map(list, dict.fromkeys(tuple(encode(text)[:max_text]) for text in long))) and not counts['long']
+        (group, ) = read_groups([(text, None, '') for text in long], tokenizer, 9, 1, max_text, cut='last')
+        parts = {of: data.cut_text(of, tokenizer, {'max_text': max_text, 'keep_end': True}) for of in long}
+        for of, (ids, text) in parts.items():
+            assert ids == encode(of)[-max_text:] and of.strip().endswith(text) and text == ' '.join(text.split())
+        assert {tuple(ids.tolist()) for _, ids, _ in group} == {tuple(ids) for ids, _ in parts.values()}
     assert counts['kept'] + counts['equal_once_cut'] == len(long)
     text = 'the cat sat'
     ((hash_, ids, _), ), = read_groups([(f'{text} on www.cat.org', None, '')], tokenizer, 9, 1,
-                                       len(encode(text)), cut=True)
+                                       len(encode(text)), cut='first')
     assert hash_ == data.text_hash(text) and ids.tolist() == encode(text)  # the part cut off is not filtered
 
 
@@ -72,18 +77,18 @@ def test_texts_that_are_equal_only_because_of_the_cut_are_told_apart(tokenizer, 
     note, answers = 'the cat sat on a mat ' * 9, ({'a': 1}, {'a': 2})
     rows = [(note + 'hello', answers[0], ''), (note + 'good', answers[1], ''), (note + 'good', answers[1], ''),
             (note + 'hello', answers[0], ''), (note + 'hello', answers[1], ''), ('the cat', answers[0], '')]
-    for cut, expected in ((True, dict(kept=2, equal_once_cut=1, duplicate=1, conflicting=2)),
-                          (False, dict(kept=1, long=5))):
+    for cut, expected in (('first', dict(kept=2, equal_once_cut=1, duplicate=1, conflicting=2)),
+                          ('last', dict(kept=3, duplicate=2, conflicting=1)), ('', dict(kept=1, long=5))):
         list(read_groups(rows, tokenizer, 9, 1, 12, cut=cut, counts=(counts := Counter())))
         assert counts == expected
-        print_filter(counts, 12)
+        print_filter(counts, {'max_text': 12, 'keep_end': cut == 'last'})
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].startswith('filter read=6 kept=')
-        assert [line[:25] for line in lines[1:]] == ['equal_once_cut: 1 texts a'] * cut
+        assert [line[:25] for line in lines[1:]] == ['equal_once_cut: 1 texts a'] * (cut == 'first')
     # a short text that equals the beginning of a long one
     start = tokenizer.decode(tokenizer.encode(note, add_special_tokens=False).ids[:4])
     for texts in ((note, start), (start, note)):
-        list(read_groups([(text, None, '') for text in texts], tokenizer, 9, 1, 4, cut=True,
+        list(read_groups([(text, None, '') for text in texts], tokenizer, 9, 1, 4, cut='first',
                          counts=(counts := Counter())))
         assert counts == dict(kept=1, equal_once_cut=1)
 

@@ -121,6 +121,11 @@ def test_a_text_too_long_for_the_student_is_cut(student, space):
     cut, = student_ids(student, space, [ids])
     last = student.encoder.tokenizer.token_to_id('[SEP]')
     assert len(cut) <= 48 and cut[-1] == last
+    whole = student.encoder.tokenizer.encode('hello friend ' * 60).ids
+    assert cut[:-1] == whole[:len(cut) - 1]
+    student.encoder.keep_end = True
+    end, = student_ids(student, space, [ids])
+    assert len(end) == len(cut) and end[0] == whole[0] and end[1:] == whole[1 - len(end):]
 
 
 @pytest.mark.slow

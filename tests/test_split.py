@@ -60,10 +60,10 @@ def test_a_text_is_found_whole_and_cut(tokenizer):
     text = 'the cat sat on a mat and said hello'
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     cut = tokenizer.decode(ids[:4]).strip()
-    hashes = hash_texts([text, 'a cat', text], tokenizer, 4)
+    hashes = hash_texts([text, 'a cat', text], tokenizer, {'max_text': 4})
     assert sorted(hashes.tolist()) == hashes.tolist() and {*hashes.tolist()} == {
         data.text_hash(of) for of in (text, cut, 'a cat')}
-    assert len(hash_texts([], tokenizer, 4)) == 0
+    assert len(hash_texts([], tokenizer, {'max_text': 4})) == 0
 
 
 def test_own_texts_are_held_out_and_all_others_trained_on(task):

@@ -73,7 +73,7 @@ def count_trained(texts, labeler):
     checkpoint, task = labeler.checkpoint, labeler.task
     shards = load_records(checkpoint['config']['dataset'], checkpoint['config']['name'], checkpoint)
     trained = set(shards.hashes[shards.split()[0]].tolist()) if shards else set()
-    hashes = (hash_texts([text], labeler.space.tokenizer, task['max_text']).tolist() for text in texts)
+    hashes = (hash_texts([text], labeler.space.tokenizer, task).tolist() for text in texts)
     return sum(not trained.isdisjoint(of_text) for of_text in hashes)
 
 

@@ -41,6 +41,7 @@ max_records = 0      # 0..; stop after so many texts; 0: all of them
 min_text = -1        # -1..; tokens; -1: 3
 max_text = 25        # 1..; tokens
 too_long = 'refuse'  # 'refuse' or 'cut'; what happens to longer texts, as in extract.py
+keep_end = False     # of texts that are cut
 price_in = 0.0       # 0..; of a million tokens that are read, without the discount, in any currency ...
 price_out = 0.0      # 0..; ... and written
 config = configure(globals())
@@ -92,7 +93,7 @@ if __name__ == '__main__':
     longest = schema.longest()
     n_around, n_answer = count(prompt_text(prompt)) - count('{text}'), count(json.dumps(longest))
     n = n_in = size = 0
-    filters = 3 if min_text < 0 else min_text, max_text, 0, too_long == 'cut'
+    filters = 3 if min_text < 0 else min_text, max_text, 0, ('last' if keep_end else 'first') if too_long == 'cut' else ''
     groups = read_groups(read_texts(source), counter, 1024, *filters)
     texts = (text for group in groups for text in group if text[0] not in done)
     try:
