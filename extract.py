@@ -72,7 +72,7 @@ sample_temperature = 1.0  # 0..; at which they are drawn
 patience = 300       # 1..; seconds without any answer after which the run ends
 price_in = 0.0       # 0..; of a million tokens that the server reads, in any currency ...
 price_out = 0.0      # 0..; ... and writes
-max_cost = 0.0       # 0..; the run ends before it costs more; 0: never
+max_cost = 0.0       # 0..; the run ends before it costs more; 0: no limit
 # calibration (distil/calibrate.py) subtracts the teacher's preference for some values that does not depend on the
 # text; for base and small models
 calibrate = 0        # 0..; texts on which the bias is measured first, 512 are enough; 0: off
@@ -90,15 +90,15 @@ output_vocab = 525   # 1..65535; tokens whose logits are kept: those of answers,
                      # frequent words
 extra_vocab = []     # strings whose tokens are kept too: those that the advice below the coverage line names
 min_coverage = 0.95  # 0..1; print advice if the kept tokens hold less of the probability than this at a field
-full_lse = -1        # -1..; of the first records (of each process) also keep logsumexp over all tokens, of this many.
-                     # -1: all on a GPU; 64 on a CPU, where Gemma 3 270M takes 2.7 times as long with it
+full_lse = -1        # -1..; on this many records, the first ones, coverage is measured: their logsumexp over all
+                     # tokens is kept. -1: all on a GPU; 64 on a CPU, where it takes 2.7 times as long (Gemma 270M)
 examples = 8         # 0..; texts shown with their answers at the end
 ask_again = False    # ask again about the texts whose answer was dropped
 # instead of extracting
 score = ''           # file; .jsonl of {"text": ..., "answer": {...}}: the teacher's logits on these answers
 labels = ''          # file; .jsonl of texts with "probabilities" or an "answer", or the log of an LLM; or several,
                      # with commas between them: no teacher is run, but for label_fields
-label_fields = []    # names of the fields that the labels have, if the teacher shall answer the others
+label_fields = []    # names of the fields that the labels have; the teacher answers the others
 template = ''        # text; the user messages of that log, with {text} in it; '': the prompt, or found
 verify = 0           # 0..; compare this many stored records with a plain forward pass; status 1 if they differ
 config = configure(globals())

@@ -33,7 +33,7 @@ text = None          # None or text; one text to label, which may be empty
 input = ''           # file; one text per line; or a .jsonl, {"text": ...} per line
 too_long = 'cut'     # 'cut' or 'refuse'; what happens to texts longer than the student reads
 constrain = True     # answers are held to the schema, so that they always parse; False: free decoding
-sample_batch = 128   # 1..; texts decoded together; of 16 to 512 the fastest on 2 CPU cores
+sample_batch = 128   # 1..; texts decoded together; 128 was the fastest of 16 to 512 on 2 CPU cores
 # deferral
 confidence = False   # False, True or 'full'; add "_confidence": {field: probability that the teacher would
                      # say the same}, or with 'full' {field: {value: probability}} of all values

@@ -49,7 +49,7 @@ freeze_table = True    # with init_from teacher: the table is not trained, so wo
 # a pre-trained encoder that reads the text in place of the student's table (distil/reader.py)
 reader = ''            # file; or a Hugging Face id; '': none
 reader_layers = 0      # 0..; its first layers alone, this many; 0: all
-reader_lr = 0.1        # 0..; its share of the learning rate: it has learned already
+reader_lr = 0.1        # 0..; factor on its learning rate: it is trained already
 # student
 n_layer = 16           # 1..
 n_head = 16            # 1..
