@@ -368,9 +368,8 @@ if __name__ == '__main__':
             space.set_bias(meta['bias'])  # subtracted where the teacher chooses and where the student learns
         done = stored_hashes(shard_folders(dataset, name), meta, ask_again)
         groups = prefetch(read_groups(labelled or read_texts(path), space.tokenizer, extract_batch, *filters))
-        mine = ([text for text in group if text.hash not in done]
-                for n, group in enumerate(groups) if n % WORLD == RANK)
-        todo = filter(None, mine)
+        todo = (left for n, group in enumerate(groups) if n % WORLD == RANK
+                if (left := [text for text in group if text.hash not in done]))
         try:
             meta = write_meta(folder, meta, model, tokenizer_json, ask_again)
             source = open_source(kind, engine, space, meta, writer, full_lse)
