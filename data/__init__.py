@@ -27,16 +27,11 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from distil.space import OutputSpace, clean
+from distil.space import OutputSpace, clean, kept_part
 
 FORMAT = 1
 DTYPES = {'input': np.dtype('<u4'), 'output': np.dtype('<u2'), 'logits': np.dtype('<f2'),
           'stats': np.dtype('<f4'), 'index': np.dtype('<u8')}
-
-
-def kept_part(task):
-    """the slice of a longer text's ids that is read: the first max_text, or the last. task: a meta.json."""
-    return slice(-task['max_text'], None) if task.get('keep_end') else slice(task['max_text'])
 
 
 def cut_text(text, tokenizer, task):

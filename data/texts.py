@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import Hashes, cut_encoding, kept_part, text_hash
-from distil.space import special_ids
+from data import Hashes, cut_encoding, text_hash
+from distil.space import kept_part, special_ids
 
 URL = re.compile(r'https?:|www\.|\b[\w-]+\.(com|org|net|io|edu|gov)\b', re.I)
 TAG = re.compile(r'</?[a-zA-Z!][^>]*>|<\||&\w+;|\[[^\]]*\]\([^)]*\)|```|\*\*')  # HTML, chat markup, markdown

@@ -28,7 +28,7 @@ from config.machine import on_stop, stop_anyway
 
 import torch
 
-from data import held_out, kept_part, read_texts, text_hash, write_json
+from data import held_out, read_texts, text_hash, write_json
 from device.shrink import choose_tokens, fold_table, round_to_int8, trim_student, trim_tokenizer
 from distil.agreement import field_texts, same_values, teacher_forced_sums
 from distil.checkpoint import load_checkpoint
@@ -37,7 +37,7 @@ from distil.prompts import prompt_text
 from distil.reader import encode_texts, text_room
 from distil.records import load_records
 from distil.split import split_of
-from distil.space import clean
+from distil.space import clean, kept_part
 
 name = ''            # word; out/<name> is the student ...
 run = ''             # word; ... or out/<run>

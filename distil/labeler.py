@@ -15,11 +15,10 @@ from config import stop
 from config.machine import pick_device
 import torch
 
-from data import kept_part
 from distil.checkpoint import find_threshold, load_checkpoint, problem_key
 from distil.decode import confidence_of, decode, value_probabilities
 from distil.reader import count_cut
-from distil.space import clean
+from distil.space import clean, kept_part
 
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # torch's threads do not survive a fork
 

@@ -43,6 +43,11 @@ def clean(text):
     return ' '.join(text.split())
 
 
+def kept_part(task):
+    """the slice of a longer text's ids that is read: the first max_text, or the last. task: a meta.json."""
+    return slice(-task['max_text'], None) if task.get('keep_end') else slice(task['max_text'])
+
+
 def special_ids(tokenizer):
     """set of the ids of a tokenizers.Tokenizer that stand for no text: turns, padding, images."""
     return {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
