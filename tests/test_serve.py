@@ -329,6 +329,7 @@ BODY = st.fixed_dictionaries({}, optional={key: JSON for key in (
 
 
 @pytest.mark.parametrize('path', ['chat/completions', 'decisions', 'systemone', 'label'])
+@pytest.mark.slow
 def test_no_json_makes_the_server_fail(url, path):
     with httpx.Client() as client:
         @settings(max_examples=150, deadline=None, database=None)

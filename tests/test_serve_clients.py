@@ -387,6 +387,7 @@ SENT = st.fixed_dictionaries({}, optional={
 
 @pytest.mark.parametrize('path, tries', [('chat/completions', 120), ('responses', 120), ('completions', 60),
                                          ('batches', 20), ('files', 20)])
+@pytest.mark.slow
 def test_no_request_makes_the_new_routes_fail(url, path, tries):
     with httpx.Client() as client:
         @settings(max_examples=tries, deadline=None, database=None)

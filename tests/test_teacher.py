@@ -180,6 +180,7 @@ def test_a_teacher_in_float16_is_read_correctly(teachers):
     assert encode_prompt(tokenizer, '{text} is', False, asked=False)[0] == []
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_a_begin_token_goes_every_way(project, teachers, tmp_path):
     """extract, verify, score, train with its table, sample; given labels: tests/test_labels.py."""
     root, name = clone_task(project, tmp_path), ('--name=plain', f'--teacher={teachers["plain"]}')

@@ -227,6 +227,7 @@ def test_hidden_text_tokens_are_text_tokens_only():
     assert (hidden[:, :12] == 1).all() and (hidden[:, 12:] == -1).all()
 
 
+@pytest.mark.slow
 def test_a_student_that_never_sees_the_text_agrees_less(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     field = []
