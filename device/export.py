@@ -69,7 +69,8 @@ def write_onnx(student, path):
     B = dim('B', max=65536)
     shapes = {'text': {0: B, 1: dim('T', min=2, max=longest)}, 'answer': {0: B, 1: dim('A', min=2, max=longest)},
               'only_last': None}
-    example = {'text': torch.zeros(3, 7, dtype=torch.long), 'answer': torch.zeros(3, 5, dtype=torch.long), 'only_last': True}
+    example = {'text': torch.zeros(3, 7, dtype=torch.long), 'answer': torch.zeros(3, 5, dtype=torch.long),
+               'only_last': True}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         with stop_anyway():
@@ -110,8 +111,8 @@ def make_task(name, checkpoint, space, student):
     states: for each decision its legal tokens (rows: of the logits), what to read of the answer after each choice
     (read: the token itself and the forced tokens after it), and the next decision (next: -1 if the answer is
     complete). leaves: of the schema, with the keys that lead to a leaf, its values, and for each of them its way: the
-    decisions that lead to it, each as [state, index among its legal tokens]. A text is: before, its ids, after, which are an encoder's special tokens; an answer begins
-    with start.
+    decisions that lead to it, each as [state, index among its legal tokens]. A text is: before, its ids,
+    after, which are an encoder's special tokens; an answer begins with start.
     """
     task, numbers = checkpoint['task'], {}
     prefix, first = space.forced_runs[0]
@@ -141,8 +142,8 @@ def make_task(name, checkpoint, space, student):
         leaves.append({'path': leaf.path, 'keys': leaf.keys, 'values': leaf.values, 'names': leaf.names, 'ways': ways,
                        'temperature': checkpoint['per_field'][leaf.path]['temperature']})
     return {'format': FORMAT, 'name': name, 'leaves': leaves,
-            'max_text': max_text, 'keep_end': bool(task.get('keep_end')), 'before': before, 'after': after, 'start': [student.config.output_vocab, *prefix],
-            'states': table,
+            'max_text': max_text, 'keep_end': bool(task.get('keep_end')), 'before': before, 'after': after,
+            'start': [student.config.output_vocab, *prefix], 'states': table,
             'min_confidence': (checkpoint.get('target') or {}).get('min_confidence')}
 
 
