@@ -31,7 +31,8 @@ from data import (FORMAT, Hashes, Record, answers_from, first_answers, read_text
                   write_json)
 from data.texts import Text, prefetch, read_groups
 from distil.calibrate import calibrate_teacher, calibrated_answers
-from distil.engine import Drafts, Teacher, answer_batched
+from distil.drafts import Drafts
+from distil.engine import Teacher, answer_batched
 from distil.extraction import (check_records, check_settings, check_source, describe_task, open_writer, print_filter, print_plan,
                                print_totals, read_task, try_compiling, write_meta)
 from distil.labels import open_labels, print_changed
@@ -47,7 +48,10 @@ from distil.teacher_report import print_teacher_report
 # task
 name = ''            # word; names the shard data/<dataset>/<name>-00 and, in train.py, out/<name>
 dataset = ''         # word; folder under data/ whose input.jsonl is read
-fields = {}          # {'tone': ['neutral', ...], ...}: allowed JSON values, in output order
+fields = {}          # {'tone': ['neutral', ...], ...}: allowed JSON values, in output order; a field, or the whole, may
+                     # be JSON Schema, such as pydantic's: lists of values, objects, lists of objects
+schema = ''          # file; the fields, as JSON Schema
+left_out = []        # properties of the fields that the student does not answer, such as 'reason'
 prompt = ''          # text or messages; of a chat, or a few-shot completion when chat = False; {text} stands
                      # for the text; messages: [{'role': 'system', 'content': ...}, {'role': 'user', ...}]
 chat = True          # wrap the prompt in the teacher's chat template; base models have none
@@ -61,6 +65,8 @@ dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'float16'; auto: bfloat16 
                      # with it (measured on a CPU; a CPU without it is hundreds of times slower)
 compile = 'auto'     # 'auto', 'True', 'False', 'true', 'false'; torch.compile; auto: on a CPU with a C++
                      # compiler, in runs of minutes, kept only if it is measured to be faster
+free_tokens = 120    # 0..; of a text that is left out and stands before what is answered (a reason, steps) the teacher
+                     # writes at most this many tokens before it decides; 0: it does not write it
 constrain = True     # hold answers to the schema; False drops the records whose free answer breaks it
 extract_batch = 128  # 1..; texts answered together; more do not help a CPU, a GPU wants 256
 # a teacher behind a URL (distil/server.py); its key is read from the environment: TEACHER_API_KEY
@@ -126,15 +132,16 @@ def new_task(task, wrapped, frequency):
     shown, kind = prompt_text(task['prompt']), answers_from(task)
     ours = kind in ('teacher', 'score')                         # our engine reads the prompt
     before, after, end_id = encode_prompt(wrapped, task['prompt'] if ours else shown, task['chat'], ours)
-    style = tokenizer, task['fields'], task['indent'], task['fence'], end_id
+    style = dict(fields=task['fields'], indent=task['indent'], fence=task['fence'], end_id=end_id,
+                 left_out=task['left_out'])
     try:
-        space = OutputSpace(*style)                             # the automaton of all valid answers
+        space = OutputSpace(tokenizer, **style)                 # the automaton of all valid answers
         if not space.n_required <= task['output_vocab'] < 65536:
             sys.exit(f'output_vocab = {task["output_vocab"]}; this schema needs at least {space.n_required}, '
                      'the file format at most 65535')
         auxiliary = choose_vocab(tokenizer, space, task['extra_vocab'], before + after, frequency,
                                  task['output_vocab'])
-        space = OutputSpace(*style, auxiliary)                  # with all V tokens
+        space = OutputSpace(tokenizer, auxiliary=auxiliary, **style)  # with all V tokens
     except ValueError as error:
         sys.exit(f'fields: {error}')
     for mismatch in islice(space.prompt_mismatches(shown if kind != 'labels' else ''), 3):

@@ -20,7 +20,8 @@ import data
 from distil.agreement import evaluate
 from distil.checkpoint import load_checkpoint
 from distil.decode import generate
-from distil.engine import Drafts, Teacher, answer
+from distil.drafts import Drafts
+from distil.engine import Teacher, answer
 from distil.space import OutputSpace
 from distil.teacher import encode_prompt
 from tests.conftest import FIELDS, SCHEMAS, clone_task, load_teacher, run, tiny_student, weights

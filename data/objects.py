@@ -1,6 +1,6 @@
 """The JSON object in what a model wrote, and where its values stand. Only the standard library.
 
-    find_object('Sure! {"tone": "friendly"}')    # ({'tone': 'friendly'}, {'tone': (15, 25)})
+    find_object('Sure! {"tone": "friendly"}')    # ({'tone': 'friendly'}, {('tone',): (15, 25), (): (6, 26)})
 """
 import json
 import re
@@ -9,39 +9,55 @@ SPACE = re.compile(r'[ \t\r\n]*')
 DECODER = json.JSONDecoder()
 
 
-def parse_object(text, at):
-    """(the JSON object that begins at text[at], {key: (start, end) of its value}, the end). ValueError if
-    none does."""
-    answer, spans = {}, {}
-    skip = lambda at: SPACE.match(text, at).end()
-    at = skip(at + 1)
-    while text[at:at + 1] != '}':
-        key, at = DECODER.raw_decode(text, at)
-        at = skip(at)
-        if not isinstance(key, str) or text[at:at + 1] != ':':
-            raise ValueError(f'no key at {at}')
-        start = skip(at + 1)
-        answer[key], at = DECODER.raw_decode(text, start)
-        spans[key] = start, at
-        at = skip(at)
-        if text[at:at + 1] == ',':
-            at = skip(at + 1)
-        elif text[at:at + 1] != '}':
-            raise ValueError(f'the object does not end at {at}')
-    return answer, spans, at + 1
+def skip(text, at):
+    return SPACE.match(text, at).end()
+
+
+def parse_value(text, at, keys, spans):
+    """(the JSON value that begins at text[at], the end). Adds {keys that lead to it: (start, end)} to spans, of all its
+    parts, too. ValueError if none does."""
+    start, opening = at, text[at:at + 1]
+    if opening not in ('{', '['):
+        value, at = DECODER.raw_decode(text, at)
+    else:
+        value, at = ({}, skip(text, at + 1)) if opening == '{' else ([], skip(text, at + 1))
+        closing = '}' if opening == '{' else ']'
+        while text[at:at + 1] != closing:
+            key = len(value)
+            if opening == '{':
+                key, at = DECODER.raw_decode(text, at)
+                at = skip(text, at)
+                if not isinstance(key, str) or text[at:at + 1] != ':':
+                    raise ValueError(f'no key at {at}')
+                at = skip(text, at + 1)
+            part, at = parse_value(text, at, (*keys, key), spans)
+            if opening == '{':
+                value[key] = part
+            else:
+                value.append(part)
+            at = skip(text, at)
+            if text[at:at + 1] == ',':
+                at = skip(text, at + 1)
+            elif text[at:at + 1] != closing:
+                raise ValueError(f'no end at {at}')
+        at += 1
+    spans[keys] = start, at
+    return value, at
 
 
 def find_object(text):
-    """(the last JSON object in a text, {key: (start, end) of its value, in characters}), or (None, {}).
-    What a model thinks before (<think> ... </think>), what it says around the object and a fence are left
+    """(the last JSON object in a text, {keys that lead to a part of it, a tuple: (start, end), in characters}), or
+    (None, {}). What a model thinks before (<think> ... </think>), what it says around the object and a fence are left
     aside."""
     at, found = text.rfind('</think>') + 1, (None, {})
     while (at := text.find('{', at)) >= 0:
+        spans = {}
         try:
-            *found, at = parse_object(text, at)
+            answer, at = parse_value(text, at, (), spans)
+            found = answer, spans
         except (ValueError, RecursionError):
             at += 1
-    return tuple(found)
+    return found
 
 
 def plain(value):

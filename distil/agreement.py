@@ -7,7 +7,9 @@ train.py calls evaluate after every epoch, tools/evaluate.py on the finished stu
 often the teacher's answers are true. README.md and docs/results.md define the words.
 """
 import importlib.util
+import json
 import math
+from collections import Counter
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from tokenizers import Tokenizer
 from data import cut_text, read_texts, text_hash
 from distil.decode import decode
 from distil.reader import encode_records
-from distil.schema import json_text
+from distil.schema import MISSING, json_text, members, true_value
 
 BROKEN = ''  # the value in an answer that breaks the schema: no JSON text is empty, so it equals no value
 
@@ -46,16 +48,25 @@ def measure_agreement(student_values, teacher_values):
     majority: share of the teacher's commonest value. f1 averages over the values that either of them uses.
     kappa: (agreement - chance) / (1 - chance), Cohen 1960, https://doi.org/10.1177/001316446002000104
     """
-    values, n = sorted({*student_values, *teacher_values}), len(teacher_values)
-    table = np.zeros((len(values), len(values)))                # [teacher, student]
-    cells = tuple([values.index(v) for v in side] for side in (teacher_values, student_values))
-    np.add.at(table, cells, 1)
-    hit, rows, columns = table.diagonal(), table.sum(1), table.sum(0)
-    chance = (rows * columns).sum() / n ** 2
-    agree = hit.sum() / n
-    figures = {'agree': agree, 'majority': rows.max() / n, 'f1': (2 * hit / (rows + columns)).mean(),
-               'kappa': (agree - chance) / (1 - chance) if chance < 1 else 1.0}
-    return {key: float(value) for key, value in figures.items()}  # plain numbers, for checkpoints
+    n, theirs, ours = len(teacher_values), Counter(teacher_values), Counter(student_values)
+    hits = Counter(a for a, b in zip(teacher_values, student_values) if a == b)
+    chance, agree = sum(theirs[value] * ours[value] for value in theirs) / n ** 2, hits.total() / n
+    f1 = [2 * hits[value] / (theirs[value] + ours[value]) for value in sorted(theirs | ours)]
+    return {'agree': agree, 'majority': max(theirs.values()) / n, 'f1': float(np.mean(f1)),
+            'kappa': (agree - chance) / (1 - chance) if chance < 1 else 1.0}
+
+
+def measure_members(student_lists, teacher_lists):
+    """values of a field that is a list, two lists of N JSON texts -> {micro_f1, f1} over their members: of all together,
+    and averaged over the members that either of them uses. A member that comes twice counts twice. 1 if there is
+    none."""
+    hits, both = Counter(), Counter()
+    for ours, theirs in zip(student_lists, teacher_lists):
+        ours, theirs = Counter(members(ours)), Counter(members(theirs))
+        hits += ours & theirs
+        both += ours + theirs
+    f1 = [2 * hits[member] / n for member, n in sorted(both.items())]
+    return {'micro_f1': 2 * hits.total() / both.total() if both else 1.0, 'f1': float(np.mean(f1)) if f1 else 1.0}
 
 
 def teacher_forced_sums(student, space, shards, rows, batch_size):
@@ -99,6 +110,8 @@ def evaluate(student, space, shards, rows, batch_size=64):
         of_field = [[d for d in decisions[n] if d[0] == field] for n in even]
         hits = [student_values[field][n] == teacher_values[field][n] for n in even]
         per_field[field] = measure_agreement(student_values[field], teacher_values[field])
+        if space.schema.leaf(field).is_list:
+            per_field[field] |= measure_members(student_values[field], teacher_values[field])
         per_field[field]['temperature'] = fit_temperature(of_field, hits)
     mean = float(np.mean([of_field['agree'] for of_field in per_field.values()]))
     majority = float(np.mean([of_field['majority'] for of_field in per_field.values()]))
@@ -137,6 +150,8 @@ def report_lines(step, figures, per_field, linear):
     yield 'val', {'step': step, **figures, **baseline}
     for field, values in per_field.items():
         baseline = {'linear': linear['fields'][field]} if linear else {}
+        if linear and field in linear.get('micro_f1', {}):
+            baseline['linear_micro_f1'] = linear['micro_f1'][field]
         yield 'field', {'name': field, **values, **baseline}
 
 
@@ -166,18 +181,20 @@ def truth_lines(space, truth, answers):
     values_of = {model: field_texts(space, outs) for model, outs in answers.items()}
     for leaf in space.schema.leaves:
         field = leaf.path
-        known = [(n, json_text(leaf.meant_by(of_text[field]))) for n, of_text in enumerate(truth.values())
-                 if field in of_text]
+        values = [true_value(leaf, of_text) for of_text in truth.values()]
+        known = [(n, json_text(value)) for n, value in enumerate(values) if value is not MISSING]
         if not known:
             continue
         numbers, expected = map(np.array, zip(*known))
         values, counts = np.unique(expected, return_counts=True)
-        figures = {}
+        figures, said = {}, lambda model: [values_of[model][field][n] for n in numbers]
         for model in answers:
             hits = np.array(values_of[model][field])[numbers] == expected
             balanced = float(np.mean([hits[expected == value].mean() for value in values]))
             key = f'{model}_balanced' if figures else 'balanced'
             figures |= {model: float(hits.mean()), key: balanced}
+            if leaf.is_list:
+                figures[f'{model}_micro_f1'] = measure_members(said(model), expected)['micro_f1']
         majority = counts.max() / len(expected)
         yield 'truth', {'name': field, 'records': len(expected), **figures, 'majority': majority}
 
@@ -201,7 +218,7 @@ def linear_baseline(shards, space, train_rows, rows):
     records alone, and a note says so."""
     if not importlib.util.find_spec('sklearn'):
         return {}
-    n_values = max(map(len, space.schema.leaves))
+    n_values = max(map(len, space.schema.leaves)) or 1
     if len(train_rows) > (most := LINEAR_COST // n_values):
         print(f'note: with {n_values} values the linear baseline learns from the first {most} records alone')
         train_rows = train_rows[:most]
@@ -216,17 +233,38 @@ def linear_baseline(shards, space, train_rows, rows):
             train_x = vectorizer.fit_transform(train_texts)
         except ValueError:                                      # after pruning, no terms remain
             continue
-        x, hits = vectorizer.transform(texts), {}
-        for field in space.schema.paths:
-            predicted = train_values[field][:1] * len(texts)
-            if len(set(train_values[field])) > 1:
-                predicted = LogisticRegression(max_iter=1000).fit(train_x, train_values[field]).predict(x)
+        x, hits, micro_f1 = vectorizer.transform(texts), {}, {}
+
+        def learn(labels):
+            """labels of the training texts -> those predicted."""
+            if len(set(labels)) < 2:
+                return labels[:1] * len(texts)
+            return LogisticRegression(max_iter=1000).fit(train_x, labels).predict(x).tolist()
+        for leaf in space.schema.leaves:
+            field = leaf.path
+            predicted = learn_lists(learn, train_values[field], len(texts), leaf) if leaf.is_list else learn(train_values[field])
             hits[field] = np.array([a == b for a, b in zip(predicted, values[field])])
+            if leaf.is_list:
+                micro_f1[field] = measure_members(predicted, values[field])['micro_f1']
         fields = {field: float(of_field.mean()) for field, of_field in hits.items()}
         if not best or np.mean(list(fields.values())) > best['field']:
             best = {'field': float(np.mean(list(fields.values()))),
-                    'exact': float(np.all(list(hits.values()), axis=0).mean()), 'fields': fields, 'ngrams': name}
+                    'exact': float(np.all(list(hits.values()), axis=0).mean()), 'fields': fields, 'ngrams': name,
+                    'micro_f1': micro_f1}
     return best
+
+
+def learn_lists(learn, train_lists, n, leaf):
+    """the lists that one model for each member predicts, against the rest: the usual way to learn a list. train_lists:
+    JSON texts; n: texts to predict; learn: function of a list of booleans that returns those predicted."""
+    known = [set(members(text)) for text in train_lists]
+    count = Counter(member for of_text in known for member in of_text)
+    order = leaf.texts or [member for member, k in count.most_common(100) if k > 1]
+    found = [[] for _ in range(n)]
+    for member in filter(count.get, order):
+        for of_text, is_in in zip(found, learn([member in of_text for of_text in known])):
+            of_text += [json.loads(member)] * bool(is_in)
+    return list(map(json_text, found))
 
 
 # -----------------------------------------------------------------------------

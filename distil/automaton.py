@@ -1,30 +1,36 @@
 """A finite automaton over tokens: what may come next, and where only one token may. It knows no schema.
 
-    automaton = Automaton([(None, [(0,)]), ('tone', [(1,), (2, 3)]), (None, [(4,)])])
+    automaton = Automaton([[((0,), 1, None)], [((1,), 2, 'neutral'), ((2, 3), 2, 'friendly')], [((4,), None, None)]], V=5)
     automaton.state_after([0, 2, 3, 4]) == automaton.done
 
 A *forced* token is the only legal one, at a *decision* several are legal. Tokens are output indices, numbers of a
 small vocabulary (space.py). S states.
 """
+import math
+
 import torch
 
 
+MOST_STATES = 30_000
+
+
 class Automaton:
-    """The sequences that take one alternative of each part, in order. parts: (path, [tuples of tokens]) each; path: of
-    the leaf that the part writes, or None for fixed text. V: size of the vocabulary.
+    """Sequences of tokens through parts, from part 0 on. A part is a list of alternatives, each (tuple of tokens, number
+    of the next part or None at the end, label). No sequence is endless. V: size of the vocabulary. ValueError if there
+    are too many states.
 
     transitions  (S,) list    {legal token: state after it}; sequences start in state 0
     next_state   (S, V) long  the same as a table, -1 for an illegal token
     done         int          the state after the last token
     forced       (S,) long    the only legal token, -1 at a decision and at done
     forced_runs  (S,) list    (forced tokens that follow, state after them: a decision, or done)
-    leaf_at      (S,) list    path of the leaf whose value is being written, None in fixed text
-    longest      int          tokens of the longest sequence
+    labels       (S,) list    the labels, but None, of the alternatives that are being written
+    longest, n_decisions      tokens of the longest sequence; most decisions of one
+    n_left                    {state: tokens of the longest way to the end}
     """
 
     def __init__(self, parts, V):
         self.parts, self.V = parts, V
-        self.longest = sum(max(map(len, alternatives)) for _, alternatives in parts)
         self.compile()
         self.make_tables()
 
@@ -33,9 +39,10 @@ class Automaton:
         closed, todo = set(), list(points)
         while todo:
             part, alternative, position = point = todo.pop()
-            if part < len(self.parts) and position == len(self.parts[part][1][alternative]):
-                following = self.parts[part + 1][1] if part + 1 < len(self.parts) else [()]
-                todo += [(part + 1, n, 0) for n in range(len(following))]
+            if part is not None and position == len(self.parts[part][alternative][0]):
+                following = self.parts[part][alternative][1]
+                n = 1 if following is None else len(self.parts[following])
+                todo += [(following, k, 0) for k in range(n)]
             else:
                 closed.add(point)
         return frozenset(closed)
@@ -44,14 +51,14 @@ class Automaton:
         """subset construction (https://en.wikipedia.org/wiki/Powerset_construction). A state is the set of points (part,
         alternative, position) that the tokens so far allow. So values that are prefixes of other values need no special
         case."""
-        start = self.close((0, n, 0) for n in range(len(self.parts[0][1])))
+        start = self.close((0, n, 0) for n in range(len(self.parts[0])))
         number, rows, todo = {start: 0}, {}, [start]            # number: {set of points: state}
         while todo:
             points = todo.pop()
             reached = {}                                        # {token: points after it}
             for part, alternative, position in points:
-                if part < len(self.parts):
-                    token = self.parts[part][1][alternative][position]
+                if part is not None:
+                    token = self.parts[part][alternative][0][position]
                     reached.setdefault(token, set()).add((part, alternative, position + 1))
             row = rows[number[points]] = {}
             for token in sorted(reached):
@@ -60,12 +67,14 @@ class Automaton:
                     number[after] = len(number)
                     todo.append(after)
                 row[token] = number[after]
+            if len(number) > MOST_STATES:
+                raise ValueError(f'the schema has too many different answers to be written down as an automaton (more than '
+                                 f'{MOST_STATES:,} states): lower maxItems, or leave a property out')
         self.transitions = [rows[state] for state in range(len(number))]
-        self.done = number[frozenset({(len(self.parts), 0, 0)})]
-        self.leaf_at = []
-        for points in number:
-            paths = [self.parts[part][0] for part, _, _ in points if part < len(self.parts)]
-            self.leaf_at.append(next((path for path in paths if path is not None), None))
+        self.done = number[frozenset({(None, 0, 0)})]
+        self.labels = [[self.parts[part][alternative][2] for part, alternative, _ in sorted(
+            points, key=lambda point: point[:2] if point[0] is not None else (math.inf, 0))
+            if part is not None and self.parts[part][alternative][2] is not None] for points in number]
 
     def make_tables(self):
         """derives next_state, forced and forced_runs from the transitions."""
@@ -82,6 +91,17 @@ class Automaton:
                 (token, state), = self.transitions[state].items()
                 run.append(token)
             self.forced_runs.append((run, state))
+        # of a state: tokens, and decisions, on the longest way to the end
+        n_left, n_choices, todo = {self.done: 0}, {self.done: 0}, [0]
+        while todo:
+            following = [after for after in self.transitions[todo[-1]].values() if after not in n_left]
+            todo += following
+            if not following:
+                state = todo.pop()
+                row = self.transitions[state].values()
+                n_left[state] = 1 + max(map(n_left.get, row))
+                n_choices[state] = (len(row) > 1) + max(map(n_choices.get, row))
+        self.longest, self.n_left, self.n_decisions = n_left[0], n_left, n_choices[0]
 
     def state_after(self, tokens, state=0):
         """the state after these tokens, from `state` on; -1 if one of them is illegal."""

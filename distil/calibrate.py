@@ -27,6 +27,7 @@ import torch
 
 from config import data_line
 from data import write_json
+from distil.kinds import PRESENT, said
 from distil.schema import Schema, json_text
 from distil.shares import find_known
 
@@ -35,16 +36,20 @@ from distil.shares import find_known
 
 
 def find_priors(schema, prior, only):
-    """{field: probabilities of its values, in their order} of the fields to calibrate. Values that the prior
-    does not name share the rest of the probability evenly; without a prior all are equal.
+    """{path of a choice: probabilities of its values, in their order} of the fields to calibrate. Values that the
+    prior does not name share the rest of the probability evenly; without a prior all are equal.
 
-    schema: a Schema; a field is the path of one of its leaves. prior: {field: {value: probability}}. only: the fields
-    to calibrate, [] for all. ValueError if a field or a value is not in the schema, or if the probabilities cannot sum
-    to 1.
+    schema: a Schema; a field is the path of one of its leaves. prior: {field: {value: probability}}; of a list of values
+    {field: {value: share of the texts that have it}}, with all values. only: the fields to calibrate, [] for all that
+    are no lists of values, and those with a prior. ValueError if a field or a value is not in the schema, or if the
+    probabilities cannot sum to 1.
     """
     priors = {}
     for leaf in map(schema.leaf, {**prior, **dict.fromkeys(only)}):
         known = prior.get(leaf.path, {})
+        if leaf.is_list and len(leaf.choices[0]) == 2 and PRESENT in leaf.choices[0].values:
+            priors |= list_priors(leaf, known)
+            continue
         given = {json_text(value): p for value, p in known.items()} if isinstance(known, dict) else None
         if given is None or not all(type(p) in (int, float) and 0 < p <= 1 for p in given.values()):
             raise ValueError(f'{leaf.path!r} needs {{value: share above 0}}, not {known!r}')
@@ -53,25 +58,25 @@ def find_priors(schema, prior, only):
         rest, n = 1 - sum(given.values()), len(leaf) - len(given)
         if rest < -1e-6 or (rest > 1e-6) != (n > 0):
             raise ValueError(f'{leaf.path!r}: the named shares sum to {1 - rest:g}; all shares together must be 1')
-        priors[leaf.path] = [given.get(text, rest / max(1, n)) for text in leaf.texts]
-    for leaf in schema.leaves:                                  # without a prior
-        priors.setdefault(leaf.path, [1 / len(leaf)] * len(leaf))
-    return {path: priors[path] for path in only or schema.paths}
+        priors |= {choice.path: [given.get(text, rest / max(1, n)) for text in leaf.texts] for choice in leaf.choices}
+    for choice in schema.choices:                               # without a prior
+        if PRESENT not in choice.values:
+            priors.setdefault(choice.path, [1 / len(choice)] * len(choice))
+    return {path: p for path, p in priors.items() if not only or schema.by_choice[path].group in only}
+
+
+def list_priors(leaf, known):
+    """the same of a list of values. known: {value: share of the texts that have it}."""
+    given = {json_text(value): p for value, p in known.items()} if isinstance(known, dict) else {}
+    missing = [name for name, text in zip(leaf.names, leaf.texts) if not 0 < given.get(text, 0) < 1]
+    if missing or len(given) > len(leaf) or not leaf.values:
+        raise ValueError(f'{leaf.path!r} is a list: its prior needs {{value: share of the texts that have it, between 0 '
+                         f'and 1}} for each of its values, so also for {", ".join(missing[:3]) or "no other value"}')
+    return {choice.path: [1 - given[text], given[text]] for choice, text in zip(leaf.choices, leaf.texts)}
 
 
 # -----------------------------------------------------------------------------
 # the bias
-
-
-def count_tokens_left(space):
-    """for each state, the number of tokens on the longest path to the end of the answer: a list."""
-    n_left = {space.done: 0}
-
-    def count(state):
-        if state not in n_left:
-            n_left[state] = 1 + max(map(count, space.transitions[state].values()))
-        return n_left[state]
-    return [count(state) for state in range(len(space.transitions))]
 
 
 @torch.inference_mode()
@@ -88,10 +93,8 @@ def learn_bias(teacher, space, texts, after, priors, batch_size=64, min_texts=16
     All texts that reach a state must be read there before any of them continues. So the next state is always
     the one with the longest path left: no text that waits at another state can still reach it.
     """
-    prior_at = {}                                               # {state: {output index: prior}}
-    for name, p in priors.items():
-        prior_at |= space.token_shares(name, p)
-    n_left, bias, report = count_tokens_left(space), {}, []
+    prior_at = space.token_shares(priors)                       # {state: {output index: prior}}
+    n_left, bias, report = space.n_left, {}, []
     forced, first = space.forced_runs[0]
     states, n_read = [first] * len(texts), [0] * len(texts)     # of each text: its next decision; tokens read
     unread = [[*map(int, text), *after, *(space.output_ids[o] for o in forced)] for text in texts]
@@ -142,9 +145,13 @@ def print_bias(report, space):
         if field in seen:  # a later decision of the same value
             continue
         seen.add(field)
-        names = {}                                              # {output index: values that begin with it}
-        for value, way in zip(space.schema.leaf(field).values, space.ways[field]):
-            names.setdefault(way[0][1], []).append(json.dumps(value, ensure_ascii=False).strip('"'))
+        names, k = {}, space.labels[state][0][0]                # {output index: values that begin with it}
+        entry = next(entry for fork, entry in space.entries if fork == k)
+        for way, steps in zip(space.forks[k], space.steps(k, entry)):
+            path, n = way.made[-1]
+            value = space.schema.by_choice[path].values[n]
+            name = path.rpartition('.')[2] if value is PRESENT else said(value).strip('"')
+            names.setdefault(steps[0][1][0], []).append(name)
         top = sorted(names, key=lambda out: -before[out] - after[out])[:8]
         shares = [','.join(f'{"|".join(names[out][:2])}:{share[out]:.2f}' for out in top).replace(' ', '_')
                   for share in (before, after)]
@@ -162,7 +169,7 @@ def calibrate_label(label, bias):
         return label
     return {'probabilities': label['probabilities'] | {
         name: {value: p * math.exp(-bias[name][value]) for value, p in label['probabilities'][name].items()}
-        for name in bias}}
+        for name in bias if name in label['probabilities']}}
 
 
 def learn_value_bias(labels, schema, priors):
@@ -171,9 +178,11 @@ def learn_value_bias(labels, schema, priors):
     find_priors."""
     bias = {}
     for name, prior in priors.items():
-        names, prior = schema.leaf(name).names, np.array(prior)
-        p = np.array([[label['probabilities'][name][value] for value in names] for label in labels])  # (n, values)
-        bias[name] = dict(zip(names, np.log((p.sum(0) + prior) / (len(p) + 1) / prior).tolist()))
+        if name in schema.by_path and len(prior) > 1:           # not of lists: their values come one by one
+            names, prior = schema.leaf(name).names, np.array(prior)
+            known = [label['probabilities'][name] for label in labels if name in label['probabilities']]
+            p = np.array([[of_text[value] for value in names] for of_text in known]).reshape(-1, len(names))
+            bias[name] = dict(zip(names, np.log((p.sum(0) + prior) / (len(p) + 1) / prior).tolist()))
     return bias
 
 
@@ -208,7 +217,7 @@ def calibrated_answers(ask, groups, folder, meta, priors):
                 waiting.append(again.pop())
             if bias is None and (group is None or len(first) >= meta['calibrate']['texts']):
                 labels = [label for _, _, label in first if 'probabilities' in label]
-                bias = meta['value_bias'] = learn_value_bias(labels, Schema(meta['fields']), priors) if labels else {}
+                bias = meta['value_bias'] = learn_value_bias(labels, Schema(meta['fields'], meta.get('left_out')), priors) if labels else {}
                 write_json(folder / 'meta.json', meta)
                 print_value_bias(labels, bias)
             if waiting and bias is not None:
@@ -230,7 +239,8 @@ def print_value_bias(labels, bias):
     for name in bias:
         shares = []
         for of in labels, [calibrate_label(label, bias) for label in labels]:
-            count = Counter(max(p, key=p.get) for p in (label['probabilities'][name] for label in of))
-            top = ','.join(f'{value}:{n / len(labels):.2f}' for value, n in count.most_common(8))
+            known = [label['probabilities'][name] for label in of if name in label['probabilities']]
+            count = Counter(max(p, key=p.get) for p in known)
+            top = ','.join(f'{value}:{n / len(known):.2f}' for value, n in count.most_common(8))
             shares.append(top.replace(' ', '_'))
         print(data_line('calibrate', {'field': name, 'texts': len(labels), 'before': shares[0], 'after': shares[1]}))

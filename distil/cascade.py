@@ -10,7 +10,8 @@ import torch
 
 from config import stop
 from distil.calibrate import calibrate_label
-from distil.engine import Drafts, Teacher, answer_batched
+from distil.drafts import Drafts
+from distil.engine import Teacher, answer_batched
 from distil.shares import record_from_label
 from distil.server import URL, Server, Stopped, check_httpx
 from distil.teacher import fingerprint, load_model

@@ -1,4 +1,4 @@
-"""Greedy decoding of a student: one forward pass per decision, for many texts at once.
+"""Greedy decoding of a student: at most one forward pass per decision, for many texts at once.
 
     for outs, decisions in decode(student, space, texts): ...   # texts: lists of ids; answers in their order
 
@@ -13,8 +13,8 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
+from distil.drafts import Drafts, Forced, accepted_prefix
 from distil.reader import student_ids, text_room
-from distil.space import accepted_prefix
 
 
 def pad_rows(rows, device):
@@ -85,38 +85,54 @@ class Row:
     """a text whose answer is not complete yet."""
     number: int      # of the text
     text: list       # ids that are read next, [] once they have been
-    feed: list       # output indices that are read next, V for the start token; it ends with those of the draft
-    draft: list      # output indices that the schema forces there
-    state: int       # after the draft: a decision, or done
+    feed: list       # output indices that are read next, V for the start token; it ends with the draft
+    draft: list      # output indices that are likely to come next, or that the schema forces
+    states: list     # the state before each of them, and the one after the last: there the student chooses
     n_read: int = 0  # tokens read before
     outs: list = field(default_factory=list)
     decisions: list = field(default_factory=list)
 
-    def accept(self, space, picks, logits, constrain):
+    def accept(self, space, drafts, picks, logits, constrain):
         """extends the answer by what the student chose. Returns True if the answer is complete. picks: output
-        indices chosen at the output positions; logits (V,) at the last of them, -inf where illegal."""
-        accepted = accepted_prefix(self.draft, self.draft + picks if constrain else picks)
+        indices chosen after each of the draft's tokens, and at last the next one; logits (n, V) there, -inf where
+        illegal; both of the last place alone if the draft has forced tokens only, and constrain."""
+        n_forced = len(self.states) - len(picks)
+        accepted = accepted_prefix(self.draft, self.draft[:n_forced] + picks)
+        for n, out in enumerate(accepted[n_forced:]):
+            state = self.states[n_forced + n]
+            if len(space.transitions[state]) > 1 and out in space.transitions[state]:
+                self.decisions.append((space.leaf_at[state], logits[n], out))
         self.outs += accepted
-        if len(accepted) <= len(self.draft):  # no decision: the draft ended the answer, or was rejected
+        state = space.transitions[self.states[len(accepted) - 1]].get(accepted[-1], -1)
+        run, end = space.forced_runs[state] if state >= 0 else ([], state)
+        if state < 0 or end == space.done and (constrain or not run):  # it breaks the schema, or no decision is left
+            self.outs += run
             return True
-        state = space.transitions[self.state].get(accepted[-1], -1)
-        if state < 0:                       # a free-running answer that breaks the schema
-            return True
-        self.decisions.append((space.leaf_at[self.state], logits, accepted[-1]))
-        self.draft, self.state = space.forced_runs[state]
-        if self.state == space.done and (constrain or not self.draft):  # no decision is left
-            self.outs += self.draft
-            return True
-        self.n_read += len(self.text) + len(self.feed)
-        self.text, self.feed = [], [accepted[-1], *self.draft]
-        if self.state == space.done:
-            self.feed.pop()                 # the end token need not be read
+        self.n_read += len(self.text) + len(accepted)
+        self.text, self.feed = [], [accepted[-1]]
+        self.draft_more(drafts, state)
         return False
+
+    def draft_more(self, drafts, state):
+        tokens, self.states = drafts.propose(self.outs, (), state)
+        self.draft = tokens[:-1]                                # the last one need not be guessed
+        self.feed += self.draft
+
+
+FEW = 5  # so many decisions and less in an answer are not worth a draft
+
+
+def start_drafts(space):
+    """the Drafts of an OutputSpace, which learn from all its answers."""
+    if not hasattr(space, 'drafts'):
+        space.drafts = Drafts(space) if space.n_decisions > FEW else Forced(space)
+    return space.drafts
 
 
 @torch.no_grad()
-def decode(student, space, texts, batch_size=64, constrain=True):
-    """answers a stream of texts with one forward pass per decision; forced tokens cost no pass.
+def decode(student, space, texts, batch_size=64, constrain=True, drafts=None, count=None):
+    """answers a stream of texts with at most one forward pass per decision; forced tokens cost no pass, and neither do
+    decisions that are drafted right (drafts.py).
 
     texts: iterable of lists of ids. None in it means that no text is available yet: one more pass is made for
     the incomplete answers, then the iterable is read again. Yields in the order of the texts (output indices
@@ -128,9 +144,10 @@ def decode(student, space, texts, batch_size=64, constrain=True):
     outside the schema, if there is one. (Draft and verify: speculative decoding,
     https://arxiv.org/abs/2211.17192, with the schema as the draft.)
 
-    A pass reads the new tokens of all rows. When an answer is complete, the next text takes its slot.
+    A pass reads the new tokens of all rows. When an answer is complete, the next text takes its slot. drafts: None for
+    those of the space; count: a Counter of the passes, rows times passes and decisions.
     """
-    device, V, (prefix, first) = student.lm_head.weight.device, student.config.output_vocab, space.forced_runs[0]
+    device, V, drafts = student.lm_head.weight.device, student.config.output_vocab, drafts or start_drafts(space)
     legal, texts, cache = space.next_state.to(device) >= 0, iter(texts), Cache(student)
     rows, done = {}, {}  # rows by slot; done: answers by number, which wait for an earlier one
     n_in, n_out, more = 0, 0, True
@@ -147,7 +164,8 @@ def decode(student, space, texts, batch_size=64, constrain=True):
             room = text_room(student, space)
             assert len(ids) <= room, f'the text has {len(ids)} tokens; with an answer at most {room} fit'
             free_slot = next(slot for slot in range(batch_size) if slot not in rows)
-            rows[free_slot] = Row(n_in, ids, [V, *prefix], prefix, first)
+            rows[free_slot] = Row(n_in, ids, [V], [], [])
+            rows[free_slot].draft_more(drafts, 0)
             n_in += 1
         if not rows:
             continue
@@ -156,15 +174,23 @@ def decode(student, space, texts, batch_size=64, constrain=True):
         cache.begin_pass([slot for slot, _ in live], [row.n_read for _, row in live])
         text = pad_rows([row.text for _, row in live if row.text], device)
         answer = pad_rows([row.feed for _, row in live], device)
-        logits = student(text, answer, cache, only_last=constrain).float()  # (R, V); (M, V) if it runs freely
-        # a row has a logit at its last token, or at all that it feeds
-        ends = list(accumulate(1 if constrain else len(row.feed) for _, row in live))
-        masked = logits[[end - 1 for end in ends]].masked_fill(~legal[[row.state for _, row in live]], -math.inf)
-        picks = (masked if constrain else logits).argmax(-1).tolist()
-        for (slot, row), begin, end, row_logits in zip(live, [0, *ends], ends, masked.cpu()):
-            if row.accept(space, picks[begin:end], row_logits, constrain):
+        # a row has a logit at its last token; or at all that it feeds, if it runs freely or a decision was guessed
+        only_last = constrain and all(len(space.transitions[state]) == 1 for _, row in live for state in row.states[:-1])
+        logits = student(text, answer, cache, only_last=only_last).float()  # (M, V)
+        states = [state for _, row in live for state in (row.states[-1:] if only_last else row.states)]
+        masked = logits.masked_fill(~legal[states], -math.inf)
+        picks, masked = (masked if constrain else logits).argmax(-1).tolist(), masked.cpu()
+        ends = list(accumulate(1 if only_last else len(row.feed) for _, row in live))
+        for (slot, row), begin, end in zip(live, [0, *ends], ends):
+            if row.accept(space, drafts, picks[begin:end], masked[begin:end], constrain):
                 done[row.number] = row.outs, row.decisions
                 del rows[slot]
+                if constrain or space.state_after(row.outs) == space.done:
+                    drafts.add(row.outs)
+                if count is not None:
+                    count['decisions'] += len(row.decisions)
+        if count is not None:
+            count.update(passes=1, row_passes=len(live))
         while n_out in done:
             yield done.pop(n_out)
             n_out += 1
@@ -192,33 +218,40 @@ def confidence_of(paths, decisions, temperature=None):
 
 @torch.no_grad()
 def value_probabilities(student, space, ids, outs, decisions, temperature=None):
-    """{field: [probability of each of its values, in their order]} for one answer, of the student constrained
-    to the schema, given its own answers in the fields before. The chosen value's is that of confidence_of.
+    """{path of a choice: [probability of each of its values, in their order]} for one answer, of the student
+    constrained to the schema, given its own answers before; of the choices that the answer comes to. The chosen value's
+    is that of confidence_of, where a field is one choice.
 
-    ids: of the text; outs, decisions: as decode yields them for it with constrain. A value's probability is
-    the product, along its tokens, of the softmax over the legal tokens, so a field's probabilities sum to 1.
-    If values share their first tokens, some of their decisions are not on the path of the answer: one more
-    pass computes the logits of these.
+    ids: of the text; outs, decisions: as decode yields them for it with constrain. The probability of an option of a
+    fork (space.py) is the product, along its tokens, of the softmax over the possible tokens; that of a value is the
+    sum over the options that make this choice, among those that agree with the answer in the choices before. Some
+    options have decisions that are not on the path of the answer: one more pass computes the logits of these.
     """
-    ways, states = space.ways, space.states_before(outs)
+    states, answer = space.states_before(outs), space.to_json(outs)
     chosen = [n for n, state in enumerate(states) if len(space.transitions[state]) > 1]
     known = {states[n]: logits for n, (_, logits, _) in zip(chosen, decisions)}  # (V,) by state
-    first = {}                                                  # {field: position of its first decision}
-    for n in chosen:
-        first.setdefault(space.leaf_at[states[n]], n)
-    missing = {state: [*outs[:first[name]], *before] for name, of_values in ways.items()
-               for way in of_values for state, _, before in way if state not in known}
+    walked, start, missing = space.walk(answer), len(space.start), {}
+    for k, entry, n in walked:
+        missing |= {state: [*outs[:start], *before] for steps in space.steps(k, entry)
+                    for state, _, _, before in steps if state not in known}
+        start += len(space.forks[k][n].tokens)
     if missing:
         device, V = student.lm_head.weight.device, student.config.output_vocab
         text = pad_rows(student_ids(student, space, [ids]) * len(missing), device)
-        answer = pad_rows([[V, *before] for before in missing.values()], device)
-        logits = student(text, answer, only_last=True).float().cpu()  # (rows, V)
-        legal = space.next_state[list(missing)] >= 0
-        known |= dict(zip(missing, logits.masked_fill(~legal, -math.inf)))
-    result = {name: [1.0] for name in space.schema.paths}       # a constant is certain
-    for name, of_values in ways.items():
-        t = (temperature or {}).get(name, 1.0)
-        log_p = {state: (known[state] / t).log_softmax(-1).tolist()
-                 for state in {state for way in of_values for state, _, _ in way}}
-        result[name] = [math.exp(sum(log_p[state][out] for state, out, _ in way)) for way in of_values]
-    return result
+        fed = pad_rows([[V, *before] for before in missing.values()], device)
+        known |= dict(zip(missing, student(text, fed, only_last=True).float().cpu()))  # (V,) each
+    result = {choice.path: [1.0] for choice in space.schema.choices if len(choice) == 1}  # a constant is certain
+    for k, entry, n in walked:
+        p, ways = [], space.forks[k]
+        for steps in space.steps(k, entry):
+            rows = [(known[state] / (temperature or {}).get(space.leaf_at[state], 1.0), list(taken), list(possible))
+                    for state, taken, possible, _ in steps]
+            p.append(math.exp(sum((row[taken].logsumexp(0) - row[possible].logsumexp(0)).item()
+                                  for row, taken, possible in rows)))
+        for i, (path, _) in enumerate(ways[n].made):
+            row = [0.0] * len(space.schema.by_choice[path])
+            for way, q in zip(ways, p):
+                if way.made[:i] == ways[n].made[:i]:
+                    row[way.made[i][1]] += q
+            result[path] = [q / sum(row) for q in row]
+    return {choice.path: result[choice.path] for choice in space.schema.choices if choice.path in result}

@@ -1,6 +1,6 @@
 """The teacher's engine: answers to many texts at a time, with their logits. It does not use the student.
 
-    engine, drafts = Teacher(model, before, space.output_ids), Drafts(space)
+    engine, drafts = Teacher(model, before, space.output_ids), Drafts(space)  # distil/drafts.py
     answers, n_read = answer(engine, space, drafts, texts, after)
 
 Four ideas make this an order of magnitude faster than a call of generate for each prompt:
@@ -15,14 +15,13 @@ teacher's.
 """
 import resource
 import sys
-from collections import Counter, defaultdict
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from transformers import AttentionInterface, DynamicCache
 
-from distil.space import accepted_prefix
+from distil.drafts import accepted_prefix
 
 # -----------------------------------------------------------------------------
 # the network
@@ -197,52 +196,6 @@ class Teacher:
 
 # -----------------------------------------------------------------------------
 # draft and verify
-
-PASS_COST = 2  # overhead of a forward pass, in tokens per text
-
-
-class Drafts:
-    """Drafts the rest of an answer: at each decision the most frequent choice of earlier answers that agree
-    up to there or, if there are none, of all earlier answers at this state."""
-
-    def __init__(self, space):
-        self.space = space
-        self.by_prefix, self.by_state = defaultdict(Counter), defaultdict(Counter)
-
-    def add(self, outs):
-        """updates the counts with an answer, a list of output indices."""
-        state = 0
-        for i, out in enumerate(outs):
-            if len(self.space.transitions[state]) > 1:
-                self.by_prefix[tuple(outs[:i])][out] += 1
-                self.by_state[state][out] += 1
-            state = self.space.transitions[state][out]
-
-    def propose(self, outs, known=()):
-        """the draft after outs, as output indices, and the state before each of them. A draft stops at the
-        end of the answer, or after a choice too uncertain for the tokens behind it to be worth their cost.
-        known: {state: logits (V,)} at decisions that are given, see answer()."""
-        outs, states, state, n, confidence = list(outs), [], self.space.state_after(outs), len(outs), 1.0
-        while state != self.space.done:
-            legal = self.space.transitions[state]
-            out = next(iter(legal))
-            if state in known:
-                out = int(known[state].argmax())
-            elif len(legal) > 1:
-                counts = self.by_prefix.get(tuple(outs)) or self.by_state.get(state) or Counter({out: 0})
-                (out, count), = counts.most_common(1)
-                confidence *= count / (counts.total() + 1)
-            outs.append(out)
-            states.append(state)
-            state = legal[out]
-            if len(legal) > 1:
-                n_more = len(self.space.forced_runs[state][0]) + 1  # tokens to the next choice, included
-                # if rejected they waste n_more tokens, if accepted they save a pass, so
-                # drafting them pays off if confidence * PASS_COST >= (1 - confidence) * n_more
-                if confidence < n_more / (n_more + PASS_COST):
-                    break
-        return outs[n:], states
-
 
 @torch.inference_mode()
 def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False, scored=None, missing=None,

@@ -17,6 +17,7 @@ from config.machine import WORLD, can_compile, whole_file
 from data import FORMAT, Writer, read_meta, write_json
 from distil.calibrate import find_priors
 from distil.engine import peak_memory_gb
+from distil.json_schema import is_json_schema, unwrap
 from distil.prompts import prompt_text
 from distil.schema import Schema
 from distil.server import URL
@@ -31,6 +32,8 @@ def check_settings(config):
     """exits with a message if settings of extract.py do not fit together."""
     if not config['name'] or not config['dataset']:
         stop('no task; run: python extract.py config/demo.py')
+    if config['schema']:
+        config['fields'] = read_schema_file(config['schema'])
     if not all(isinstance(string, str) for string in config['extra_vocab']):
         stop(f'extra_vocab is {config["extra_vocab"]!r}; it must be a list of texts')
     if config['score'] and config['labels']:
@@ -41,17 +44,28 @@ def check_settings(config):
         stop('labels are not a teacher\'s logits: there is nothing to verify')
 
 
+def read_schema_file(path):
+    """the JSON Schema in a file. Exits with a message if there is none."""
+    try:
+        found = unwrap(json.loads(Path(path).read_text(encoding='utf-8')))
+    except OSError as error:
+        stop(f'{path} cannot be read: {error.strerror}')
+    except (ValueError, RecursionError) as error:
+        stop(f'{path} is not JSON: {error}')
+    return found if is_json_schema(found) else stop(f'{path} is no JSON Schema of an object with properties')
+
+
 def check_label_fields(config):
     """exits with a message if label_fields does not fit the other settings."""
     names = config['label_fields']
     if not config['labels']:
         stop('label_fields names the fields that labels give; set labels, too')
     try:
-        schema = Schema(config['fields'])
+        schema = Schema(config['fields'], config['left_out'])
         schema.only(names)
     except ValueError as error:
         stop(f'label_fields: {error}')
-    if all(leaf.path in names for leaf in schema.decided):
+    if all(name in names for name in schema.tree.properties):
         stop('label_fields leaves no field to ask the teacher about; leave it out')
     if not config['constrain'] or config['teacher'].startswith(URL):
         stop('label_fields needs a teacher that runs here, and constrain = True: the labels become part of its answer')
@@ -81,7 +95,8 @@ def describe_task(config, server):
     # score is True if answers are given, 'labels' if their probabilities are, see data.answers_from
     task = {key: config[key] for key in keys} | {'score': bool(config['score']), 'calibrate': calibration,
                                                 'label_fields': config['label_fields'] or None,
-                                                'keep_end': config['keep_end'] or None}
+                                                'keep_end': config['keep_end'] or None,
+                                                'left_out': config['left_out'] or None}
     if config['labels'] and not config['label_fields']:         # serve.py finds a text by the prompt
         task |= {'prompt': config['prompt'] or '{text}', 'chat': False, 'score': 'labels'}
     if server:                                                  # the tokenizer is that of another model
@@ -99,11 +114,12 @@ def check_calibration(config):
         stop('calibrate needs constrain = True: a free answer is not chosen among the values')
     only, prior = config['calibrate_fields'], config['prior']
     try:
-        schema = Schema(config['fields'])
+        schema = Schema(config['fields'], config['left_out'])
     except ValueError as error:
         stop(f'fields: {error}')
     if config['label_fields']:
-        only = only or [path for path in schema.paths if path not in config['label_fields']]
+        only = only or [path for path, leaf in schema.by_path.items() if leaf.keys[0] not in config['label_fields']
+                        and not (leaf.is_list and leaf.choices[0].path != path)]
         if labelled := [name for name in [*only, *prior] if name in config['label_fields']]:
             stop(f'{labelled[0]} has labels, which are not calibrated; take it out of calibrate_fields and prior')
     try:

@@ -144,8 +144,8 @@ class Labeler:
             return p_chosen, {name: round(p, 4) for name, p in p_chosen.items()}
         # one more forward pass for the other values, from the token at which they differ from the answer
         p_values = value_probabilities(self.student, self.space, ids, outs, decisions, self.temperature)
-        return p_chosen, {path: self.space.schema.leaf(path).write_weights([round(p, 4) for p in row])
-                          for path, row in p_values.items()}
+        rounded = {path: [round(p, 4) for p in row] for path, row in p_values.items()}
+        return p_chosen, self.space.schema.write_label(rounded)['probabilities']
 
     def finish(self, results):
         """[(record, n_cut)] of results, (ids, error, n_cut, outs, decisions) each. Records below

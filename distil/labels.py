@@ -34,8 +34,8 @@ from data.objects import find_object
 from data.templates import check_template
 from distil.answers import label_from_answer
 from distil.prompts import prompt_text
-from distil.schema import Schema
-from distil.shares import label_shares, logits_of
+from distil.schema import Schema, json_text
+from distil.shares import best_answer, logits_of
 from distil.space import clean
 
 def read_text(line):
@@ -84,10 +84,10 @@ class Labels:
                 self.add_label(hash_, probabilities)
 
     def add_label(self, hash_, probabilities):
-        """adds a label, {field: probabilities}, to those of a text. Returns '' if it is the first one, 'duplicate' if
-        its best answer is that of the first one, else 'conflicting'."""
+        """adds a label, {path of a choice: probabilities}, to those of a text. Returns '' if it is the first one,
+        'duplicate' if its best answer is that of the first one, else 'conflicting'."""
         p = np.concatenate([*probabilities.values()], dtype=np.float32)
-        best = [int(np.argmax(of_field)) for of_field in probabilities.values()]
+        best = json_text(best_answer(self.schema, probabilities))
         mean, n, first = self.known.get(hash_, (p, 0, best))
         self.known[hash_] = mean + (p - mean) / (n + 1), n + 1, first
         return '' if not n else 'duplicate' if best == first else 'conflicting'
@@ -102,12 +102,12 @@ class Labels:
 
     def label_of(self, hash_):
         """the label of a text, the mean of all that it has."""
-        ends = np.cumsum([len(leaf) for leaf in self.schema.leaves])
-        parts = np.split(self.known[hash_][0], ends[:-1])
-        return self.schema.write_label({leaf.path: part for leaf, part in zip(self.schema.leaves, parts)})
+        choices = self.schema.choices
+        parts = np.split(self.known[hash_][0], np.cumsum([len(choice) for choice in choices])[:-1])
+        return self.schema.write_label({choice.path: part for choice, part in zip(choices, parts)})
 
     def read_labels(self, line):
-        """[{field: probabilities}] of a line: one, or one for each of the answers to a request with n > 1.
+        """[{path of a choice: probabilities}] of a line: one, or one for each of the answers to a request with n > 1.
         ValueError(reason, what is wrong) if it has none."""
         try:
             answers = None if line.reply is None else read_replies(line.reply)
@@ -127,7 +127,7 @@ class Labels:
         return found
 
     def read_answer(self, content, tokens):
-        """{field: probabilities} of an answer of an LLM. ValueError if it breaks the schema."""
+        """{path of a choice: probabilities} of an answer of an LLM. ValueError if it breaks the schema."""
         label, (answer, _) = label_from_answer(self.schema, content, tokens)[0], find_object(content)
         if answer is None:
             raise ValueError(f'its answer has no JSON object: {content[:80]!r}')
@@ -138,8 +138,10 @@ class Labels:
         n_changed = 0
         for i, hash_ in enumerate(map(int, shards.hashes)):
             if hash_ in self.known:
-                _, shares = label_shares(space, self.label_of(hash_), self.schema)
-                rows = zip(space.states_before(shards.answer(i).tolist()), shards.logits(i))
+                outs = shards.answer(i).tolist()
+                entries = [(k, state) for k, state, _ in space.walk(space.to_json(outs))]
+                shares = space.token_shares(self.schema.read_label(self.label_of(hash_)), entries)
+                rows = zip(space.states_before(outs), shards.logits(i))
                 rows = [(stored, logits_of(shares[state], len(stored))) for state, stored in rows if state in shares]
                 n_changed += not all(np.allclose(stored, row - row.max(), atol=0.05) for stored, row in rows)
         return n_changed
@@ -159,7 +161,7 @@ def open_labels(config):
     except ValueError as error:
         stop(f'the template {error}')
     try:
-        schema = Schema(config['fields']).check().only(config['label_fields'])
+        schema = Schema(config['fields'], config['left_out']).check().only(config['label_fields'])
         labels = Labels(paths, schema, config['template'], prompt_text(config['prompt']))
     except ValueError as error:
         stop(f'fields: {error}')

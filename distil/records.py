@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from config import next_command, stop
 from data import Shards, answers_from
 from distil.agreement import field_texts, read_truth
-from distil.schema import json_text
+from distil.schema import MISSING, json_text, members, true_value
 from distil.split import count_near, hold_out_file, split_of
 
 SEEN = 100  # so often a value should be seen in training, on average
@@ -63,8 +63,8 @@ def find_right(shards, rows, path):
     right = []
     for n, known in truth.items():
         answer = space.to_json(shards.answer(rows[n]).tolist())
-        leaves = [leaf for leaf in space.schema.leaves if leaf.path in known]
-        if leaves and all(json_text(leaf.get(answer)) == json_text(leaf.meant_by(known[leaf.path])) for leaf in leaves):
+        told = [(leaf, value) for leaf in space.schema.leaves if (value := true_value(leaf, known)) is not MISSING]
+        if told and all(json_text(leaf.get(answer)) == json_text(value) for leaf, value in told):
             right.append(n)
     return rows[sorted(right)]
 
@@ -136,11 +136,12 @@ def note_rare_values(shards, space, train_rows, val_rows, max_epochs):
     mean little: fewer than SEEN examples of a value in all epochs, values without a held-out record."""
     held_out = field_texts(space, [shards.answer(i).tolist() for i in val_rows])
     for leaf in space.schema.leaves:
-        seen = len(train_rows) * max_epochs / len(leaf)
-        if len(leaf) > 1 and seen < SEEN:
+        seen = len(train_rows) * max_epochs / max(1, len(leaf))
+        if len(leaf) > 1 and seen < SEEN and not leaf.is_list:
             epochs = math.ceil(2 * SEEN * len(leaf) / len(train_rows))
             print(f'note: each of the {len(leaf)} values of {leaf.path} is seen about {seen:.0f} times in {max_epochs} '
                   f'epochs, which is few: --max_epochs={epochs}, or label more')
-        if n := len({*leaf.texts} - {*held_out[leaf.path]}):
+        found = {text for value in held_out[leaf.path] for text in (members(value) if leaf.is_list else [value])}
+        if n := len({*leaf.texts} - found):
             print(f'note: {n} of {len(leaf)} values of {leaf.path} have no held-out record; the figures say nothing '
                   'of them')

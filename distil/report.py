@@ -2,9 +2,9 @@
 Without matplotlib nothing is drawn.
 """
 import importlib.util
-import json
 import logging
 import warnings
+from collections import Counter
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from config.machine import whole_file
 from distil.agreement import evaluate, field_texts, reliability_bins, same_values
 from distil.checkpoint import load_checkpoint
 from distil.decode import confidence_of
+from distil.kinds import said
+from distil.schema import members
 
 
 SCRIPTS = 'CJK', 'Gothic', 'YaHei', 'Hiragino', 'PingFang', 'Devanagari'  # in names of fonts of other scripts
@@ -69,6 +71,17 @@ def draw_log(axes, log):
     axes[2].set(title='agreement', xlabel='step')
 
 
+def draw_members(ax, leaf, student_lists, teacher_lists):
+    """draws how often each member is in a list, at most twelve, by the teacher and by the student."""
+    counts = [Counter(text for value in lists for text in members(value)) for lists in (teacher_lists, student_lists)]
+    names = [text for text, _ in counts[0].most_common(12)][::-1]
+    for count, label, shift in zip(counts, ('teacher', 'student'), (0.2, -0.2)):
+        ax.barh(np.arange(len(names)) + shift, [count[name] / max(1, len(teacher_lists)) for name in names], 0.4, label=label)
+    ax.set_yticks(range(len(names)), [name[:30] for name in names], fontsize=7)
+    ax.set(title=leaf.path, xlabel='members per text')
+    ax.legend(fontsize=7)
+
+
 def draw_confusion(ax, leaf, student_values, teacher_values):
     """draws the confusion matrix of a leaf: teacher's values (rows), student's (columns), at most twelve. Both: JSON
     texts of its value in each answer."""
@@ -82,7 +95,7 @@ def draw_confusion(ax, leaf, student_values, teacher_values):
     for i, j in np.ndindex(table.shape):
         ax.text(j, i, int(table[i, j]), ha='center', va='center', fontsize=8, color='white' if share[i, j] > 0.5 else 'black')
     ax.set(title=leaf.path, xlabel='student', ylabel='teacher')
-    shown = [json.dumps(value, ensure_ascii=False) for value in leaf.values][:12]
+    shown = list(map(said, leaf.values[:12]))
     ax.set_xticks(range(len(shown)), shown, rotation=45, fontsize=7)
     ax.set_yticks(range(len(shown)), shown, fontsize=7)
 
@@ -124,7 +137,8 @@ def draw_report(out, shards, rows, dtype='float32', which='best'):
         if ax.get_legend_handles_labels()[0]:                   # a run of a few steps has no line yet
             ax.legend(fontsize=7, ncols=3, loc='upper center', bbox_to_anchor=(0.5, -0.2), frameon=False)  # below
     for k, leaf in enumerate(space.schema.leaves):
-        draw_confusion(axes[2, k], leaf, student_values[leaf.path], teacher_values[leaf.path])
+        draw = draw_members if leaf.is_list else draw_confusion
+        draw(axes[2, k], leaf, student_values[leaf.path], teacher_values[leaf.path])
     for ax in axes.flat:
         if not ax.has_data():
             ax.axis('off')

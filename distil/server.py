@@ -332,5 +332,6 @@ def open_server(config):
     names = ('in_flight', 'samples', 'sample_temperature', 'patience', 'price_in', 'price_out', 'max_cost')
     if config['max_cost'] and not (config['price_in'] or config['price_out']):
         stop('max_cost needs price_in and price_out, per million tokens')
-    return Server(config['teacher'].split(','), config['teacher_model'], Schema(config['fields']), config['prompt'],
+    schema = Schema(config['fields'], config['left_out'])
+    return Server(config['teacher'].split(','), config['teacher_model'], schema, config['prompt'],
                   **{name: config[name] for name in names})

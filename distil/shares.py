@@ -15,15 +15,6 @@ ILLEGAL_LOGIT = -30.0   # logit of a token that the schema forbids: a probabilit
 MIN_PROBABILITY = 1e-6  # smallest probability of a legal token
 
 
-def label_shares(space, label, schema=None):
-    """({path: probabilities of its values}, {state: {output index: probability}} at the decisions of these leaves)
-    of a label, a dict. schema: of the leaves that it has; None: all. ValueError as for Schema.read_label."""
-    probabilities, shares = (schema or space.schema).read_label(label), {}
-    for path in probabilities:
-        shares |= space.token_shares(path, probabilities[path])
-    return probabilities, shares
-
-
 def logits_of(shares, V):
     """{output index: probability} -> logits (V,) float32."""
     row = np.full(V, ILLEGAL_LOGIT, np.float32)
@@ -38,17 +29,24 @@ def find_known(space, labels, meta):
     if not meta.get('label_fields'):
         return None
     schema, V = space.schema.only(meta['label_fields']), len(space.output_ids)
-    shares = (label_shares(space, label, schema)[1] for label in labels)
+    shares = (space.token_shares(schema.read_label(label)) for label in labels)
     return [{state: torch.from_numpy(logits_of(row, V)) for state, row in of_label.items()} for of_label in shares]
+
+
+def best_answer(schema, probabilities):
+    """the answer of the most probable values. probabilities: {path of a choice: list}."""
+    return schema.fill(lambda choice: int(np.argmax(probabilities[choice.path])))
 
 
 def record_from_label(space, label):
     """a label as dict -> output indices (n,) of its most probable answer, and logits (n, V) float32. None if a
     field is missing or has a value that the schema does not have."""
     try:
-        probabilities, shares = label_shares(space, label)
+        probabilities = space.schema.read_label(label)
     except ValueError:
         return None
-    outs = space.from_json(space.schema.build([int(np.argmax(p)) for p in probabilities.values()]))
+    answer = best_answer(space.schema, probabilities)
+    outs, entries = space.from_json(answer), [(k, state) for k, state, _ in space.walk(answer)]
+    shares = space.token_shares(probabilities, entries)
     rows = [shares.get(state, {out: 1.0}) for state, out in zip(space.states_before(outs), outs)]
     return outs, np.stack([logits_of(row, len(space.output_ids)) for row in rows])

@@ -18,11 +18,12 @@ import math
 import random
 import re
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
 from distil.automaton import Automaton
+from distil.kinds import Mark, Option, Place
 from distil.schema import Schema
 
 # -----------------------------------------------------------------------------
@@ -53,22 +54,8 @@ def special_ids(tokenizer):
     return {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
 
-def accepted_prefix(draft, chosen):
-    """the accepted prefix of a draft that a model has read in one pass: the draft's tokens up to the first
-    that the model would not have chosen, then the model's own choice. Greedy decoding with it gives the same
-    answer in fewer passes.
-
-    draft (n,) and chosen (n or n + 1,): lists of output indices; chosen[i] is the model's choice at the
-    position of draft[i]. (Greedy speculative decoding, https://arxiv.org/abs/2211.17192.)
-    """
-    n = 0
-    while n < len(draft) and chosen[n] == draft[n]:
-        n += 1
-    return chosen[:n + 1]
-
-
 # -----------------------------------------------------------------------------
-# from the pieces of the written form to tokens
+# from the written form to tokens
 
 
 def common_prefix(seqs):
@@ -79,46 +66,157 @@ def common_prefix(seqs):
     return n
 
 
-def split_tokens(pieces, encode):
-    """the parts of an Automaton, in ids: [(path or None, [tuples of ids])], of the pieces of a written form (Schema.pieces).
-    encode: text -> tokenizers.Encoding. ValueError if the tokens of two values merge.
+def form_of(text):
+    """the last two characters of a text, all letters and digits being one."""
+    return re.sub(r'\w', 'a', text[-2:])
 
-    A token may reach from a value into the text beside it, so a value is encoded within a whole answer, in which all
-    other slots have their first value. In each fixed text between two slots there must be a place where a token begins
-    whatever the values are: the answer is cut there. What all values of a slot have in common at the ends of their cuts
-    is fixed, too.
+
+class Way(NamedTuple):
+    """an option of a fork, in tokens. made: see kinds.Option; tokens: ids, then output indices; following: number of
+    the next fork, or None; text: what the tokens spell, without that of the end token."""
+    made: tuple
+    tokens: tuple
+    following: int
+    text: str
+
+
+class Cutter:
+    """Cuts the written form of the answers (schema.Schema.place) into tokens, at its forks.
+
+    A token may reach over a fork, from the text before it into that after it. So texts are encoded within whole
+    answers, and the answers are cut where a token begins whatever is chosen: at the fork or a little before it. The
+    texts that lead to a fork may end in different ways, such as "a" and 1; each way is a fork of its own.
+
+    start, start_text: the ids before the first fork, and their text; forks: [list of Way]. encode: text -> tokenizers.Encoding. ValueError if the
+    tokens of two values merge.
     """
-    first = [piece if isinstance(piece, str) else piece.texts[0] for piece in pieces]
-    at = list(accumulate(map(len, first), initial=0))           # where each piece begins
-    encoded = {}                                                # {slot: [(ids, where each begins, how much longer)]}
-    for k, piece in enumerate(pieces):
-        for text in () if isinstance(piece, str) else piece.texts:
-            encoding = encode(''.join([*first[:k], text, *first[k + 1:]]))
-            begins = [begin for begin, _ in encoding.offsets]
-            encoded.setdefault(k, []).append((encoding.ids, begins, len(text) - len(first[k])))
 
-    def find_cut(gap):
-        """the place of a cut in a fixed text, counted in the answer of first values."""
-        if gap == 0 or gap == len(pieces) - 1:
-            return 0 if gap == 0 else math.inf
-        places = set(range(at[gap], at[gap + 1]))
-        for k in gap - 1, gap + 1:
-            for _, begins, longer in encoded[k]:
-                places &= {begin - longer * (k < gap) for begin in begins}
-        if not places:
-            raise ValueError(f'the tokens of field {pieces[gap + 1].path!r} merge with those of the field before; '
-                             'use indent = 2')
-        return min(places)
-    parts = []
-    for k in encoded:
-        left, right = find_cut(k - 1), find_cut(k + 1)
-        seqs = [tuple(i for i, begin in zip(ids, begins) if left <= begin < right + longer)
-                for ids, begins, longer in encoded[k]]
-        start = common_prefix(seqs)
-        end = common_prefix([seq[start:][::-1] for seq in seqs])  # counted from the end
-        values = [seq[start:len(seq) - end] for seq in seqs]
-        parts += [(None, [seqs[0][:start]]), (pieces[k].path, values), (None, [seqs[0][len(seqs[0]) - end:]])]
-    return parts
+    def __init__(self, place, encode):
+        self.encode, self.endings, self.number = lru_cache(maxsize=100_000)(encode), {}, {}
+        first = place.fork
+        if first is None:
+            raise ValueError('nothing to decide: the schema allows one answer alone')
+        while True:
+            self.edges = {}                                     # {fork: [(text before an option, the option)]}
+            todo = [('', Option((), place.text, first))]
+            while todo:
+                before, option = todo.pop(0)
+                if option.fork is not None:
+                    if option.fork not in self.edges:
+                        todo += [(before + option.text, following) for following in option.fork.options]
+                    self.edges.setdefault(option.fork, []).append((before, option))
+            self.cuts = {fork: self.find_cuts(fork) for fork in self.edges}  # {fork: {text: how far before it}}
+            if all(self.cuts.values()):
+                break
+            self.endings.clear()
+        tail, begin = self.tail_of(first, place.text)
+        self.start_text = place.text[:begin]
+        self.start, self.forks = self.ids_between('', place.text + self.ending(first), 0, len(place.text) - len(tail)), []
+        todo = [(first, tail, place.text[:begin])]
+        self.number[first, tail] = 0
+        while todo:
+            fork, tail, before = todo.pop(0)
+            ways = []
+            for option in fork.options:
+                text, end, key = tail + option.text, None, None
+                if option.fork is not None:
+                    key = option.fork, self.tail_of(option.fork, option.text)[0]
+                    end = len(before) + len(text) - len(key[1])
+                    if key not in self.number:
+                        self.number[key] = len(self.number)
+                        todo.append((*key, (before + text)[:end]))
+                ids = self.ids_between(before, text + self.ending(option.fork), len(before), end)
+                ways.append(Way(option.made, ids, self.number.get(key), text[:None if end is None else end - len(before)]))
+            self.forks.append(ways)
+        for (fork, _), ways in zip(self.number, self.forks):
+            for n, way in enumerate(ways):                      # what follows it must tell it from a longer one
+                after = set() if way.following is None else {w.tokens[:1] for w in self.forks[way.following]}
+                longer = {w.tokens[len(way.tokens):][:1] for k, w in enumerate(ways)
+                          if k != n and w.tokens[:len(way.tokens)] == way.tokens}
+                if () in longer or longer & after:
+                    self.refuse(fork)
+
+    def refuse(self, fork):
+        raise ValueError(f'the tokens of field {fork.options[0].made[0][0]!r} merge with those of the field before; use '
+                         'indent = 2')
+
+    def ending(self, fork):
+        """the shortest text of an answer from a fork on."""
+        stack = [fork]
+        while stack:
+            at = stack[-1]
+            todo = [] if at is None else [o.fork for o in at.options if o.fork is not None and o.fork not in self.endings]
+            stack += todo
+            if not todo:
+                stack.pop()
+                self.endings[at] = '' if at is None else min((o.text + self.endings.get(o.fork, '') for o in at.options),
+                                                             key=len)
+        return self.endings[fork]
+
+    def begins(self, before, edge, option):
+        """where tokens begin in the option that leads to a fork, counted from its end, if this other one follows."""
+        text, end = edge.text, len(before) + len(edge.text)
+        found = self.encode(before + text + option.text + self.ending(option.fork)).offsets
+        return {begin - end for begin, _ in found if min(end - len(text) + 1, end) <= begin <= end}
+
+    def find_cuts(self, fork):
+        """{text of an option that leads to a fork: where to cut, counted from its end}. {} if there is no such place
+        because an option is but a bracket: then it is written together with the options that follow."""
+        left, cuts = self.edges[fork], {}
+        while left:
+            places = set.intersection(*(self.begins(*left[0], option) for option in fork.options))
+            alike = [edge for edge in left if form_of(edge[1].text) == form_of(left[0][1].text)]
+            shared = places.intersection(*(self.begins(*edge, fork.options[0]) for edge in alike))
+            shared = {cut for cut in shared if len({edge.text[len(edge.text) + cut:] for _, edge in alike}) == 1}
+            if not places:
+                short = [edge for _, edge in alike if not set(edge.text) - set('{}[], \n')]
+                for other in self.edges if short else ():
+                    other.options = [one for option in other.options for one in (
+                        Place('', fork).options(option.made, option.text) if option in short else [option])]
+                if not short or len(fork.options) > 1000:
+                    self.refuse(fork)
+                return {}
+            cut = max(shared or places)
+            tail = left[0][1].text[len(left[0][1].text) + cut:]
+            chosen = alike if shared else [edge for edge in alike if edge[1].text.endswith(tail)
+                                           and cut in self.begins(*edge, fork.options[0])]
+            cuts |= {edge.text: cut for _, edge in chosen}
+            left = [edge for edge in left if edge[1].text not in cuts]
+        return cuts
+
+    def tail_of(self, fork, text):
+        """(the end of an option's text that leads to a fork, from its cut on; where that begins)."""
+        begin = len(text) + self.cuts[fork][text]
+        return text[begin:], begin
+
+    def ids_between(self, before, text, left, right):
+        """the ids of a text that begin between two places; right: None for the end."""
+        encoding = self.encode(before + text)
+        return tuple(i for i, (begin, _) in zip(encoding.ids, encoding.offsets)
+                     if left <= begin < (math.inf if right is None else right))
+
+
+def make_parts(start, forks):
+    """the parts of an Automaton. What all options of a fork begin with is a part of its own, and so is what those end
+    with that lead to the same fork; the labels of the options between are (number of the fork, number of the option)."""
+    parts, first = [[(start, ('fork', 0), None)]], {}           # first: {what a part is: its number}
+    for k, ways in enumerate(forks):
+        shared = common_prefix([way.tokens for way in ways])
+        first['fork', k] = len(parts)
+        if shared:
+            parts.append([(ways[0].tokens[:shared], ('rest', k), None)])
+        first['rest', k] = len(parts)
+        parts.append(middle := [])
+        for following in dict.fromkeys(way.following for way in ways):
+            own = [(n, way.tokens[shared:]) for n, way in enumerate(ways) if way.following == following]
+            end = common_prefix([tokens[::-1] for _, tokens in own]) if len(own) > 1 else 0
+            target = following if following is None else ('fork', following)
+            if end:
+                parts.append([(own[0][1][len(own[0][1]) - end:], target, None)])
+                target = len(parts) - 1
+            middle += [(tokens[:len(tokens) - end], target, (k, n)) for n, tokens in own]
+        middle.sort(key=lambda alternative: alternative[2])
+    return [[(tokens, first.get(target, target), label) for tokens, target, label in part] for part in parts]
 
 
 # -----------------------------------------------------------------------------
@@ -140,21 +238,24 @@ class OutputSpace(Automaton):
     bias         (S, V)       float32, 0 without calibration
     """
 
-    def __init__(self, tokenizer, fields, indent=None, fence=False, end_id=None, auxiliary=(), bias=None):
-        self.tokenizer, self.schema, self.end_id = tokenizer, Schema(fields).check(), end_id
+    def __init__(self, tokenizer, fields, indent=None, fence=False, end_id=None, auxiliary=(), bias=None, left_out=()):
+        self.tokenizer, self.schema, self.end_id = tokenizer, Schema(fields, left_out).check(), end_id
         self.indent, self.fence = indent, fence
         self.check_constants()
-        pieces = self.schema.pieces(indent, fence)
-        pieces[-1] += '' if end_id is not None else '\n'
-        parts = split_tokens(pieces, lambda text: tokenizer.encode(text, add_special_tokens=False))
-        parts += [] if end_id is None else [(None, [(end_id,)])]
-        required = dict.fromkeys(i for _, alternatives in parts for ids in alternatives for i in ids)
+        place = self.schema.place(indent, fence, '' if end_id is not None else '\n')
+        cut, end = Cutter(place, lambda text: tokenizer.encode(text, add_special_tokens=False)), end_id is not None
+        forks = [[way._replace(tokens=(*way.tokens, *[end_id] * (end and way.following is None))) for way in ways]
+                 for ways in cut.forks]
+        parts = make_parts(cut.start, forks)
+        required = dict.fromkeys(i for part in parts for ids, _, _ in part for i in ids)
         self.n_required = len(required)
         self.output_ids = list(required | dict.fromkeys(auxiliary))
         self.output_index = {i: out for out, i in enumerate(self.output_ids)}
-        super().__init__([(path, [tuple(self.output_index[i] for i in ids) for ids in alternatives])
-                          for path, alternatives in parts], len(self.output_ids))
-        self.max_answer = self.longest
+        outs = lambda ids: tuple(self.output_index[i] for i in ids)
+        super().__init__([[(outs(ids), *rest) for ids, *rest in part] for part in parts], len(self.output_ids))
+        self.start, self.start_text = outs(cut.start), cut.start_text
+        self.forks = [[way._replace(tokens=outs(way.tokens)) for way in ways] for ways in forks]
+        self.leaf_at, self.max_answer = list(map(self.find_leaf, self.labels)), self.longest
         self.verify()
         self.set_bias(bias or {})
         self.parse = lru_cache(maxsize=10_000)(self.parse)  # answers repeat; the limit bounds the memory
@@ -162,7 +263,7 @@ class OutputSpace(Automaton):
     @classmethod
     def from_task(cls, tokenizer, task):
         """the OutputSpace that a meta.json or a checkpoint describes. task: a dict."""
-        keys = 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'bias'  # output_ids as auxiliary
+        keys = 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'bias', 'left_out'  # output_ids as auxiliary
         return cls(tokenizer, *(task.get(key) for key in keys))
 
     def check_constants(self):
@@ -170,9 +271,18 @@ class OutputSpace(Automaton):
         special = special_ids(self.tokenizer)
         for leaf in self.schema.leaves:
             for constant in [*leaf.keys, *leaf.values]:
-                text = json.dumps(constant, ensure_ascii=False)
-                if special.intersection(self.tokenizer.encode(text, add_special_tokens=False).ids):
+                text = constant if isinstance(constant, Mark) else json.dumps(constant, ensure_ascii=False)
+                if isinstance(text, str) and special.intersection(self.tokenizer.encode(text, add_special_tokens=False).ids):
                     raise ValueError(f'field {leaf.path!r}: {constant!r} has a special token of the tokenizer in it')
+
+    def find_leaf(self, labels):
+        """the path of the leaf that is decided where these options are possible: that of the first choice in which
+        they differ, else of the last one that is made; None in fixed text. labels: (fork, option) each."""
+        made = [self.forks[k][n].made for k, n in labels if k == labels[0][0]]
+        for choices in zip(*made):
+            if len(set(choices)) > 1:
+                return self.schema.by_choice[choices[0][0]].group
+        return self.schema.by_choice[made[0][-1][0]].group if made else None
 
     def text(self, answer):
         """the canonical text of an answer, a dict."""
@@ -188,13 +298,13 @@ class OutputSpace(Automaton):
         """raises ValueError if the automaton rejects one of n random answers as the tokenizer encodes it."""
         rng = random.Random(0)
         for _ in range(n):
-            answer = self.schema.build([rng.randrange(len(leaf)) for leaf in self.schema.leaves])
+            answer = self.schema.fill(lambda choice: rng.randrange(len(choice)))
             outs = [self.output_index.get(i, -1) for i in self.encode(answer)]
             if -1 in outs or self.state_after(outs) != self.done:
                 raise ValueError(f'the tokenizer encodes {self.text(answer)!r} differently from its parts; '
                                  'try another indent')
 
-    # between the distribution of a leaf and that of the tokens
+    # between the distribution of a choice and that of the tokens
 
     def set_bias(self, bias):
         """makes the table of the bias. bias: {state: {output index: number}}, as meta.json keeps it."""
@@ -203,30 +313,67 @@ class OutputSpace(Automaton):
             for out, value in row.items():
                 self.bias[int(state), int(out)] = value
 
-    @cached_property
-    def ways(self):
-        """{path of a leaf: [way of each of its values]} for the leaves with a choice. The way of a value is the list of
-        its decisions (state, output index, the output indices from the leaf's first decision to it)."""
-        ways = {}
-        for leaf in self.schema.decided:
-            ways[leaf.path] = []
-            for value in leaf.values:
-                outs = self.from_json(self.schema.replace(leaf, value))
-                decisions = [(n, state) for n, state in enumerate(self.states_before(outs))
-                             if self.leaf_at[state] == leaf.path and len(self.transitions[state]) > 1]
-                start = decisions[0][0]
-                ways[leaf.path].append([(state, outs[n], tuple(outs[start:n])) for n, state in decisions])
-        return ways
+    def walk(self, answer):
+        """[(number of a fork, state in which it is reached, option)] of an answer, in order: the option is the number
+        of that which the answer takes."""
+        numbers, k, state, found = self.schema.numbers(answer), 0, self.state_after(self.start), []
+        while k is not None:
+            n = next(n for n, way in enumerate(self.forks[k]) if all(numbers.get(path) == m for path, m in way.made))
+            found.append((k, state, n))
+            state, k = self.state_after(self.forks[k][n].tokens, state), self.forks[k][n].following
+        return found
 
-    def token_shares(self, path, probabilities):
-        """{state: {output index: probability}} at the decisions on the way to each value of a leaf that has a
-        probability above 0. The probability of a token is the sum over the values that it leads to, normalised
-        at each state. probabilities: a list, one per value of the leaf, in order."""
-        rows = {}
-        for way, p in zip(self.ways.get(path, []), probabilities):
-            for state, out, _ in way if p else ():
-                row = rows.setdefault(state, dict.fromkeys(self.transitions[state], 0.0))
-                row[out] += p
+    @cached_property
+    def entries(self):
+        """[(number of a fork, state)] for each state in which a fork can be reached, the earlier ones first."""
+        found, todo = {}, [(0, self.state_after(self.start))]
+        while todo:
+            k, state = entry = todo.pop()
+            if k is not None and entry not in found:
+                found[entry] = True
+                todo += [(way.following, self.state_after(way.tokens, state)) for way in self.forks[k]]
+        return sorted(found, key=lambda entry: -self.n_left[entry[1]])
+
+    @lru_cache(maxsize=100_000)
+    def steps(self, k, entry):
+        """for each option of fork k, reached in the state `entry`, its decisions in order: (state, the tokens that take
+        it on, all tokens that are possible if the answer is at this fork, the option's tokens before). Most are taken
+        on by one token. But if an option is the beginning of another one, as 1 of 11, all that may follow it are."""
+        ways, found = self.forks[k], []
+        for way in ways:
+            state, steps = entry, []
+            for n in range(len(way.tokens) + 1):
+                alike = [other.tokens for other in ways if other.tokens[:n] == way.tokens[:n]]
+                own, legal = {tokens[n] for tokens in alike if len(tokens) > n}, set(self.transitions[state])
+                if n == len(way.tokens):
+                    if own:                                     # of longer options
+                        steps.append((state, tuple(legal - own), tuple(legal), way.tokens))
+                    break
+                possible = legal if any(len(tokens) == n for tokens in alike) else own
+                if len(possible) > 1:
+                    steps.append((state, (way.tokens[n],), tuple(possible), way.tokens[:n]))
+                state = self.transitions[state][way.tokens[n]]
+            found.append(steps)
+        return found
+
+    def token_shares(self, probabilities, entries=None):
+        """{state: {output index: probability}} at the decisions of the choices whose probabilities are given, {path of
+        a choice: list}, if they are independent. The probability of a token is the sum over the options that it leads
+        to, normalised at each state. entries: see there; those to look at, None for all."""
+        rows, left = {}, {}                                     # left: {state: share of what follows a shorter option}
+        for k, entry in self.entries if entries is None else entries:
+            if not all(path in probabilities for way in self.forks[k] for path, _ in way.made):
+                continue
+            share = left.get(entry, 1.0)
+            for way, steps in zip(self.forks[k], self.steps(k, entry)):
+                p = math.prod(probabilities[path][n] for path, n in way.made)
+                for state, outs, _, _ in steps if p else ():
+                    row = rows.setdefault(state, dict.fromkeys(self.transitions[state], 0.0))
+                    if len(outs) > 1:
+                        left[state] = p
+                    else:
+                        row[outs[0]] += p * (share if state == entry else 1.0)
+        rows = {state: row for state, row in rows.items() if sum(row.values())}
         for row in rows.values():
             total = sum(row.values())
             row.update({out: p / total for out, p in row.items()})
@@ -236,15 +383,20 @@ class OutputSpace(Automaton):
 
     def prompt_mismatches(self, prompt):
         """yields a message for each JSON object in a prompt that is not an answer of this schema, or not in
-        the canonical form."""
-        for shown in re.findall(r'\{[^{}]*"[^{}]*\}', prompt):
+        the canonical form. It may have properties that are left out."""
+        at, names, decoder = prompt.find('{'), self.schema.tree.properties.keys(), json.JSONDecoder()
+        while at >= 0:
             try:
-                answer = json.loads(shown)
-            except ValueError:
+                answer, end = decoder.raw_decode(prompt, at)
+            except (ValueError, RecursionError):
+                answer, end = {}, at + 1
+            shown, kept = prompt[at:end], {k: v for k, v in answer.items() if k not in self.schema.left_out}
+            at = prompt.find('{', end)
+            if not names & answer.keys():
                 continue
-            if not self.schema.is_answer(answer):
+            if not self.schema.is_answer(kept):
                 yield f'{shown} is not an answer of this schema'
-            elif shown not in (expected := self.text(answer)):
+            elif kept == answer and shown not in (expected := self.text(answer)):
                 yield f'{shown} must be written {expected.strip()}'
 
     def from_json(self, answer):

@@ -131,7 +131,7 @@ def verify_records(model, shards, space, rows):
     """compares stored records with one plain forward pass each: no drafts, no cache, no batch. rows: numbers
     of records. Returns whether they are equal within the stored precision, and the verify line."""
     meta, max_diff, excess, equal, steps = shards.meta, 0.0, 0.0, 0, 0
-    labelled = meta.get('label_fields') or ()
+    labelled = space.schema.paths_in(meta.get('label_fields') or ())
     atol, min_equal = rounding_tolerance(model.dtype), 0.999 if model.dtype == torch.float32 else 0.97
     for i in tqdm(rows, desc='verify', unit='rec'):
         outs, (top, lse) = shards.answer(i).tolist(), shards.answer(i, 'stats').T

@@ -1,7 +1,6 @@
 """Is this teacher worth copying? The report at the end of extract.py: how much of the teacher's probability
 is kept, how many answers depend on a near tie, how often each value is the answer. No settings.
 """
-import json
 import random
 from collections import Counter
 
@@ -11,6 +10,7 @@ import torch
 from config import data_line, stop
 from data import Shards, answers_from
 from distil.agreement import read_truth, truth_lines
+from distil.kinds import said
 
 # a near tie: logits closer than this may change their order if they are computed in another way
 NEAR_TIE = {'float32': 0.01, 'float16': 0.05, 'bfloat16': 0.25}
@@ -20,7 +20,7 @@ def print_coverage(shards, space, min_coverage):
     """prints the coverage line: the share of the teacher's probability on the output vocabulary, on average
     and at the worst field. If the latter is below min_coverage, also the most probable of the other tokens.
     """
-    mass, labelled = {}, shards.meta.get('label_fields') or ()  # {field: probabilities}
+    mass, labelled = {}, space.schema.paths_in(shards.meta.get('label_fields') or ())  # {field: probabilities}
     for i in range(len(shards))[:2000]:
         outs, (top, lse) = shards.answer(i).tolist(), shards.answer(i, 'stats').T
         if not np.isnan(lse).any():
@@ -58,7 +58,7 @@ def print_near_ties(shards, space):
     without the constraint, as a free-running student has to. If that is below 0.9, also the most frequent
     error."""
     below, near, free, errors = NEAR_TIE[shards.meta['dtype']], [], [], Counter()
-    labelled = shards.meta.get('label_fields') or ()
+    labelled = space.schema.paths_in(shards.meta.get('label_fields') or ())
     for i in np.linspace(0, len(shards) - 1, min(len(shards), 5000)).astype(int):
         outs, logits = shards.answer(i).tolist(), torch.from_numpy(shards.logits(i))  # (n,), (n, V)
         states, best = space.states_before(outs), logits.argmax(-1).tolist()
@@ -83,11 +83,15 @@ def print_near_ties(shards, space):
 def print_answers(shards, space, examples, given):
     """prints the share of each value among the answers, and a number of texts with their answers. given: whether
     they are labels."""
-    shown, labelled = lambda value: json.dumps(value, ensure_ascii=False), shards.meta.get('label_fields') or ()
+    shown, labelled = said, space.schema.paths_in(shards.meta.get('label_fields') or ())
     rows = np.linspace(0, len(shards) - 1, min(len(shards), 10000)).astype(int)
     answers = [space.to_json(shards.answer(i).tolist()) for i in rows]
     for leaf in space.schema.leaves:
-        counts = Counter(shown(leaf.get(answer)) for answer in answers).most_common(12)
+        values = [leaf.get(answer) for answer in answers]
+        if leaf.is_list:                                        # what is in it, and its commonest forms
+            within = Counter(shown(member) for value in values for member in value).most_common(12)
+            print(f'in {leaf.path}:', ', '.join(f'{member} {n / len(answers):.2f}' for member, n in within))
+        counts = Counter(map(shown, values)).most_common(12)
         print(f'{leaf.path}:', ', '.join(f'{value} {n / len(answers):.2f}' for value, n in counts))
         if counts[0][1] > 0.9 * len(answers) and leaf in space.schema.decided:
             print(f'  {leaf.path} is nearly always {counts[0][0]}, so a student can learn nothing from it: '

@@ -116,12 +116,12 @@ def load_student(task, metrics, among_others):
                       min_confidence=task['min_confidence'], dtype=task['dtype'])
     warn_changed_task(labeler.task, task['fields'], task['prompt'])
     schema, prompt = labeler.space.schema, labeler.task['prompt']
-    pairs = {leaf.path: leaf.values for leaf in schema.leaves if len(leaf) == 2}
+    pairs = {leaf.path: leaf.values for leaf in schema.leaves if len(leaf) == 2 and not leaf.is_list}
     for path, value in task['true_value'].items():
         if value not in pairs.get(path, []):
             stop(f'true_value: there is no field {path!r} with two values, one of them {value!r}')
     try:
-        schema.only(task['ordered'])
+        list(map(schema.leaf, task['ordered']))
     except ValueError as error:
         stop(f'ordered: {error}')
     templates = [*task['templates'], *filter(None, [task['template']])]

@@ -9,7 +9,8 @@ import torch
 import data
 from distil.calibrate import count_tokens_left, find_priors, learn_bias
 from distil.checkpoint import load_checkpoint
-from distil.engine import Drafts, Teacher, answer
+from distil.drafts import Drafts
+from distil.engine import Teacher, answer
 from distil.space import OutputSpace
 from distil.teacher import encode_prompt
 from distil.labeler import load_teacher_to_ask

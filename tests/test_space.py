@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from distil.schema import Schema
-from distil.space import OutputSpace, accepted_prefix
+from distil.drafts import accepted_prefix
+from distil.space import OutputSpace
 from tests.conftest import CONFIGS, FIELDS, SCHEMAS
 
 

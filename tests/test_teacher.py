@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import config.machine as machine
-from distil.engine import Drafts, Teacher, answer, answer_batched, attend_with_lse
+from distil.drafts import Drafts
+from distil.engine import Teacher, answer, answer_batched, attend_with_lse
 from distil.space import OutputSpace
 from distil.teacher import encode_prompt, fingerprint, load_model, load_tokenizer, locate
 from tests.conftest import FIELDS, PROMPT, clone_task, load_teacher, one_line, run

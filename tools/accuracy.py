@@ -22,8 +22,9 @@ from config.machine import pick_device
 import numpy as np
 
 from data import read_texts
+from distil.agreement import measure_members
 from distil.records import load_records
-from distil.schema import json_text
+from distil.schema import MISSING, json_text, true_value
 from distil.split import hash_texts
 from distil.labeler import Labeler
 
@@ -82,10 +83,14 @@ def measure(leaf, records, answers, others, problem='error'):
     the texts with answers [{path: true value}]; others: its records for the texts outside; problem: the key of records
     without an answer."""
     field, said = leaf.path, lambda record: json_text(leaf.get(record))
-    pairs = [(record, json_text(leaf.meant_by(answer[field])))
-             for record, answer in zip(records, answers) if field in answer and problem not in record]
+    pairs = [(record, json_text(value)) for record, answer in zip(records, answers)
+             if (value := true_value(leaf, answer)) is not MISSING and problem not in record]
     if not pairs:
         return None
+    if leaf.is_list:
+        ours, theirs = [said(record) for record, _ in pairs], [value for _, value in pairs]
+        right = float(np.mean([a == b for a, b in zip(ours, theirs)]))
+        return {'name': field, 'texts': len(pairs), 'right': right, **measure_members(ours, theirs)}
     truth = np.array([value for _, value in pairs])
     right = np.array([said(record) for record, _ in pairs]) == truth
     balanced = np.mean([right[truth == value].mean() for value in set(truth)])
@@ -110,7 +115,7 @@ if __name__ == '__main__':
         stop('no task or no texts; run: python tools/accuracy.py config/clinc.py --input=data/clinc/val.jsonl')
     lines, others = read_with_truth(input), read_with_truth(outside) if outside else []
     labeler = Labeler(Path('out', run or name), pick_device(device), which, sample_batch, dtype=dtype)
-    if any(len(leaf) == 2 for leaf in labeler.space.schema.leaves):
+    if any(len(leaf) == 2 and not leaf.is_list for leaf in labeler.space.schema.leaves):
         labeler.confidence = 'full'                             # recall_at_95 needs the probability of both values
     start = time.perf_counter()
     records = labeler([text for text, _ in lines])

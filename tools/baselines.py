@@ -1,5 +1,6 @@
 """What people do without this project, for comparison: decode the teacher with transformers' generate,
 decode a student with one token per pass, fine-tune an encoder on the bare labels."""
+import json
 import math
 import time
 
@@ -12,9 +13,10 @@ from transformers import LogitsProcessor
 
 from config.machine import pick_dtype
 from data import batches
-from distil.agreement import field_texts, same_values
+from distil.agreement import field_texts, measure_members, same_values
 from distil.decode import Cache, pad_rows
 from distil.reader import encode_texts, load_encoder, student_ids
+from distil.schema import json_text, members
 
 
 class SchemaProcessor(LogitsProcessor):
@@ -113,8 +115,15 @@ def encoder_baseline(shards, space, train_rows, rows, name, device, dtype, max_e
     values = lambda split: field_texts(space, [shards.answer(i).tolist() for i in split])
     texts, of_train = encode(train_rows), values(train_rows)
     kinds = {field: sorted(set(of_train[field])) for field in space.schema.paths}
-    labels = [torch.tensor([kinds[field].index(value) for value in of_train[field]], device=device)
-              for field in kinds]                               # (N,) each
+    lists = {leaf.path for leaf in space.schema.leaves if leaf.is_list}  # one head against the rest for each member
+    kinds |= {field: sorted({member for text in of_train[field] for member in members(text)}) for field in lists}
+
+    def label_of(field, value):
+        if field in lists:
+            return [float(member in members(value)) for member in kinds[field]]
+        return kinds[field].index(value)
+    labels = [torch.tensor([label_of(field, value) for value in of_train[field]], device=device)
+              for field in kinds]                               # (N,) each, (N, members) of a list
     model = Classifier(encoder, map(len, kinds.values())).to(device).train()
     optimizer = torch.optim.AdamW([{'params': model.encoder.parameters(), 'share': 1},
                                    {'params': model.heads.parameters(), 'share': 10}], weight_decay=0.01, fused=True)
@@ -126,7 +135,9 @@ def encoder_baseline(shards, space, train_rows, rows, name, device, dtype, max_e
             group['lr'] = lr * group['share'] * min((step + 1) / n_steps * 10, (n_steps - step) / n_steps / 0.9)
         with autocast:
             logits = model([texts[i] for i in part])
-        loss = sum(F.cross_entropy(of_field.float(), label[part]) for of_field, label in zip(logits, labels))
+        loss = sum(F.binary_cross_entropy_with_logits(of_field.float(), label[part]) if field in lists and kinds[field]
+                   else F.cross_entropy(of_field.float(), label[part]) if field not in lists else 0.0
+                   for field, of_field, label in zip(kinds, logits, labels))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -137,6 +148,15 @@ def encoder_baseline(shards, space, train_rows, rows, name, device, dtype, max_e
         texts = encode(rows)
         for first in range(0, len(texts), 128):
             for (field, of_field), logits in zip(kinds.items(), model(texts[first:first + 128])):
-                found[field] += [of_field[n] for n in logits.argmax(-1).tolist()]
-    hits = same_values(found, values(rows))                     # (N, fields)
-    return {'encoder_field': float(hits.mean()), 'encoder_exact': float(hits.all(1).mean()), 'minutes': minutes}
+                if field in lists:
+                    order = space.schema.leaf(field).texts or of_field
+                    found[field] += [json_text([json.loads(member) for member in sorted(
+                        (of_field[n] for n in row.nonzero()[:, 0].tolist()), key=order.index)]) for row in logits > 0]
+                else:
+                    found[field] += [of_field[n] for n in logits.argmax(-1).tolist()]
+    theirs = values(rows)
+    hits = same_values(found, theirs)                           # (N, fields)
+    micro_f1 = {f'encoder_micro_f1_{field}': measure_members(found[field], theirs[field])['micro_f1']
+                for field in kinds if field in lists}
+    return {'encoder_field': float(hits.mean()), 'encoder_exact': float(hits.all(1).mean()), 'minutes': minutes,
+            **micro_f1}

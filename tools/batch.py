@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import Hashes, read_meta, read_texts, shard_folders, stored_hashes
 from data.texts import read_groups
-from distil.extraction import check_source
+from distil.extraction import check_source, read_schema_file
 from distil.prompts import prompt_text
 from distil.server import URL, Server
 from distil.schema import Schema
@@ -30,7 +30,9 @@ from distil.teacher import load_tokenizer
 
 name = ''            # word; texts that data/<dataset>/<name>-* has are left out
 dataset = ''         # word; folder under data/ whose input.jsonl is read
-fields = {}          # the schema, as in extract.py
+fields = {}          # as in extract.py
+schema = ''          # file
+left_out = []        # properties
 prompt = ''          # text or messages; of the user, {text} stands for the text
 out = ''             # file; .jsonl that is written
 teacher_model = ''   # text; its name at the provider
@@ -74,7 +76,7 @@ if __name__ == '__main__':
     if not teacher_model:
         stop('teacher_model is missing: the name of the model at the provider')
     try:
-        schema = Schema(fields).check()
+        schema = Schema(read_schema_file(schema) if schema else fields, left_out).check()
     except ValueError as error:
         stop(f'fields: {error}')
     source = check_source('', dataset, prompt)

@@ -30,7 +30,8 @@ from transformers.utils import logging
 from data import batches
 from distil.checkpoint import load_checkpoint, lower_precision
 from distil.decode import generate
-from distil.engine import Drafts, Teacher, answer_batched, peak_memory_gb
+from distil.drafts import Drafts
+from distil.engine import Teacher, answer_batched, peak_memory_gb
 from distil.records import open_shards
 from distil.space import OutputSpace
 from distil.start import SeenRows

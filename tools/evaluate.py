@@ -9,6 +9,7 @@ Reads out/<name>/ and the held-out records of data/<dataset>/<name>-*. Writes ou
 matplotlib is installed. README.md and docs/results.md define the words, distil/agreement.py computes the
 figures.
 """
+import json
 import math
 import sys
 import time
@@ -191,9 +192,12 @@ def set_target(folder, which, confidence, hits, target_agreement):
 def print_examples(space, shards, rows, answers, n, source):
     """prints n texts with the values of the source (teacher, or labels) and of the student below; < marks where they
     differ."""
+    def shown(value):
+        return json.dumps(value, ensure_ascii=False, default=repr)[:60] if isinstance(value, list) else str(value)
+
     def values_of(outs):
         answer = space.to_json(outs)
-        return [str(leaf.get(answer)) if answer else '(not JSON)' for leaf in space.schema.leaves]
+        return [shown(leaf.get(answer)) if answer else '(not JSON)' for leaf in space.schema.leaves]
     pairs = [(values_of(shards.answer(i).tolist()), values_of(outs)) for i, outs in zip(rows[:n], answers)]
     widths = [max(map(len, column)) for column in zip(space.schema.paths, *(row for pair in pairs for row in pair))]
     print(' ' * 10, *(name.ljust(width + 1) for name, width in zip(space.schema.paths, widths)))
