@@ -27,8 +27,8 @@ import torch
 
 from config import data_line
 from data import write_json
-from distil.kinds import PRESENT, said
-from distil.schema import Schema, json_text
+from distil.schema import Schema
+from distil.values import PRESENT, json_text, said
 from distil.shares import find_known
 
 # -----------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import json
 import math
 import re
 
-from distil.kinds import MISSING, Choice, Items, Maybe, Object, Several, json_text, path_of
+from distil.kinds import Choice, Items, Maybe, Object, Several
+from distil.values import MISSING, json_text, path_of
 
 MOST_ITEMS = 16  # of a list without maxItems
 MOST_NUMBERS = 1000  # values of an integer with a minimum and a maximum

@@ -13,8 +13,8 @@ from config.machine import whole_file
 from distil.agreement import evaluate, field_texts, reliability_bins, same_values
 from distil.checkpoint import load_checkpoint
 from distil.decode import confidence_of
-from distil.kinds import said
 from distil.schema import members
+from distil.values import said
 
 
 SCRIPTS = 'CJK', 'Gothic', 'YaHei', 'Hiragino', 'PingFang', 'Devanagari'  # in names of fonts of other scripts

@@ -13,8 +13,9 @@ iterates over one or the other, and finds the value of a leaf in an answer by `g
 import json
 
 from distil.json_schema import is_json_schema, read_fields
-from distil.kinds import (MISSING, Choice, Maybe, Object, Place, Several, Style, follow, json_text, plain, value_name,
-                          value_names)
+from distil.kinds import Choice, Maybe, Object, Several
+from distil.values import MISSING, follow, json_text, plain, value_name, value_names
+from distil.written import Place, Style
 
 
 class ListLeaf:
@@ -232,8 +233,8 @@ class Schema:
         return self.tree.place(left, Place(right + end, None), None, Style(indent), 0)
 
     def write(self, answer, indent=None, fence=False):
-        """an answer in its written form."""
-        text = Style(indent).value(answer, 0)
+        """an answer in its written form. ValueError if it is none."""
+        text = Style(indent).value(self.canonical(answer), 0)
         return f'```json\n{text}\n```' if fence else text
 
 

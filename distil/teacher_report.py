@@ -10,7 +10,7 @@ import torch
 from config import data_line, stop
 from data import Shards, answers_from
 from distil.agreement import read_truth, truth_lines
-from distil.kinds import said
+from distil.values import said
 
 # a near tie: logits closer than this may change their order if they are computed in another way
 NEAR_TIE = {'float32': 0.01, 'float16': 0.05, 'bfloat16': 0.25}

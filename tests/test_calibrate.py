@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import data
-from distil.calibrate import count_tokens_left, find_priors, learn_bias
+from distil.calibrate import find_priors, learn_bias
 from distil.checkpoint import load_checkpoint
 from distil.drafts import Drafts
 from distil.engine import Teacher, answer
@@ -21,10 +21,8 @@ from test_smoke import step_by_step
 
 def learn_bias_text_by_text(model, space, prompts, priors, min_texts):
     """the slow twin of learn_bias: no cache, one text at a time, full sequences. -> {state: {out: bias}}"""
-    prior_at = {}
-    for field, p in priors.items():
-        prior_at |= space.token_shares(field, p)
-    answers, bias, n_left = [[] for _ in prompts], {}, count_tokens_left(space)
+    prior_at = space.token_shares(priors)
+    answers, bias, n_left = [[] for _ in prompts], {}, space.n_left
     while True:
         states = [space.state_after(outs) for outs in answers]
         state = max(states, key=n_left.__getitem__)

@@ -28,7 +28,7 @@ def test_stored_logits_give_each_value_its_probability(tokenizer, fields, indent
     label = {'answer': {f: v[-1] for f, v in fields.items() if f != name},
              'probabilities': {name: dict(zip(value_names(values), (3 * probabilities).tolist()))}}  # any scale
     for value, p in zip(values, probabilities):
-        shares, product = space.token_shares(name, probabilities), 1.0
+        shares, product = space.token_shares({name: probabilities}), 1.0
         outs = space.from_json({**{f: v[0] for f, v in fields.items()}, name: value})
         for state, out in zip(space.states_before(outs), outs):
             product *= shares.get(state, {}).get(out, 1.0)
@@ -171,7 +171,7 @@ def test_a_path_with_a_comma_is_one_of_several_files(tmp_path):
         write_lines(path, [{'text': path.name, 'answer': {'tone': 'neutral', 'spam': True}}])
     assert split_paths(f'{one},{three},{two}') == [str(one), str(three), str(two)]
     assert split_paths(f'{two}') == [str(two)] and split_paths('x,y') == ['x', 'y'] and split_paths('') == ['']
-    config = {'labels': f'{one},{two}', 'template': '', 'prompt': '', 'fields': FIELDS, 'label_fields': []}
+    config = {'labels': f'{one},{two}', 'template': '', 'prompt': '', 'fields': FIELDS, 'label_fields': [], 'left_out': []}
     assert [line[0] for line in open_labels(config)] == ['c.jsonl', 'd,e,f.jsonl']
 
 

@@ -42,7 +42,7 @@ def test_another_value_is_refused_by_name(value, message):
 def test_an_answer_is_read_in_its_canonical_form():
     answer = {'tone': 'neutral', 'n': 1.0, 'ok': 'true', 'kind': 'fixed'}
     assert json.dumps(SCHEMA.canonical({'more': 1, **answer})) == json.dumps({**answer, 'n': 1})
-    assert SCHEMA.numbers(answer) == [0, 0, 1, 0]
+    assert SCHEMA.numbers(answer) == {'tone': 0, 'n': 0, 'ok': 1, 'kind': 0}
     assert SCHEMA.canonical({key: answer[key] for key in ('kind', 'ok', 'tone')})['n'] is None  # a missing key is null
     assert SCHEMA.is_answer({**answer, 'n': 1}) and not SCHEMA.is_answer(answer) and not SCHEMA.is_answer(None)
     assert not SCHEMA.is_answer({**answer, 'n': 1, 'more': 1})
@@ -68,18 +68,19 @@ def test_a_cell_of_a_table_means_the_usual_value():
 @hypothesis.given(st.dictionaries(st.text(max_size=4), st.lists(CONSTANTS, min_size=1, max_size=4, unique_by=json.dumps),
                                   min_size=1, max_size=4), st.sampled_from([None, 0, 2, 4]), st.booleans(), st.data())
 @hypothesis.settings(max_examples=80, deadline=None, derandomize=True)
-def test_the_pieces_with_a_value_in_each_slot_are_the_json_of_the_answer(fields, indent, fence, data):
+def test_the_texts_of_the_options_that_are_taken_are_the_json_of_the_answer(fields, indent, fence, data):
     schema = Schema(fields)
-    numbers = [data.draw(st.integers(0, len(leaf) - 1)) for leaf in schema.leaves]
-    answer, number = schema.build(numbers), {leaf.path: n for leaf, n in zip(schema.leaves, numbers)}
-    pieces = schema.pieces(indent, fence)
-    written = ''.join(piece if isinstance(piece, str) else piece.texts[number[piece.path]] for piece in pieces)
+    number = {leaf.path: data.draw(st.integers(0, len(leaf) - 1)) for leaf in schema.leaves}
+    answer = schema.fill(lambda choice: number[choice.path])
+    written, fork = schema.place(indent, fence)
+    while fork:
+        option, = [option for option in fork.options if all(number[path] == n for path, n in option.made)]
+        written, fork = written + option.text, option.fork
     expected = json.dumps(answer, indent=indent, ensure_ascii=False,
                           separators=(',', ':' if indent is None else ': '))
     assert written == schema.write(answer, indent, fence) == (f'```json\n{expected}\n```' if fence else expected)
-    assert all(isinstance(piece, str) is (k % 2 == 0) for k, piece in enumerate(pieces))
     assert fence or write_object(answer, indent) == expected
-    assert schema.is_answer(answer) and schema.numbers(answer) == numbers
+    assert schema.is_answer(answer) and schema.numbers(answer) == number
 
 
 def test_an_object_without_properties_and_nested_lists_are_written():

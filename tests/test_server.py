@@ -16,6 +16,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import data
+from distil.values import follow
 from distil.answers import find_object, label_from_answer, label_from_samples, probabilities_from_tokens
 from distil.calibrate import calibrate_label, calibrated_answers, learn_value_bias
 from distil.prompts import prompt_text
@@ -51,8 +52,8 @@ def as_tokens(*pieces):
 def test_the_last_object_of_an_answer_counts(text, answer):
     found, spans = find_object(text)
     assert found == answer
-    for key, (start, end) in spans.items():
-        assert json.loads(text[start:end]) == answer[key]
+    for keys, (start, end) in spans.items():
+        assert json.loads(text[start:end]) == follow(answer, keys)
 
 
 def test_where_values_part_an_alternative_counts_for_those_it_begins():
