@@ -148,8 +148,8 @@ def print_bias(report, space):
         names, k = {}, space.labels[state][0][0]                # {output index: values that begin with it}
         entry = next(entry for fork, entry in space.entries if fork == k)
         for way, steps in zip(space.forks[k], space.steps(k, entry)):
-            path, n = way.made[-1]
-            value = space.schema.by_choice[path].values[n]
+            path, number = way.made[-1]
+            value = space.schema.by_choice[path].values[number]
             name = path.rpartition('.')[2] if value is PRESENT else said(value).strip('"')
             names.setdefault(steps[0][1][0], []).append(name)
         top = sorted(names, key=lambda out: -before[out] - after[out])[:8]

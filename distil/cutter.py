@@ -125,7 +125,7 @@ class Cutter:
                 short = [edge for _, edge in alike if not set(edge.text) - set('{}[], \n')]
                 for other in self.edges if short else ():
                     other.options = [one for option in other.options for one in (
-                        Place('', fork).options(option.made, option.text) if option in short else [option])]
+                        Place('', fork).join(option.made, option.text) if option in short else [option])]
                 if not short or len(fork.options) > 1000:
                     self.refuse(fork)
                 return {}

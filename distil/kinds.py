@@ -213,6 +213,7 @@ class Several:
 
     def place(self, lead, rest, skip, style, depth):
         n, known, fixed = len(self.values), {}, style.line(depth + 1)
+        enough = self.most if self.most < n else max(1, self.least)  # how many need to be told apart
         missing = [((choice.path, 0),) for choice in self.choices]
 
         def place_of(k, count):
@@ -220,11 +221,11 @@ class Several:
             if (k, count) in known:
                 return known[k, count]
             options, made = [], ()
-            for j in range(k, n if count < self.most else k):
+            for j in range(k, n if count < self.most or self.most == n else k):
                 if count + n - j >= self.least:
                     option = (*made, (self.choices[j].path, 1)), ('[' if not count else ',') + fixed + style.value(
                         self.values[j], depth + 1)
-                    options += place_of(j + 1, count + 1).options(*option)
+                    options += place_of(j + 1, min(count + 1, enough)).options(*option)
                 made += missing[j]
             end = rest.after('[]' if not count else style.line(depth) + ']')
             options += end.options(made) if count >= self.least else []

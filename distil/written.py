@@ -34,8 +34,12 @@ class Place(NamedTuple):
 
     def options(self, made=(), text=''):
         """the options of a Fork that goes on here, after these choices and this text."""
-        if self.text or self.fork is None:
+        if text or self.text or self.fork is None:
             return [Option(made, text + self.text, self.fork)]
+        return self.join(made, text)
+
+    def join(self, made, text):
+        """the same, with the options of the Fork themselves."""
         return [Option(made + inner.made, text + inner.text, inner.fork) for inner in self.fork.options]
 
 
