@@ -205,7 +205,8 @@ def add_models(app, students):
             day = time.strftime('%Y-%m-%d', time.gmtime(student.created))
             teacher = student.task.get('server') or student.task['teacher']
             given = student.task['fingerprint'] == 'labels' and not student.task.get('server')
-            about = f'answers {", ".join(student.space.schema.paths)}, as {"its labels say" if given else f"{teacher} would"}'
+            fields = ', '.join(student.space.schema.tree.properties)
+            about = f'answers {fields}, as {"its labels say" if given else f"{teacher} would"}'
             listed.append({'name': student.name, 'description': about, 'release_date': day})
         return json_response({'object': 'list', 'data': [student.describe() for student in students],
                               'models': listed})

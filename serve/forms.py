@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from distil.schema import value_name, write_gaps, write_value
+from serve.options import loose, match_options
 from serve.request import Refusal, require
-from serve.schemas import loose, match_options, read_schema
 from serve.shapes import Part, Shape, whole_shape
+from serve.trees import scalars
 
 # parameters that would change the answer, and that a student cannot follow
 REFUSED = ('audio', 'guided_regex', 'guided_grammar', 'regex', 'ebnf', 'grammar', 'structural_tag',
@@ -75,14 +76,14 @@ def read_format(form, student, *where):
     if schema is None:
         return Form(whole_shape(student.space), whole=True)
     require(schema, dict, 'an object', *where, 'schema', status=400)
-    return Form(read_schema(schema, student.space, student.true_value, *where))
+    return Form(student.shape_of(schema, *where))
 
 
 def read_choice(options, student, *where):
     """the Form of a reply that is one of some words, as vLLM's guided_choice."""
     if not isinstance(options, list) or not options or not all(isinstance(option, str) for option in options):
         raise Refusal(400, f'{".".join(where)} must be a list of strings', *where)
-    shape = read_schema({'enum': options}, student.space, student.true_value, *where)
+    shape = student.shape_of({'enum': options}, *where)
     return Form(shape, plain=True)
 
 
@@ -94,7 +95,7 @@ def read_json_of(schema, student, *where):
         except (ValueError, RecursionError):
             raise Refusal(400, f'{".".join(where)} is not JSON', *where) from None
     require(schema, dict, 'a JSON Schema', *where, status=400)
-    return Form(read_schema(schema, student.space, student.true_value, *where))
+    return Form(student.shape_of(schema, *where))
 
 
 def read_other_formats(body, student):
@@ -170,10 +171,10 @@ def read_tool_form(body, student, is_response=False):
             raise Refusal(400, f'tool_choice: there is no function {choice[0]!r} in {key}', 'tool_choice')
     if len(tools) == 1:
         (name, parameters, where), = tools
-        shape = read_schema(parameters, student.space, student.true_value, *where)
+        shape = student.shape_of(parameters, *where)
         return Form(shape, kind, tool=name, named=named, forced=choice != 'auto')
     names = [name for name, _, _ in tools]
-    fields = [(leaf, words) for leaf in student.space.schema.leaves
+    fields = [(leaf, words) for leaf in scalars(student.space.schema).values()
               if len(words := match_options(names, leaf)) == len({*map(loose, names)}) == len(names)]
     if len(fields) != 1:
         raise Refusal(400, f'{key}: the student calls one function, or chooses one of several whose names '
@@ -221,7 +222,7 @@ def pick_form(body, student, tool_form, turns, form, *where):
     if not asked or asked[0][1].whole:
         schema, where = find_schema_in_text(turns)
         if schema:
-            return Form(read_schema(schema, student.space, student.true_value, *where))
+            return Form(student.shape_of(schema, *where))
     return asked[0][1] if asked else Form(whole_shape(student.space), fence=student.space.fence, whole=True)
 
 

@@ -4,10 +4,13 @@ refused by its name."""
 import math
 from dataclasses import dataclass
 
+from distil.kinds import Maybe
 from distil.schema import value_name, value_names
+from distil.values import PRESENT
 from serve.completions import count_tokens
 from serve.prompts import read_turns
 from serve.request import Plan, Refusal, read_state, require
+from serve.trees import lists, scalars
 
 
 @dataclass
@@ -16,7 +19,7 @@ class Question:
     name: str       # the caller's, or None
     kind: str
     options: list   # in the caller's order and words; of a score, lowest first; of a yes-or-no, []
-    field: str
+    field: str      # path of a choice
     numbers: list   # for each option the number of the field's value; of a yes-or-no only that of yes
 
     def probabilities(self, rows):
@@ -24,39 +27,61 @@ class Question:
         return [rows[self.field][n] for n in self.numbers]
 
 
+def rows_of(schema, answer):
+    """{path: [probability of each value]} of all choices: those of an Answer; one that it leaves open no more, such as
+    a value of a list that is full, is certain."""
+    numbers = schema.numbers(answer.record)
+    certain = {choice.path: [float(n == numbers.get(choice.path, 0)) for n in range(len(choice))]
+               for choice in schema.choices}
+    return certain | answer.probabilities
+
+
 # -----------------------------------------------------------------------------
 # questions in
 
 
+def askable(schema):
+    """the choices that a question can be about: one of some constants in every answer, or whether a value is in a
+    list."""
+    several = [part.part if isinstance(part, Maybe) else part for part in lists(schema)]
+    return [*scalars(schema).values(), *(choice for part in several for choice in part.choices)]
+
+
 def match_question(space, name, kind, options, true_value, ordered, where):
     """the Question about the field of that name or, if there is none, about the only field with these options
-    (in any order). If the field is named, the levels of a score may also be the caller's words, lowest first.
+    (in any order). If the field is named, the levels of a score may also be the caller's words, lowest first. A name
+    such as customer.mood or labels.bug may be its last part alone, if no other field has it.
 
     name: or None. kind: see Question. options: strings, booleans or parsed JSON. true_value: {field: the
     value that means yes}; booleans need none. ordered: fields whose values are a scale, lowest first;
     integers always are one. Refusal if no field matches, or more than one.
     """
     option_names = value_names(options)
-    matches = {}                                                # {field: numbers}, see Question
-    for leaf in space.schema.leaves:
-        field, names, yes = leaf.path, leaf.names, value_name(true_value.get(leaf.path, True))
+    matches, leaves = {}, askable(space.schema)                 # {field: numbers}, see Question
+    named = [leaf.path for leaf in leaves if leaf.path == name]
+    named = named or [leaf.path for leaf in leaves if leaf.keys[-1] == name]
+    for leaf in leaves:
+        field, of_list = leaf.path, PRESENT in leaf.values      # of_list: is this value in a list?
+        names = ['no', 'yes'] if of_list else leaf.names
+        yes = 'yes' if of_list else value_name(true_value.get(field, True))
         integers = all(type(value) is int for value in leaf.values)
         scale = integers or field in ordered
-        if sorted(option_names) == sorted(names) and (kind == 'choice' or kind == 'score' and scale):
+        if not of_list and sorted(option_names) == sorted(names) and (kind == 'choice' or kind == 'score' and scale):
             matches[field] = [names.index(option) for option in option_names]
         elif kind == 'score' and scale:
             own_words = not set(option_names) & set(names)
-            if name == field and len(option_names) == len(names) and own_words:
+            if field in named and len(option_names) == len(names) and own_words:
                 matches[field] = sorted(range(len(names)), key=leaf.values.__getitem__ if integers else None)
         elif len(names) == 2 and yes in names:
             yes_and_no = [names.index(yes), 1 - names.index(yes)]
             lower = [option.lower() for option in option_names]
-            if kind == 'yes-or-no' and name in (field, yes):
+            if kind == 'yes-or-no' and (field in named or name == yes and not of_list):
                 matches[field] = yes_and_no[:1]
-            elif kind == 'choice' and name == field and sorted(lower) in (['no', 'yes'], ['false', 'true']):
+            elif kind == 'choice' and field in named and sorted(lower) in (['no', 'yes'], ['false', 'true']):
                 matches[field] = [yes_and_no[option in ('no', 'false')] for option in lower]
-    if name in matches:
-        return Question(name, kind, options, name, matches[name])
+    of_name = [field for field in matches if field in named]
+    if len(of_name) == 1:
+        return Question(name, kind, options, of_name[0], matches[of_name[0]])
     if len(matches) == 1 and name not in space.schema.paths:
         field, numbers = matches.popitem()
         return Question(name, kind, options, field, numbers)
@@ -208,6 +233,7 @@ def read_questions(student, body, path):
             usage |= {'input_tokens_details': {'cache_write_tokens': 0, 'cached_tokens': 0},
                       'output_tokens_details': {'reasoning_tokens': 0}, 'total_tokens': n_in + n_out}
         write = system_one_answers if system_one else decisions_answers
-        return {'model': student.name, 'answers': write(questions, answer.probabilities), 'usage': usage}
+        rows = rows_of(student.space.schema, answer)
+        return {'model': student.name, 'answers': write(questions, rows), 'usage': usage}
     return Plan([text], ('state' if system_one else 'input',), reply, full=True, ignored=ignored,
                 refuse_long=student.refuses_long(not system_one))

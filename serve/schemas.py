@@ -2,13 +2,13 @@
 values.
 
 A property is the field of its name, whatever its case, `-`, `_` and blanks; or, under another name, the only
-field with exactly its options. Options are compared in the same way. Properties that no field answers: an
-optional one is left out, a nullable one is null, a constant is itself, a probability is the confidence. All
-others are refused by name.
+field with exactly its options. Options are compared in the same way. A list or an object is one of the student's,
+whose parts must all be allowed (trees.py). Properties that no field answers: a constant is itself, a probability is
+the confidence, `fill` says what a required one gets, an optional one is left out, a nullable one is null. All others
+are refused by name.
 """
 import json
 import math
-import re
 from functools import lru_cache
 from itertools import product
 
@@ -17,93 +17,26 @@ from jsonschema.exceptions import SchemaError
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
-from distil.schema import value_name
+from distil.kinds import Maybe
+from distil.values import MISSING, group_of, path_of, value_name
+from serve.options import alternatives, find_name, loose, match_options, match_yes_and_no, read_options, resolve
 from serve.request import Refusal
-from serve.shapes import Part, Shape, whole_shape
+from serve.shapes import Part, Shape, Tree, whole_shape
+from serve.trees import Caller, answer_otherwise, is_scalar, lists, scalars, translate
 
 MAX_CHECKS = 20_000  # answers times objects of the schema, for one schema
-CERTAINTY = re.compile('(confidence|probability|certainty|score)')
 
 
-def loose(name):
-    """a name without case, `-`, `_` and blanks."""
-    return re.sub(r'[\s_-]+', '', name).casefold()
-
-
-# -----------------------------------------------------------------------------
-# the options of a property
-
-
-def resolve(part, root):
-    """a part of a schema without references at its top: the target and what stands beside the reference."""
-    for _ in range(20):
-        if not isinstance(part, dict):
-            return {}
-        inner = part.get('allOf')
-        if isinstance(part.get('$ref'), str):
-            target = root
-            for key in part['$ref'].removeprefix('#').split('/')[1:]:
-                target = target[key.replace('~1', '/').replace('~0', '~')] if isinstance(target, dict) else {}
-            part = {**target, **{key: value for key, value in part.items() if key != '$ref'}}
-        elif isinstance(inner, list) and len(inner) == 1 and isinstance(inner[0], dict):
-            part = {**inner[0], **{key: value for key, value in part.items() if key != 'allOf'}}
-        else:
-            return part
-    raise ValueError('its references go in a circle')
-
-
-def read_options(part, root):
-    """(options or None if the part names none, set of its types, True if it may be null)."""
-    part = resolve(part, root)
-    types = part.get('type', [])
-    types = set(types) if isinstance(types, list) else {types}
-    options = part['enum'] if isinstance(part.get('enum'), list) else None
-    options = [part['const']] if 'const' in part else options
-    for one in part.get('anyOf') or part.get('oneOf') or []:
-        inner_options, inner_types, nullable = read_options(one, root)
-        types |= inner_types | ({'null'} if nullable else set())
-        if inner_options is not None:
-            options = (options or []) + inner_options
-    nullable = 'null' in types or options is not None and None in options
-    return options, types - {'null'}, nullable
-
-
-def match_options(options, leaf):
-    """{number of a value: the caller's word for it} of those of a leaf's values that are among the
-    options."""
-    names, option_names = leaf.names, [value_name(option) for option in options]
-    found = {n: options[option_names.index(name)] for n, name in enumerate(names) if name in option_names}
-    if len({*map(loose, names)}) == len(names):                 # else two values differ in case alone
-        for n, name in enumerate(names):
-            alike = [option for option in options if loose(value_name(option)) == loose(name)]
-            if n not in found and len(alike) == 1 and alike[0] not in found.values():
-                found[n] = alike[0]
-    return found
-
-
-def match_yes_and_no(options, types, leaf, yes):
-    """the same for true and false, or options that say yes and no, about a leaf with two values, one of
-    which means yes."""
-    yes = next((n for n, value in enumerate(leaf.values) if value_name(value) == value_name(yes)), None)
-    if len(leaf) != 2 or yes is None:
-        return {}
-    if options is None:
-        return {yes: True, 1 - yes: False} if types == {'boolean'} else {}
-    lower = {value_name(option).lower(): option for option in options}
-    pair = next((pair for pair in (('yes', 'no'), ('true', 'false')) if {*pair} <= {*lower}), None)
-    return {yes: lower[pair[0]], 1 - yes: lower[pair[1]]} if pair and len(lower) == 2 else {}
-
-
-def match_field(name, options, types, space, true_value):
-    """(field, {number of a value: the caller's word}) of the field that answers a property, or None. A field is the path
-    of a leaf."""
-    paths = space.schema.paths
-    same = [path for path in paths if path == name] or [path for path in paths if loose(path) == loose(name)]
-    yes_named = [path for path, value in true_value.items() if loose(value_name(value)) == loose(name)]
-    if len(same) == 1 or not same and types == {'boolean'} and len(yes_named) == 1:
-        leaf = space.schema.leaf((same or yes_named)[0])
+def match_field(name, options, types, leaves, true_value):
+    """(field, {number of a value: the caller's word}) of the field that answers a property, or None. leaves: {path:
+    leaf} of the scalars; a field is a path."""
+    same, yes_named = find_name(name, leaves), [path for path, value in true_value.items()
+                                                if path in leaves and loose(value_name(value)) == loose(name)]
+    if same is not None or types == {'boolean'} and len(yes_named) == 1 and not any(
+            loose(path) == loose(name) for path in leaves):
+        leaf = leaves[yes_named[0] if same is None else same]
         words = {} if options is None else match_options(options, leaf)
-        if not same or len(words) < 2:
+        if same is None or len(words) < 2:
             words = match_yes_and_no(options, types, leaf, true_value.get(leaf.path, True)) or words
         if not words and options is None:
             words = dict(enumerate(leaf.values))
@@ -112,13 +45,31 @@ def match_field(name, options, types, space, true_value):
                              f'{", ".join(leaf.names)}')
         return leaf.path, words
     if options and len(options) > 1:
-        exact = [(leaf.path, words) for leaf in space.schema.leaves
+        exact = [(path, words) for path, leaf in leaves.items()
                  if len(words := match_options(options, leaf)) == len(leaf) == len(options)]
-        if len(exact) > 1:
-            raise ValueError(f'several fields have the options of {name!r}: '
-                             f'{", ".join(field for field, _ in exact)}; name the property after one')
-        return exact[0] if exact else None
+        return the_only(exact, name)
     return None
+
+
+def match_list(name, inner, schema, root):
+    """the part of a Schema that is a list of the caller's options, whatever its name; None if there is none."""
+    arrays = [one for one in alternatives(inner, root) if one.get('type') == 'array']
+    options = read_options(arrays[0].get('items', {}), root)[0] if len(arrays) == 1 else None
+    exact = []
+    for part in lists(schema) if options else ():
+        several = part.part if isinstance(part, Maybe) else part
+        if len(match_options(options, several)) == len(several.values) == len(options):
+            exact.append((group_of(part.keys), part))
+    found = the_only(exact, name)
+    return found and found[1]
+
+
+def the_only(found, name):
+    """the only one of those fields, (path, ...) each, that have the options of a property; None if there is none."""
+    if len(found) > 1:
+        raise ValueError(f'several fields have the options of {name!r}: {", ".join(path for path, _ in found)}; '
+                         'name the property after one')
+    return found[0] if found else None
 
 
 # -----------------------------------------------------------------------------
@@ -147,33 +98,26 @@ def count_objects(part, defs):
     return total
 
 
-def make_part(name, inner, required, root, space, true_value):
+def make_part(name, inner, required, schema, caller):
     """the Part of a property, or None if it is left out. ValueError if it cannot be answered. required: True
-    or False; None: it must be a field."""
-    options, types, nullable = read_options(inner, root)
-    match = match_field(name, options, types, space, true_value)
-    if match:
+    or False; None: it must be a field. schema: the student's; caller: a Caller."""
+    options, types, nullable = read_options(inner, caller.root)
+    own, properties = find_name(name, schema.tree.properties), schema.tree.properties
+    part = None if own is None or is_scalar(properties[own]) else properties[own]
+    if part is None and (match := match_field(name, options, types, scalars(schema), caller.true_value)):
         field, words = match
         return Part(name, 'field', field, tuple(sorted(words.items())))
-    if options is not None and len(options) == 1:
-        return Part(name, 'constant', spelled=(options[0],))
-    limits = [resolve(inner, root).get(key) for key in ('minimum', 'maximum')]
-    certainty = CERTAINTY.search(loose(name)) if types == {'number'} else None
-    if certainty and (limits == [0, 1] or limits == [None, None] and certainty[1] != 'score'):
-        fields = [path for path in space.schema.paths if loose(path) in loose(name)]
-        return Part(name, 'confidence', fields[0] if len(fields) == 1 else '')
-    if required is False:
-        return None
-    if nullable and required:
-        return Part(name, 'constant', spelled=(None,))
-    what = 'a list' if 'array' in types else 'an object in it' if 'object' in types else \
-        'free text' if types == {'string'} and options is None else 'a field of its own'
-    offered = f' ({", ".join(map(value_name, options[:12]))})' if options else ''
-    raise ValueError(f'the student does not answer {name!r}{offered}, which is {what}; its fields are: '
-                     + space.schema.describe())
+    if part is None and 'array' in types:
+        part = match_list(name, inner, schema, caller.root)
+    if part is not None:
+        return Part(name, 'tree', tree=Tree(part, translate(part, inner, bool(required), caller)))
+    source, value = answer_otherwise(name, inner, required, name, caller) or ('', None)
+    if source == 'confidence':
+        return Part(name, source, value)
+    return Part(name, source, spelled=(value,)) if source else None
 
 
-def make_shape(schema, space, true_value):
+def make_shape(schema, space, true_value, fill):
     """the Shape of a schema's answers. ValueError with the reason if there is none."""
     root = {key: value for key, value in schema.items() if key not in ('$id', '$schema')}
     defs = {f'#/{key}/{name}': inner for key in ('$defs', 'definitions')
@@ -185,28 +129,27 @@ def make_shape(schema, space, true_value):
     top = resolve(root, root)
     properties, required = top.get('properties', {}), top.get('required', [])
     options, types, _ = read_options(root, root)
+    caller = Caller(root, true_value, space.schema.paths, space.schema.describe(), fill)
     if options is not None and not properties:
-        shape = Shape((make_part('answer', root, True, root, space, true_value),), bare=True)
+        shape = Shape((make_part('answer', root, True, space.schema, caller),), bare=True)
     elif 'array' in types or types - {'object'}:
         raise ValueError(f'the schema asks for {" or ".join(sorted(types))}; the student answers one object')
     elif not properties and not required:
         shape = whole_shape(space)
     else:
         names = [*properties, *(name for name in required if name not in properties)]
-        parts = [make_part(name, properties.get(name, {}), name in required, root, space, true_value)
-                 for name in names]
+        parts = [make_part(name, properties.get(name, {}), name in required, space.schema, caller) for name in names]
         shape = Shape(tuple(part for part in parts if part))
-        if not any(part and part.source == 'field' for part in parts):  # none is answered; the first says why
-            make_part(names[0], properties.get(names[0], {}), None, root, space, true_value)
+        if not any(part and part.source in ('field', 'tree') for part in parts):  # none is answered; the first says why
+            make_part(names[0], properties.get(names[0], {}), None, space.schema, caller)
     check_answers(shape, space, validator, n_objects)
     return shape
 
 
 def check_answers(shape, space, validator, n_objects):
     """ValueError if a schema does not allow every answer of a Shape, or if there is nothing to decide."""
-    rows = [[part.spelled[0]] if part.source == 'constant' else [0.5, 0.0, 1.0] if part.source == 'confidence'
-            else [word for _, word in part.spelled] for part in shape.parts]
-    if not any(part.source == 'field' and len(part.spelled) > 1 for part in shape.parts):
+    rows = [part.examples() for part in shape.parts]
+    if not any(part.source in ('field', 'tree') and len(row) > 1 for part, row in zip(shape.parts, rows)):
         names = ', '.join(part.name for part in shape.parts)
         raise ValueError(f'there is nothing to decide: {names} can have only one value; the fields of the '
                          f'student are: {", ".join(space.schema.paths)}')
@@ -215,29 +158,32 @@ def check_answers(shape, space, validator, n_objects):
     if math.prod(map(len, rows)) * n_objects <= MAX_CHECKS:     # few enough to check all combinations
         answers += product(*rows)
     for answer in answers:
-        answer = answer[0] if shape.bare else dict(zip([part.name for part in shape.parts], answer))
+        named = {part.name: word for part, word in zip(shape.parts, answer) if word is not MISSING}
+        answer = answer[0] if shape.bare else named
         for error in validator.iter_errors(answer):
-            field = next(iter(error.absolute_path), '')
+            field = path_of(error.absolute_path)
             of_field = f' (field {field!r})' if field else ''
-            raise ValueError(f'the student can answer {json.dumps(answer, ensure_ascii=False)}, which the schema does '
-                             f'not allow{of_field}: {error.message[:200]}')
+            raise ValueError(f'the student can answer {json.dumps(answer, ensure_ascii=False)[:400]}, which the schema '
+                             f'does not allow{of_field}: {error.message[:200]}')
 
 
 @lru_cache(maxsize=256)  # a caller sends the same one every time
-def plan_schema(text, space, true_values):
-    """the Shape of a JSON Schema, or a string: why there is none. true_values: items of true_value."""
+def plan_schema(text, space, true_values, fill):
+    """the Shape of a JSON Schema, or a string: why there is none. text, fill: as JSON; true_values: items of
+    true_value."""
     try:
-        return make_shape(json.loads(text), space, dict(true_values))
+        return make_shape(json.loads(text), space, dict(true_values), json.loads(fill))
     except (SchemaError, Unresolvable, RecursionError, TypeError, AttributeError, LookupError) as error:
         return f'the schema cannot be read: {str(error)[:200]}'
     except ValueError as error:
         return str(error)
 
 
-def read_schema(schema, space, true_value, *where):
-    """the Shape of a JSON Schema (a dict). where: keys that lead to it in the body, for a Refusal."""
+def read_schema(schema, space, true_value, *where, fill=None):
+    """the Shape of a JSON Schema (a dict). where: keys that lead to it in the body, for a Refusal; true_value, fill: as
+    the settings of serve.py."""
     true_values = tuple(sorted((field, value) for field, value in true_value.items()))
-    shape = plan_schema(json.dumps(schema), space, true_values)
+    shape = plan_schema(json.dumps(schema), space, true_values, json.dumps(fill or {}))
     if isinstance(shape, str):
         raise Refusal(400, shape, *where)
     return shape

@@ -18,6 +18,7 @@ Needs only out/<name>/, as sample.py does, and: pip install -r requirements-serv
 questions that its student was trained on and refuses all others. With `upstream` these go on to an LLM,
 unchanged, and so do texts that the student is unsure of. More: docs/serve.md
 """
+import json
 import logging
 import signal
 import socket
@@ -72,6 +73,8 @@ learn_templates = ''  # file; prints the templates of logged requests, a JSON bo
 # how typed questions are matched to fields
 true_value = {}      # {'toxicity': 'toxic'}: the value that means yes, of a field with two values
 ordered = []         # names of fields whose values are a scale, lowest first; integers always are
+# what a caller's schema requires and the student does not answer
+fill = {}            # {'reason': ''}: the value of such a property
 # deferral
 min_confidence = 0.0  # 0..1 or 'target'; a record with a field below it goes upstream (see sample.py)
 upstream = ''        # base URL of an OpenAI-compatible LLM, which gets what the student refuses, too;
@@ -124,6 +127,10 @@ def load_student(task, metrics, among_others):
         list(map(schema.leaf, task['ordered']))
     except ValueError as error:
         stop(f'ordered: {error}')
+    try:
+        json.dumps(task['fill'], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        stop(f'fill: its values must be JSON: {error}')
     templates = [*task['templates'], *filter(None, [task['template']])]
     for template in templates:
         if not isinstance(template, str) or '{text}' not in template:
@@ -142,7 +149,7 @@ def load_student(task, metrics, among_others):
                       kept_file, metrics)
     prompts = Prompts([prompt_text(prompt), *templates], task['turns'])
     return ServedStudent(service, prompts, task['true_value'], tuple(task['ordered']), task['too_long'],
-                         int(folder.stat().st_mtime), among_others)
+                         int(folder.stat().st_mtime), among_others, task['fill'])
 
 
 if __name__ == '__main__':

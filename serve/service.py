@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from distil.decode import confidence_of, decode, value_probabilities
-from distil.schema import json_text
+from distil.values import json_text, said
 from serve.metrics import Metrics
 from serve.request import Refusal
 from serve.upstream import Audit
@@ -27,9 +27,9 @@ log = logging.getLogger('serve')
 class Answer:
     """the answer to a text. by: 'student'; 'upstream'; or 'student-unsure' if the student was unsure and
     there is no upstream, or upstream had no answer."""
-    record: dict                # {field: value}
-    confidence: dict            # {field: probability of that value}
-    probabilities: dict         # {field: [probability of each value]}, {} unless requested
+    record: dict                # the answer
+    confidence: dict            # {path of a leaf: probability of its value}
+    probabilities: dict         # {path of a choice: [probability of each value]}, {} unless requested
     ids: list                   # of the text
     outs: list                  # output indices
     decisions: list             # of decode.decode
@@ -92,6 +92,15 @@ class Decoder(threading.Thread):
         probabilities = value_probabilities(student, space, ids, outs, decisions, temperature) if full else {}
         answer = Answer(dict(space.to_json(outs)), confidence, probabilities, ids, outs, decisions)
         loop.call_soon_threadsafe(set_future, future, answer, None)
+
+
+def values_of(schema, record):
+    """yields (path, value as a text) of the leaves of a record: of a list each member, or its length if these are
+    objects."""
+    for leaf in schema.leaves:
+        value = leaf.get(record)
+        for member in value if leaf.is_list and leaf.values else [len(value) if leaf.is_list else value]:
+            yield leaf.path, said(member)
 
 
 def set_future(future, answer, error):
@@ -165,9 +174,8 @@ class Service:
             answers[n], answer.n_cut = answer, cuts[n]
             self.metrics.cut.labels(self.name).inc(cuts[n] > 0)
             self.metrics.texts.labels(self.name, answer.by).inc()
-            for leaf in self.space.schema.leaves:
-                value = json.dumps(leaf.get(answer.record), ensure_ascii=False)
-                self.metrics.values.labels(self.name, leaf.path, value).inc()
+            for path, value in values_of(self.space.schema, answer.record):
+                self.metrics.values.labels(self.name, path, value).inc()
         return answers
 
     def add_waiting(self, n):
@@ -191,12 +199,12 @@ class Service:
         if audited:
             self.audit.add(answer.record, record)
         self.keep_answer(text, record)
-        said = {leaf.path: leaf.get(record) for leaf in self.space.schema.leaves}
-        if any(json_text(said[path]) not in allowed for path, allowed in offered.items()):
+        values = {leaf.path: leaf.get(record) for leaf in self.space.schema.leaves}
+        if any(json_text(values[path]) not in allowed for path, allowed in offered.items()):
             return replace(answer, by='student-unsure')
-        # an LLM gives no probabilities
-        probabilities = {leaf.path: leaf.read(said[leaf.path]) for leaf in self.space.schema.leaves}
-        return Answer(record, dict.fromkeys(said, 1.0), probabilities, answer.ids,
+        label = self.space.schema.read_label({'answer': record})  # an LLM gives no probabilities
+        probabilities = {path: row for path, row in label.items() if any(row)}  # of the choices that it comes to
+        return Answer(record, dict.fromkeys(values, 1.0), probabilities, answer.ids,
                       self.space.from_json(record), [], 'upstream')
 
     async def audit_answer(self, text, answer):

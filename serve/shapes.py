@@ -1,17 +1,49 @@
 """The Shape of a reply: its properties in the caller's names and words, and the field behind each."""
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from distil.schema import list_leaves
+from distil.values import MISSING, follow
+from serve.trees import examples, is_scalar
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """a part of the student's answers and the function that writes it in the caller's words, see trees.py."""
+    part: object
+    write: Callable
+
+    def value(self, answer):
+        """the caller's value in an Answer, MISSING if it is left out."""
+        sure = lambda paths: round(min(answer.confidence[path] for path in paths), 4)
+        return self.write(follow(answer.record, self.part.keys), sure)
+
+    def confidence(self, answer):
+        """{path: probability of its value} of its leaves."""
+        return {leaf.path: answer.confidence[leaf.path] for leaf in list_leaves(self.part)}
 
 
 @dataclass(frozen=True)
 class Part:
-    """a property of the reply, or a reply that is one value. source: 'field', 'confidence' or 'constant'."""
+    """a property of the reply, or a reply that is one value. source: 'field', 'tree', 'confidence' or 'constant'."""
     name: str                   # the caller's
     source: str
     field: str = ''             # of the confidence: '' for the lowest in the reply
     spelled: tuple = ()         # of a field (number of a value, the caller's word) of those offered; of a
                                 # constant its word alone
+    tree: Tree = None
+
+    def examples(self):
+        """words that it can be, among them all that differ in what a schema may forbid."""
+        if self.source == 'tree':
+            values = examples(self.tree.part)
+            return [self.tree.write(value, lambda paths: p) for p, n in ((0.5, len(values)), (0.0, 5), (1.0, 5))
+                    for value in values[:n]]
+        if self.source == 'confidence':
+            return [0.5, 0.0, 1.0]
+        return [self.spelled[0]] if self.source == 'constant' else [word for _, word in self.spelled]
 
 
 @dataclass(frozen=True)
@@ -34,16 +66,21 @@ class Shape:
         last is {} if there is no choice, or if the Answer has no probabilities."""
         chosen = [choose_word(part, answer, space) if part.source == 'field' else None for part in self.parts]
         confidence = {part.field: math.exp(word[1]) for part, word in zip(self.parts, chosen) if word}
+        for part in self.parts:
+            confidence |= part.tree.confidence(answer) if part.tree else {}
         rows = []
         for part, word in zip(self.parts, chosen):
             if word:
                 rows.append((part.name, *word))
             elif part.source == 'constant':
                 rows.append((part.name, part.spelled[0], 0.0, {}))
+            elif part.source == 'tree':
+                log_p = sum(math.log(max(p, 1e-30)) for p in part.tree.confidence(answer).values())
+                rows.append((part.name, part.tree.value(answer), log_p, {}))
             else:
                 p = (answer.confidence | confidence).get(part.field, min(confidence.values()))
                 rows.append((part.name, round(p, 4), 0.0, {}))
-        return rows
+        return [row for row in rows if row[1] is not MISSING]
 
 
 def choose_word(part, answer, space):
@@ -62,5 +99,6 @@ def choose_word(part, answer, space):
 
 def whole_shape(space):
     """the Shape of all fields, as the student was trained."""
-    return Shape(tuple(Part(leaf.path, 'field', leaf.path, tuple(enumerate(leaf.values)))
-                       for leaf in space.schema.leaves))
+    parts = space.schema.tree.properties
+    return Shape(tuple(Part(name, 'field', part.path, tuple(enumerate(part.values))) if is_scalar(part) else
+                       Part(name, 'tree', tree=Tree(part, lambda value, sure: value)) for name, part in parts.items()))

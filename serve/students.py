@@ -3,6 +3,7 @@ from dataclasses import dataclass, field
 
 from serve.prompts import Prompts
 from serve.request import Refusal
+from serve.schemas import read_schema
 from serve.service import Service
 
 
@@ -17,6 +18,7 @@ class ServedStudent:
     too_long: str = 'auto'
     created: int = 0
     among_others: bool = False  # requests that are for an LLM come here too
+    fill: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.name, self.space, self.task = self.service.name, self.service.space, self.service.labeler.task
@@ -25,6 +27,10 @@ class ServedStudent:
     def refuses_long(self, by_default):
         """True if a text longer than it reads is refused. by_default: of this route."""
         return by_default if self.too_long == 'auto' else self.too_long == 'refuse'
+
+    def shape_of(self, schema, *where):
+        """the Shape of its answers to a JSON Schema, see read_schema."""
+        return read_schema(schema, self.space, self.true_value, *where, fill=self.fill)
 
     def check_meant(self, body, known):
         """Refusal if requests for an LLM come here too, and nothing in this one says that it is for the

@@ -13,7 +13,7 @@ from data.objects import find_object
 from distil.keys import failure_text, hide_password, read_key
 from distil.prompts import answer_format, prompt_messages
 from distil.replies import explain_invalid, judge_reply
-from distil.schema import json_text
+from distil.values import json_text
 
 log = logging.getLogger('serve')
 

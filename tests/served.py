@@ -31,6 +31,21 @@ PROMPT = 'Label the text.\nText: {text}\nAnswer:'
 TEXTS = ['hello my friend', 'the cat sat on a mat', 'buy now', 'it rained 😀 all day', 'nobody was there']
 
 
+def save_student(folder, teachers, space, task, seed=0):
+    """writes a tiny student of a task to a folder, as train.py does."""
+    student = tiny_student(space, seed, block_size=space.max_answer + 20)
+    for weight in student.parameters():  # larger, so that answers depend on the text
+        weight.data *= 8 if weight.dim() == 2 else 1
+    folder.mkdir(parents=True)
+    shutil.copy(teachers['gemma'] / 'tokenizer.json', folder)
+    task = {'indent': None, 'fence': False, 'end_id': 2, 'output_ids': space.output_ids,
+            'tokenizer_hash': tokenizer_hash(space.tokenizer), 'prompt': PROMPT, 'max_text': 18, 'teacher': 'a/teacher',
+            'fingerprint': '', **task}
+    per_field = {field: {'temperature': 0.5 + n / 3} for n, field in enumerate(space.schema.paths)}
+    torch.save({'format': CHECKPOINT, 'student': vars(student.config), 'model': student.state_dict(),
+                'task': task, 'per_field': per_field}, folder / 'best.pt')
+
+
 @pytest.fixture(scope='session')
 def root(tmp_path_factory, teachers, tokenizer):
     """a folder with the programs and two students that have fields of every kind."""
@@ -42,18 +57,7 @@ def root(tmp_path_factory, teachers, tokenizer):
     (root / 'config/toy.py').write_text(''.join(f'{k} = {v!r}\n' for k, v in config.items()))
     space = OutputSpace(tokenizer, FIELDS, end_id=2, auxiliary=range(4, 60))
     for seed, name in enumerate(('toy', 'other')):
-        student = tiny_student(space, seed, block_size=space.max_answer + 20)
-        for weight in student.parameters():  # larger, so that answers depend on the text
-            weight.data *= 8 if weight.dim() == 2 else 1
-        folder = root / 'out' / name
-        folder.mkdir(parents=True)
-        shutil.copy(teachers['gemma'] / 'tokenizer.json', folder)
-        task = {'fields': FIELDS, 'indent': None, 'fence': False, 'end_id': 2, 'output_ids': space.output_ids,
-                'tokenizer_hash': tokenizer_hash(tokenizer), 'prompt': PROMPT, 'max_text': 18,
-                'teacher': 'a/teacher', 'fingerprint': ''}
-        per_field = {field: {'temperature': 0.5 + n / 3} for n, field in enumerate(FIELDS)}
-        torch.save({'format': CHECKPOINT, 'student': vars(student.config), 'model': student.state_dict(),
-                    'task': task, 'per_field': per_field}, folder / 'best.pt')
+        save_student(root / 'out' / name, teachers, space, {'fields': FIELDS}, seed)
     return root
 
 
@@ -96,10 +100,10 @@ def truth(labeler):
     return dict(zip(TEXTS, labeler(TEXTS)))
 
 
-def post_all(service, *calls, too_long='auto', **settings):
+def post_all(service, *calls, too_long='auto', fill=None, **settings):
     """responses to calls (path, body) from an application in this process."""
     async def go():
-        student = ServedStudent(service, too_long=too_long, **MEANING)
+        student = ServedStudent(service, too_long=too_long, fill=fill or {}, **MEANING)
         transport = httpx.ASGITransport(make_app([student], service.metrics, **settings))
         async with httpx.AsyncClient(transport=transport, base_url='http://test') as client:
             return [await client.post(path, content=json.dumps(body)) for path, body in calls]

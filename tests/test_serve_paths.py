@@ -506,7 +506,7 @@ def test_passed_on_requests_with_a_schema_are_kept_for_prepare(pass_on, tmp_path
 def test_several_students_are_chosen_by_model_or_schema(root, truth):
     (root / 'config/other.py').write_text((root / 'config/toy.py').read_text().replace("name = 'toy'",
                                                                                        "name = 'other'"))
-    (root / 'config/cut.py').write_text("too_long = 'cut'\n")
+    (root / 'config/cut.py').write_text("too_long = 'cut'\nfill = {'why': 'a student'}\n")
     with serving(root, 'config/cut.py', 'config/other.py') as (_, url):
         assert [model['id'] for model in httpx.get(f'{url}/models').json()['data']] == ['toy', 'other']
         from sample import Labeler
@@ -521,6 +521,10 @@ def test_several_students_are_chosen_by_model_or_schema(root, truth):
         assert httpx.post(f'{url}/chat/completions',
                           json=long).status_code == 200  # cut.py belongs to the first
         assert httpx.post(f'{url}/chat/completions', json=long | {'model': 'other'}).status_code == 400
+        why = {'messages': CHAT, 'response_format': json_schema(of({'tone': {}, 'why': {'type': 'string'}}))}
+        reply = httpx.post(f'{url}/chat/completions', json=why | {'model': 'toy'}).json()
+        assert json.loads(reply['choices'][0]['message']['content'])['why'] == 'a student'
+        assert "fill = {'why': ''}" in httpx.post(f'{url}/chat/completions', json=why | {'model': 'other'}).text
         metrics = httpx.get(url.replace('/v1', '/metrics')).text
         assert 'student_texts_total{by="student",model="toy"}' in metrics and 'model="other"' in metrics
     assert 'two students are called x' in one_line(run(root, 'serve/serve.py', 'config/other.py', '--name=x'))
