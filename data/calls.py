@@ -18,6 +18,7 @@ else:  # of data/prepare.py, whose files lie beside it
 THOUGHTS = 'thinking', 'redacted_thinking', 'reasoning'  # parts of a content that are not the answer
 REQUESTS = 'request', 'request_body', 'proxy_server_request', 'body'  # where a body may be: of Helicone, of LiteLLM
 RESPONSES = 'response', 'response_body'
+ASKED = 'response_format', 'tools', 'tool_choice', 'functions', 'function_call'  # which answer a request asks for
 PAIRS = ('input', 'output'), ('prompt', 'completion'), ('prompt', 'response')  # Langfuse, and files for fine-tuning
 
 
@@ -105,7 +106,8 @@ def split_call(record):
             if asked == 'prompt' or record.get('type') == 'GENERATION' or has_object(answer):
                 messages = [{'role': 'user', 'content': record[asked]}]
         if messages:
-            return {'messages': messages}, answer
+            body = find_body(record[asked])
+            return {'messages': messages} | {key: body[key] for key in ASKED if key in body}, answer
     if is_chunk(record):                                        # which data/logs.py names
         return {}, {}
     if 'custom_id' in record and 'response' in record:

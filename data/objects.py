@@ -65,3 +65,13 @@ def plain(value):
     if isinstance(value, list):
         return [*map(plain, value)]
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def parse_json(cell):
+    """the object or list that a text is as JSON; else the value itself."""
+    if isinstance(cell, str) and cell.lstrip()[:1] in ('{', '['):
+        try:
+            return json.loads(cell)
+        except (ValueError, RecursionError):
+            pass
+    return cell

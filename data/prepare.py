@@ -23,10 +23,10 @@ it: comma, semicolon, tab, pipe, none, or another character. bad_row counts the 
 first, which are left out.
 
 --answer names columns (or keys) with the labels of a field, which a student learns without a teacher. A cell with
-true, false or a whole number is that, any other is text; an empty one beside labels is null. --truth names columns
-with the truth of a field. It is never trained on; tools/evaluate.py compares with it. Here a cell is text: TRUE, 1.0
-and none mean true, 1 and null in a field with these values. .json and .jsonl keep `truth`, `answer` and
-`probabilities`, without NaN.
+true, false, a whole number, or an object or a list as JSON is that, any other is text; an empty one beside labels is
+null. An object in a column called answer is the whole answer. --truth names columns with the truth of a field. It is
+never trained on; tools/evaluate.py compares with it. Here a cell is text: TRUE, 1.0 and none mean true, 1 and null in
+a field with these values. .json and .jsonl keep `truth`, `answer` and `probabilities`, without NaN.
 
 --split names the column (or key) that says to which part a text belongs: train, or test (val, validation, valid,
 dev, eval, held_out), which is held out from training. A key `split` of a .json or .jsonl with one of these words
@@ -39,87 +39,31 @@ fails, an earlier input.jsonl stays.
 A .jsonl may be the log of an LLM that does the task today: fine-tuning files, requests with their responses,
 batch inputs and outputs (data/logs.py has the forms). The text is what differs between the prompts, or stands
 where --template='... {text} ...' says. Prints a config with the fields, the values and the prompt of the log, or of
-the labels of any other file, or writes it to the file that --config names.
+the labels of any other file, or writes it to the file that --config names. If the requests ask for a JSON Schema, or
+if --schema=FILE names one, the fields are those of it. What no student can answer, such as free text, is named.
 """
-import codecs
-import gzip
-import io
 import json
 import os
 import re
 import sys
-import zipfile
 import zlib
 from collections import Counter
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
-from logs import Log, is_log  # these lie beside this file
+from contents import find_kind, open_bytes, open_lines  # these lie beside this file
+from logs import Log, is_log
+from objects import parse_json
 from output import describe_error, exit_on_stop, replace_file
 from parts import find_files, split_files
-from stub import label_answers, log_answers, write_stub
+from schemas import read_schema_file
+from stub import find_schema, label_answers, log_answers, write_stub
 from tables import DELIMITERS, by_option, csv_rows, find_value, read_part, read_table
 from templates import check_template
 from typed import read_typed, xlsx_rows
 
 KEPT = 'truth', 'answer', 'probabilities', 'split'
-UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
-BINARY = {  # what a file is, and what to do: how it begins
-    'a zip archive or a damaged workbook; unpack it, or save its table as .csv': (b'PK\3\4', b'PK\5\6'),
-    'packed; unpack it first': (b'BZh91AY', b'\xfd7zXZ', b'(\xb5/\xfd', b'7z\xbc\xaf', b'Rar!\x1a'),
-    'an old or locked Office file (.xls, .doc); save it as .xlsx or .csv': (b'\xd0\xcf\x11\xe0',),
-    'an SQLite database; save its table as .csv': (b'SQLite format 3',),
-    'a PDF; save its texts as .txt': (b'%PDF-',),
-    'an image; a text file is needed': (b'\x89PNG', b'\xff\xd8\xff', b'GIF8', b'II*\0', b'MM\0*')
-}
-
-
-def open_bytes(path):
-    """opens a file, or standard input if path is -, and unpacks it if it is gzip, whatever its name."""
-    raw = sys.stdin.buffer if path == '-' else open(path, 'rb')
-    while raw.peek(2)[:2] == b'\x1f\x8b':
-        raw = io.BufferedReader(gzip.open(raw))
-    if raw.peek(4)[:4] in (b'PAR1', b'ARRO', b'PK\3\4') and not raw.seekable():  # these are read from their end
-        raw = io.BufferedReader(io.BytesIO(raw.read()))
-    return raw
-
-
-def find_kind(raw, path, is_table):
-    """what a file holds: csv, tsv, jsonl, json, txt, xlsx, parquet or arrow. Binary content decides, else the name.
-    Exits with a message if the content is binary of another kind. is_table: True for csv instead of txt."""
-    head = raw.peek(4096)[:4096]
-    if head.startswith(b'PAR1'):
-        return 'parquet'
-    if head.startswith((b'ARROW1', b'\xff\xff\xff\xff')):
-        return 'arrow'
-    is_zip = head.startswith(b'PK\3\4') and zipfile.is_zipfile(raw)
-    if is_zip and 'xl/workbook.xml' in zipfile.ZipFile(raw).namelist():
-        return 'xlsx'
-    what = next((what for what, starts in BINARY.items() if head.startswith(starts)), '')
-    controls = len(re.findall(rb'[\x01-\x08\x0e-\x1a\x1c-\x1f]', head))
-    if head[257:262] == b'ustar':
-        what = 'a tar archive; unpack it first'
-    elif controls > max(8, len(head) / 20) and head[:2] not in UTF16:
-        what = what or 'binary; save its texts as .txt or .csv'
-    if what:
-        sys.exit(f'{path} is {what}')
-    kind = re.search(r'\.(csv|tsv|jsonl|ndjson|json|xls|xlsx|parquet|arrow)(\.gz)?$', path.lower())
-    kind = kind[1] if kind else 'csv' if is_table else 'txt'
-    if kind in ('xls', 'xlsx', 'parquet', 'arrow'):
-        sys.exit(f'{path} is not in the format of .{kind}; if it is text, name it .csv or .txt')
-    return kind
-
-
-def open_lines(raw, counts):
-    """yields the lines of an opened file. Counts those that are not UTF-8 in counts['bad_utf8']."""
-    is_utf16 = raw.peek(2)[:2] in UTF16
-    encoding, errors = ('utf-16', 'replace') if is_utf16 else ('utf-8-sig', 'surrogateescape')
-    for line in io.TextIOWrapper(raw, encoding, errors, newline=''):
-        if re.search('[\ud800-\udfff]', line):  # the bytes that could not be decoded
-            counts['bad_utf8'] += 1
-            line = line.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
-        yield line.replace('\0', '')
 
 
 def is_json(value):
@@ -153,6 +97,18 @@ def read_objects(objects, path, column, options, counts):
             counts['bad_json'] += 1
 
 
+def parse_labels(row):
+    """(text, {option: {column: cell}}) of a row, in which a label that is an object or a list as JSON is that. An
+    object in a column called answer is the whole answer, as it is in a .jsonl."""
+    text, extra = row
+    for option in {'answer', 'truth'} & extra.keys():
+        extra[option] = {name: parse_json(cell) for name, cell in extra[option].items()}
+        whole = extra[option].get(option)
+        if isinstance(whole, dict):
+            extra[option] = {**whole, **{name: cell for name, cell in extra[option].items() if name != option}}
+    return text, extra
+
+
 def parse_lines(lines):
     """yields the JSON value of each line that is not blank, None if it is not JSON."""
     for line in lines:
@@ -170,11 +126,11 @@ def read_records(path, column, options, delimiter, counts, notes):
     if kind in ('csv', 'tsv'):
         rows = csv_rows(lines, path, delimiter, column, kind == 'tsv', counts)
         hint = '' if delimiter else '; or --delimiter=none, if each line is one text'
-        yield from read_table(rows, path, column, options, hint)
+        yield from map(parse_labels, read_table(rows, path, column, options, hint))
     elif kind == 'xlsx':
-        yield from read_table(xlsx_rows(raw, path, notes), path, column, options)
+        yield from map(parse_labels, read_table(xlsx_rows(raw, path, notes), path, column, options))
     elif kind in ('parquet', 'arrow'):
-        yield from read_typed(raw, path, kind, column, options)
+        yield from map(parse_labels, read_typed(raw, path, kind, column, options))
     elif kind in ('jsonl', 'ndjson'):
         yield from read_objects(parse_lines(lines), path, column, options, counts)
     elif kind == 'json':
@@ -242,7 +198,7 @@ def write_texts(records, file, counts, split, problems):
     seen, known, others = set(), Counter(), Counter()
     for value, extra, part in records:
         text = ' '.join(value.split()) if isinstance(value, str) else ''
-        names = {name for of_key in extra.values() if isinstance(of_key, dict) for name in of_key}
+        names = {*extra, *(name for of_key in extra.values() if isinstance(of_key, dict) for name in of_key)}
         try:
             part = pop_part(extra, split, part, counts)
         except ValueError as error:
@@ -274,9 +230,9 @@ if __name__ == '__main__':
     sys.stdout.reconfigure(errors='backslashreplace')  # for names that it cannot encode
     typed = [arg.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace') for arg in sys.argv[1:]]  # in any locale
     options = dict(arg[2:].partition('=')[::2] for arg in typed if arg.startswith('--'))
-    if unknown := options.keys() - {'column', 'answer', 'truth', 'split', 'delimiter', 'template', 'config'}:
+    if unknown := options.keys() - {'column', 'answer', 'truth', 'split', 'delimiter', 'template', 'schema', 'config'}:
         sys.exit(f'data/prepare.py has no option --{unknown.pop()}; its options are --column=, --answer=, --truth=, '
-                 '--split=, --delimiter=, --template= and --config=')
+                 '--split=, --delimiter=, --template=, --schema= and --config=')
     if '' in options.values():
         sys.exit('an option needs a value right after its =; the shell needs quotes around ; and |')
     column, delimiter = options.get('column', ''), options.get('delimiter', '')
@@ -291,6 +247,7 @@ if __name__ == '__main__':
         sys.exit('--answer=, --truth= and --split= name the same column')
     named = dict(named)
     template, config = options.get('template', ''), options.get('config', '')
+    schema, schema_note = read_schema_file(options['schema']) if 'schema' in options else None, ''
     try:
         check_template(template or '{text}')
     except ValueError as error:
@@ -300,7 +257,7 @@ if __name__ == '__main__':
     name, *paths = [arg for arg in sys.argv[1:] if not arg.startswith('--')] or ['']
     if not paths or not re.fullmatch(r'\w[\w.-]*', name, re.ASCII):
         sys.exit('run: python data/prepare.py NAME FILE... [--column=C] [--answer=C,C] [--truth=C,C] [--split=C] '
-                 '[--delimiter=D] [--template=T] [--config=FILE]; NAME is the dataset')
+                 '[--delimiter=D] [--template=T] [--schema=FILE] [--config=FILE]; NAME is the dataset')
     parts = {file: part for path in paths for file, part in find_files(path).items()}
     lines = [path for path in parts if re.search(r'\.(jsonl|ndjson)(\.gz)?$', path.lower())]
     logs = [path for path in lines if not column and is_log(path)]
@@ -330,9 +287,12 @@ if __name__ == '__main__':
             labels = ','.join(os.path.relpath(path, root) for path in logs) or f'data/{name}/input.jsonl'
             answers = log_answers(log) if logs else label_answers(file.name)
             prompt = '\n\n'.join(filter(None, (log.system, log.template)))
-            stub = write_stub(name, answers, labels, counts['kept'], prompt)
-            if config and not stub and not logs:
-                sys.exit(f'{", ".join(paths)}: no labels of a few values, so there is no use for --config=')
+            if logs and not schema:
+                schema, schema_note = find_schema(log)
+            stub, notes = write_stub(name, answers, labels, counts['kept'], prompt, schema)
+            if (config or schema) and not stub and not logs:
+                sys.exit(f'{", ".join(paths)}: no labels of a few values, so there is no use for '
+                         f'--{"config" if config else "schema"}=')
             if stub and config:
                 with replace_file(Path(config)) as config_file:
                     config_file.write(stub)
@@ -341,7 +301,7 @@ if __name__ == '__main__':
     except OSError as error:  # of a log, if it has no name
         sys.exit(describe_error(error, ', '.join(logs)))
     log.print_template()
-    print('\n'.join(['prepare ' + figures, *problems]))
+    print('\n'.join(['prepare ' + figures, *problems, *filter(None, [schema_note]), *notes]))
     for column in named:
         if known[column] < counts['kept']:
             print(f'{counts["kept"] - known[column]} of {counts["kept"]} texts have no value in {column!r}')

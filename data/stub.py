@@ -2,13 +2,16 @@
 student."""
 import json
 import math
+import pprint
 from collections import Counter
 from contextlib import suppress
 
 from calls import read_replies  # these lie beside this file
-from objects import find_object, plain
+from infer import infer
+from objects import find_object
+from schemas import Fit, asked_schema, find_difference
 
-MANY = 20  # a field with more values may be free text
+WIDTH = 110  # of the fields in a config
 
 
 def log_answers(log):
@@ -29,82 +32,78 @@ def label_answers(path):
     return sorted(known, key=lambda of_text: -len(of_text[1]))
 
 
-def count_answers(answers, is_log):
-    """({field: Counter of the JSON texts of its values}, the longest text in bytes, the longest answer in bytes)
-    of (text, answer) each."""
-    fields, longest_text, longest_answer, forms = {}, 0, 0, Counter()  # forms: the sets of keys
-    for text, answer in answers:
-        longest_text = max(longest_text, len(' '.join(text.split()).encode()))
-        if answer is not None:
-            forms[frozenset(answer)] += 1
-        with suppress(ValueError):                              # NaN
-            for name, value in (answer or {}).items():
-                fields.setdefault(name, Counter())[json.dumps(value, allow_nan=False)] += 1
-            longest_answer = max(longest_answer, len(json.dumps(answer or {})))
-    if is_log or any(form >= fields.keys() for form in forms):  # else each label tells of some fields only
-        add_missing(fields, forms)
-        longest_answer += sum(len(f'"{name}": null, ') for name in fields if any(name not in form for form in forms))
-    return {name: merge_numbers(counts) for name, counts in fields.items()}, longest_text, longest_answer
-
-
-def add_missing(fields, forms):
-    """counts null in fields, {name: Counter}, for each answer that lacks the key. forms: Counter of the sets of keys of
-    all answers. One that shares no key with the most common form, such as {"error": ...}, is none of the task."""
-    usual = max(forms, key=forms.get, default=frozenset())
-    alike = {form: n for form, n in forms.items() if form & usual or not form}
-    for name, counts in fields.items():
-        if not any(name in form for form in alike):
-            counts.clear()
-        elif n_missing := sum(n for form, n in alike.items() if name not in form):
-            counts['null'] += n_missing
-
-
-def merge_numbers(counts):
-    """a Counter of JSON texts in which 1 and 1.0 are one value, in its more common spelling."""
-    spelled, merged = {}, Counter()
-    for text, n in counts.most_common():
-        merged[spelled.setdefault(json.dumps(plain(json.loads(text))), text)] += n
-    return merged
-
-
-def why_no_field(counts):
-    """why a field of the answers is not one of the student's; '' if it is."""
-    if not counts:
-        return 'only answers without the usual keys have it'
-    values = [json.loads(text) for text in counts]
-    if any('{' in text and not isinstance(value, str) for text, value in zip(counts, values)):
-        return 'its values are objects'
-    rare = sum(n == 1 for n in counts.values())
-    if len(counts) > MANY and (rare > len(counts) / 2 or any(isinstance(value, float) for value in values)):
-        return f'{len(counts)} values in {counts.total()} answers: free text, or a number'
-    return ''
-
-
 def quote(text):
     """a text as a Python constant that can be read, if possible in three quotes."""
     plain = "'''" not in text and '\\' not in text and not text.endswith("'") and '\r' not in text
     return f"'''{text}'''" if plain else repr(text)
 
 
-def write_stub(name, answers, labels, n_texts, prompt):
-    """the text of a config file for a task, '' if its answers leave nothing to decide. answers: (text, answer as
-    dict) each; labels: what extract.py reads; n_texts: different texts; prompt: of a log, '' of labels."""
-    found, longest_text, longest_answer = count_answers(answers, bool(prompt))
-    if not any(len(counts) > 1 and not why_no_field(counts) for counts in found.values()):
-        return ''
-    fields = []
-    for field, counts in found.items():
-        often = ', '.join(f'{text} {n}' for text, n in counts.most_common(12)) + ', ...' * (len(counts) > 12)
-        values = ', '.join(repr(json.loads(text)) for text, _ in counts.most_common())
-        reason = why_no_field(counts)
-        fields += [f'# {field!r} is left out: {reason}'] if reason else [f'# {often}', f'{field!r}: [{values}],']
-    max_text = min(LONGEST, 8 * math.ceil((longest_text / 2.5 + 4) / 8))
+def write_python(value, depth=0, used=0):
+    """a JSON value as Python, in lines of WIDTH where that is possible. depth: of the line that it begins in; used:
+    columns of that line before it."""
+    pad, text = '    ' * (depth + 1), repr(value)
+    if used + len(text) < WIDTH or not isinstance(value, (dict, list, str)) or not value:
+        return text
+    if isinstance(value, str):
+        return pprint.pformat(value, width=max(40, WIDTH - used)).replace('\n', '\n' + ' ' * used)
+    if isinstance(value, dict):
+        lines = [f'{pad}{key!r}: {write_python(inner, depth + 1, len(pad) + len(repr(key)) + 3)},'
+                 for key, inner in value.items()]
+    elif any(isinstance(inner, (dict, list)) for inner in value):
+        lines = [f'{pad}{write_python(inner, depth + 1, len(pad) + 1)},' for inner in value]
+    else:
+        lines = [pad + pprint.pformat(value, width=WIDTH - len(pad), compact=True)[1:-1].replace('\n ', '\n' + pad)]
+    left, right = '{}' if isinstance(value, dict) else '[]'
+    return '\n'.join([left, *lines, '    ' * depth + right])
+
+
+def find_schema(log):
+    """(the JSON Schema that most requests of a log ask for, a line if there are others); (None, '') if there is
+    none."""
+    counts = Counter(json.dumps(schema) for _, request, response in log.read_calls()
+                     if (schema := asked_schema(request, response)))
+    if not counts:
+        return None, ''
+    (text, n), *others = counts.most_common()
+    schema = json.loads(text)
+    where = find_difference(schema, json.loads(others[0][0])) if others else ''
+    return schema, f'the requests have {len(counts)} schemas, which differ in {where!r}; the most frequent is taken, ' \
+        f'of {n} of {counts.total()}' if others else ''
+
+
+def write_stub(name, answers, labels, n_texts, prompt, schema=None):
+    """(the text of a config file for a task, [lines that tell what is not in it]); ('', lines) if its answers leave
+    nothing to decide. answers: (text, answer as dict) each; labels: what extract.py reads; n_texts: different texts;
+    prompt: of a log, '' of labels; schema: the JSON Schema of the answers, None to infer it."""
+    found, notes = infer(answers, bool(prompt)), []
+    fit = Fit(schema, found.part) if schema else None
+    if fit and fit.problem:
+        notes, fit = [f'the JSON Schema cannot be used: {fit.problem}'], None
+    left_out = fit.left_out if fit else found.left_out
+    why = [' '.join(f'{path!r} is left out: {why}'.split()) for path, why in left_out.items()]
+    if not found.part.forms or not fit and not found.decides:
+        return '', [*notes, *why]
+    lines = []
+    if fit:
+        lines = [f'# {line}' for line in ['the JSON Schema of the answers', *fit.notes]]
+        lines += [f'fields = {write_python(fit.schema, 0, len("fields = "))}']
+    else:
+        for field, values in found.fields.items():
+            lines += [f'    # {line}' for line in found.notes.get(field, ())]
+            flat = isinstance(values, list)                     # in one line, whatever its length
+            lines += [f'    {field!r}: {values if flat else write_python(values, 1, len(repr(field)) + 6)},']
+        lines = ['fields = {             # above each its values, and how often they occur', *lines, '}']
+    if why:
+        lines += [*(f'# {line}' for line in why), f'left_out = {write_python([*left_out], 0, len("left_out = "))}']
+    is_flat = not fit and not left_out and all(isinstance(values, list) for values in found.fields.values())
+    longest = found.longest_answer if is_flat else (fit or Fit(found.json_schema, found.part)).longest()
+    max_text = min(LONGEST, 8 * math.ceil((found.longest_text / 2.5 + 4) / 8))
     return CONFIG.format(
         source=FROM_LOG if prompt else FROM_LABELS, name=name, labels=labels,
-        fields='\n'.join(f'    {line}' for line in fields),
-        max_text=max_text, block_size=max_text + longest_answer // 2 + 24,
+        fields='\n'.join(lines),
+        max_text=max_text, block_size=max_text + longest // 2 + 24,
         prompt=f'prompt = {quote(prompt)}\n' if prompt else '',
-        max_epochs=max(4, min(40, round(STEPS * 32 / n_texts))))
+        max_epochs=max(4, min(40, round(STEPS * 32 / n_texts)))), [*notes, *(fit.notes if fit else ()), *why]
 
 
 LONGEST = 448  # tokens of a text: the reader sees 512
@@ -119,9 +118,7 @@ name = {name!r}
 dataset = {name!r}
 labels = {labels!r}
 teacher = 'data/teachers/qwen2.5-coder-0.5b.gguf'  # not asked; the student writes its answers with these tokens
-fields = {{             # above each its values, and how often they occur
 {fields}
-}}
 {prompt}max_text = {max_text}         # tokens
 too_long = 'cut'
 # student: a pre-trained encoder reads the text, one layer writes the answer

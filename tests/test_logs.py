@@ -14,6 +14,7 @@ import torch
 import data
 from data.calls import read_reply
 from data.logs import is_log
+from data.schemas import asked_schema
 from distil.answers import label_from_answer
 from distil.labels import Labels
 from distil.server import Server
@@ -245,8 +246,13 @@ def test_the_config_of_a_log_names_its_values_and_leaves_out_free_text(tmp_path)
     stub = done.stdout.decode().partition('such as this one:\n')[2]
     (tmp_path / 'stub.py').write_text(stub)
     config = runpy.run_path(str(tmp_path / 'stub.py'))
-    assert config['fields'] == {'tone': ['neutral', 'friendly', None], 'stars': [0, 1, 2, 3, 4], 'ok': [False, True]}
-    assert "# 'why' is left out: 60 values in 60 answers" in stub and '# "neutral" 20, "friendly" 20, null 20' in stub
+    assert config['fields'] == {'tone': ['neutral', 'friendly', None], 'stars': [0, 1, 2, 3, 4], 'ok': [False, True],
+                                'at': {'type': 'object', 'properties': {'x': {'enum': [1]}}, 'required': ['x']}}
+    assert [*config['fields']] == ['tone', 'at', 'stars', 'ok'] and config['left_out'] == ['why', 'p']
+    for line in ("'why' is left out: 60 different texts in 60 answers\n",
+                 "'p' is left out: 60 different numbers in 60 answers\n"):
+        assert f'# {line}' in stub and f'\n{line}' in done.stdout.decode().partition('such as this one:')[0]
+    assert '# "neutral" 20, "friendly" 20, null 20' in stub
     assert config['prompt'] == "it's '''{text}'''" and len(records) == 61 and config['max_epochs'] == 40
     known = re.findall(r'^(\w+) =', ''.join((ROOT / script).read_text() for script in ('extract.py', 'train.py')), re.M)
     assert {name for name in config if not name.startswith('__')} <= {*known}
@@ -302,6 +308,196 @@ def test_answers_of_another_kind_add_no_null_and_no_field(tmp_path):
     fields, _ = fields_of(tmp_path, 'a.jsonl')
     assert {name: {*values} for name, values in fields.items()} == {
         'kind': {'refund', 'ship'}, 'amount': {None, 0, 1, 2}, 'to': {None, 'home'}}
+
+
+def config_of(folder, *args):
+    """(the settings of the config that prepare.py makes, what it prints before it)."""
+    done, _ = run_prepare(folder, *args)
+    assert done.returncode == 0, done.stderr
+    lines, _, stub = done.stdout.decode().partition('such as this one:\n')
+    (folder / 'stub.py').write_text(stub)
+    return runpy.run_path(str(folder / 'stub.py')), lines
+
+
+def ticket(n):
+    """an answer with lists and objects, and with what nobody needs."""
+    findings = [{'kind': ['bug', 'ui', 'docs'][(n + k) % 3], 'evidence': f'it says {n} {k}'} |
+                ({'urgent': [True, None][k]} if n % 2 else {}) for k in range(n % 3)]
+    return {'reason': f'because of {n}', 'tone': ['neutral', 'friendly'][n % 2], 'confidence': n / 100, 'id': f'{n}',
+            'labels': [['bug'], ['bug', 'ui'], ['ui', 'docs'], []][n % 4], 'steps': ['ask', 'look', 'ask'][:n % 4],
+            'customer': None if n % 5 == 1 else {'mood': ['calm', 'angry'][n % 3 > 0], 'note': f'note {n}'},
+            'findings': findings, 'words': [f'a{n}', f'b{n}'], 'meta': {'at': {'ms': n}}}
+
+
+TICKET_FIELDS = {
+    'tone': ['neutral', 'friendly'],
+    'labels': {'type': 'array', 'items': {'enum': ['bug', 'ui', 'docs']}},
+    'steps': {'type': 'array', 'items': {'enum': ['ask', 'look']}, 'uniqueItems': False, 'maxItems': 4},
+    'customer': {'anyOf': [{'type': 'object', 'properties': {'mood': {'enum': ['angry', 'calm']}},
+                            'required': ['mood']}, {'type': 'null'}]},
+    'findings': {'type': 'array', 'items': {'type': 'object', 'properties': {
+        'kind': {'enum': ['ui', 'docs', 'bug']}, 'urgent': {'enum': [True, None]}}, 'required': ['kind']},
+        'maxItems': 3}}
+
+
+def test_a_log_of_nested_answers_becomes_a_task(tmp_path):
+    answers = [ticket(n) for n in range(60)]
+    log_of_answers(tmp_path / 'a.jsonl', answers)
+    config, printed = config_of(tmp_path, 'a.jsonl')
+    assert config['fields'] == TICKET_FIELDS
+    assert config['left_out'] == ['reason', 'confidence', 'id', 'customer.note', 'findings[].evidence', 'words', 'meta']
+    for line in ("'reason' is left out: 60 different texts in 60 answers",
+                 "'confidence' is left out: 60 different numbers in 60 answers",
+                 "'id' is left out: 60 different texts in 60 answers; its values stand in the texts: they cannot be "
+                 'answered yet',
+                 "'findings[].evidence' is left out: 60 different texts in 60 items",
+                 "'words' is left out: a list of 120 different texts in 120 items",
+                 "'meta' is left out: 'meta.at': 'meta.at.ms': 60 different numbers in 60 answers"):
+        assert f'\n{line}\n' in printed and f'\n# {line}\n' in (tmp_path / 'stub.py').read_text()
+    stub = (tmp_path / 'stub.py').read_text()
+    assert """    # 'labels[]': "bug" 30, "ui" 30, "docs" 15\n    # 'labels': 0 to 2 in a list\n""" in stub
+    assert "    # 'findings[].urgent': missing 30\n" in stub and "    # 'customer': null 12\n" in stub
+    assert max(map(len, stub.partition('fields = ')[2].partition('\n}\n')[0].splitlines())) <= 110
+    schema = Schema(config['fields'], config['left_out']).check()
+    assert all(schema.read_label({'answer': answer}) for answer in answers)
+    assert schema.canonical(answers[7]) == {
+        'tone': 'friendly', 'labels': [], 'steps': ['ask', 'look', 'ask'], 'customer': {'mood': 'angry'},
+        'findings': [{'kind': 'ui', 'urgent': True}]}
+
+
+def test_from_a_log_with_reasons_to_records(project, tmp_path):
+    root = clone_task(project, tmp_path)
+    log_of_answers(root / 'log.jsonl', [{key: ticket(n)[key] for key in ('reason', 'tone', 'confidence', 'labels')}
+                                        for n in range(40)])
+    run_prepare(root, 'log.jsonl', '--config=config/mine.py')
+    teacher = runpy.run_path(str(root / 'config/toy.py'))['teacher']
+    done = run(root, 'extract.py', 'config/mine.py', f'--teacher={teacher}')
+    assert done.returncode == 0 and 'filter read=40 kept=40' in done.stdout, done.stderr
+    shards = data.Shards('mine', 'mine', root / 'data')
+    assert shards.meta['left_out'] == ['reason', 'confidence']
+    config = runpy.run_path(str(root / 'config/mine.py'))
+    assert shards.meta['max_text'] + shards.meta['max_answer'] <= config['block_size']
+
+
+def test_lists_are_in_the_order_of_most_lists_and_odd_answers_are_told(tmp_path):
+    answers = [{'order': [['c', 'd'], ['a', 'b'], ['b', 'c'], ['d', 'c']][n % 4 if n % 8 != 7 else 0], 'none': [],
+                'deep': [[['x'], ['x', 'y']][n % 2]] * (n % 3), 'long': ['x', 'y'] * (n % 10),
+                'mixed': ['x', ['x'], {'a': 1}][n % 3], 'keys': {f'k{n}': 1, 'same': 2}} for n in range(60)]
+    answers.append({**answers[0], 'order': 'a'})                # one in sixty is of another kind
+    log_of_answers(tmp_path / 'a.jsonl', answers)
+    config, printed = config_of(tmp_path, 'a.jsonl')
+    assert config['fields'] == {
+        'order': {'type': 'array', 'items': {'enum': ['a', 'b', 'c', 'd']}}, 'none': [[]],
+        'deep': {'type': 'array', 'items': {'type': 'array', 'items': {'enum': ['x', 'y']}}, 'maxItems': 3}}
+    assert "# 'order': not used, as they are no lists: 1\n" in (tmp_path / 'stub.py').read_text()
+    assert "'long' is left out: lists of up to 18 items; 16 can be learned" in printed
+    assert "'mixed' is left out: its values are 21 constants, 20 objects, 20 lists" in printed
+    assert "'keys' is left out: 61 different keys in 61 objects" in printed
+    log_of_answers(tmp_path / 'a.jsonl', [{'properties': {'a': n % 2}, 'b': 1} for n in range(9)])
+    config, _ = config_of(tmp_path, 'a.jsonl')                  # else these were a JSON Schema themselves
+    assert Schema(config['fields']).canonical({'properties': {'a': 1}, 'b': 1}) == {'properties': {'a': 1}, 'b': 1}
+    assert Schema(config['fields']).paths == ['properties.a', 'b']
+
+
+# -----------------------------------------------------------------------------
+# the JSON Schema that the requests ask for
+
+TICKET = {
+    'type': 'object', 'title': 'Ticket', 'description': 'What a customer wants, and how it was said. ' * 4,
+    'properties': {
+        'reason': {'type': 'string'}, 'labels': {'type': 'array', 'items': {'$ref': '#/$defs/Label'}},
+        'tone': {'enum': ['rude', 'neutral', 'friendly'], 'description': 'how it is said'},
+        'customer': {'anyOf': [{'$ref': '#/$defs/Customer'}, {'type': 'null'}]},
+        'findings': {'type': 'array', 'items': {'$ref': '#/$defs/Finding'}, 'maxItems': 4},
+        'confidence': {'type': 'number', 'minimum': 0, 'maximum': 1}, 'id': {'type': 'string', 'pattern': '^t'},
+        'words': {'type': 'array', 'items': {'type': 'string'}}, 'meta': {'type': 'object'}, 'again': {'$ref': '#'},
+        'stars': {'type': 'integer', 'minimum': 1, 'maximum': 5}, 'day': {'type': 'string', 'format': 'date'}},
+    'required': ['reason', 'labels', 'tone', 'customer', 'findings'],
+    '$defs': {'Label': {'enum': ['bug', 'ui', 'docs', 'api'], 'type': 'string'},
+              'Customer': {'type': 'object', 'properties': {'mood': {'type': 'string'}, 'note': {'type': 'string'}}},
+              'Finding': {'type': 'object', 'properties': {
+                  'kind': {'$ref': '#/$defs/Label'}, 'evidence': {'type': 'string'},
+                  'urgent': {'anyOf': [{'type': 'boolean'}, {'type': 'null'}]}}, 'required': ['kind', 'evidence']}}}
+AS_FORMAT = {'type': 'json_schema', 'json_schema': {'name': 'ticket', 'strict': True, 'schema': TICKET}}
+TICKET_TOOL = {'type': 'function', 'function': {'name': 'file', 'parameters': TICKET}}
+OTHER_TOOL = {'type': 'function', 'function': {'name': 'wait', 'parameters': {'type': 'object', 'properties': {}}}}
+FILE = {'name': 'file', 'arguments': '{}'}
+
+
+@pytest.mark.parametrize('request_, response_, is_asked', [
+    ({'response_format': AS_FORMAT}, response('{}'), True),
+    ({'text': {'format': {'type': 'json_schema', 'name': 'ticket', 'schema': TICKET}}}, {}, True),
+    ({'tools': [OTHER_TOOL, TICKET_TOOL]},
+     {'choices': [{'message': {'content': None, 'tool_calls': [{'function': FILE}]}}]}, True),
+    ({'tools': [OTHER_TOOL, {'type': 'function', 'name': 'file', 'parameters': TICKET}]},
+     {'output': [{'type': 'function_call', **FILE}]}, True),
+    ({'functions': [{'name': 'file', 'parameters': TICKET}]},
+     {'choices': [{'message': {'function_call': FILE}}]}, True),
+    ({'tools': [{'name': 'wait', 'input_schema': {}}, {'name': 'file', 'input_schema': TICKET}]},
+     {'choices': [{'message': {'content': [{'type': 'tool_use', 'name': 'file', 'input': {}}]}}]}, True),
+    ({'tools': [{'name': 'file', 'input_schema': TICKET}], 'tool_choice': {'type': 'tool', 'name': 'file'}}, {}, True),
+    ({'tools': [{'name': 'file', 'input_schema': TICKET}]}, {}, True),
+    ({'tools': [OTHER_TOOL, TICKET_TOOL]}, response('x'), False), ({}, {}, False),
+    ({'response_format': {'type': 'json_object'}}, response('{}'), False), ({'tools': 3}, {'choices': 5}, False)])
+def test_the_schema_of_a_request_is_found(request_, response_, is_asked):
+    assert asked_schema(request_, response_) == (TICKET if is_asked else None)
+
+
+def test_the_schema_of_the_requests_becomes_the_fields(tmp_path):
+    answers = [ticket(n) for n in range(60)]
+    other = json.loads(json.dumps(AS_FORMAT))
+    other['json_schema']['schema']['properties']['tone']['enum'] += ['new']
+    lines = [{'request': {**request(f'text {n}'), 'response_format': AS_FORMAT if n % 9 else other},
+              'response': response(json.dumps(answer))} for n, answer in enumerate(answers)]
+    write_lines(tmp_path / 'a.jsonl', lines)
+    config, printed = config_of(tmp_path, 'a.jsonl')
+    expected = json.loads(json.dumps(TICKET))                   # as it is, but for a text with few values
+    expected['$defs']['Customer']['properties']['mood']['enum'] = ['angry', 'calm']
+    assert json.dumps(config['fields']) == json.dumps(expected)
+    assert config['left_out'] == ['reason', 'customer.note', 'findings[].evidence', 'confidence', 'id', 'words', 'meta',
+                                  'again', 'day']
+    for line in ("the requests have 2 schemas, which differ in 'tone'; the most frequent is taken, of 53 of 60",
+                 "'customer.mood' may be any text in the schema; it has the 2 values of the log: are these all?",
+                 "'reason' is left out: free text (60 different texts in 60 answers)",
+                 "'confidence' is left out: any number (60 different numbers in 60 answers)",
+                 "'id' is left out: a text of the form ^t (60 different texts in 60 answers; its values stand in the "
+                 'texts: they cannot be answered yet)', "'day' is left out: a date",
+                 "'meta' is left out: an object whose keys are not known",
+                 "'again' is left out: it refers to #, in which it is, without end"):
+        assert f'\n{line}\n' in printed, line
+    del config['fields']['properties']['stars']                 # which these answers do not have
+    schema = Schema(config['fields'], config['left_out']).check()
+    assert all(schema.read_label({'answer': answer}) for answer in answers)
+    assert schema.by_path['tone'].values == ['rude', 'neutral', 'friendly']
+
+    (tmp_path / 'ticket.json').write_text(json.dumps(TICKET_TOOL))
+    (tmp_path / 'none.json').write_text('{"type": "string"}')
+    (tmp_path / 'cut.json').write_text('{')
+    log_of_answers(tmp_path / 'a.jsonl', answers)
+    assert config_of(tmp_path, 'a.jsonl', '--schema=ticket.json')[0]['fields'] == expected
+    for file, message in (('none.json', 'is no JSON Schema of an object'), ('cut.json', 'is not JSON'),
+                          ('nowhere.json', 'cannot be read')):
+        line, = run_prepare(tmp_path, 'a.jsonl', f'--schema={file}')[0].stderr.decode().splitlines()
+        assert f'--schema={file} {message}' in line
+
+
+def test_a_batch_and_an_export_have_the_schema_in_their_requests(tmp_path):
+    schema = {'type': 'object', 'properties': {'tone': {'enum': ['neutral', 'friendly', 'odd']},
+                                               'why': {'type': 'string'}}}
+    tools, answer = [{'name': 'f', 'input_schema': schema}], lambda n: {'tone': 'neutral', 'why': f'so {n}'}
+    batch = [line for n in range(3) for line in (
+        {'custom_id': str(n), 'body': {**request(f'text {n}'), 'tools': tools}},
+        {'custom_id': str(n), 'response': {'body': response(json.dumps(answer(n)))}})]
+    spans = [{'type': 'GENERATION', 'input': {**request(f'text {n}'), 'tools': tools, 'tool_choice': {'name': 'f'}},
+              'output': answer(n)} for n in range(3)]
+    for lines in (batch, spans):
+        write_lines(tmp_path / 'a.jsonl', lines)
+        config, _ = config_of(tmp_path, 'a.jsonl')
+        assert (config['fields'], config['left_out']) == (schema, ['why'])
+    schema['properties'] = {'why': {'type': 'string'}}           # then the answers tell what the fields are
+    write_lines(tmp_path / 'a.jsonl', [*batch, *spans, {**spans[0], 'output': {'tone': 'friendly', 'why': 'so'}}])
+    config, printed = config_of(tmp_path, 'a.jsonl')
+    assert config['fields']['tone'] == ['neutral', 'friendly'] and 'left_out' not in config
 
 
 def test_an_odd_log_ends_in_one_line(tmp_path):

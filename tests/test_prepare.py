@@ -1,4 +1,5 @@
 """data/prepare.py and data/*/prepare.py: every source becomes an input.jsonl."""
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -753,6 +754,38 @@ def test_columns_with_labels_become_answers_and_a_config(tmp_path):
         done, after = run_prepare(tmp_path, *args)
         line, = done.stderr.decode().splitlines()
         assert done.returncode == 1 and message in line and after == records
+
+
+def test_labels_may_be_objects_and_lists(tmp_path):
+    labels = [{'tags': ['a', 'b'][:n % 3], 'by': {'team': 'xy'[n % 2], 'name': f'name {n}'}} for n in range(30)]
+    with (tmp_path / 'a.csv').open('w', newline='') as file:
+        table = csv.writer(file)
+        table.writerow(['text', 'labels', 'note', 'tags'])
+        table.writerows([f'text {n}', json.dumps(label), '[no json', json.dumps(label['tags'])]
+                        for n, label in enumerate(labels))
+    fields = {'labels': {'type': 'object', 'properties': {
+        'tags': {'type': 'array', 'items': {'enum': ['a', 'b']}},
+        'by': {'type': 'object', 'properties': {'team': {'enum': ['x', 'y']}}, 'required': ['team']}},
+        'required': ['tags', 'by']}, 'note': ['[no json'], 'tags': {'type': 'array', 'items': {'enum': ['a', 'b']}}}
+    paths = ['a.csv']
+    with contextlib.suppress(ImportError):
+        import pyarrow
+        from pyarrow.parquet import write_table
+        columns = {'text': [f'text {n}' for n in range(30)], 'labels': labels, 'note': ['[no json'] * 30,
+                   'tags': [label['tags'] for label in labels]}
+        write_table(pyarrow.table(columns), tmp_path / 'a.parquet')
+        paths.append('a.parquet')
+    for path in paths:
+        done, records = run_prepare(tmp_path, path, '--answer=labels,note,tags', f'--config={path}.py')
+        assert records[2] == {'text': 'text 2', 'answer': {'labels': labels[2], 'note': '[no json', 'tags': ['a', 'b']}}
+        exec((tmp_path / f'{path}.py').read_text(), config := {})
+        assert config['fields'] == fields and config['left_out'] == ['labels.by.name'], done.stderr
+        schema = Schema(config['fields'], config['left_out'])
+        assert all(schema.read_label(record) for record in records)
+        assert b"'labels.by.name' is left out: 30 different texts in 30 answers\n" in done.stdout
+    (tmp_path / 'b.csv').write_text('text,answer\n' + ''.join(f'text {n},"{{""a"": {n % 2}}}"\n' for n in range(4)))
+    done, records = run_prepare(tmp_path, 'b.csv', '--answer=answer')  # the whole answer, as in a .jsonl
+    assert records[1] == {'text': 'text 1', 'answer': {'a': 1}} and b"'a': [0, 1]," in done.stdout
 
 
 def test_an_empty_cell_beside_labels_is_null_and_a_row_without_labels_has_none(tmp_path):
