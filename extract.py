@@ -33,6 +33,7 @@ from data.texts import Text, prefetch, read_groups
 from distil.calibrate import calibrate_teacher, calibrated_answers
 from distil.drafts import Drafts
 from distil.engine import Teacher, answer_batched
+from distil.free import open_free
 from distil.extraction import (check_records, check_settings, check_source, describe_task, open_writer, print_filter, print_plan,
                                print_totals, read_task, try_compiling, write_meta)
 from distil.labels import open_labels, print_changed
@@ -142,6 +143,7 @@ def new_task(task, wrapped, frequency):
         auxiliary = choose_vocab(tokenizer, space, task['extra_vocab'], before + after, frequency,
                                  task['output_vocab'])
         space = OutputSpace(tokenizer, auxiliary=auxiliary, **style)  # with all V tokens
+        open_free(space, task)
     except ValueError as error:
         sys.exit(f'fields: {error}')
     for mismatch in islice(space.prompt_mismatches(shown if kind != 'labels' else ''), 3):
@@ -211,6 +213,7 @@ class FromTeacher:
     def __init__(self, engine, space, meta, n_seen, n_full_lse):
         """n_seen: texts in the shard; n_full_lse: of the first ones also logsumexp over the whole vocabulary."""
         self.engine, self.space, self.meta, self.drafts = engine, space, meta, Drafts(space)
+        self.free = open_free(space, meta)                      # what the teacher writes before it decides
         self.n_seen, self.n_full_lse, self.n_read = n_seen, n_full_lse, 0  # n_read: tokens
 
     def answer(self, texts, outs=None):
@@ -219,7 +222,7 @@ class FromTeacher:
         self.full_lse = self.n_seen < self.n_full_lse
         answers, n_read = answer_batched(
             self.engine, self.space, self.drafts, [text.ids for text in texts], self.meta['after'],
-            self.meta['constrain'], self.full_lse, outs, self.meta['missing'], known)
+            self.meta['constrain'], self.full_lse, outs, self.meta['missing'], known, self.free)
         for answer in answers[:max(0, DRAFT_TEXTS - self.n_seen)]:
             if not isinstance(answer, str):
                 self.drafts.add(answer[0])

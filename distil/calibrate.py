@@ -29,6 +29,7 @@ from config import data_line
 from data import write_json
 from distil.schema import Schema
 from distil.values import PRESENT, json_text, said
+from distil.free import open_free
 from distil.shares import find_known
 
 # -----------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def list_priors(leaf, known):
 
 
 @torch.inference_mode()
-def learn_bias(teacher, space, texts, after, priors, batch_size=64, min_texts=16, known=None):
+def learn_bias(teacher, space, texts, after, priors, batch_size=64, min_texts=16, known=None, free=None):
     """measures the bias decision by decision, each after the calibrated choices at the ones before. The cost
     is that of answering these texts.
 
@@ -88,7 +89,7 @@ def learn_bias(teacher, space, texts, after, priors, batch_size=64, min_texts=16
     find_priors. Sets space.bias. Returns it as {state: {output index: bias}}, and a report: for each state of
     a calibrated field (state, number of texts that reach it, {output index: share of these texts whose choice
     it is} before calibration, the same after it). A state that fewer than min_texts reach is not calibrated.
-    known: of fields with a label, as for engine.answer.
+    known, free: as for engine.answer.
 
     All texts that reach a state must be read there before any of them continues. So the next state is always
     the one with the longest path left: no text that waits at another state can still reach it.
@@ -97,8 +98,12 @@ def learn_bias(teacher, space, texts, after, priors, batch_size=64, min_texts=16
     n_left, bias, report = space.n_left, {}, []
     forced, first = space.forced_runs[0]
     states, n_read = [first] * len(texts), [0] * len(texts)     # of each text: its next decision; tokens read
-    unread = [[*map(int, text), *after, *(space.output_ids[o] for o in forced)] for text in texts]
-    teacher.allocate(len(texts), max(map(len, unread)) + space.max_answer)
+    begin = [] if free else [space.output_ids[o] for o in forced]
+    unread = [[*map(int, text), *after, *begin] for text in texts]
+    teacher.allocate(len(texts), max(map(len, unread)) + space.max_answer + (free.room if free else 0))
+    for k in range(0, len(texts) if free else 0, batch_size):
+        part = slice(k, k + batch_size)
+        free.write(teacher, unread, n_read, range(len(texts))[part])
     while (state := max(states, key=n_left.__getitem__)) != space.done:
         rows = [i for i, waiting in enumerate(states) if waiting == state]
         outs, parts = list(space.transitions[state]), []        # the legal output indices
@@ -131,7 +136,7 @@ def calibrate_teacher(engine, space, meta, sample, priors, batch_size):
     print(f'measuring the teacher\'s bias on {len(sample)} texts')
     known = find_known(space, [text.given for text in sample], meta)
     bias, report = learn_bias(engine, space, [text.ids.tolist() for text in sample], meta['after'], priors, batch_size,
-                              known=known)
+                              known=known, free=open_free(space, meta))
     print_bias(report, space)
     return {'bias': bias}
 

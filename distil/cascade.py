@@ -12,6 +12,7 @@ from config import stop
 from distil.calibrate import calibrate_label
 from distil.drafts import Drafts
 from distil.engine import Teacher, answer_batched
+from distil.free import open_free
 from distil.shares import record_from_label
 from distil.server import URL, Server, Stopped, check_httpx
 from distil.teacher import fingerprint, load_model
@@ -33,10 +34,10 @@ def load_answerer(name, task, space, device):
     model = load_model(name, torch.float32 if device == 'cpu' else torch.bfloat16, device)
     if fingerprint(model) != task['fingerprint']:
         sys.exit(f'{name} is not the teacher this student learned from ({task["teacher"]})')
-    teacher, drafts = Teacher(model, task['before'], space.output_ids), Drafts(space)
+    teacher, drafts, free = Teacher(model, task['before'], space.output_ids), Drafts(space), open_free(space, task)
 
     def answer_texts(texts):
-        answers = [outs for outs, _, _ in answer_batched(teacher, space, drafts, texts, task['after'])[0]]
+        answers = [outs for outs, _, _ in answer_batched(teacher, space, drafts, texts, task['after'], free=free)[0]]
         for outs in answers:
             drafts.add(outs)
         return answers

@@ -199,7 +199,7 @@ class Teacher:
 
 @torch.inference_mode()
 def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False, scored=None, missing=None,
-           known=None):
+           known=None, free=None):
     """the teacher's greedy answers to texts, token for token those of one-step-at-a-time decoding.
 
     The teacher reads a draft in one pass, which yields its logits at every position. The draft is accepted up
@@ -212,6 +212,7 @@ def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False,
     output indices) to score in place of the teacher's own. missing: a Counter; it is updated with the
     probabilities of ids outside the output vocabulary, at each step where the full vocabulary is computed.
     known: for each text {state: logits (V,)}, which stand in place of the teacher's: fields with a label.
+    free: a distil.free.FreeText that the teacher writes first, or None.
 
     Returns a list with (outs, logits (n, V) float32 before any constraint, lse (n,), nan if not computed) for
     each text, or 'invalid' or 'vocab' if a free answer leaves the schema or the output vocabulary; and the
@@ -222,8 +223,11 @@ def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False,
     live = list(range(len(texts)))                              # texts whose answer is not complete
     unread = [[*map(int, text), *after] for text in texts]      # what each must read before its draft
     starts = [0] * len(texts)                                   # number of tokens each keeps in the cache
-    teacher.allocate(len(texts), max(map(len, unread)) + space.max_answer)
+    teacher.allocate(len(texts), max(map(len, unread)) + space.max_answer + (free.room if free else 0))
     n_read = 0
+    if free:
+        n_read = free.write(teacher, unread, starts)
+        free.begin(results)
     while live:
         # draft, and read the drafts of all texts in one pass
         if scored is None:
@@ -285,7 +289,7 @@ def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False,
 
 
 def answer_batched(teacher, space, drafts, texts, after, constrain=True, full_lse=False, scored=None,
-                   missing=None, known=None):
+                   missing=None, known=None, free=None):
     """answer(), in batches that fit the memory: halves the batch each time the device has no room for it.
     Prints a line then. RuntimeError if one text alone does not fit."""
     answers, n_read = [], 0
@@ -294,7 +298,7 @@ def answer_batched(teacher, space, drafts, texts, after, constrain=True, full_ls
         of_part, known_part = scored and scored[part], known and known[part]
         try:
             more, n = answer(teacher, space, drafts, texts[part], after, constrain, full_lse, of_part, missing,
-                             known_part)
+                             known_part, free)
             answers, n_read = answers + more, n_read + n
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             size = len(texts[part])

@@ -17,6 +17,7 @@ from config.machine import WORLD, can_compile, whole_file
 from data import FORMAT, Writer, read_meta, write_json
 from distil.calibrate import find_priors
 from distil.engine import peak_memory_gb
+from distil.free import free_names
 from distil.json_schema import is_json_schema, unwrap
 from distil.prompts import prompt_text
 from distil.schema import Schema
@@ -96,7 +97,9 @@ def describe_task(config, server):
     task = {key: config[key] for key in keys} | {'score': bool(config['score']), 'calibrate': calibration,
                                                 'label_fields': config['label_fields'] or None,
                                                 'keep_end': config['keep_end'] or None,
-                                                'left_out': config['left_out'] or None}
+                                                'left_out': config['left_out'] or None, 'free_tokens': None}
+    if free_names(config['fields'], config['left_out']) and not (config['labels'] or config['score']):
+        task['free_tokens'] = config['free_tokens'] or None
     if config['labels'] and not config['label_fields']:         # serve.py finds a text by the prompt
         task |= {'prompt': config['prompt'] or '{text}', 'chat': False, 'score': 'labels'}
     if server:                                                  # the tokenizer is that of another model

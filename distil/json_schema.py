@@ -8,29 +8,35 @@ refused with a sentence that names the property and says what to do.
 """
 import json
 import math
-import re
+from urllib.parse import unquote
 
 from distil.kinds import Choice, Items, Maybe, Object, Several
-from distil.values import MISSING, json_text, path_of
+from distil.values import MISSING, group_of, json_text, path_of
 
 MOST_ITEMS = 16  # of a list without maxItems
-MOST_NUMBERS = 1000  # values of an integer with a minimum and a maximum
-# keys that say nothing about which values are allowed, or nothing that a list of constants does not say
-IGNORED = ('patternProperties', 'propertyNames', 'not', 'if', 'prefixItems', 'contains', 'dependentSchemas')
+MOST_NUMBERS = 1001  # values of an integer with a minimum and a maximum
+WRAPPERS = ('response_format', 'text', 'format', 'json_schema', 'schema', 'function', 'parameters', 'input_schema', 'inputSchema',
+            'responseSchema', 'response_json_schema')
+KEYS = '$schema', '$defs', 'definitions', '$ref', 'anyOf', 'oneOf', 'allOf', 'additionalProperties', 'items'
+# keys that cannot be followed
+REFUSED = 'patternProperties', 'not', 'if', 'prefixItems', 'contains', 'dependentSchemas'
+TYPES = {'string': str, 'integer': int, 'number': (int, float), 'boolean': bool, 'null': type(None), 'array': list}
 
 
 def is_json_schema(fields):
-    """True if fields are a whole JSON Schema of an object, False if they map names to values."""
-    return isinstance(fields, dict) and (isinstance(fields.get('properties'), dict) and not isinstance(
-        fields.get('type'), list) or isinstance(fields.get('$ref'), str))
+    """True if fields are a whole JSON Schema, False if they map names to values."""
+    if not isinstance(fields, dict) or isinstance(fields.get('type'), list) and 'properties' not in fields:
+        return False
+    return isinstance(fields.get('properties'), dict) and not isinstance(fields.get('type'), list | dict) or isinstance(
+        fields.get('type'), str) or any(isinstance(fields.get(key), bool | str) or key[1:3] != 'sc' and isinstance(
+            fields.get(key), dict | list) and key in ('$defs', '$ref', 'anyOf', 'oneOf', 'allOf') for key in KEYS)
 
 
 def unwrap(schema):
     """the JSON Schema in a response_format, a tool or a tool's parameters; the schema itself if it is none."""
-    for _ in range(4):
-        inner = [schema[key] for key in ('json_schema', 'schema', 'function', 'parameters', 'input_schema')
-                 if isinstance(schema, dict) and isinstance(schema.get(key), dict)]
-        if is_json_schema(schema) or not inner:
+    for _ in range(6):
+        inner = [schema[key] for key in WRAPPERS if isinstance(schema, dict) and isinstance(schema.get(key), dict)]
+        if not inner or isinstance(schema.get('properties'), dict):
             break
         schema = inner[0]
     return schema
@@ -39,116 +45,150 @@ def unwrap(schema):
 def read_fields(fields, left_out=()):
     """the tree of fields: {name: list of constants, or JSON Schema}, or the JSON Schema of an object. left_out: paths
     of properties that are not in it. ValueError, which names the property, if it cannot be answered."""
-    if is_json_schema(fields):
-        return Reader(fields, left_out).read(fields, ())
-    return Reader(fields, left_out).read_object((), {name: (part, True) for name, part in fields.items()})
+    if not isinstance(fields, dict):
+        raise ValueError("fields must be {'name': [values], ...}, or the JSON Schema of an object")
+    if not is_json_schema(fields):
+        tree = Reader(fields, left_out).read_object((), {name: (part, True) for name, part in fields.items()})
+    else:
+        tree = Reader(fields, left_out).read(fields, ())
+    if not isinstance(tree, Object):
+        raise ValueError('nothing to decide: every property is left out' if tree is None else
+                         'the schema must be that of an object: make what it is a property of one')
+    return tree
 
 
 class Reader:
-    """root: the JSON Schema that references point into; left_out: paths."""
+    """root: the JSON Schema that references point into; left_out: paths. Each read method returns None for a part of
+    which everything is left out."""
 
     def __init__(self, root, left_out):
-        self.root, self.left_out = root, set(left_out)
+        self.root, self.left_out, self.open = root, {path.removesuffix('[]') for path in left_out}, []
+
+    def find(self, ref, keys):
+        """what a reference leads to. ValueError if there is nothing."""
+        target = self.root
+        for key in ref.removeprefix('#').split('/')[1:]:
+            key = unquote(key).replace('~1', '/').replace('~0', '~')
+            if isinstance(target, list):
+                target = target[int(key)] if key.isdigit() and int(key) < len(target) else None
+            else:
+                target = target.get(key) if isinstance(target, dict) else None
+        if not isinstance(target, dict) or not ref.startswith('#'):
+            raise ValueError(f'{path_of(keys) or "the schema"} refers to {ref}, which is not in the schema')
+        return target
 
     def resolve(self, part, keys):
-        """a part without references at its top, and what stands beside them. ValueError if there is no such target."""
-        for _ in range(100):
+        """a part without references and allOf at its top. `$from` of it: the references that led to it."""
+        while True:
             inner = part.get('allOf')
             if isinstance(ref := part.get('$ref'), str):
-                target = self.root
-                for key in ref.removeprefix('#').split('/')[1:]:
-                    target = target.get(key.replace('~1', '/').replace('~0', '~')) if isinstance(target, dict) else None
-                if not isinstance(target, dict) or not ref.startswith('#'):
-                    raise ValueError(f'{path_of(keys) or "the schema"} refers to {ref}, which is not in the schema')
-                part = {**target, **{key: value for key, value in part.items() if key != '$ref'}}
+                came = part.get('$from', ())
+                if ref in came or ref in self.open:
+                    refuse(keys, f'refers to {ref} again, in which it stands', 'write it out as deep as it is needed')
+                rest = {key: value for key, value in part.items() if key != '$ref'}
+                part = merge(self.find(ref, keys), rest | {'$from': (*came, ref)})
             elif isinstance(inner, list) and inner and all(isinstance(one, dict) for one in inner):
                 part = {key: value for key, value in part.items() if key != 'allOf'}
                 for one in inner:
-                    part = {**self.resolve(one, keys), **part}
+                    part = merge(self.resolve({'$from': part.get('$from', ()), **one}, keys), part)
             else:
                 return part
-        raise ValueError(f'{path_of(keys) or "the schema"} refers to itself without end')
 
     def alternatives(self, part, keys):
         """the parts of which one applies, each without anyOf, oneOf and a list of types."""
         part = self.resolve(part, keys)
+        if isinstance(kind := part.get('type'), str):           # Gemini's are in capitals
+            part = {**part, 'type': kind.lower()}
+        if 'enum' in part or 'const' in part:
+            return [part]
+        nothing = [{'type': 'null'}] if part.get('nullable') is True else []
         for key in 'anyOf', 'oneOf':
             if isinstance(part.get(key), list):
                 rest = {k: v for k, v in part.items() if k != key}
-                if rest.get('type') == 'object' and 'properties' in rest:
+                if 'properties' in rest:
                     refuse(keys, f'has {key} beside its properties', 'write its properties in one object')
-                return [one for inner in part[key] for one in self.alternatives(inner, keys)]
-        if isinstance(part.get('type'), list) and 'enum' not in part:
+                inner = [merge(one, rest) for one in part[key] if isinstance(one, dict)]
+                return [one for other in inner for one in self.alternatives(other, keys)] + nothing
+        if isinstance(part.get('type'), list):
             return [{**part, 'type': kind} for kind in part['type']]
-        return [part]
+        return [part, *nothing]
 
     def read(self, part, keys, required=True):
         """the tree of a part. keys: that lead to it; required: False if it may be missing."""
-        if len(keys) > 40:
-            raise ValueError(f'{path_of(keys[:3])} ... refers to itself without end: write it out as deep as it is needed, '
-                             f'or leave it out: left_out = [{path_of(keys[:1])!r}]')
+        path = path_of(keys)
         if isinstance(part, list):
-            return Choice(keys, check_constants(keys, part) + [MISSING] * (not required))
+            return Choice(keys, check_constants(path, part) + [MISSING] * (not required))
         if not isinstance(part, dict):
+            if keys and keys[-1] in ('additionalProperties', 'required') and isinstance(part, bool | list):
+                raise ValueError(f'{path} stands among the properties; it belongs beside them')
             if part is True:
                 refuse(keys, 'allows any value')
-            raise ValueError(f'field {path_of(keys)!r} needs a list of different values, or a JSON Schema, not {part!r}')
-        found, constants = [], None
+            raise ValueError(f'field {path!r} needs a list of different values, or a JSON Schema, not {part!r}')
+        found, constants = [], {}
         for one in self.alternatives(part, keys):
             values = self.constants(one, keys)
-            if values is None:
-                found.append(one)
-            else:
-                constants = (constants or []) + [value for value in values if json_text(value) not in map(
-                    json_text, constants or [])]
-        if not found and constants is not None:
-            return Choice(keys, check_constants(keys, constants) + [MISSING] * (not required))
-        if len(found) > 1 or not all(value is None for value in constants or ()):
-            refuse(keys, f'may be {len(found)} different kinds of objects, lists or texts' if len(found) > 1 else
-                   'may be a constant, or an object, a list or a text')
+            constants |= {json_text(value): value for value in values or ()}
+            found += [] if values is not None else [one]
+        if not found:
+            return Choice(keys, check_constants(path, list(constants.values())) + [MISSING] * (not required))
+        if len(found) > 1 or constants.keys() - {'null'}:
+            refuse(keys, f'may be one of {len(found)} kinds of objects, lists or texts' if len(found) > 1 else
+                   'may be a constant, or an object, a list or a text', 'choose one')
+        self.open += (came := found[0].get('$from', ()))
         inner = self.read_compound(found[0], keys)
-        others = [None] * bool(constants) + [MISSING] * (not required and bool(keys))
-        return Maybe(keys, inner, others) if others else inner
+        del self.open[len(self.open) - len(came):]
+        others = [None] * bool(constants) + [MISSING] * (not required)
+        return Maybe(keys, inner, others) if others and inner else inner
 
     def constants(self, part, keys):
         """the values of a part that is a choice of constants, or None."""
-        kind = part.get('type')
+        kind, step = part.get('type'), part.get('multipleOf', 1 if part.get('type') == 'integer' else None)
         if 'const' in part:
             return [part['const']]
         if isinstance(part.get('enum'), list):
-            return part['enum']
+            kinds = tuple(TYPES[one] for one in ([kind] if isinstance(kind, str) else kind or ()) if one in TYPES)
+            known = [value for value in part['enum'] if not kinds or any(
+                isinstance(value, one) and (one is not int or type(value) is not bool) for one in kinds)]
+            return known + [None] * (part.get('nullable') is True and None not in known)
         if kind == 'null':
             return [None]
         if kind == 'boolean':
             return [True, False]
-        if kind in ('integer', 'number'):
-            step = part.get('multipleOf', 1 if kind == 'integer' else None)
-            low = part.get('minimum', part.get('exclusiveMinimum'))
-            high = part.get('maximum', part.get('exclusiveMaximum'))
-            if not all(type(x) in (int, float) for x in (step, low, high)) or not step > 0:
-                refuse(keys, f'is any {kind}', 'give it a minimum and a maximum' + (
-                    ' and a multipleOf' if kind == 'number' else ''))
-            n = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-            if len(n) > MOST_NUMBERS:
-                refuse(keys, f'has {len(n)} values', f'at most {MOST_NUMBERS} can be learned')
-            values = [round(k * step, 9) for k in n]
-            values = [int(value) if kind == 'integer' else value for value in values]
-            return [value for value in values if not ('minimum' not in part and value == low
-                                                      or 'maximum' not in part and value == high)]
-        return None
+        if kind not in ('integer', 'number'):
+            return None
+        limits = [[part[key] for key in pair if type(part.get(key)) in (int, float)]
+                  for pair in (('minimum', 'exclusiveMinimum'), ('maximum', 'exclusiveMaximum'))]
+        if not all(limits) or type(step) not in (int, float) or not step > 0:
+            refuse(keys, f'is any {kind}', 'give it a multipleOf, such as 0.1' if all(limits) else
+                   f'give it a minimum and a maximum{" and a multipleOf" * (kind == "number")}')
+        low, high = max(limits[0]), min(limits[1])
+        if (high - low) / step > MOST_NUMBERS - 1:
+            refuse(keys, f'is any {kind}' if high - low > 1e9 else f'has {int((high - low) / step) + 1} values',
+                   f'at most {MOST_NUMBERS} can be learned')
+        values = [round(k * step, 9) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+        allowed = [value for value in values if value > part.get('exclusiveMinimum', -math.inf)
+                   and value < part.get('exclusiveMaximum', math.inf)]
+        if not allowed:
+            raise ValueError(f'{path_of(keys)} has no value from {low} to {high}')
+        return [int(value) if kind == 'integer' else value for value in allowed]
 
     def read_compound(self, part, keys):
         """the tree of an object or a list."""
         kind = part.get('type') or ('object' if 'properties' in part else 'array' if 'items' in part else None)
-        if unknown := [key for key in IGNORED if key in part]:
+        if unknown := [key for key in REFUSED if key in part]:
             refuse(keys, f'has {unknown[0]}', 'list its values or properties')
         if kind == 'array':
             return self.read_list(part, keys)
         if kind == 'object':
             properties = part.get('properties') or {}
-            required = part.get('required', properties)         # without the key, as people write by hand: all of them
+            names = self.constants(self.resolve(part.get('propertyNames') or {}, keys), keys)
+            if not properties and names and isinstance(part.get('additionalProperties'), dict):  # dict[Enum, ...]
+                properties = dict.fromkeys(names, part['additionalProperties'])
             if not properties:
                 refuse(keys, 'is an object whose keys are not known', 'list its properties')
+            # without `required`, as people write by hand, all of them are; pydantic, which writes titles, means none
+            required = part.get('required', () if 'title' in part else properties)
+            required = required if isinstance(required, list | dict | tuple) else ()
             return self.read_object(keys, {name: (inner, name in required) for name, inner in properties.items()})
         if kind == 'string':
             why = f'is a text of the form {part["pattern"]}' if 'pattern' in part else \
@@ -161,30 +201,45 @@ class Reader:
         parts = {}
         for name, (part, required) in properties.items():
             check_name(name)
-            if re.sub(r'\[\d+\]', '[]', path_of((*keys, name))) not in self.left_out:
+            if group_of((*keys, name)) not in self.left_out:
                 parts[name] = self.read(part, (*keys, name), required)
-        if keys and not parts:
-            raise ValueError(f'all properties of {path_of(keys)} are left out; leave it out as a whole')
-        return Object(keys, parts)
+        parts = {name: part for name, part in parts.items() if part}
+        return Object(keys, parts) if parts or not keys else None
 
     def read_list(self, part, keys):
-        """the tree of a list: Several if its items are constants that come once each, else Items."""
-        items = part.get('items')
-        if not isinstance(items, (dict, list)) or items == {}:
-            refuse(keys, 'is a list of any values', 'say what its items are')
-        least, most = part.get('minItems', 0), part.get('maxItems')
-        item = self.read(items, (*keys, 0))
-        if isinstance(item, Choice) and part.get('uniqueItems') is not False:
-            return Several(keys, item.values, min(least, len(item)), most)
-        most = MOST_ITEMS if most is None else most
-        if not 0 <= least <= most:
+        """the tree of a list: Several if its items are texts that come once each, else Items."""
+        items, least, most = part.get('items'), part.get('minItems', 0), part.get('maxItems')
+        if not isinstance(items, dict) or items == {}:
+            refuse(keys, 'is a list of several kinds of items' if isinstance(items, list) else 'is a list of any values',
+                   'say what its items are')
+        item, unique = self.read(items, (*keys, 0)), part.get('uniqueItems')
+        if most is not None and not 0 <= least <= most:
             raise ValueError(f'{path_of(keys)} has minItems = {least} and maxItems = {most}')
-        return Items(keys, [self.read(items, (*keys, n)) for n in range(most)], least) if most else Choice(keys, [[]])
+        texts = isinstance(item, Choice) and all(isinstance(value, str) for value in item.values)
+        if isinstance(item, Choice) and least <= len(item) and (unique or texts and unique is None):
+            return Several(keys, item.values, least, most)
+        most = max(MOST_ITEMS, least) if most is None else most
+        parts = [self.read(items, (*keys, n)) for n in range(most)]
+        return (Items(keys, parts, least) if most else Choice(keys, [[]])) if item else None
+
+
+def merge(first, second):
+    """one part that says what two say."""
+    both = {**first, **second}
+    if isinstance(first.get('properties'), dict) and isinstance(second.get('properties'), dict):
+        both['properties'] = {**first['properties'], **second['properties']}
+    if isinstance(first.get('required'), list) and isinstance(second.get('required'), list):
+        both['required'] = list(dict.fromkeys(first['required'] + second['required']))
+    if isinstance(first.get('enum'), list) and isinstance(second.get('enum'), list):
+        texts = list(map(json_text, second['enum']))
+        both['enum'] = [value for value in first['enum'] if json_text(value) in texts]
+    return both
 
 
 def refuse(keys, why, advice='list its values'):
-    path = re.sub(r'\[\d+\]', '[]', path_of(keys)) or 'the schema'
-    raise ValueError(f'{path} {why}: {advice}, or leave it out: left_out = [{path!r}]')
+    path = group_of(keys).removesuffix('[]')
+    raise ValueError(f'{group_of(keys)} {why}: {advice}, or leave it out: left_out = [{path!r}]' if keys else
+                     f'the schema {why}: {advice}')
 
 
 def check_name(name):
@@ -201,9 +256,8 @@ def check_constant(path, constant):
         raise ValueError(f'field {path!r}: {constant!r} cannot be written as JSON') from None
 
 
-def check_constants(keys, values):
+def check_constants(path, values):
     """the values of a choice. ValueError if they are none."""
-    path = path_of(keys)
     for value in values:
         check_constant(path, value)
         if has_object(value):

@@ -243,7 +243,7 @@ class Items:
 
     def __init__(self, keys, items, least=0):
         self.keys, self.items, self.least = keys, items, least
-        self.more = [Choice((*keys, n), [MISSING, PRESENT], f'{path_of(keys)}[{n}]?') for n in range(len(items))]
+        self.more = [Choice((*keys, n), [MISSING, PRESENT], f'{path_of(keys)}[+{n}]') for n in range(len(items))]
         for choice in self.more:
             choice.group = group_of(keys)
         self.choices = [choice for more, item in zip(self.more, items) for choice in (more, *item.choices)]

@@ -90,14 +90,13 @@ class Schema:
     def __init__(self, fields, left_out=(), tree=None):
         self.fields, self.left_out = fields, tuple(left_out or ())  # as they are stored in meta.json and task.json
         self.tree = tree or read_fields(fields, self.left_out)
-        if not isinstance(self.tree, Object):
-            raise ValueError('the schema must be that of an object')
         self.choices = self.tree.choices
         self.by_choice = {choice.path: choice for choice in self.choices}
         self.leaves = list_leaves(self.tree)
         self.by_path = {leaf.path: leaf for leaf in self.leaves}
-        if len(self.by_choice) < len(self.choices) or len(self.by_path) < len(self.leaves):
-            raise ValueError('two fields have the same path: a name with a dot is another one inside of an object')
+        paths = [choice.path for choice in self.choices], [leaf.path for leaf in self.leaves]
+        if twice := [path for of in paths for path in of if of.count(path) > 1]:
+            raise ValueError(f'two fields have the same path, {twice[0]!r}: give one of them another name')
         for choice in self.choices:
             if choice.group != choice.path and choice not in self.by_path[choice.group].choices:
                 self.by_path[choice.group].choices.append(choice)

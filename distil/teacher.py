@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import answers_from
+from distil.free import open_free
 from distil.prompts import prompt_messages
 
 # -----------------------------------------------------------------------------
@@ -131,18 +132,22 @@ def verify_records(model, shards, space, rows):
     """compares stored records with one plain forward pass each: no drafts, no cache, no batch. rows: numbers
     of records. Returns whether they are equal within the stored precision, and the verify line."""
     meta, max_diff, excess, equal, steps = shards.meta, 0.0, 0.0, 0, 0
-    labelled = space.schema.paths_in(meta.get('label_fields') or ())
+    labelled, free = space.schema.paths_in(meta.get('label_fields') or ()), open_free(space, meta)
     atol, min_equal = rounding_tolerance(model.dtype), 0.999 if model.dtype == torch.float32 else 0.97
     for i in tqdm(rows, desc='verify', unit='rec'):
         outs, (top, lse) = shards.answer(i).tolist(), shards.answer(i, 'stats').T
         ids = [*meta['before'], *map(int, shards.ids(i)), *meta['after']]
-        ids += [space.output_ids[o] for o in outs[:-1]]
+        n_begun = len(free.outs) if free else 0                 # of the answer, which the teacher was not asked
+        ids = free.write_slowly(model, ids) if free else ids
+        ids += [space.output_ids[o] for o in outs[n_begun:-1]]
         idx = torch.tensor([ids], device=model.device)          # (1, T)
-        logits = model(idx, logits_to_keep=len(outs)).logits[0].float().cpu()  # (n, full vocabulary)
+        logits = model(idx, logits_to_keep=len(outs) - n_begun).logits[0].float().cpu()  # (n, full vocabulary)
+        logits = torch.cat((logits[:1].expand(n_begun, -1), logits))
         kept = logits[:, space.output_ids]                      # (n, V)
         stored = torch.from_numpy(shards.answer(i, 'logits').astype(np.float32))  # top is subtracted
         states = space.states_before(outs) if space.state_after(outs) == space.done else None
-        asked = [states is None or space.leaf_at[state] not in labelled for state in states or outs]  # not a label
+        asked = [n >= n_begun and (states is None or space.leaf_at[states[n]] not in labelled)
+                 for n in range(len(outs))]                     # not a label
         diff = (kept - torch.tensor(top)[:, None] - stored).abs()[asked]
         diff_lse = np.abs(logits.logsumexp(-1).numpy() - lse)[~np.isnan(lse) & asked].max(initial=0)
         max_diff = max(max_diff, diff.max().item(), diff_lse)
