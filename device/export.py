@@ -30,14 +30,15 @@ import torch
 
 from data import held_out, read_texts, text_hash, write_json
 from device.shrink import choose_tokens, fold_table, round_to_int8, trim_student, trim_tokenizer
+from device.task import make_task
 from distil.agreement import field_texts, same_values, teacher_forced_sums
 from distil.checkpoint import load_checkpoint
 from distil.decode import generate
 from distil.prompts import prompt_text
-from distil.reader import encode_texts, text_room
 from distil.records import load_records
 from distil.split import split_of
 from distil.space import clean, kept_part
+from distil.values import said
 
 name = ''            # word; out/<name> is the student ...
 run = ''             # word; ... or out/<run>
@@ -52,7 +53,6 @@ config = configure(globals())
 
 HERE = Path(__file__).resolve().parent
 RUNNERS = 'run.py', 'student.js', 'index.html', 'worker.js', 'package.json'
-FORMAT = 3  # of the folder; task.json has it, and the runners check it
 
 # -----------------------------------------------------------------------------
 # the graph
@@ -99,52 +99,6 @@ def new_folder(path):
         if isinstance(error, OSError):
             stop(f'cannot write {error.filename or path}: {error.strerror or error}; an earlier export is kept')
         raise
-
-
-# -----------------------------------------------------------------------------
-# the schema, as the runners read it
-
-
-def make_task(name, checkpoint, space, student):
-    """the content of task.json, a dict: the automaton, reduced to its decisions. device/run.py uses it.
-
-    states: for each decision its legal tokens (rows: of the logits), what to read of the answer after each choice
-    (read: the token itself and the forced tokens after it), and the next decision (next: -1 if the answer is
-    complete). leaves: of the schema, with the keys that lead to a leaf, its values, and for each of them its way: the
-    decisions that lead to it, each as [state, index among its legal tokens]. A text is: before, its ids,
-    after, which are an encoder's special tokens; an answer begins with start.
-    """
-    task, numbers = checkpoint['task'], {}
-    prefix, first = space.forced_runs[0]
-    todo, states = [first], []
-    while todo:
-        state = todo.pop(0)
-        if state in numbers:
-            continue
-        numbers[state] = len(numbers)
-        states.append((state, list(space.transitions[state].items())))
-        following = [space.forced_runs[after][1] for _, after in states[-1][1]]
-        todo += [state for state in following if state != space.done]
-    numbers[space.done] = -1
-    before, after, max_text = [], [], task['max_text']
-    if student.encoder:  # its special tokens around the text, and room for them
-        room = text_room(student, space)
-        cls, sep = encode_texts(student.encoder, [''], room)[0]
-        before, after, max_text = [cls], [sep], room - 2
-    table = [{'field': space.leaf_at[state], 'rows': [out for out, _ in moves],
-              'read': [[out, *space.forced_runs[after][0]] for out, after in moves],
-              'next': [numbers[space.forced_runs[after][1]] for _, after in moves]}
-             for state, moves in states]
-    leaves = []
-    for leaf in space.schema.leaves:
-        ways = [[[numbers[state], table[numbers[state]]['rows'].index(out)] for state, out, _ in way]
-                for way in space.ways.get(leaf.path, [[]])]  # a constant has no decision
-        leaves.append({'path': leaf.path, 'keys': leaf.keys, 'values': leaf.values, 'names': leaf.names, 'ways': ways,
-                       'temperature': checkpoint['per_field'][leaf.path]['temperature']})
-    return {'format': FORMAT, 'name': name, 'leaves': leaves,
-            'max_text': max_text, 'keep_end': bool(task.get('keep_end')), 'before': before, 'after': after,
-            'start': [student.config.output_vocab, *prefix], 'states': table,
-            'min_confidence': (checkpoint.get('target') or {}).get('min_confidence')}
 
 
 # -----------------------------------------------------------------------------
@@ -263,6 +217,14 @@ The licences of the teacher and of the training texts also apply to the student.
 '''
 
 
+def describe_values(leaf):
+    """the values of a leaf in the table of the card."""
+    values = ', '.join(map(said, leaf.values))
+    if leaf.is_list:
+        return f'a list of {values}' if values else f'a list of up to {len(leaf.choices)} items'
+    return values
+
+
 def write_card(folder, checkpoint, figures, source, space, n_tokens, vocab):
     """writes the model card, README.md of the folder. figures: those of shrink_student. source: the texts
     that they were measured on, in words. n_tokens, vocab: number of tokens after and before the export."""
@@ -273,7 +235,7 @@ def write_card(folder, checkpoint, figures, source, space, n_tokens, vocab):
                'student.js': 'answers, in a browser or in Node', 'index.html': 'a page to try it',
                'worker.js': 'stores the page, so that it works without a network',
                'package.json': 'declares student.js as a module, for Node'}
-    lines = [f'| `{leaf.path}` | {", ".join(json.dumps(v, ensure_ascii=False) for v in leaf.values)} | '
+    lines = [f'| `{leaf.path}` | {describe_values(leaf)} | '
              f'{per_field[leaf.path]["agree"]:.3f} | {per_field[leaf.path]["majority"]:.3f} |'
              for leaf in space.schema.leaves]
     files = [f'| `{file}` | {(folder / file).stat().st_size:,} | {text} |' for file, text in purpose.items()]

@@ -16,8 +16,13 @@ This file is also the specification of decoding. Its answers are those of the pr
 2. task.json holds the schema as a small automaton. Its states are the decisions: the points where the schema
    leaves more than one legal token. At each of them one forward pass reads the text and the answer so far,
    and the legal token with the highest logit is chosen. The forced tokens after it are appended.
-3. The choices made in a field spell its value. Its confidence is the product of their probabilities: each is
-   a softmax over the logits of the legal tokens, divided by the field's temperature.
+3. The answer is JSON: `text`, and then the text of one option at each of the forks, from the first one on. The
+   option taken is the one all of whose steps agree with the choices made: [state, indices among its legal tokens that
+   take the option on, ...]. It also says which fork is next.
+4. The confidence of a field is the product of the probabilities of the choices made in it: each is a softmax over the
+   logits of the legal tokens, divided by the field's temperature. A field without a choice has confidence 1.
+5. An option makes choices of the schema: [number of the choice, number of its value]. With 'full', the probability of
+   each value comes from those of the options of the fork, see value_probabilities.
 """
 import argparse
 import json
@@ -37,15 +42,16 @@ from tokenizers import Tokenizer
 BATCH = 32  # texts that one core reads together
 
 
-def softmax(x):
-    e = np.exp(x - x.max())
+def softmax(x, temperature):
+    e = np.exp((x.astype(float) - x.max()) / temperature)
     return e / e.sum()
 
 
 class Student:
     """Student(folder)(texts) -> a dict for each text, in their order. confidence, min_confidence: as above;
-    confidence 'full' gives {field: {value: probability}}. SystemExit with a message if the folder is damaged,
-    incomplete, or of another format."""
+    confidence 'full' gives {choice of the schema: {value: probability}}, for the choices that the answer comes to, and
+    of a list of values {field: {value: probability that it is in the list}}. SystemExit with a message if the folder is
+    damaged, incomplete, or of another format."""
 
     def __init__(self, folder, confidence=False, min_confidence=0.0):
         if confidence not in (False, True, 'full'):
@@ -55,8 +61,8 @@ class Student:
         self.pool = ThreadPoolExecutor(os.cpu_count())
         try:
             self.task = json.loads((folder / 'task.json').read_text(encoding='utf-8'))
-            if self.task['format'] != 3:
-                sys.exit(f'{folder} has format {self.task["format"]}, this run.py reads 3; export it again')
+            if self.task['format'] != 4:
+                sys.exit(f'{folder} has format {self.task["format"]}, this run.py reads 4; export it again')
             self.tokenizer = Tokenizer.from_file(str(folder / 'tokenizer.json'))
             for file, size in self.task['bytes'].items():
                 assert (folder / file).stat().st_size == size, f'{file} is not from this export'
@@ -65,7 +71,8 @@ class Student:
             newer = ', or install onnxruntime 1.24 or newer' if 'opset' in str(error) else ''
             reason = ' '.join(str(error).split())[:150]
             sys.exit(f'{folder} does not hold a complete student ({reason}); export it again{newer}')
-        self.leaves, self.states = self.task['leaves'], self.task['states']
+        self.states, self.forks = self.task['states'], self.task['forks']
+        self.temperature = {leaf['path']: leaf['temperature'] for leaf in self.task['leaves']}
         self.confidence, self.min_confidence = confidence, min_confidence
         if min_confidence == 'target':
             self.min_confidence = self.task['min_confidence']
@@ -107,50 +114,79 @@ class Student:
                 state[n] = choices['next'][choice]  # -1: the answer is complete
         return decisions
 
-    def value_probabilities(self, leaf, text, decisions):
-        """{value: its probability} of one leaf (a field) for a text (its ids), given the answers to the fields before it: the product,
-        along the value's path, of the softmax over the legal tokens. Decisions that are not on the answer's
-        own path cost one more forward pass."""
-        known = {state: logits for state, (_, logits, _) in decisions.items()}
+    def probabilities(self, state, logits):
+        """the probabilities of the legal tokens of a state."""
+        return softmax(logits, self.temperature[self.states[state]['field']])
+
+    def walk(self, decisions):
+        """the decisions of an answer -> [(options of a fork, the one taken)], in the order of the answer."""
+        walked, n = [], 0
+        while n >= 0:
+            taken = next(option for option in self.forks[n] if all(
+                state in decisions and decisions[state][2] in rows for state, rows, _ in option['steps']))
+            walked.append((self.forks[n], taken))
+            n = taken['next']  # -1: the answer is complete
+        return walked
+
+    def value_probabilities(self, text, decisions, walked):
+        """{number of a choice: probabilities of its values}, for a text (its ids), of the choices that the answer comes
+        to, given its own answers before. The probability of an option is the product, along its steps, of the share of
+        the tokens that take it on among the possible ones. That of a value is the sum over the options that make this
+        choice, among those that agree with the answer in the choices before. Decisions that are not on the answer's own
+        path cost one more forward pass."""
+        known = {state: self.probabilities(state, logits) for state, (_, logits, _) in decisions.items()}
         missing = {}  # for each decision that the answer did not meet: the answer before it
-        for way in filter(None, leaf['ways']):  # the way of a constant has no decision: it is certain
-            answer = decisions[way[0][0]][0]  # all values of a leaf start at the same decision
-            for state, choice in way:
+        for option in (option for options, _ in walked for option in options):
+            answer = decisions[option['steps'][0][0]][0]  # all options of a fork start at the same decision
+            for state, rows, _ in option['steps']:
                 if state not in known:
                     missing[state] = answer
-                answer = answer + self.states[state]['read'][choice]
+                answer = answer + self.states[state]['read'][rows[0]]
         if missing:
             for state, row in zip(missing, self.compute_logits([text] * len(missing), list(missing.values()))):
-                known[state] = row[self.states[state]['rows']]
-        p = [math.prod(float(softmax(known[state].astype(float) / leaf['temperature'])[choice])
-                       for state, choice in way) for way in leaf['ways']]
-        return dict(zip(leaf['names'], p))
+                known[state] = self.probabilities(state, row[self.states[state]['rows']])
+        result = {n: [1.0] for n, choice in enumerate(self.task['choices']) if len(choice['names']) == 1}
+        for options, taken in walked:
+            p = [math.prod(known[state][rows].sum() / (1 if possible is None else known[state][possible].sum())
+                           for state, rows, possible in option['steps']) for option in options]
+            for i, (choice, _) in enumerate(taken['made']):
+                sums = [0.0] * len(self.task['choices'][choice]['names'])
+                for option, q in zip(options, p):
+                    if option['made'][:i] == taken['made'][:i]:
+                        sums[option['made'][i][1]] += float(q)
+                result[choice] = [q / sum(sums) for q in sums]
+        return result
+
+    def show_values(self, p_values):
+        """what value_probabilities returns, as the record has it."""
+        shown = {}
+        for n, choice in enumerate(self.task['choices']):
+            if n in p_values and choice['of']:
+                path, value = choice['of']
+                shown.setdefault(path, {})[value] = round(p_values[n][1], 4)
+            elif n in p_values:
+                shown[choice['path']] = {name: round(p, 4) for name, p in zip(choice['names'], p_values[n])}
+        return shown
 
     def make_record(self, text, decisions):
         """a text (its ids) and its decisions -> its answer, a dict."""
-        answer, confidence = {}, {}
-        for leaf in self.leaves:
-            n = next(n for n, way in enumerate(leaf['ways'])
-                     if all(s in decisions and decisions[s][2] == c for s, c in way))
-            answer[leaf['keys'][0]] = leaf['values'][n]
-            if self.confidence or self.min_confidence:
-                confidence[leaf['path']] = math.prod(
-                    float(softmax(decisions[state][1].astype(float) / leaf['temperature'])[choice])
-                    for state, choice in leaf['ways'][n])
-        if self.confidence:
-            shown = {leaf['path']: round(confidence[leaf['path']], 4) for leaf in self.leaves}
-            if self.confidence == 'full':
-                for leaf in self.leaves:
-                    p_values = self.value_probabilities(leaf, text, decisions)
-                    shown[leaf['path']] = {value: round(p, 4) for value, p in p_values.items()}
-            answer['_confidence'] = shown
-        defer = min(confidence.values(), default=1) < self.min_confidence
-        return answer | ({'_defer': True} if defer else {})
+        walked = self.walk(decisions)
+        written = self.task['text'] + ''.join(taken['text'] for _, taken in walked)
+        answer = json.loads(written.strip().removeprefix('```json').removesuffix('```'))
+        confidence = dict.fromkeys(self.temperature, 1.0)
+        if self.confidence or self.min_confidence:
+            for state, (_, logits, choice) in decisions.items():
+                confidence[self.states[state]['field']] *= float(self.probabilities(state, logits)[choice])
+        if self.confidence == 'full':
+            answer['_confidence'] = self.show_values(self.value_probabilities(text, decisions, walked))
+        elif self.confidence:
+            answer['_confidence'] = {path: round(p, 4) for path, p in confidence.items()}
+        return answer | ({'_defer': True} if min(confidence.values()) < self.min_confidence else {})
 
     def label(self, lines):
         """lines of bytes -> records, in their order. Texts of similar length are read together."""
         texts = self.encode(lines)
-        problem = '_error' if any(leaf['path'] == 'error' for leaf in self.leaves) else 'error'
+        problem = '_error' if 'error' in self.temperature else 'error'
         records = [None if ids else {problem: 'empty text'} for ids in texts]
         order = sorted((n for n, ids in enumerate(texts) if ids), key=lambda n: len(texts[n]))
 

@@ -119,7 +119,8 @@ def trim_student(student, space, kept, tokenizer):
         'vocab_size': len(kept), 'output_vocab': space.n_required, 'output_ids': output_ids, 'start_id': start_id})
     small.answer_row = torch.tensor([*output_ids, start_id])
     end_id = None if space.end_id is None else new_id[space.end_id]
-    trimmed = OutputSpace(tokenizer, space.schema.fields, space.indent, space.fence, end_id)
+    trimmed = OutputSpace(tokenizer, space.schema.fields, space.indent, space.fence, end_id,
+                          left_out=space.schema.left_out)
     assert trimmed.output_ids == output_ids
     return small, trimmed
 

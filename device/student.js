@@ -31,10 +31,12 @@ async function gunzip(bytes) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
+const sum = (x) => x.reduce((a, b) => a + b, 0);
+
 function softmax(x, temperature) {
   const max = Math.max(...x);
   const e = x.map((v) => Math.exp((v - max) / temperature));
-  const total = e.reduce((a, b) => a + b, 0);
+  const total = sum(e);
   return e.map((v) => v / total);
 }
 
@@ -72,8 +74,8 @@ export class Student {
       readJson('task.json'), readJson('tokenizer.json'),
       readFile('student.onnx'), readFile('npm/ort-wasm-simd-threaded.wasm.gz'),
     ]);
-    if (task.format !== 3) {
-      throw new Error(`this folder has format ${task.format}, this student.js reads 3; export it again`);
+    if (task.format !== 4) {
+      throw new Error(`this folder has format ${task.format}, this student.js reads 4; export it again`);
     }
     sizes['student.onnx'] = graph.length;
     for (const [name, size] of Object.entries(task.bytes)) {
@@ -82,6 +84,7 @@ export class Student {
       }
     }
     student.task = task;
+    student.temperature = new Map(task.leaves.map((leaf) => [leaf.path, leaf.temperature]));
     student.ort = ort;
     student.tokenizer = new Tokenizer(tokenizer, {});
     ort.env.wasm.numThreads = 1; // more threads need a server that isolates the page
@@ -136,61 +139,106 @@ export class Student {
     }
   }
 
-  /** { value: its probability } of one leaf (a field) for a text (its ids), given the answers to the fields before it: the product, along
-      the value's path, of the softmax over the legal tokens. Decisions that are not on the answer's own path
-      cost one more forward pass. */
-  async valueProbabilities(leaf, text, decisions) {
-    const known = new Map([...decisions].map(([state, { logits }]) => [state, logits]));
+  /** the probabilities of the legal tokens of a state. */
+  probabilities(state, logits) {
+    return softmax(logits, this.temperature.get(this.task.states[state].field));
+  }
+
+  /** the decisions of an answer -> [{ options: of a fork, taken: one of them }], in the order of the answer. */
+  walk(decisions) {
+    const walked = [];
+    for (let n = 0; n >= 0; n = walked.at(-1).taken.next) { // -1: the answer is complete
+      const options = this.task.forks[n];
+      const agrees = ([state, rows]) => rows.includes(decisions.get(state)?.choice);
+      walked.push({ options, taken: options.find(({ steps }) => steps.every(agrees)) });
+    }
+    return walked;
+  }
+
+  /** Map(number of a choice -> probabilities of its values) for a text (its ids), of the choices that the answer comes
+      to, given its own answers before; see run.py. Decisions that are not on the answer's own path cost one more
+      forward pass. */
+  async valueProbabilities(text, decisions, walked) {
+    const known = new Map([...decisions].map(([state, { logits }]) => [state, this.probabilities(state, logits)]));
     const missing = new Map(); // for each decision that the answer did not meet: the answer before it
-    for (const way of leaf.ways) {
-      if (!way.length) continue; // a constant is certain
-      let { answer } = decisions.get(way[0][0]); // all values of a leaf start at the same decision
-      for (const [state, choice] of way) {
+    for (const { steps } of walked.flatMap(({ options }) => options)) {
+      let { answer } = decisions.get(steps[0][0]); // all options of a fork start at the same decision
+      for (const [state, rows] of steps) {
         if (!known.has(state)) missing.set(state, answer);
-        answer = [...answer, ...this.task.states[state].read[choice]];
+        answer = [...answer, ...this.task.states[state].read[rows[0]]];
       }
     }
     if (missing.size) {
       const answers = [...missing.values()];
       const all = await this.computeLogits(answers.map(() => text), answers);
       [...missing.keys()].forEach((state, n) => {
-        known.set(state, this.task.states[state].rows.map((v) => all[n][v]));
+        known.set(state, this.probabilities(state, this.task.states[state].rows.map((v) => all[n][v])));
       });
     }
-    const product = (way) => way.reduce((p, [s, c]) => p * softmax(known.get(s), leaf.temperature)[c], 1);
-    return Object.fromEntries(leaf.ways.map((way, n) => [leaf.names[n], round4(product(way))]));
+    const result = new Map();
+    this.task.choices.forEach(({ names }, n) => { if (names.length === 1) result.set(n, [1]); });
+    for (const { options, taken } of walked) {
+      const share = (state, rows) => sum(rows.map((n) => known.get(state)[n]));
+      const p = options.map(({ steps }) => steps.reduce((product, [state, rows, possible]) => (
+        product * share(state, rows) / (possible ? share(state, possible) : 1)), 1));
+      taken.made.forEach(([choice], i) => {
+        const sums = this.task.choices[choice].names.map(() => 0);
+        options.forEach(({ made }, n) => {
+          const alike = taken.made.slice(0, i).every((own, k) => own[0] === made[k]?.[0] && own[1] === made[k][1]);
+          if (alike) sums[made[i][1]] += p[n];
+        });
+        result.set(choice, sums.map((q) => q / sum(sums)));
+      });
+    }
+    return result;
   }
 
-  /** a value of a leaf -> its key in the { value: probability } of that leaf. */
-  valueName(leaf, value) {
-    return leaf.names[leaf.values.findIndex((other) => JSON.stringify(other) === JSON.stringify(value))];
+  /** what valueProbabilities returns, as the record has it. */
+  showValues(pValues) {
+    const shown = {};
+    this.task.choices.forEach(({ path, names, of }, n) => {
+      if (!pValues.has(n)) return;
+      if (of) (shown[of[0]] ??= {})[of[1]] = round4(pValues.get(n)[1]);
+      else shown[path] = Object.fromEntries(pValues.get(n).map((p, k) => [names[k], round4(p)]));
+    });
+    return shown;
+  }
+
+  /** an answer -> { path: names of the values that it has }; of a list of values: of those in it. */
+  showChosen(walked) {
+    const made = new Map(walked.flatMap(({ taken }) => taken.made)), shown = {};
+    this.task.choices.forEach(({ path, names, of }, n) => {
+      if (names.length === 1) made.set(n, 0);
+      if (!made.has(n)) return;
+      if (of) (shown[of[0]] ??= []).push(...(made.get(n) ? [of[1]] : []));
+      else shown[path] = [names[made.get(n)]];
+    });
+    return shown;
   }
 
   /** a text (its ids) and its decisions -> its answer. */
-  async makeRecord(text, decisions, { confidence = false, minConfidence = 0 }) {
-    const answer = {}, pOfField = {};
-    for (const leaf of this.task.leaves) {
-      const n = leaf.ways.findIndex((way) => way.every(([s, c]) => decisions.get(s)?.choice === c));
-      answer[leaf.keys[0]] = leaf.values[n];
-      const probability = ([s, c]) => softmax(decisions.get(s).logits, leaf.temperature)[c];
-      pOfField[leaf.path] = leaf.ways[n].reduce((p, step) => p * probability(step), 1);
+  async makeRecord(text, decisions, { confidence = false, minConfidence = 0, chosen = false }) {
+    const walked = this.walk(decisions);
+    const written = this.task.text + walked.map(({ taken }) => taken.text).join('');
+    const answer = JSON.parse(written.trim().replace(/^```json/, '').replace(/```$/, ''));
+    const pOfField = Object.fromEntries(this.task.leaves.map((leaf) => [leaf.path, 1]));
+    for (const [state, { logits, choice }] of decisions) {
+      pOfField[this.task.states[state].field] *= this.probabilities(state, logits)[choice];
     }
-    if (confidence) {
-      answer._confidence = {};
-      for (const leaf of this.task.leaves) {
-        const full = confidence === 'full';
-        answer._confidence[leaf.path] = full ? await this.valueProbabilities(leaf, text, decisions)
-          : round4(pOfField[leaf.path]);
-      }
+    if (confidence === 'full') {
+      answer._confidence = this.showValues(await this.valueProbabilities(text, decisions, walked));
+    } else if (confidence) {
+      answer._confidence = Object.fromEntries(Object.entries(pOfField).map(([path, p]) => [path, round4(p)]));
     }
     if (Math.min(...Object.values(pOfField)) < minConfidence) answer._defer = true;
-    return answer;
+    return chosen ? { ...answer, _chosen: this.showChosen(walked) } : answer;
   }
 
-  /** texts -> records, in their order. options: confidence (true or 'full'), minConfidence. */
+  /** texts -> records, in their order. options: confidence (true or 'full'), minConfidence, and chosen (true adds
+      _chosen: { path: names of the values that the answer has }, with the paths of 'full'). */
   async label(texts, options = {}) {
     const ids = texts.map((text) => this.encode(text));
-    const problem = this.task.leaves.some((leaf) => leaf.path === 'error') ? '_error' : 'error';
+    const problem = this.temperature.has('error') ? '_error' : 'error';
     const records = ids.map((row) => (row.length ? null : { [problem]: 'empty text' }));
     const order = ids.flatMap((row, n) => (row.length ? [n] : []));
     order.sort((a, b) => ids[a].length - ids[b].length); // texts of similar length are read together

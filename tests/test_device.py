@@ -26,13 +26,16 @@ import onnx
 import onnxruntime
 
 from data import held_out, read_texts, text_hash, write_json
-from device.export import RUNNERS, make_task, read_corpus, write_onnx
+from device.export import RUNNERS, describe_values, read_corpus, write_onnx
 from device.run import Student as Runner
 from device.shrink import (Int8, choose_tokens, fold_table, list_pieces, round_to_int8, trim_student,
                            trim_tokenizer)
+from device.task import make_task
 from device.web import PACKAGES, Handler, fetch_packages
 from distil.checkpoint import CHECKPOINT
+from distil.schema import Schema
 from distil.space import OutputSpace, tokenizer_hash
+from distil.values import plain, value_name
 from sample import Labeler
 from tests.conftest import FIELDS, PROMPT, ROOT, SCHEMAS, one_line, run, tiny_student
 
@@ -40,6 +43,16 @@ HOSTILE = ['', '  ', '\t\x1c\x85\xa0', 'hello ' * 20_000, 'x' * 100_000, 'a\0b \
            'é日本 😀👩‍👩‍👧', 'שלום مرحبا',
            '<eos> <turn>', '\ufeffhello', '{"tone":"spam"}', "I'M it’s “so”…", '\u200b', '1234567890 ½']
 ALIKE = [f'hello my friend {n} was not there' for n in range(70)]  # more than a batch
+NESTED = {
+    'labels': {'type': 'array', 'items': {'enum': ['bug', 'ui', 'é "x"', 1]}},
+    'customer': {'type': 'object', 'required': ['mood', 'ok'], 'properties': {
+        'mood': {'enum': ['good', 'bad', None]}, 'plan': {'enum': [1, '1', 11, True]}, 'ok': {'const': 1.0}}},
+    'findings': {'type': 'array', 'maxItems': 2, 'items': {'type': 'object', 'properties': {
+        'kind': {'enum': ['a', 'ab']}, 'tags': {'type': 'array', 'items': {'enum': ['x', 'y']}, 'minItems': 1}}}},
+    'order': {'anyOf': [{'type': 'null'}, {'type': 'object', 'required': ['days'], 'properties': {
+        'days': {'enum': [1, 11]}, 'late': {'type': 'boolean'}}}]},
+    'left': {'type': 'string'}}
+TASKS = [*SCHEMAS, (NESTED, None, False, ['left'])]
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 
 
@@ -59,17 +72,18 @@ def same_records(first, second):
         abs(a[key] - b[key]) < 2e-4 for key in a)
 
 
-def make_student(folder, tokenizer, fields, indent=None, fence=False, seed=0, **sizes):
+def make_student(folder, tokenizer, fields, indent=None, fence=False, left_out=(), seed=0, **sizes):
     """writes a random student of these fields as train.py does, and its export. Returns the folder."""
-    space = OutputSpace(tokenizer, fields, indent, fence, end_id=2, auxiliary=range(4, 60))
+    space = OutputSpace(tokenizer, fields, indent, fence, end_id=2, auxiliary=range(4, 60), left_out=left_out)
     student = tiny_student(space, seed, block_size=space.max_answer + 20, **sizes)
     for weight in student.parameters():  # so that answers depend on the text
         weight.data *= 8 if weight.dim() == 2 else 1
     task = {'fields': fields, 'indent': indent, 'fence': fence, 'end_id': 2, 'output_ids': space.output_ids,
             'tokenizer_hash': tokenizer_hash(tokenizer), 'prompt': PROMPT, 'max_text': 18,
-            'teacher': 'a/teacher', 'fingerprint': '', 'keep_end': seed == 1}
+            'teacher': 'a/teacher', 'fingerprint': '', 'keep_end': seed == 1, 'left_out': left_out}
+    per_field = {path: {'temperature': 0.7 + n / 3} for n, path in enumerate(space.schema.paths)}
     checkpoint = {'format': CHECKPOINT, 'student': vars(student.config), 'model': student.state_dict(),
-                  'task': task, 'per_field': {f: {'temperature': 0.7 + n / 3} for n, f in enumerate(fields)}}
+                  'task': task, 'per_field': per_field}
     folder.mkdir()
     tokenizer.save(str(folder / 'tokenizer.json'))
     torch.save(checkpoint, folder / 'best.pt')
@@ -90,7 +104,7 @@ def make_student(folder, tokenizer, fields, indent=None, fence=False, seed=0, **
 @pytest.fixture(scope='module')
 def students(tmp_path_factory, tokenizer):
     root = tmp_path_factory.mktemp('device')
-    return [make_student(root / str(n), tokenizer, *schema, seed=n) for n, schema in enumerate(SCHEMAS)]
+    return [make_student(root / str(n), tokenizer, *task, seed=n) for n, task in enumerate(TASKS)]
 
 
 @pytest.fixture(scope='module')
@@ -209,7 +223,7 @@ def test_the_graph_computes_the_students_logits(space, tmp_path, int8, shape):
 # the runners
 
 
-@pytest.mark.parametrize('n', range(len(SCHEMAS)))
+@pytest.mark.parametrize('n', range(len(TASKS)))
 def test_run_py_gives_the_answers_of_sample_py(students, n):
     texts = [*ALIKE, *HOSTILE]
     for confidence in (False, True, 'full'):
@@ -255,7 +269,7 @@ def test_run_py_exits_with_a_message_if_the_folder_is_damaged_or_of_another_form
     task = json.loads((folder / 'task.json').read_text()) | {'format': 2}
     (folder / 'task.json').write_text(json.dumps(task))
     done = subprocess.run([sys.executable, folder / 'run.py', '--text=hello'], **start)
-    assert done.stderr == f'{folder} has format 2, this run.py reads 3; export it again\n'
+    assert done.stderr == f'{folder} has format 2, this run.py reads 4; export it again\n'
     with pytest.raises(SystemExit, match='does not hold a complete student'):
         Runner(tmp_path)
 
@@ -289,7 +303,7 @@ def test_wrong_arguments_and_another_exports_files_exit_with_a_message(students,
         assert 'tokenizer.json is not from this export' in subprocess.run(program, **start).stderr
 
 
-@pytest.mark.parametrize('n', range(len(SCHEMAS)))
+@pytest.mark.parametrize('n', range(len(TASKS)))
 def test_node_gives_the_answers_of_sample_py(students, npm, n):
     device, texts = students[n] / 'device', [*ALIKE, *HOSTILE]
     shutil.copytree(npm, device / 'npm', dirs_exist_ok=True)
@@ -298,7 +312,8 @@ def test_node_gives_the_answers_of_sample_py(students, npm, n):
                           capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    order = lambda record: dict(sorted(record.items()))  # JavaScript puts keys that are numbers first
+    # JavaScript puts keys that are numbers first, and has no 1.0
+    order = lambda record: plain(dict(sorted(record.items())))
     assert all(same_records(order(a), order(b)) for a, b in zip(records, expected, strict=True))
 
 
@@ -316,12 +331,12 @@ def test_node_exits_with_a_message_if_the_folder_is_damaged(students, npm, tmp_p
 
 
 @pytest.fixture
-def page(students, npm):
-    """(the page of a student, opened in the system's Chromium; its server)."""
+def page(request, students, npm):
+    """(the page of a student, the first unless a test says which, opened in the system's Chromium; its server)."""
     api = pytest.importorskip('playwright.sync_api')
     if not CHROMIUM:
         pytest.skip('Chromium is not installed')
-    device = students[0] / 'device'
+    device = students[getattr(request, 'param', 0)] / 'device'
     shutil.copytree(npm, device / 'npm', dirs_exist_ok=True)
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=str(device)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -393,6 +408,22 @@ def test_the_page_shows_the_answers_of_sample_py_and_works_offline(page, student
     assert read_answers(page)[1][1][0] == label(texts)[1]['tone']
     # the worker tries the network first
     page.errors = [line for line in page.errors if 'ERR_CONNECTION_REFUSED' not in line]
+
+
+@pytest.mark.parametrize('page', [len(SCHEMAS)], indirect=True)
+def test_the_page_shows_lists_and_objects(page, students):
+    page, _ = page
+    expect = pytest.importorskip('playwright.sync_api').expect
+    for text, record in zip(ALIKE[:3], Labeler(students[len(SCHEMAS)], 'cpu', confidence='full')(ALIKE)):
+        page.fill('#text', text)
+        confidence = record.pop('_confidence')
+        write = partial(json.dumps, ensure_ascii=False, separators=(',', ':'))
+        expect(page.locator('pre')).to_have_text('\n'.join(f'{k}: {write(v)}' for k, v in plain(record).items()))
+        (shown, chosen), = read_answers(page)
+        assert shown.keys() == confidence.keys() - {'customer.ok'}  # a constant below the top level
+        labels, mood = list(map(value_name, record['labels'])), value_name(record['customer']['mood'])
+        assert f'labels: {" and ".join(labels) or "none"}, customer.mood: {mood}, ' in page.inner_text('#said')
+        assert sorted(chosen[:len(labels)]) == sorted(labels) and chosen[len(labels)] == mood
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
@@ -478,6 +509,13 @@ def test_check_measures_on_the_texts_of_a_file_and_names_it(exported, tmp_path):
     for file, message in (('no.txt', 'No such file'), (tmp_path, 'Is a directory'),
                           (tmp_path / 'empty.txt', 'has no text to check that was not counted')):
         assert message in one_line(run(root, 'device/export.py', f'--check={file}'))
+
+
+def test_the_card_says_what_a_list_is_made_of():
+    shown = {leaf.path: describe_values(leaf) for leaf in Schema(NESTED, ['left']).leaves}
+    assert shown['labels'] == r'a list of "bug", "ui", "é \"x\"", 1' and shown['findings'] == 'a list of up to 2 items'
+    assert shown['customer.mood'] == '"good", "bad", null' and shown['findings[].kind'] == 'a list of "a", "ab"'
+    assert shown['order?'] == 'present, null'
 
 
 def test_wrong_settings_exit_with_a_message(exported):
