@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 from data import cut_text, read_texts, text_hash
 from distil.decode import decode
 from distil.reader import encode_records
-from distil.schema import MISSING, json_text, members, true_value
+from distil.schema import members, true_value
+from distil.values import MISSING, json_text
 
 BROKEN = ''  # the value in an answer that breaks the schema: no JSON text is empty, so it equals no value
 

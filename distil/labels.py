@@ -34,7 +34,8 @@ from data.objects import find_object
 from data.templates import check_template
 from distil.answers import label_from_answer
 from distil.prompts import prompt_text
-from distil.schema import Schema, json_text
+from distil.schema import Schema
+from distil.values import json_text
 from distil.shares import best_answer, logits_of
 from distil.space import clean
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from config import next_command, stop
 from data import Shards, answers_from
 from distil.agreement import field_texts, read_truth
-from distil.schema import MISSING, json_text, members, true_value
+from distil.schema import members, true_value
+from distil.values import MISSING, json_text
 from distil.split import count_near, hold_out_file, split_of
 
 SEEN = 100  # so often a value should be seen in training, on average

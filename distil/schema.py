@@ -14,7 +14,7 @@ import json
 
 from distil.json_schema import is_json_schema, read_fields
 from distil.kinds import Choice, Maybe, Object, Several
-from distil.values import MISSING, follow, json_text, plain, value_name, value_names
+from distil.values import MISSING, follow, json_text, value_names
 from distil.written import Place, Style
 
 

@@ -4,7 +4,8 @@ import json
 from dataclasses import dataclass
 from functools import partial
 
-from distil.schema import value_name, write_gaps, write_value
+from distil.schema import write_gaps, write_value
+from distil.values import value_name
 from serve.options import loose, match_options
 from serve.request import Refusal, require
 from serve.shapes import Part, Shape, whole_shape

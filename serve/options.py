@@ -1,7 +1,7 @@
 """The options of a property of a JSON Schema, and which values of a field they are."""
 import re
 
-from distil.schema import value_name
+from distil.values import value_name
 
 
 def loose(name):

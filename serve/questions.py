@@ -5,8 +5,7 @@ import math
 from dataclasses import dataclass
 
 from distil.kinds import Maybe
-from distil.schema import value_name, value_names
-from distil.values import PRESENT
+from distil.values import PRESENT, value_name, value_names
 from serve.completions import count_tokens
 from serve.prompts import read_turns
 from serve.request import Plan, Refusal, read_state, require

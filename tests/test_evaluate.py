@@ -16,7 +16,7 @@ from distil.agreement import (BROKEN, calibration_error, field_texts, fit_temper
 from distil.checkpoint import load_checkpoint
 from distil.decode import generate
 from distil.report import draw_confusion, start_drawing
-from distil.schema import Choice
+from distil.kinds import Choice
 from distil.space import OutputSpace
 from tests.conftest import FIELDS, clone_task, one_line, run
 from tools.accuracy import area_under_roc, recall_at_precision

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distil.checkpoint import CHECKPOINT, save_checkpoint
-from distil.schema import Choice
+from distil.kinds import Choice
 from distil.space import OutputSpace, tokenizer_hash
 from sample import Labeler
 from tests.conftest import FIELDS, ROOT, one_line, run, tiny_student

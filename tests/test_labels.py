@@ -12,7 +12,7 @@ from distil.cascade import load_answerer
 from distil.checkpoint import TASK
 from distil.labels import Labels, open_labels
 from distil.shares import record_from_label
-from distil.schema import value_names
+from distil.values import value_names
 from distil.space import OutputSpace
 from distil.schema import Schema
 from tests.conftest import FIELDS, PROMPT, SCHEMAS, clone_task, load_teacher, one_line, run

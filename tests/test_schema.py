@@ -6,7 +6,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from distil.schema import Choice, Schema, plain, value_names, write_gaps, write_object, write_value
+from distil.kinds import Choice
+from distil.schema import Schema, write_gaps, write_object, write_value
+from distil.values import plain, value_names
 
 FIELDS = {'tone': ['neutral', 'friendly'], 'n': [1, 2.5, None], 'ok': [True, 'true'], 'kind': ['fixed']}
 SCHEMA = Schema(FIELDS)

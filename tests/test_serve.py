@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distil.schema import value_name
+from distil.values import value_name
 from distil.space import OutputSpace
 from distil.schema import Schema
 from sample import Labeler

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distil.schema import value_name
+from distil.values import value_name
 from tests.served import (CHAT, FIELDS, MEANING, PROMPT, TEXT, TEXTS, answer_of, chat, give_service, json_schema,
                           labeler, of, root, send, service, truth, url)  # noqa: F401
 

@@ -24,7 +24,8 @@ import numpy as np
 from data import read_texts
 from distil.agreement import measure_members
 from distil.records import load_records
-from distil.schema import MISSING, json_text, true_value
+from distil.schema import true_value
+from distil.values import MISSING, json_text
 from distil.split import hash_texts
 from distil.labeler import Labeler
 

@@ -16,7 +16,8 @@ from data import batches
 from distil.agreement import field_texts, measure_members, same_values
 from distil.decode import Cache, pad_rows
 from distil.reader import encode_texts, load_encoder, student_ids
-from distil.schema import json_text, members
+from distil.schema import members
+from distil.values import json_text
 
 
 class SchemaProcessor(LogitsProcessor):
