@@ -88,9 +88,10 @@ class Reader:
                 rest = {key: value for key, value in part.items() if key != '$ref'}
                 part = merge(self.find(ref, keys), rest | {'$from': (*came, ref)})
             elif isinstance(inner, list) and inner and all(isinstance(one, dict) for one in inner):
-                part = {key: value for key, value in part.items() if key != 'allOf'}
+                both = {'$from': part.get('$from', ())}
                 for one in inner:
-                    part = merge(self.resolve({'$from': part.get('$from', ()), **one}, keys), part)
+                    both = merge(both, self.resolve({**one, '$from': both['$from']}, keys))
+                part = merge(both, {key: value for key, value in part.items() if key not in ('allOf', '$from')})
             else:
                 return part
 
