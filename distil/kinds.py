@@ -28,6 +28,8 @@ class Choice:
     def __init__(self, keys, values, path=''):
         self.keys, self.values, self.path, self.group = keys, values, path or path_of(keys), path or group_of(keys)
         self.texts, self.names = list(map(json_text, values)), value_names(values)
+        self.known = {text: n for n, text in enumerate(self.texts)}
+        self.known_plain = {json_text(plain(value)): n for n, value in reversed([*enumerate(values)])}
 
     def __len__(self):
         return len(self.values)
@@ -48,10 +50,9 @@ class Choice:
             if value.name in self.texts or 'null' in self.texts:
                 return self.texts.index(value.name if value.name in self.texts else 'null')
             raise ValueError(f'it has no {self.path}')
-        for of in (lambda value: value), plain:
-            text = json_text(of(value))
-            if text in (texts := [json_text(of(other)) for other in self.values]):
-                return texts.index(text)
+        for of, known in ((lambda value: value), self.known), (plain, self.known_plain):
+            if (text := json_text(of(value))) in known:
+                return known[text]
         folded = lambda value: value_name(value).strip().casefold()
         near = [other for other in self.values if folded(other) == folded(value)]
         raise ValueError(f'{self.path} is {said(value)[:80]}, ' + (
@@ -188,6 +189,7 @@ class Several:
         self.keys, self.values, self.least = keys, values, least
         self.most = len(values) if most is None else min(most, len(values))
         self.texts, self.names = list(map(json_text, values)), value_names(values)
+        self.whole = Choice(keys, values)
         self.choices = [Choice((*keys, name), [MISSING, PRESENT], f'{path_of(keys)}.{name}') for name in self.names]
         for choice in self.choices:
             choice.group = group_of(keys)
@@ -198,8 +200,7 @@ class Several:
             raise ValueError(f'it has no {path}')
         if not isinstance(value, list):
             raise ValueError(f'{path} is {said(value)[:80]}, not a list')
-        whole = Choice((), self.values, path)
-        found = {whole.number(member) for member in value}
+        found = {self.whole.number(member) for member in value}
         check_length(path, len(found), self.least, self.most)
         yield from ((choice.path, int(n in found)) for n, choice in enumerate(self.choices))
 
