@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
-from distil.schema import write_object
+from distil.schema import Schema, write_object
 
 STARTED_IN = os.getcwd()  # the user's folder; configure() leaves it
 # the programs that share one config file
@@ -75,6 +75,11 @@ def write_examples(template, fields, examples):
     form of answers on one line; examples: (text, value of each field, in order)."""
     answers = (write_object(dict(zip(fields, values))) for _, *values in examples)
     return ''.join(template.format(text, answer) for (text, *_), answer in zip(examples, answers))
+
+
+def write_fields(fields, left_out=()):
+    """the fields as lines of a prompt: the path of each, its description if its JSON Schema has one, its values."""
+    return Schema(fields, left_out).write_for_prompt()
 
 
 # -----------------------------------------------------------------------------

@@ -35,6 +35,10 @@ def check_settings(config):
         stop('no task; run: python extract.py config/demo.py')
     if config['schema']:
         config['fields'] = read_schema_file(config['schema'])
+    try:
+        Schema(config['fields'], config['left_out']).check()
+    except ValueError as error:
+        stop(f'fields: {error}')
     if not all(isinstance(string, str) for string in config['extra_vocab']):
         stop(f'extra_vocab is {config["extra_vocab"]!r}; it must be a list of texts')
     if config['score'] and config['labels']:

@@ -125,19 +125,24 @@ class Reader:
             if part is True:
                 refuse(keys, 'allows any value')
             raise ValueError(f'field {path!r} needs a list of different values, or a JSON Schema, not {part!r}')
-        found, constants = [], {}
+        found, constants, about = [], {}, ''
         for one in self.alternatives(part, keys):
+            about = about or one.get('description') or ''
             values = self.constants(one, keys)
             constants |= {json_text(value): value for value in values or ()}
             found += [] if values is not None else [one]
         if not found:
-            return Choice(keys, check_constants(path, list(constants.values())) + [MISSING] * (not required))
+            tree = Choice(keys, check_constants(path, list(constants.values())) + [MISSING] * (not required))
+            tree.about = about
+            return tree
         if len(found) > 1 or constants.keys() - {'null'}:
             refuse(keys, f'may be one of {len(found)} kinds of objects, lists or texts' if len(found) > 1 else
                    'may be a constant, or an object, a list or a text', 'choose one')
         self.open += (came := found[0].get('$from', ()))
         inner = self.read_compound(found[0], keys)
         del self.open[len(self.open) - len(came):]
+        if inner:
+            inner.about = about                                 # its description
         others = [None] * bool(constants) + [MISSING] * (not required)
         return Maybe(keys, inner, others) if others and inner else inner
 

@@ -23,7 +23,7 @@ class Choice:
     path: the keys in one text, which names it; group: of all choices that are the same one of other items of a list.
     texts: its values as JSON texts; names: as different strings.
     """
-    is_list = False
+    is_list, about = False, ''
 
     def __init__(self, keys, values, path=''):
         self.keys, self.values, self.path, self.group = keys, values, path or path_of(keys), path or group_of(keys)
@@ -135,6 +135,7 @@ class Choice:
 
 class Object:
     """properties: {name: its part}."""
+    about = ''
 
     def __init__(self, keys, properties):
         self.keys, self.properties = keys, properties
@@ -184,6 +185,7 @@ def can_be_missing(part):
 class Several:
     """a list of some of the values, at least `least` and at most `most`, each once, in the order of the schema. A
     Choice for each value says whether it is in the list."""
+    about = ''
 
     def __init__(self, keys, values, least=0, most=None):
         self.keys, self.values, self.least = keys, values, least
@@ -241,6 +243,7 @@ class Several:
 
 class Items:
     """a list of `least` to `most` items. items: the part of each place; the Choice before says whether there is one."""
+    about = ''
 
     def __init__(self, keys, items, least=0):
         self.keys, self.items, self.least = keys, items, least
@@ -287,6 +290,7 @@ class Items:
 
 class Maybe:
     """a part that may be null or missing. others: None, MISSING or both; a Choice says which."""
+    about = ''
 
     def __init__(self, keys, part, others):
         self.keys, self.part = keys, part

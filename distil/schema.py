@@ -24,7 +24,8 @@ class ListLeaf:
     they are objects."""
     is_list = True
 
-    def __init__(self, path, keys, choices, values=()):
+    def __init__(self, path, keys, choices, values=(), about=''):
+        self.about = about
         self.path, self.keys, self.choices, self.values = path, keys, choices, list(values)
         self.texts, self.names = list(map(json_text, self.values)), value_names(self.values)
 
@@ -70,14 +71,14 @@ def list_leaves(part):
     if isinstance(part, Choice):
         if None not in keys:
             return [part]
-        return [ListLeaf(part.group, keys, [], part.values)]    # of an item: the list collects its choices
+        return [ListLeaf(part.group, keys, [], part.values, part.about)]  # of an item: the list collects its choices
     if isinstance(part, Several):
-        return [ListLeaf(part.choices[0].group, keys, part.choices, part.values)]
+        return [ListLeaf(part.choices[0].group, keys, part.choices, part.values, part.about)]
     if isinstance(part, Maybe):
         return [*list_leaves(part.choice), *list_leaves(part.part)]
     if isinstance(part, Object):
         return [leaf for inner in part.properties.values() for leaf in list_leaves(inner)]
-    return [ListLeaf(part.more[0].group, keys, part.more), *list_leaves(part.items[0])]
+    return [ListLeaf(part.more[0].group, keys, part.more, about=part.about), *list_leaves(part.items[0])]
 
 
 class Schema:
@@ -139,6 +140,11 @@ class Schema:
     def describe(self):
         """its leaves and their values in words."""
         return '; '.join(f'{leaf.path} ({leaf.describe()})' for leaf in self.leaves)
+
+    def write_for_prompt(self):
+        """a line for each leaf: its path, the description in its JSON Schema, all its values."""
+        return ''.join(f'{leaf.path}: {leaf.about.strip()}{" " * bool(leaf.about)}({leaf.describe(10**6)})\n'
+                       for leaf in self.leaves)
 
     # answers
 

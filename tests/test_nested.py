@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from config import write_fields
 from distil.agreement import learn_lists, measure_agreement, measure_members
 from distil.answers import label_from_answer
 from distil.decode import confidence_of, decode, value_probabilities
@@ -82,6 +83,8 @@ def test_the_json_schema_of_pydantic_is_taken_and_its_answers_validate():
     for _ in range(30):
         answer = schema.fill(lambda choice: rng.randrange(len(choice)))
         assert validate.is_valid({**answer, 'reason': ''}) and schema.canonical(answer) == answer
+    assert schema.write_for_prompt().splitlines()[-1] == 'boss: of the boss (calm, angry)'
+    assert write_fields({'labels': LABELS}) == 'labels: (some of bug, ui, praise)\n'
     wrapped = {'type': 'json_schema', 'json_schema': {'name': 'ticket', 'schema': PYDANTIC}}
     assert unwrap(wrapped) == unwrap({'type': 'function', 'function': {'parameters': PYDANTIC}}) == PYDANTIC
     assert is_json_schema(PYDANTIC) and not is_json_schema(NESTED) and not is_json_schema({'type': ['a', 'b']})
