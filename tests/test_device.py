@@ -44,7 +44,7 @@ HOSTILE = ['', '  ', '\t\x1c\x85\xa0', 'hello ' * 20_000, 'x' * 100_000, 'a\0b \
            '<eos> <turn>', '\ufeffhello', '{"tone":"spam"}', "I'M it’s “so”…", '\u200b', '1234567890 ½']
 ALIKE = [f'hello my friend {n} was not there' for n in range(70)]  # more than a batch
 NESTED = {
-    'labels': {'type': 'array', 'items': {'enum': ['bug', 'ui', 'é "x"', 1]}},
+    'labels': {'type': 'array', 'uniqueItems': True, 'items': {'enum': ['bug', 'ui', 'é "x"', 1]}},
     'customer': {'type': 'object', 'required': ['mood', 'ok'], 'properties': {
         'mood': {'enum': ['good', 'bad', None]}, 'plan': {'enum': [1, '1', 11, True]}, 'ok': {'const': 1.0}}},
     'findings': {'type': 'array', 'maxItems': 2, 'items': {'type': 'object', 'properties': {
