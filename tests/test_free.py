@@ -66,6 +66,7 @@ def test_a_text_ends_at_its_closing_quote(tokenizer, written, kept):
     assert FreeText(space, ['reason'], len(ids)).end_of(ids) is not None  # at the latest
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_written_verified_and_not_stored(project, tmp_path):
     root = clone_task(project, tmp_path)
     args = [f'--fields={WITH_REASON}', f'--left_out={LEFT_OUT}', '--calibrate=16', '--max_records=24', '--name=free']
