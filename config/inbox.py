@@ -39,7 +39,7 @@ prior = {'action.needed': {True: 0.3}, 'action.urgency': {'low': 0.4, 'normal': 
          'sender.mood': {'calm': 0.6, None: 0.15}, 'kind': {'discussion': 0.3}}
 max_text = 96
 too_long = 'cut'
-max_records = 2000
+max_records = 1024
 # student: a pre-trained encoder reads the text, one layer writes the answer
 reader = 'data/teachers/minilm'  # python data/teachers/prepare.py minilm
 n_layer = 1
