@@ -249,7 +249,8 @@ def linear_baseline(shards, space, train_rows, rows):
             return LogisticRegression(max_iter=1000).fit(train_x, labels).predict(x).tolist()
         for leaf in space.schema.leaves:
             field = leaf.path
-            predicted = learn_lists(learn, train_values[field], len(texts), leaf) if leaf.is_list else learn(train_values[field])
+            learned = train_values[field]
+            predicted = learn_lists(learn, learned, len(texts), leaf) if leaf.is_list else learn(learned)
             hits[field] = np.array([a == b for a, b in zip(predicted, values[field])])
             if leaf.is_list:
                 micro_f1[field] = measure_members(predicted, values[field])['micro_f1']

@@ -10,7 +10,6 @@ import math
 
 import torch
 
-
 MOST_STATES = 30_000
 
 
@@ -68,8 +67,8 @@ class Automaton:
                     todo.append(after)
                 row[token] = number[after]
             if len(number) > MOST_STATES:
-                raise ValueError(f'the schema has too many different answers to be written down as an automaton (more than '
-                                 f'{MOST_STATES:,} states): lower maxItems, or leave a property out')
+                raise ValueError(f'the schema has too many different answers (more than {MOST_STATES:,} states of an '
+                                 'automaton): lower maxItems, or leave a property out')
         self.transitions = [rows[state] for state in range(len(number))]
         self.done = number[frozenset({(None, 0, 0)})]
         self.labels = [[self.parts[part][alternative][2] for part, alternative, _ in sorted(

@@ -222,7 +222,8 @@ def calibrated_answers(ask, groups, folder, meta, priors):
                 waiting.append(again.pop())
             if bias is None and (group is None or len(first) >= meta['calibrate']['texts']):
                 labels = [label for _, _, label in first if 'probabilities' in label]
-                bias = meta['value_bias'] = learn_value_bias(labels, Schema(meta['fields'], meta.get('left_out')), priors) if labels else {}
+                schema = Schema(meta['fields'], meta.get('left_out'))
+                bias = meta['value_bias'] = learn_value_bias(labels, schema, priors) if labels else {}
                 write_json(folder / 'meta.json', meta)
                 print_value_bias(labels, bias)
             if waiting and bias is not None:

@@ -40,8 +40,8 @@ class Cutter:
     answers, and the answers are cut where a token begins whatever is chosen: at the fork or a little before it. The
     texts that lead to a fork may end in different ways, such as "a" and 1; each way is a fork of its own.
 
-    start, start_text: the ids before the first fork, and their text; forks: [list of Way]. encode: text -> tokenizers.Encoding. ValueError if the
-    tokens of two values merge.
+    start, start_text: the ids before the first fork, and their text; forks: [list of Way]. encode: text ->
+    tokenizers.Encoding. ValueError if the tokens of two values merge.
     """
 
     def __init__(self, place, encode):
@@ -64,7 +64,7 @@ class Cutter:
             self.endings.clear()
         tail, begin = self.tail_of(first, place.text)
         self.start_text = place.text[:begin]
-        self.start, self.forks = self.ids_between('', place.text + self.ending(first), 0, len(place.text) - len(tail)), []
+        self.start, self.forks = self.ids_between('', place.text + self.ending(first), 0, begin), []
         todo = [(first, tail, place.text[:begin])]
         self.number[first, tail] = 0
         while todo:
@@ -79,7 +79,8 @@ class Cutter:
                         self.number[key] = len(self.number)
                         todo.append((*key, (before + text)[:end]))
                 ids = self.ids_between(before, text + self.ending(option.fork), len(before), end)
-                ways.append(Way(option.made, ids, self.number.get(key), text[:None if end is None else end - len(before)]))
+                spelled = text[:None if end is None else end - len(before)]
+                ways.append(Way(option.made, ids, self.number.get(key), spelled))
             self.forks.append(ways)
         for (fork, _), ways in zip(self.number, self.forks):
             for n, way in enumerate(ways):                      # what follows it must tell it from a longer one

@@ -97,7 +97,8 @@ class FreeText:
                 hidden = teacher.read(live, [unread[i] for i in live], [starts[i] for i in live])
                 n_read += len(hidden)
                 ends = np.cumsum([len(unread[i]) for i in live]) - 1
-                best = teacher.logits(hidden[torch.as_tensor(ends, device=hidden.device)], teacher.head).argmax(-1).tolist()
+                last = hidden[torch.as_tensor(ends, device=hidden.device)]
+                best = teacher.logits(last, teacher.head).argmax(-1).tolist()
                 going = []
                 for i, token in zip(live, best):
                     starts[i] += len(unread[i])

@@ -15,8 +15,8 @@ from distil.values import MISSING, group_of, json_text, path_of
 
 MOST_ITEMS = 16  # of a list without maxItems
 MOST_NUMBERS = 1001  # values of an integer with a minimum and a maximum
-WRAPPERS = ('response_format', 'text', 'format', 'json_schema', 'schema', 'function', 'parameters', 'input_schema', 'inputSchema',
-            'responseSchema', 'response_json_schema')
+WRAPPERS = ('response_format', 'text', 'format', 'json_schema', 'schema', 'function', 'parameters', 'input_schema',
+            'inputSchema', 'responseSchema', 'response_json_schema')
 KEYS = '$schema', '$defs', 'definitions', '$ref', 'anyOf', 'oneOf', 'allOf', 'additionalProperties', 'items'
 # keys that cannot be followed
 REFUSED = 'patternProperties', 'not', 'if', 'prefixItems', 'contains', 'dependentSchemas'

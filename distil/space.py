@@ -106,7 +106,8 @@ class OutputSpace(Automaton):
         for leaf in self.schema.leaves:
             for constant in [*leaf.keys, *leaf.values]:
                 text = constant if isinstance(constant, Mark) else json.dumps(constant, ensure_ascii=False)
-                if isinstance(text, str) and special.intersection(self.tokenizer.encode(text, add_special_tokens=False).ids):
+                encoding = self.tokenizer.encode(text, add_special_tokens=False) if isinstance(text, str) else None
+                if encoding and special.intersection(encoding.ids):
                     raise ValueError(f'field {leaf.path!r}: {constant!r} has a special token of the tokenizer in it')
 
     def find_leaf(self, labels):
