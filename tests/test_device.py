@@ -410,6 +410,7 @@ def test_the_page_shows_the_answers_of_sample_py_and_works_offline(page, student
     page.errors = [line for line in page.errors if 'ERR_CONNECTION_REFUSED' not in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('page', [len(SCHEMAS)], indirect=True)
 def test_the_page_shows_lists_and_objects(page, students):
     page, _ = page

@@ -22,7 +22,7 @@ def test_texts_before_the_first_answer_are_written_and_no_others():
     assert free_names({'score': {'type': 'number'}, **FIELDS}, ['score']) == []
 
 
-@pytest.mark.parametrize('family, indent', [('gemma', None), ('qwen', 2)])
+@pytest.mark.parametrize('family, indent', [('gemma', None), pytest.param('qwen', 2, marks=pytest.mark.slow)])
 def test_the_engine_writes_and_decides_as_one_pass_after_another(teachers, words, family, indent):
     tokenizer, model = load_teacher(teachers[family])
     before, after, end_id = encode_prompt(tokenizer, PROMPT, chat=False)
