@@ -25,7 +25,7 @@ def form_of(text):
 
 
 class Way(NamedTuple):
-    """an option of a fork, in tokens. made: see kinds.Option; tokens: ids, then output indices; following: number of
+    """an option of a fork, in tokens. made: see written.Option; tokens: ids, then output indices; following: number of
     the next fork, or None; text: what the tokens spell, without that of the end token."""
     made: tuple
     tokens: tuple

@@ -114,6 +114,7 @@ class Row:
         return False
 
     def draft_more(self, drafts, state):
+        """drafts what follows in this state, to be read in the next pass."""
         tokens, self.states = drafts.propose(self.outs, (), state)
         self.draft = tokens[:-1]                                # the last one need not be guessed
         self.feed += self.draft

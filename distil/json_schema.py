@@ -17,7 +17,9 @@ MOST_ITEMS = 16  # of a list without maxItems
 MOST_NUMBERS = 1001  # values of an integer with a minimum and a maximum
 WRAPPERS = ('response_format', 'text', 'format', 'json_schema', 'schema', 'function', 'parameters', 'input_schema',
             'inputSchema', 'responseSchema', 'response_json_schema')
-KEYS = '$schema', '$defs', 'definitions', '$ref', 'anyOf', 'oneOf', 'allOf', 'additionalProperties', 'items'
+# keys of a whole JSON Schema, and what stands there: in a map of names to values there is a list, or a schema
+WHOLE = {'type': str, '$ref': str, '$schema': str, '$defs': dict, 'anyOf': list, 'oneOf': list, 'allOf': list,
+         'additionalProperties': bool}
 # keys that cannot be followed
 REFUSED = 'patternProperties', 'not', 'if', 'prefixItems', 'contains', 'dependentSchemas'
 TYPES = {'string': str, 'integer': int, 'number': (int, float), 'boolean': bool, 'null': type(None), 'array': list}
@@ -25,11 +27,10 @@ TYPES = {'string': str, 'integer': int, 'number': (int, float), 'boolean': bool,
 
 def is_json_schema(fields):
     """True if fields are a whole JSON Schema, False if they map names to values."""
-    if not isinstance(fields, dict) or isinstance(fields.get('type'), list) and 'properties' not in fields:
+    if not isinstance(fields, dict) or isinstance(fields.get('type'), list | dict):
         return False
-    return isinstance(fields.get('properties'), dict) and not isinstance(fields.get('type'), list | dict) or isinstance(
-        fields.get('type'), str) or any(isinstance(fields.get(key), bool | str) or key[1:3] != 'sc' and isinstance(
-            fields.get(key), dict | list) and key in ('$defs', '$ref', 'anyOf', 'oneOf', 'allOf') for key in KEYS)
+    return isinstance(fields.get('properties'), dict) or any(isinstance(fields.get(key), kind)
+                                                             for key, kind in WHOLE.items())
 
 
 def unwrap(schema):

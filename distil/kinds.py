@@ -198,10 +198,7 @@ class Several:
 
     def numbers(self, value):
         path = path_of(self.keys)
-        if value is MISSING:
-            raise ValueError(f'it has no {path}')
-        if not isinstance(value, list):
-            raise ValueError(f'{path} is {said(value)[:80]}, not a list')
+        check_list(path, value)
         found = {self.whole.number(member) for member in value}
         check_length(path, len(found), self.least, self.most)
         yield from ((choice.path, int(n in found)) for n, choice in enumerate(self.choices))
@@ -254,10 +251,7 @@ class Items:
 
     def numbers(self, value):
         path = path_of(self.keys)
-        if value is MISSING:
-            raise ValueError(f'it has no {path}')
-        if not isinstance(value, list):
-            raise ValueError(f'{path} is {said(value)[:80]}, not a list')
+        check_list(path, value)
         check_length(path, len(value), self.least, len(self.items))
         for more, item, part in zip(self.more, self.items, value):
             yield more.path, 1
@@ -319,6 +313,14 @@ class Maybe:
     def json_schema(self):
         inner = self.part.json_schema()
         return {'anyOf': [inner, {'type': 'null'}]} if None in self.choice.values else inner
+
+
+def check_list(path, value):
+    """ValueError if this is no list."""
+    if value is MISSING:
+        raise ValueError(f'it has no {path}')
+    if not isinstance(value, list):
+        raise ValueError(f'{path} is {said(value)[:80]}, not a list')
 
 
 def check_length(path, n, least, most):
