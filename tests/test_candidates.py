@@ -1,7 +1,10 @@
-"""The numbers, dates and times of a text, in four locales; texts that are meant to take long."""
+"""The numbers, dates and times of a text, in eight locales; texts that are meant to take long; data/snips."""
 import builtins
 import json
 import re
+import shutil
+import subprocess
+import sys
 import time
 from datetime import date
 
@@ -11,6 +14,8 @@ import pytest
 
 from distil.candidates import find_candidates, fold, read_locale
 from distil.values import json_text, plain
+from tests.conftest import ROOT
+from tests.test_prepare import run_source
 
 LOCALES = {name: read_locale(name) for name in ('en_US', 'en_GB', 'de', 'hu', 'fr', 'fa', 'zh', 'de_CH')}
 KINDS = 'number', 'integer', 'date', 'time', 'date-time'
@@ -239,3 +244,51 @@ def test_a_text_twice_as_long_takes_about_twice_as_long(part):
     for locale in (LOCALES['en_GB'], LOCALES['hu']):
         measure(100)                                            # the regular expressions are made once
         assert measure(4000) < 3.5 * measure(2000) + 0.005
+
+
+# -----------------------------------------------------------------------------
+# data/snips/prepare.py: texts with values to copy
+
+
+def test_requests_are_read_from_the_published_folder_and_from_lines(tmp_path):
+    folder = tmp_path / 'published'
+    for intent, encoding, texts in (
+            ('RateBook', 'utf-8', [[('rate ', None), ('Café Größe ', 'object_name'), (' 5', None)]]),
+            ('PlayMusic', 'latin-1', [[('play ', None), ('Beyoncé', 'artist')], [('play', None)]])):
+        requests = [{'data': [{'text': text} | ({'entity': slot} if slot else {}) for text, slot in request]}
+                    for request in texts]
+        (folder / intent).mkdir(parents=True)
+        (folder / intent / f'train_{intent}_full.json').write_text(
+            json.dumps({intent: requests}, ensure_ascii=False), encoding=encoding)
+        (folder / intent / f'train_{intent}.json').write_text('a part of it')
+    records = run_source(tmp_path, 'snips', 'published')
+    assert records == [
+        {'text': 'play Beyoncé', 'answer': {'intent': 'PlayMusic', 'slots': [{'slot': 'artist', 'value': 'Beyoncé'}]}},
+        {'text': 'play', 'answer': {'intent': 'PlayMusic', 'slots': []}},
+        {'text': 'rate Café Größe  5',
+         'answer': {'intent': 'RateBook', 'slots': [{'slot': 'object_name', 'value': 'Café Größe'}]}}]
+    (tmp_path / 'lines.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records[::-1]))
+    assert run_source(tmp_path, 'snips', 'lines.jsonl') == records[::-1]
+
+
+@pytest.mark.parametrize('content, message', [
+    (None, 'nothing.jsonl: No such file'), ({}, 'nothing.jsonl has no files train_<intent>_full.json'),
+    ('{"text": "a", "answer": {"intent": "b"}}', 'nothing.jsonl, line 1 is not {"text", "answer"'),
+    ('{"text": "a", "answer": {"intent": "b", "slots": [{"slot": "c", "value": 5}]}}', 'line 1 is not'),
+    ({'train_a_full.json': '{"a": [{"text": "b"}]}'}, 'train_a_full.json is not {intent: [{"data"'),
+    ({'train_a_full.json': '{"a": '}, 'train_a_full.json is not'),
+])
+def test_another_file_exits_with_a_message(tmp_path, content, message):
+    path = tmp_path / 'nothing.jsonl'
+    if isinstance(content, dict):
+        path.mkdir()
+        for name, text in content.items():
+            (path / name).write_text(text)
+    elif content:
+        path.write_text(content)
+    (tmp_path / 'snips').mkdir()
+    shutil.copy(ROOT / 'data/snips/prepare.py', tmp_path / 'snips')
+    shutil.copy(ROOT / 'data/output.py', tmp_path)
+    done = subprocess.run([sys.executable, 'snips/prepare.py', path], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / 'snips/input.jsonl').exists()
