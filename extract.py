@@ -53,6 +53,8 @@ left_out = []        # properties of the fields that the student does not answer
 prompt = ''          # text or messages; of a chat, or a few-shot completion when chat = False; {text} stands
                      # for the text; messages: [{'role': 'system', 'content': ...}, {'role': 'user', ...}]
 chat = True          # wrap the prompt in the teacher's chat template; base models have none
+locale = 'en_US'     # how a text writes numbers and dates, where fields have some: en_GB has the day first, de 1.080,00
+reference_date = ''  # 2026-11-29; the day that "tomorrow" and dates without a year are counted from; '': they are none
 indent = None        # None or 0..8; of the JSON: None is one line, the cheapest; chat models like to write 2
 fence = False        # ```json around it, as chat models like to write
 # teacher
@@ -276,7 +278,7 @@ if __name__ == '__main__':
     space = OutputSpace.from_task(Tokenizer.from_str(tokenizer_json), meta)  # the automaton and the V tokens
     print_changed(labelled, dataset, name, space)
     folder = Path('data', dataset, f'{name}-{RANK:02d}')        # each process writes a shard of its own
-    writer = None if verify else open_writer(folder, len(space.output_ids))
+    writer = None if verify else open_writer(folder, space)
     run_in_first(lambda: verify or store_split(dataset, name, path, labelled, space.tokenizer, meta))
     shards, model = open_shards(dataset, name) if verify else None, None
     if (n_todo or verify) and kind in ('teacher', 'score'):
@@ -309,6 +311,7 @@ if __name__ == '__main__':
         except Stopped as reason:                               # the server is gone, or the money is spent
             stop(f'{reason}; {writer.describe()}, the same command continues')
         print_totals(totals)
+        source.print_problems()
         if server:
             print(server.summary())
     writer.close()

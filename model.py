@@ -37,6 +37,7 @@ class StudentConfig:
     n_table: int = 0                                        # width of the input table; 0: n_embd
     dropout: float = 0.0
     rope_base: float = 10000.0
+    places: bool = False      # an answer may point to tokens of its text, which an encoder has read
     encoder: dict = None                                    # sizes of the EncoderConfig in front; None: none
 
 
@@ -161,6 +162,9 @@ class Student(nn.Module):
         if encoder is not None:
             assert width == C and config.start_id == V, 'with an encoder the table has a row per output index, and V'
             self.encoder_proj = nn.Linear(encoder.config.n_embd, C, bias=False)
+        if config.places:
+            assert encoder is not None, 'a text to point to is read by an encoder'
+            self.point_query, self.point_key = (nn.Linear(C, C, bias=False) for _ in range(2))
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = RMSNorm(C, eps=1e-6)
@@ -179,15 +183,18 @@ class Student(nn.Module):
             nn.init.normal_(self.wte_proj.weight, std=width ** -0.5)  # keeps the variance
         if encoder is not None:                             # so does this
             nn.init.normal_(self.encoder_proj.weight, std=encoder.config.n_embd ** -0.5)
+        for part in (self.point_query, self.point_key) if config.places else ():
+            nn.init.normal_(part.weight, std=C ** -0.5)
 
     def forward(self, text, answer, cache=None, only_last=False):
         """text (R, T) ids, answer (B, T) output indices, the start token V first; -1 pads both on the right. Row b is
         text b and then answer b, without a gap: text [[5, 7], [9, -1]] and answer [[V, 3], [V, -1]] are the rows
         5 7 V 3 and 9 V. Returns logits over the output vocabulary after each token of the answers, V included: (n, V)
-        in row order; with only_last after the last token of each answer alone, (B, V).
+        in row order; with only_last after the last token of each answer alone, (B, V). With places the logits go on:
+        (n, V + 1 + T), where column V + 1 + t is token t of the row's text, and V is never likely.
 
         With a cache (decode.Cache) text and answer hold what is not in it yet: the first R rows begin, each with a
-        text; the others (R <= B) go on with their answer.
+        text; the others (R <= B) go on with their answer. T is then of the longest text in the cache.
         """
         source, used, of_text = lay_out(text, answer)       # (B, T_row) each
         B, n_row = used.size(0), used.sum(1)                # (B,) tokens of each row
@@ -202,26 +209,45 @@ class Student(nn.Module):
         angle = pos[:, None] * self.rope_freq               # (T, D/2)
         angle = torch.cat((angle, angle), dim=-1)[None, None]  # (1, 1, T, D)
         cos, sin = angle.cos(), angle.sin()
-        x = self.drop(self.embed(text, answer, source, of_text))  # (B, T, C), or (1, N, C)
+        x, texts = self.embed(text, answer, source, cache)
+        x = self.drop(x)                                    # (B, T, C), or (1, N, C)
         narrow = cache is not None or only_last             # behind its attention the last layer has the kept cells only
         for i, block in enumerate(self.h):
             attend = None if cache is None else partial(cache.attend, i)
             x = block(x, cos, sin, attend, kept if narrow and i == len(self.h) - 1 else None)
         x = self.norm_f(x if narrow else x.flatten(0, 1)[kept])  # (n, C)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 logits near 10 are 0.06 apart
-            return self.lm_head(x)                          # (n, V)
+            logits = self.lm_head(x)                        # (n, V)
+            return self.point(x, logits, answer, only_last, *texts) if texts else logits
 
-    def embed(self, text, answer, source, of_text):
-        """the cells of lay_out -> (B, T, C): rows of the table, or the encoder's states where it reads"""
+    def embed(self, text, answer, source, cache):
+        """(the cells of lay_out (B, T, C), or of a cache's pass (1, N, C): rows of the table, or the encoder's states
+        where it reads; what the rows can point to: their states (B, T, C) and which of them there are (B, T), or
+        None)"""
         dtype = self.lm_head.weight.dtype                   # a frozen table is fp16
-        row = torch.cat((text.flatten(), self.answer_row[answer].flatten()))[source]  # (B, T)
+        answer_row = self.answer_row[answer.clamp(max=self.config.output_vocab)]  # (B, T)
         if self.encoder is None:
-            return self.wte_proj(self.wte(row).to(dtype)).to(dtype)
-        x = self.wte(row.masked_fill(of_text, 0))           # the table has V + 1 rows, and they are C wide
-        if not text.numel():                                # the texts were read in an earlier pass
-            return x
-        states = self.encoder(text).flatten(0, 1)[source.masked_fill(~of_text, 0)]  # (B, T, C of the encoder)
-        return torch.where(of_text[..., None], self.encoder_proj(states).to(dtype), x)
+            row = torch.cat((text.flatten(), answer_row.flatten()))[source]  # (B, T)
+            return self.wte_proj(self.wte(row).to(dtype)).to(dtype), None
+        written, texts = self.wte(answer_row), None         # the table has V + 1 rows, and they are C wide
+        states = written.new_zeros(*text.shape, written.size(-1))
+        if text.numel():                                    # else the texts were read in an earlier pass
+            states = self.encoder_proj(self.encoder(text)).to(dtype)  # (R, T, C)
+        if self.config.places:
+            texts = (states, text >= 0) if cache is None else cache.keep_texts(states, text >= 0)
+            token = answer - self.config.output_vocab - 1   # (B, T) that is pointed to, or negative
+            pointed = texts[0].gather(1, token.clamp(min=0)[..., None].expand(-1, -1, states.size(-1)))
+            written = torch.where(token[..., None] >= 0, pointed.to(dtype), written)
+        return torch.cat((states.flatten(0, 1), written.flatten(0, 1)))[source], texts
+
+    def point(self, x, logits, answer, only_last, states, used):
+        """logits (n, V), and those of all places: (n, V + 1 + T). x (n, C): what the head has read; states (B, T, C),
+        used (B, T): of the texts"""
+        asked = answer[:, :1] >= 0 if only_last else answer >= 0  # (B, Ta): where x stands
+        query = x.new_zeros(*asked.shape, x.size(-1)).index_put((asked,), self.point_query(x))
+        scores = query @ self.point_key(states.float()).mT / math.sqrt(x.size(-1))  # (B, Ta, T)
+        scores = scores.masked_fill(~used[:, None], -1e4)[asked]  # (n, T)
+        return torch.cat((logits, torch.full_like(logits[:, :1], -1e4), scores), 1)
 
     def param_groups(self, weight_decay):
         """AdamW groups: matrices decay. A table does not (rows absent from a batch would shrink), nor do norms

@@ -10,7 +10,6 @@ Needs only out/<name>/ (best.pt or ckpt.pt, and tokenizer.json), neither the tea
 stdout, everything else to stderr. tools/evaluate.py measures how good the answers are.
 """
 import json
-import math
 import os
 import stat
 import sys
@@ -21,9 +20,9 @@ from config.machine import pick_device
 import torch
 
 from distil.checkpoint import warn_changed_task
-from distil.decode import pad_rows
+from distil.decode import Row, mask_illegal, pad_rows
 from distil.labeler import Labeler
-from distil.reader import student_ids
+from distil.reader import read_pages
 
 name = ''            # word; out/<name> is the student ...
 run = ''             # word; ... or out/<run>
@@ -61,23 +60,25 @@ def answer_text(student, space, ids):
     The automaton of the schema says which tokens are legal next. If it is only one, the token is forced, and the
     student need not be asked. distil/decode.py gives the same answers to many texts at once, reading each token once.
     """
-    device, V = student.lm_head.weight.device, student.config.output_vocab
-    text = pad_rows(student_ids(student, space, [ids]), device)  # (1, T), as the student reads it
-    outs, state, decisions = [], 0, []
+    device, state, decisions = student.lm_head.weight.device, 0, []
+    text, page = read_pages(student, space, [ids])
+    row = Row(0, text[0], [student.config.output_vocab], [], [], page[0])  # feed begins with the start token
     while state != space.done:
-        legal = list(space.transitions[state])                  # output indices
-        if len(legal) == 1:
-            out = legal[0]
-        else:                                                   # a decision
-            answer = torch.tensor([[V, *outs]], device=device)  # V: the start token
-            logits = student(text, answer, only_last=True)[0].float().cpu()  # (V,)
-            allowed = torch.full_like(logits, -math.inf)
-            allowed[legal] = logits[legal]
-            out = int(allowed.argmax())
-            decisions.append((space.leaf_at[state], allowed, out))
-        outs.append(out)
+        out = chosen = next(iter(space.transitions[state]))     # an output index
+        if space.decides[state]:
+            logits = student(pad_rows(text, device), torch.tensor([row.feed], device=device), only_last=True)  # (1, V)
+            legal = space.next_state[[state]].to(device) >= 0
+            allowed = mask_illegal(logits.float(), legal, space, [(row, state)])[0].cpu()
+            chosen = out = int(allowed.argmax())
+            decisions.append((space.leaf_at[state], allowed, chosen))
+            if chosen > space.V:                                # a place of the text, see distil/places.py
+                row.places.append(chosen - space.V - 1)
+                out = space.place_symbol(state)
+        if space.decides[state] or not row.page:                # a student that copies values reads decisions alone
+            row.feed.append(chosen)
+        row.outs.append(out)
         state = space.transitions[state][out]
-    return outs, decisions
+    return row.answer(space), decisions
 
 
 # -----------------------------------------------------------------------------

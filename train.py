@@ -238,7 +238,7 @@ if __name__ == '__main__':
     n_cut = encode_records(student, training.space, shards, [*train_rows, *val_rows])
     if n_cut:
         print(f'note: {n_cut} texts do not fit into block_size = {block_size} with their answers: their ends are lost')
-    lengths = np.array([len(shards.encoded.get(i, shards.ids(i))) + len(shards.answer(i)) for i in train_rows])
+    lengths = np.array([len(shards.encoded.get(i, shards.ids(i))) + len(shards.steps(i)) for i in train_rows])
     per_epoch = math.ceil(len(train_rows) / batch_size)
     n_steps, first = max_epochs * per_epoch, training.step
     autocast = training.set_precision(dtype, compile, device, max_epochs * int(lengths.sum()))
@@ -257,7 +257,7 @@ if __name__ == '__main__':
             group['lr'] = lr * (reader_lr if group['of_encoder'] else 1.0)
 
         rows = train_rows[order[k]]                             # of this step, shared by processes, in micro-batches
-        n_tokens = sum(len(shards.answer(i)) for i in rows)     # one denominator for all of them
+        n_tokens = sum(len(shards.steps(i)) for i in rows)      # one denominator for all of them
         sums = torch.zeros(5, dtype=torch.float64)              # loss, kl, ce, answer tokens right, answer tokens
         for part in np.array_split(rows, grad_accum * WORLD)[RANK::WORLD]:
             if not len(part):

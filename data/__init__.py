@@ -5,6 +5,11 @@
       output.bin   uint16    the teacher's answers as output-vocabulary indices, concatenated
       logits.bin   float16   (steps, V) raw logit minus the row's maximum over V: fp16 is exact enough near 0
       stats.bin    float32   (steps, 2) that maximum, and logsumexp over all tokens (nan if not computed)
+      places.bin   uint16    (steps, 8) only where answers have copied values: at a step at which a place of the text may
+                             come (an index from V on), the likeliest ones, the answer's first: the character at
+                             which the value begins or, at the second of its two steps, ends
+      weights.bin  float16   (steps, 8) the log probability of each, -inf where there are fewer; at these steps
+                             logits.bin has log probabilities, too, once the maximum of stats.bin is added
       index.bin    uint64    (records, 3) end offset in input.bin, end offset in output.bin, hash of the text
       held_out.bin uint64    hashes of the texts that people hold out (distil/split.py), if there are any
       meta.json              teacher, tokenizer hash, prompt, fields, output ids: what the output space needs;
@@ -27,11 +32,13 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from distil.space import OutputSpace, clean, kept_part
+from distil.places import MOST_PLACES, Source
+from distil.space import OutputSpace, Outs, clean, kept_part
 
 FORMAT = 1
 DTYPES = {'input': np.dtype('<u4'), 'output': np.dtype('<u2'), 'logits': np.dtype('<f2'),
-          'stats': np.dtype('<f4'), 'index': np.dtype('<u8')}
+          'stats': np.dtype('<f4'), 'places': np.dtype('<u2'), 'weights': np.dtype('<f2'), 'index': np.dtype('<u8')}
+HIDDEN = -1e4           # logit of a place where none may come
 
 
 def cut_text(text, tokenizer, task):
@@ -114,6 +121,8 @@ class Record(NamedTuple):
     outs: object        # (n,) output indices
     logits: object      # (n, V) raw
     lse: object         # (n,) logsumexp over all tokens; nan if not computed
+    places: object = None  # (n, 8) and their weights (n, 8), see places.bin
+    weights: object = None
 
     @classmethod
     def dropped(cls, hash_, V):
@@ -144,14 +153,14 @@ class Hashes:
 class Writer:
     """appends records to a shard. When it opens a shard, it cuts off what an interrupted run did not commit.
 
-    folder: of the shard. n_records, n_answered, n_output: rows, those with an answer and the tokens of these; without:
+    folder: of the shard; V: size of the output vocabulary; has_places: its answers have copied values. n_records, n_answered, n_output: rows, those with an answer and the tokens of these; without:
     hashes of the texts that have no answer. BlockingIOError if another run writes to it.
     """
 
-    def __init__(self, folder, V):
+    def __init__(self, folder, V, has_places=False):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.files = {name: open(folder / f'{name}.bin', 'ab', buffering=0) for name in DTYPES}
+        self.folder, self.names = folder, kept_files(has_places)
+        self.files = {name: open(folder / f'{name}.bin', 'ab', buffering=0) for name in self.names}
         fcntl.flock(self.files['index'], fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until the file is closed
         index, (self.n_input, self.n_output) = read_index(folder, V), (0, 0)
         if len(index):
@@ -160,20 +169,23 @@ class Writer:
         self.n_records, self.n_answered = len(index), int(answered.sum())
         self.without = {*index[~answered, 2].tolist()} - {*index[answered, 2].tolist()}
         sizes = {'input': self.n_input, 'output': self.n_output, 'logits': self.n_output * V,
-                 'stats': self.n_output * 2, 'index': index.size}
+                 'stats': self.n_output * 2, 'index': index.size} | dict.fromkeys(
+                     ('places', 'weights'), self.n_output * MOST_PLACES)
         for name, file in self.files.items():
             file.truncate(sizes[name] * DTYPES[name].itemsize)
 
     def append(self, records):
-        """commits records: list of (hash, ids, outs (n,), raw logits (n, V), lse (n,)). After an OSError none
-        of them is stored."""
-        parts, index = {name: [] for name in DTYPES}, []
+        """commits records: list of (hash, ids, outs (n,), raw logits (n, V), lse (n,)), and with copied values places
+        and weights (n, 8). After an OSError none of them is stored."""
+        parts, index = {name: [] for name in self.names}, []
         n_input, n_output = self.n_input, self.n_output
         records = [record for record in records if len(record[2]) or record[0] not in self.without]
-        for hash_, ids, outs, logits, lse in records:
+        for hash_, ids, outs, logits, lse, *places in records:
             top = logits.max(axis=1)
             values = {'input': ids, 'output': outs, 'logits': logits - top[:, None],
                       'stats': np.stack((top, lse), axis=1)}
+            if 'places' in parts and len(outs):
+                values |= dict(zip(('places', 'weights'), places))
             for name, value in values.items():
                 parts[name].append(np.asarray(value).astype(DTYPES[name]).tobytes())
             n_input, n_output = n_input + len(ids), n_output + len(outs)
@@ -201,12 +213,19 @@ class Writer:
             file.close()
 
 
+def kept_files(has_places):
+    """the names of the files of a shard, index last."""
+    return [name for name in DTYPES if has_places or name not in ('places', 'weights')]
+
+
 def read_index(folder, V):
     """(records, 3) the rows of index.bin whose data the other files hold completely."""
     index = np.fromfile(folder / 'index.bin', DTYPES['index'])
     index = index[:len(index) // 3 * 3].reshape(-1, 3)
-    sizes = {name: (folder / f'{name}.bin').stat().st_size // DTYPES[name].itemsize for name in DTYPES}
-    steps = min(sizes['output'], sizes['logits'] // V, sizes['stats'] // 2)
+    names = kept_files((folder / 'places.bin').exists())
+    sizes = {name: (folder / f'{name}.bin').stat().st_size // DTYPES[name].itemsize for name in names}
+    steps = min(sizes['output'], sizes['logits'] // V, sizes['stats'] // 2,
+                *(sizes[name] // MOST_PLACES for name in ('places', 'weights') if name in names))
     return index[(index[:, 0] <= sizes['input']) & (index[:, 1] <= steps)]
 
 
@@ -265,6 +284,8 @@ class Shards:
             n_input, n_output = map(int, ends[-1])
             shapes = {'input': (n_input,), 'output': (n_output,), 'logits': (n_output, V),
                       'stats': (n_output, 2)}
+            if (folder / 'places.bin').exists():
+                shapes |= dict.fromkeys(('places', 'weights'), (n_output, MOST_PLACES))
             self.shards.append({key: np.memmap(folder / f'{key}.bin', DTYPES[key], 'r', shape=shape)
                                 for key, shape in shapes.items()})
         if not hashes:
@@ -274,6 +295,9 @@ class Shards:
         named = [np.fromfile(path, DTYPES['index']) for folder in folders if (path := folder / 'held_out.bin').exists()]
         self.own_split = np.unique(np.concatenate(named)) if named else None
         self.encoded = {}  # {record: the ids of a student's encoder}, see reader.encode_records
+        self.read = {}     # {record: the tokens of its answer that a student reads}, see steps
+        self.pages = {}    # {record: the characters at which these tokens begin, and end}, if values are copied
+        self.has_places = 'places' in self.shards[0]
 
     def __len__(self):
         return len(self.spans)
@@ -283,9 +307,24 @@ class Shards:
         shard, start, _, stop, _ = self.spans[i]
         return self.shards[shard]['input'][start:stop]
 
+    def outs(self, i):
+        """the answer of record i as a list of output indices, space.Outs if values are copied."""
+        outs = self.answer(i).tolist()
+        if not self.has_places:
+            return outs
+        space, places = self.task_space, self.answer(i, 'places')
+        source = Source(space.tokenizer.decode(self.ids(i).tolist()), space)
+        steps = [n for n, out in enumerate(outs) if out >= space.V]
+        states, spans = space.states_before(outs), []
+        for first, last in zip(steps[::2], steps[1::2]):
+            start, end = int(places[first, 0]), int(places[last, 0])
+            spans.append((start, end, source.value(space.copy_at[states[first]], start, end)))
+        return Outs(outs, spans)
+
     def answer(self, i, part='output'):
         """of the answer of record i: its output indices (n,), or, if part is 'logits', its raw logits minus
-        their maximum (n, V), or, if part is 'stats', its row of stats.bin per token (n, 2)."""
+        their maximum (n, V), or, if part is 'stats', its row of stats.bin per token (n, 2), or (n, 8) of places.bin
+        or weights.bin."""
         shard, _, start, _, stop = self.spans[i]
         return self.shards[shard][part][start:stop]
 
@@ -295,6 +334,11 @@ class Shards:
         if not self.meta.get('bias'):
             return None
         return self.open_space()
+
+    @cached_property
+    def task_space(self):
+        """the OutputSpace of the task, opened once."""
+        return self.space or self.open_space()
 
     def open_space(self):
         """the OutputSpace of the task."""
@@ -323,13 +367,47 @@ class Shards:
         """(text, answer, targets, teacher_logits) of the records `rows`, B texts and their answers, padded on the
         right with -1. text (B, T) ids; answer (B, T) output indices: the start token V, then all but the last;
         targets, the same shape: what follows each of them; teacher_logits (n, V): see logits(), a row per
-        target, in their order."""
+        target, in their order. With copied values these are the decisions alone, a place is V + 1 + the number of the
+        student's token, and teacher_logits are (n, V + 1 + T)."""
         texts = [self.encoded[i] if i in self.encoded else self.ids(i) for i in map(int, rows)]
-        outs = [self.answer(i) for i in rows]
+        outs, V = [self.answer(i) for i in rows], len(self.meta['output_ids'])
         logits = np.concatenate([self.logits(i) for i in rows])
-        start = [len(self.meta['output_ids'])]
-        padded = [pad(texts), pad([[*start, *o[:-1]] for o in outs]), pad(outs), logits]
+        if self.has_places:
+            outs, logits = self.point(rows, outs, logits, max(map(len, texts)))
+        padded = [pad(texts), pad([[V, *o[:-1]] for o in outs]), pad(outs), logits]
         return tuple(map(torch.from_numpy, padded))
+
+    def steps(self, i):
+        """(n,) which tokens of the answer of record i a student reads: all, or with copied values the decisions."""
+        if i not in self.read:
+            outs = self.answer(i).tolist()
+            states = self.task_space.states_before(outs) if self.has_places else []
+            self.read[i] = np.flatnonzero([self.task_space.decides[state] for state in states]
+                                          if states else np.ones(len(outs)))
+        return self.read[i]
+
+    def point(self, rows, outs, logits, T):
+        """(outs, logits) of batch() with the places of texts of up to T tokens. A token has the probability of all
+        characters in it; one that the student does not read is lost to the last token."""
+        V, wide = logits.shape[1], np.full((len(logits), logits.shape[1] + 1 + T), HIDDEN, np.float32)
+        wide[:, :V], outs, row = logits, [of_row.astype(np.int64) for of_row in outs], 0
+        for i, of_row in zip(map(int, rows), outs):
+            (starts, ends), is_end, tops = self.pages[i], False, self.answer(i, 'stats')[:, 0]
+            places, weights = self.answer(i, 'places'), self.answer(i, 'weights').astype(np.float32)
+            for n in np.flatnonzero((weights > -np.inf).any(1)):
+                known = weights[n] > -np.inf
+                at = places[n][known].astype(np.int64)[:, None] - is_end  # (k, 1) characters
+                inside = (starts <= at) & (at < ends)           # (k, T of the text)
+                token = np.where(inside.any(1), inside.argmax(1), len(starts) - 2)
+                wide[row + n, :V] = logits[row + n] + tops[n]
+                np.logaddexp.at(wide[row + n], V + 1 + token, weights[n][known])
+                if of_row[n] >= V:
+                    of_row[n], is_end = V + 1 + token[0], not is_end
+            row += len(of_row)
+        kept = [self.steps(i) for i in map(int, rows)]
+        ends = np.cumsum([len(of_row) for of_row in outs])
+        wide = wide[np.concatenate([steps + end - len(of_row) for steps, end, of_row in zip(kept, ends, outs)])]
+        return [of_row[steps] for of_row, steps in zip(outs, kept)], wide
 
 
 def pad(rows):

@@ -9,10 +9,12 @@ often the teacher's answers are true. README.md and docs/results.md define the w
 import importlib.util
 import json
 import math
+import re
 from collections import Counter
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
@@ -70,6 +72,25 @@ def measure_members(student_lists, teacher_lists):
     return {'micro_f1': 2 * hits.total() / both.total() if both else 1.0, 'f1': float(np.mean(f1)) if f1 else 1.0}
 
 
+def measure_words(student_values, teacher_values):
+    """values of a field that is copied, two lists of N JSON texts -> {token_f1}, over the words of all values together:
+    a value that is cut in another place counts for the part that it shares (as in SQuAD,
+    https://arxiv.org/abs/1606.05250)."""
+    hits = both = 0
+    for ours, theirs in zip(student_values, teacher_values):
+        ours, theirs = (Counter(re.findall(r'\w+|[^\w\s]', ' '.join(strings_in(json.loads(text or '""')))))
+                        for text in (ours, theirs))
+        hits, both = hits + (ours & theirs).total(), both + ours.total() + theirs.total()
+    return {'token_f1': 2 * hits / both if both else 1.0}
+
+
+def strings_in(value):
+    """the texts and numbers of a JSON value, as texts."""
+    if isinstance(value, dict | list):
+        return [text for part in (value.values() if isinstance(value, dict) else value) for text in strings_in(part)]
+    return [] if value is None else [str(value)]
+
+
 def teacher_forced_sums(student, space, shards, rows, batch_size):
     """[kl, ce, hits, steps], teacher-forced, summed over the answer tokens of the records `rows`. kl and ce
     are in nats."""
@@ -110,7 +131,7 @@ def evaluate(student, space, shards, rows, batch_size=64):
         valid = [True] * len(rows)
     student.train(training)
 
-    targets = [shards.answer(i).tolist() for i in rows]
+    targets = [shards.outs(i) for i in rows]
     student_values, teacher_values = field_texts(space, answers), field_texts(space, targets)
     per_field, even = {}, [n for n, odd in enumerate(shards.is_odd(rows)) if not odd and valid[n]]
     for field in space.schema.paths:
@@ -119,6 +140,8 @@ def evaluate(student, space, shards, rows, batch_size=64):
         per_field[field] = measure_agreement(student_values[field], teacher_values[field])
         if space.schema.leaf(field).is_list:
             per_field[field] |= measure_members(student_values[field], teacher_values[field])
+        if space.schema.is_copied(space.schema.leaf(field)):
+            per_field[field] |= measure_words(student_values[field], teacher_values[field])
         per_field[field]['temperature'] = fit_temperature(of_field, hits)
     mean = float(np.mean([of_field['agree'] for of_field in per_field.values()]))
     majority = float(np.mean([of_field['majority'] for of_field in per_field.values()]))
@@ -232,7 +255,7 @@ def linear_baseline(shards, space, train_rows, rows):
     from sklearn.linear_model import LogisticRegression
     train_texts, texts = ([space.tokenizer.decode(shards.ids(i).tolist()) for i in split]
                           for split in (train_rows, rows))
-    train_values, values = (field_texts(space, [shards.answer(i).tolist() for i in split])
+    train_values, values = (field_texts(space, [shards.outs(i) for i in split])
                             for split in (train_rows, rows))
     best = {}
     for name, vectorizer in linear_models().items():
@@ -250,7 +273,10 @@ def linear_baseline(shards, space, train_rows, rows):
         for leaf in space.schema.leaves:
             field = leaf.path
             learned = train_values[field]
-            predicted = learn_lists(learn, learned, len(texts), leaf) if leaf.is_list else learn(learned)
+            if space.schema.is_copied(leaf):                    # words of each text: it knows the commonest alone
+                predicted = Counter(learned).most_common(1)[0][:1] * len(texts)
+            else:
+                predicted = learn_lists(learn, learned, len(texts), leaf) if leaf.is_list else learn(learned)
             hits[field] = np.array([a == b for a, b in zip(predicted, values[field])])
             if leaf.is_list:
                 micro_f1[field] = measure_members(predicted, values[field])['micro_f1']
@@ -293,7 +319,7 @@ def fit_temperature(decisions, hits):
     flat = [(k, logits, choice) for k, n in enumerate(used) for _, logits, choice in decisions[n]]
     record, logits, choice = zip(*flat)
     record, choice = torch.tensor(record), torch.tensor(choice)  # (n,), (n,)
-    logits = torch.stack(logits)                                # (n, V)
+    logits = nn.utils.rnn.pad_sequence(logits, True, -math.inf)  # (n, V), or (n, V + 1 + T): texts differ in length
     hit = torch.tensor([float(hits[n]) for n in used])
     grid = torch.logspace(-1, 1, 81)
     losses = []

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from data.objects import find_object
-from distil.kinds import Choice, Items, Maybe, Object, Several
+from distil.kinds import Choice, Copied, Items, Maybe, Object, Several
 from distil.values import MISSING, json_text, plain
 
 # -----------------------------------------------------------------------------
@@ -161,9 +161,12 @@ class Reading:
             self.read(part.part, found)
             start = self.place(span[0])
             if None in part.choice.values:
-                p = next_character(self.tokens, start, [b'[' if isinstance(part.part, (Items, Several)) else b'{', b'n'])
+                opening = [b'[' if isinstance(part.part, (Items, Several)) else b'{']
+                if isinstance(part.part, Copied):
+                    opening = [bytes([c]) for c in (b'-0123456789' if part.part.is_number else b'"')]
+                p = next_character(self.tokens, start, [*opening, b'n'])
                 if p:
-                    found[part.choice.path] = [*p, 0.0][:len(part.choice)]
+                    found[part.choice.path] = [sum(p[:-1]), p[-1], 0.0][:len(part.choice)]
         elif isinstance(part, Choice):
             values = [value for value in part.values if value is not MISSING]
             p = self.at([spellings(json.dumps(value)) for value in values], *map(self.place, span))
@@ -171,7 +174,7 @@ class Reading:
                 found[part.path] = [*p, *[0.0] * (len(part) - len(values))]
         elif isinstance(part, Items):
             self.read_items(part, found)
-        else:
+        elif isinstance(part, Several):
             self.read_several(part, found)
 
     def slots(self, part):
@@ -187,7 +190,7 @@ class Reading:
 
     def read_items(self, part, found):
         for n, (start, end) in enumerate(list(self.slots(part))[:len(part.items)]):
-            more = b',' if n else self.content[start:end].lstrip()[:1] or b'{'
+            more = b',' if n else self.content[start:end].lstrip()[:1] or b'{'  # what an item begins with
             p = next_character(self.tokens, start, [b']', more])
             if p:
                 found[part.more[n].path] = p
@@ -235,16 +238,20 @@ def label_from_answer(schema, content, tokens):
         return {'answer': answer}, 0.0
     probabilities, found = schema.read_label({'answer': answer}), {}
     reading.read(schema.tree, found)
-    return schema.write_label(probabilities | {path: list(map(float, p)) for path, p in found.items()}), reading.worst
+    probabilities |= {path: list(map(float, p)) for path, p in found.items()}
+    return schema.write_label(probabilities, answer if schema.copied else None), reading.worst
 
 
 def label_from_samples(schema, contents):
     """the label of several answers to one text, drawn at a temperature: the share of each value, with one
-    answer more spread over all of them (so that no value is impossible). None if none of them fits the
+    answer more spread over all of them (so that no value is impossible), or, with copied values, the commonest. None if none of them fits the
     schema."""
     labels = [label for content in contents if (label := label_from_answer(schema, content, [])[0])]
     if not labels:
         return None
+    if schema.copied:                                           # values cannot be averaged: the commonest answer
+        texts = [json_text(label['answer']) for label in labels]
+        return labels[texts.index(max(texts, key=texts.count))]
     rows, shares = list(map(schema.read_label, labels)), {}
     for choice in schema.choices:
         counts = np.sum([row[choice.path] for row in rows], axis=0)

@@ -4,7 +4,8 @@
     automaton.state_after([0, 2, 3, 4]) == automaton.done
 
 A *forced* token is the only legal one, at a *decision* several are legal. Tokens are output indices, numbers of a
-small vocabulary (space.py). S states.
+small vocabulary (space.py). A number from V on stands for any place of a text: there is a decision, too, which place it
+is. S states.
 """
 import math
 
@@ -19,7 +20,8 @@ class Automaton:
     are too many states.
 
     transitions  (S,) list    {legal token: state after it}; sequences start in state 0
-    next_state   (S, V) long  the same as a table, -1 for an illegal token
+    next_state   (S, V) long  the same as a table, without places, -1 for an illegal token
+    decides      (S,) list    True at a decision
     done         int          the state after the last token
     forced       (S,) long    the only legal token, -1 at a decision and at done
     forced_runs  (S,) list    (forced tokens that follow, state after them: a decision, or done)
@@ -80,13 +82,15 @@ class Automaton:
         self.next_state = torch.full((len(self.transitions), self.V), -1)
         for state, row in enumerate(self.transitions):
             for token, after in row.items():
-                self.next_state[state, token] = after
+                if token < self.V:
+                    self.next_state[state, token] = after
+        self.decides = [len(row) > 1 or any(token >= self.V for token in row) for row in self.transitions]
         legal = self.next_state >= 0
         self.forced = torch.where(legal.sum(1) == 1, legal.int().argmax(1), -1)
         self.forced_runs = []
         for state in range(len(self.transitions)):
             run = []
-            while len(self.transitions[state]) == 1:
+            while state != self.done and not self.decides[state]:
                 (token, state), = self.transitions[state].items()
                 run.append(token)
             self.forced_runs.append((run, state))
@@ -99,7 +103,7 @@ class Automaton:
                 state = todo.pop()
                 row = self.transitions[state].values()
                 n_left[state] = 1 + max(map(n_left.get, row))
-                n_choices[state] = (len(row) > 1) + max(map(n_choices.get, row))
+                n_choices[state] = self.decides[state] + max(map(n_choices.get, row))
         self.longest, self.n_left, self.n_decisions = n_left[0], n_left, n_choices[0]
 
     def state_after(self, tokens, state=0):

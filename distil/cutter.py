@@ -5,10 +5,13 @@
 """
 import math
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
+from distil.kinds import MARKS
 from distil.written import Option, Place
+
+MARKED = re.compile(f'([{chr(MARKS)}-{chr(MARKS + 0xffff)}])')
 
 
 def common_prefix(seqs):
@@ -33,6 +36,29 @@ class Way(NamedTuple):
     text: str
 
 
+class Encoding(NamedTuple):
+    """ids of a text, and the characters of each token, as those of tokenizers."""
+    ids: list
+    offsets: list
+
+
+def encode_pieces(text, encode):
+    """the Encoding of a text with marks of copied values (kinds.Copied): what is between two of them is encoded alone,
+    since the value stands there. A mark is two tokens, the first and the last place of the value: the id -1 - k for
+    the k-th one."""
+    ids, offsets, at = [], [], 0
+    for piece in MARKED.split(text):
+        if MARKED.fullmatch(piece):
+            ids += 2 * [-1 - (ord(piece) - MARKS)]
+            offsets += 2 * [(at, at + 1)]
+        elif piece:
+            encoding = encode(piece)
+            ids += encoding.ids
+            offsets += [(at + begin, at + end) for begin, end in encoding.offsets]
+        at += len(piece)
+    return Encoding(ids, offsets)
+
+
 class Cutter:
     """Cuts the written form of the answers (schema.Schema.place) into tokens, at its forks.
 
@@ -45,10 +71,13 @@ class Cutter:
     """
 
     def __init__(self, place, encode):
-        self.encode, self.endings, self.number = lru_cache(maxsize=100_000)(encode), {}, {}
+        self.encode, self.endings, self.number = lru_cache(maxsize=100_000)(partial(encode_pieces, encode=encode)), {}, {}
         first = place.fork
         if first is None:
-            raise ValueError('nothing to decide: the schema allows one answer alone')
+            if not MARKED.search(place.text):
+                raise ValueError('nothing to decide: the schema allows one answer alone')
+            self.start, self.start_text, self.forks = tuple(self.encode(place.text).ids), place.text, []
+            return
         while True:
             self.edges = {}                                     # {fork: [(text before an option, the option)]}
             todo = [('', Option((), place.text, first))]
@@ -153,7 +182,7 @@ class Cutter:
 def make_parts(start, forks):
     """the parts of an Automaton. What all options of a fork begin with is a part of its own, and so is what those end
     with that lead to the same fork; the labels of the options between are (number of the fork, number of the option)."""
-    parts, first = [[(start, ('fork', 0), None)]], {}           # first: {what a part is: its number}
+    parts, first = [[(start, ('fork', 0) if forks else None, None)]], {}  # first: {what a part is: its number}
     for k, ways in enumerate(forks):
         shared = common_prefix([way.tokens for way in ways])
         first['fork', k] = len(parts)

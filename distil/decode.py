@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from distil.drafts import Drafts, Forced, accepted_prefix
-from distil.reader import student_ids, text_room
+from distil.reader import read_pages, text_room
+from distil.space import Outs
 
 
 def pad_rows(rows, device):
@@ -32,6 +33,8 @@ class Cache:
         c, p = student.config, student.lm_head.weight
         self.gqa, sizes = c.n_head != c.n_kv_head, (c.n_layer, 2, 0, c.block_size, c.n_kv_head, c.n_embd // c.n_head)
         self.store = torch.zeros(sizes, dtype=p.dtype, device=p.device)  # (n_layer, 2, slots, S, n_kv_head, D)
+        self.texts = torch.zeros(0, 0, c.n_embd, dtype=p.dtype, device=p.device)  # (slots, T, C), see keep_texts
+        self.used = torch.zeros(0, 0, dtype=torch.bool, device=p.device)  # (slots, T)
 
     def begin_pass(self, slots, n_read):
         """slots: of the R rows of the next pass; n_read: tokens of each that were read before."""
@@ -41,6 +44,17 @@ class Cache:
             self.store = torch.cat((self.store, more), 2)
         self.B, self.slots = B, torch.tensor(slots, device=device)
         self.n_read = torch.tensor(n_read, device=device)
+
+    def keep_texts(self, states, used):
+        """stores what the rows of this pass can point to: states (R, T, C) of those that begin, used (R, T) bool. Returns
+        the same of all B rows of the pass."""
+        (slots, T), (R, T_new) = self.used.shape, used.shape
+        more = max(0, self.B - slots), max(0, T_new - T)
+        self.texts, self.used = F.pad(self.texts, (0, 0, 0, more[1], 0, more[0])), F.pad(self.used, (0, more[1], 0, more[0]))
+        begun = self.slots[:R]
+        self.used[begun] = F.pad(used, (0, self.used.size(1) - T_new))
+        self.texts[begun, :T_new] = states.to(self.texts.dtype)
+        return self.texts[self.slots], self.used[self.slots]
 
     def place_tokens(self, used, keep):
         """sets where the N new tokens go: used (R, T) bool, which cells have one. keep (M,): for which of the N the
@@ -88,36 +102,95 @@ class Row:
     feed: list       # output indices that are read next, V for the start token; it ends with the draft
     draft: list      # output indices that are likely to come next, or that the schema forces
     states: list     # the state before each of them, and the one after the last: there the student chooses
+    page: object = None  # its Page (places.py), if values are copied from it
     n_read: int = 0  # tokens read before
     outs: list = field(default_factory=list)
+    places: list = field(default_factory=list)  # tokens of the text that were pointed to
     decisions: list = field(default_factory=list)
+
+    def begin(self, space, drafts):
+        """prepares the first pass. Returns itself."""
+        state = 0
+        if self.page:
+            run, state = space.forced_runs[0]
+            self.outs += run
+        self.draft_more(space, drafts, state)
+        return self
 
     def accept(self, space, drafts, picks, logits, constrain):
         """extends the answer by what the student chose. Returns True if the answer is complete. picks: output
-        indices chosen after each of the draft's tokens, and at last the next one; logits (n, V) there, -inf where
-        illegal; both of the last place alone if the draft has forced tokens only, and constrain."""
+        indices chosen after each of the draft's tokens, and at last the next one, or V + 1 + t for token t of the text;
+        logits (n, V), or with places (n, V + 1 + T), there, -inf where illegal; both of the last place alone if the
+        draft has forced tokens only, and constrain."""
         n_forced = len(self.states) - len(picks)
         accepted = accepted_prefix(self.draft, self.draft[:n_forced] + picks)
+        last, state = accepted[-1], self.states[len(accepted) - 1]
+        if last > space.V:                                      # a place; a draft has none
+            self.places.append(last - space.V - 1)
+            accepted[-1] = space.place_symbol(state) if state in space.copy_at else -1
         for n, out in enumerate(accepted[n_forced:]):
             state = self.states[n_forced + n]
-            if len(space.transitions[state]) > 1 and out in space.transitions[state]:
-                self.decisions.append((space.leaf_at[state], logits[n], out))
-        self.outs += accepted
-        state = space.transitions[self.states[len(accepted) - 1]].get(accepted[-1], -1)
-        run, end = space.forced_runs[state] if state >= 0 else ([], state)
-        if state < 0 or end == space.done and (constrain or not run):  # it breaks the schema, or no decision is left
-            self.outs += run
+            if space.decides[state] and out in space.transitions[state]:
+                self.decisions.append((space.leaf_at[state], logits[n], picks[n]))
+        for out, state in zip(accepted, self.states):
+            state = space.transitions[state].get(out, -1)
+            run, end = space.forced_runs[state] if state >= 0 else ([], state)
+            self.outs += [out, *run] if self.page else [out]
+        if state < 0 or end == space.done and (constrain or not run or self.page):  # illegal, or no decision is left
+            self.outs += [] if self.page else run
             return True
         self.n_read += len(self.text) + len(accepted)
-        self.text, self.feed = [], [accepted[-1]]
-        self.draft_more(drafts, state)
+        self.text, self.feed = [], [last]
+        self.draft_more(space, drafts, end if self.page else state)
         return False
 
-    def draft_more(self, drafts, state):
-        """drafts what follows in this state, to be read in the next pass."""
+    def draft_more(self, space, drafts, state):
+        """drafts what follows in this state, to be read in the next pass. A student that copies values reads decisions
+        alone: what is forced between them says nothing new."""
         tokens, self.states = drafts.propose(self.outs, (), state)
-        self.draft = tokens[:-1]                                # the last one need not be guessed
+        if self.page:
+            tokens, self.states = zip(*((out, at) for out, at in zip(tokens, self.states) if space.decides[at]))
+        self.draft = list(tokens[:-1])                          # the last one need not be guessed
         self.feed += self.draft
+
+    def answer(self, space):
+        """its output indices; with the spans of its copied values if there are any."""
+        if self.page is None:
+            return self.outs
+        return Outs(self.outs, map(self.page.span, self.parts(space), self.places[::2], self.places[1::2]))
+
+    def parts(self, space):
+        """the kinds.Copied that have been written."""
+        states = space.states_before(self.outs[:-1])            # the last one may be illegal, and is no place
+        return [space.copy_at[state] for state, out in zip(states, self.outs) if out >= space.V][::2]
+
+    def legal_places(self, space, state):
+        """the tokens of the text that may be chosen in a state in which a place is."""
+        part, (*_, before) = space.copy_at[state], [-1, *self.places]
+        if len(self.places) % 2:
+            return self.page.lasts(part, before)
+        return self.page.firsts(part, self.taken(space, part))
+
+    def taken(self, space, part):
+        """the tokens with which the earlier items begin of the list that this part is an item of."""
+        if not isinstance(part.keys[-1], int):
+            return ()
+        return [first for other, first in zip(self.parts(space), self.places[::2]) if other.keys[:-1] == part.keys[:-1]]
+
+
+def mask_illegal(logits, legal, space, places):
+    """the logits (M, V) with -inf where a token is illegal. legal (M, V) bool: by the schema; places: a Row and a state
+    for each; logits may go on with those of V + 1 and more, the tokens of the text."""
+    if not space.copy_at:
+        return logits.masked_fill(~legal, -math.inf)
+    legal = F.pad(legal, (0, logits.size(1) - legal.size(1)))
+    for n, (row, state) in enumerate(places):
+        if state in space.copy_at:
+            able = row.legal_places(space, state) or [0] * (len(space.transitions[state]) == 1)  # 0: the value is null
+            legal[n, [space.V + 1 + token for token in able]] = True
+        elif barred := space.barred(state, row.page.spans):
+            legal[n, barred] = False
+    return logits.masked_fill(~legal, -math.inf)
 
 
 FEW = 5  # so many decisions and less in an answer are not worth a draft
@@ -161,12 +234,11 @@ def decode(student, space, texts, batch_size=64, constrain=True, drafts=None, co
                 break
             if ids is None:
                 break
-            ids, = student_ids(student, space, [ids])
+            (ids,), (page,) = read_pages(student, space, [ids])
             room = text_room(student, space)
             assert len(ids) <= room, f'the text has {len(ids)} tokens; with an answer at most {room} fit'
             free_slot = next(slot for slot in range(batch_size) if slot not in rows)
-            rows[free_slot] = Row(n_in, ids, [V], [], [])
-            rows[free_slot].draft_more(drafts, 0)
+            rows[free_slot] = Row(n_in, ids, [V], [], [], page).begin(space, drafts)
             n_in += 1
         if not rows:
             continue
@@ -176,15 +248,19 @@ def decode(student, space, texts, batch_size=64, constrain=True, drafts=None, co
         text = pad_rows([row.text for _, row in live if row.text], device)
         answer = pad_rows([row.feed for _, row in live], device)
         # a row has a logit at its last token; or at all that it feeds, if it runs freely or a decision was guessed
-        only_last = constrain and all(len(space.transitions[state]) == 1 for _, row in live for state in row.states[:-1])
-        logits = student(text, answer, cache, only_last=only_last).float()  # (M, V)
-        states = [state for _, row in live for state in (row.states[-1:] if only_last else row.states)]
-        masked = logits.masked_fill(~legal[states], -math.inf)
+        only_last = constrain and not any(space.decides[state] for _, row in live for state in row.states[:-1])
+        logits = student(text, answer, cache, only_last=only_last).float()  # (M, V), or (M, V + 1 + T) with places
+        places = [(row, state) for _, row in live for state in (row.states[-1:] if only_last else row.states)]
+        states = [state for _, state in places]
+        masked = mask_illegal(logits, legal[states], space, places)
+        if space.copy_at and not constrain:                     # a copied value is held to the text in any case
+            pointed = [n for n, state in enumerate(states) if state in space.copy_at]
+            logits[pointed] = masked[pointed]
         picks, masked = (masked if constrain else logits).argmax(-1).tolist(), masked.cpu()
         ends = list(accumulate(1 if only_last else len(row.feed) for _, row in live))
         for (slot, row), begin, end in zip(live, [0, *ends], ends):
             if row.accept(space, drafts, picks[begin:end], masked[begin:end], constrain):
-                done[row.number] = row.outs, row.decisions
+                done[row.number] = row.answer(space), row.decisions
                 del rows[slot]
                 if constrain or space.state_after(row.outs) == space.done:
                     drafts.add(row.outs)
@@ -229,25 +305,29 @@ def value_probabilities(student, space, ids, outs, decisions, temperature=None):
     options have decisions that are not on the path of the answer: one more pass computes the logits of these.
     """
     states, answer = space.states_before(outs), space.to_json(outs)
-    chosen = [n for n, state in enumerate(states) if len(space.transitions[state]) > 1]
+    chosen = [n for n, state in enumerate(states) if space.decides[state]]
     known = {states[n]: logits for n, (_, logits, _) in zip(chosen, decisions)}  # (V,) by state
     walked, start, missing = space.walk(answer), len(space.start), {}
     for k, entry, n in walked:
-        missing |= {state: [*outs[:start], *before] for steps in space.steps(k, entry)
+        missing |= {state: outs[:start] + [*before] for steps in space.steps(k, entry)
                     for state, _, _, before in steps if state not in known}
         start += len(space.forks[k][n].tokens)
+    (text,), (page,) = read_pages(student, space, [ids])
     if missing:
-        device, V = student.lm_head.weight.device, student.config.output_vocab
-        text = pad_rows(student_ids(student, space, [ids]) * len(missing), device)
-        fed = pad_rows([[V, *before] for before in missing.values()], device)
-        known |= dict(zip(missing, student(text, fed, only_last=True).float().cpu()))  # (V,) each
+        fed = [begin_row(space, page, outs, begun) for begun in missing.values()]
+        rows = read_rows(student, text, fed)                    # (n, V)
+        if page:                                                # a value begins at one of its places
+            rows[:, space.V + 1:][:, ~torch.from_numpy(page.begins)] = -math.inf
+        known |= dict(zip(missing, rows))
+    spread = lambda row, outs: [*(out for out in outs if out < space.V), *range(
+        space.V + 1, len(row) if max(outs) >= space.V else 0)]  # a place is any place
     result = {choice.path: [1.0] for choice in space.schema.choices if len(choice) == 1}  # a constant is certain
     for k, entry, n in walked:
         p, ways = [], space.forks[k]
         for steps in space.steps(k, entry):
             rows = [(known[state] / (temperature or {}).get(space.leaf_at[state], 1.0), list(taken), list(possible))
                     for state, taken, possible, _ in steps]
-            p.append(math.exp(sum((row[taken].logsumexp(0) - row[possible].logsumexp(0)).item()
+            p.append(math.exp(sum((row[spread(row, taken)].logsumexp(0) - row[spread(row, possible)].logsumexp(0)).item()
                                   for row, taken, possible in rows)))
         for i, (path, _) in enumerate(ways[n].made):
             row = [0.0] * len(space.schema.by_choice[path])
@@ -256,3 +336,42 @@ def value_probabilities(student, space, ids, outs, decisions, temperature=None):
                     row[way.made[i][1]] += q
             result[path] = [q / sum(row) for q in row]
     return {choice.path: result[choice.path] for choice in space.schema.choices if choice.path in result}
+
+
+def begin_row(space, page, outs, begun):
+    """what a student reads of the beginning of an answer, a list of output indices: the start token and these; with a
+    Page of the text the decisions alone, and for a place V + 1 + the token of the text. outs: the whole answer."""
+    if page is None:
+        return [space.V, *begun]
+    places = iter([page.token_of(at, is_end) for start, end, _ in outs.spans
+                   for at, is_end in ((start, False), (end, True))])
+    decided = [out for out, state in zip(begun, space.states_before(begun)) if space.decides[state]]
+    return [space.V, *(out if out < space.V else space.V + 1 + next(places) for out in decided)]
+
+
+def read_rows(student, text, fed):
+    """logits after the last token of each of several rows: (V,) each, or (V + 1 + T,) with places. text: as the student
+    reads it; fed: lists, of begin_row."""
+    device = student.lm_head.weight.device
+    return student(pad_rows([text] * len(fed), device), pad_rows(fed, device), only_last=True).float().cpu()
+
+
+@torch.no_grad()
+def span_probabilities(student, space, ids, outs, decisions, temperature=None, most=5):
+    """{path of a copied value: [(start, end, value, probability)]} of one answer, the likeliest ones first: of those
+    that begin at one of the `most` likeliest places, each with its likeliest end, given the student's own answer before.
+    ids, outs, decisions: as decode yields them for it, with constrain."""
+    (text,), (page,) = read_pages(student, space, [ids])
+    states, V, tau, found = space.states_before(outs), space.V, temperature or {}, {}
+    logits_at = dict(zip([n for n, state in enumerate(states) if space.decides[state]], decisions))
+    for n in [n for n, out in enumerate(outs) if out >= V][::2]:
+        part = space.copy_at[states[n]]
+        p = (logits_at[n][1] / tau.get(part.group, 1.0)).softmax(-1)[V + 1:]  # (T,) of each first place
+        firsts = [first for first in p.topk(min(most, len(p))).indices.tolist() if p[first] > 0]
+        begun, spans = begin_row(space, page, outs, outs[:n]), []
+        for first, row in zip(firsts, read_rows(student, text, [[*begun, V + 1 + first] for first in firsts])):
+            able = page.lasts(part, first)
+            q = (row[[V + 1 + last for last in able]] / tau.get(part.group, 1.0)).softmax(-1)
+            spans.append((*page.span(part, first, able[int(q.argmax())]), (p[first] * q.max()).item()))
+        found[part.path] = sorted(spans, key=lambda span: -span[3])
+    return found

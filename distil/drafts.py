@@ -41,7 +41,7 @@ class Drafts:
             return
         state = 0
         for i, out in enumerate(outs):
-            if len(self.space.transitions[state]) > 1:
+            if self.space.decides[state]:
                 self.by_prefix[tuple(outs[:i])][out] += 1
                 self.by_state[state][out] += 1
             state = self.space.transitions[state][out]
@@ -55,6 +55,8 @@ class Drafts:
         while state != self.space.done:
             legal = self.space.transitions[state]
             out = next(iter(legal))
+            if state in self.space.copy_at:                     # a place of the text cannot be guessed
+                return [*outs[n:], -1], [*states, state]
             if state in known:
                 out = int(known[state].argmax())
             elif len(legal) > 1:

@@ -19,9 +19,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, DynamicCache
 
+from distil.copying import Copier
 from distil.drafts import accepted_prefix
+
+PLACE = -2  # what is chosen where a value is copied
 
 # -----------------------------------------------------------------------------
 # the network
@@ -99,6 +103,12 @@ class Teacher:
     def allocate(self, R, S):
         """allocates the keys and values of R texts, each of at most S tokens with its answer."""
         self.store = [[p.new_zeros(R, S, p.size(0), p.size(2)) for p in pair] for pair in self.prefix]
+
+    def reserve(self, S):
+        """makes room for S tokens of each text."""
+        more = S - self.store[0][0].size(1)
+        if more > 0:
+            self.store = [[F.pad(part, (0, 0, 0, 0, 0, more + 32)) for part in pair] for pair in self.store]
 
     def read(self, slots, new, starts):
         """hidden states (N, C) of all new tokens, in order. slots: numbers of R texts; new: R lists of ids to
@@ -216,7 +226,9 @@ def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False,
 
     Returns a list with (outs, logits (n, V) float32 before any constraint, lse (n,), nan if not computed) for
     each text, or 'invalid' or 'vocab' if a free answer leaves the schema or the output vocabulary; and the
-    number of tokens read.
+    number of tokens read. Values that are copied from the texts (copying.py) are written one token in each pass, of all
+    texts at a time; then (outs, logits, lse, places (n, 8), weights (n, 8)), or 'not_in_text' if there is nothing to
+    copy.
     """
     full_lse = full_lse or not constrain                          # a free answer is chosen from all tokens
     results = [([], [], []) for _ in texts]
@@ -224,17 +236,20 @@ def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False,
     unread = [[*map(int, text), *after] for text in texts]      # what each must read before its draft
     starts = [0] * len(texts)                                   # number of tokens each keeps in the cache
     teacher.allocate(len(texts), max(map(len, unread)) + space.max_answer + (free.room if free else 0))
-    n_read = 0
+    n_read, copier = 0, Copier(space, texts) if space.schema.copied else None
+    at = {}                                                     # {text that copies a value: its state before it}
     if free:
         n_read = free.write(teacher, unread, starts)
         free.begin(results)
     while live:
         # draft, and read the drafts of all texts in one pass
-        if scored is None:
-            drafted = [drafts.propose(results[i][0], known[i] if known else ()) for i in live]  # R pairs: outs, states
+        if scored is None:                                      # R pairs: outs, states
+            drafted = [([PLACE], [at[i]]) if i in at else drafts.propose(results[i][0], known[i] if known else ())
+                       for i in live]
         else:
             drafted = [(scored[i], space.states_before(scored[i])) for i in live]
         new = [unread[i] + [space.output_ids[o] for o in outs[:-1]] for i, (outs, _) in zip(live, drafted)]
+        teacher.reserve(max(starts[i] + len(ids) for i, ids in zip(live, new)))
         hidden = teacher.read(live, new, [starts[i] for i in live])  # (N, C)
         n_read += len(hidden)
 
@@ -242,22 +257,25 @@ def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False,
         ends = np.cumsum([len(ids) for ids in new])
         keep = np.concatenate([np.arange(end - len(outs), end) for end, (outs, _) in zip(ends, drafted)])
         hidden = hidden[torch.as_tensor(keep, device=hidden.device)]  # (n, C): at answer positions only
+        places = [(i, state) for i, (_, states) in zip(live, drafted) for state in states]  # n of them
         logits = teacher.logits(hidden, teacher.kept_head)      # (n, V)
         lse = np.full(len(keep), np.nan, np.float32)
         if full_lse:
             lse, best, other, p_other = teacher.apply_full_head(hidden)
         if known:
-            places = ((i, state) for i, (_, states) in zip(live, drafted) for state in states)
             for n, (i, state) in enumerate(places):
                 if state in known[i]:
                     logits[n], lse[n] = known[i][state], known[i][state].logsumexp(-1)
         if scored is not None:
             chosen = [o for outs in scored for o in outs]
         elif constrain:
-            states = [state for _, states in drafted for state in states]
+            states = [state for _, state in places]
             legal = space.next_state[states].to(hidden.device) >= 0  # (n, V)
+            for n, (i, state) in enumerate(places if copier else ()):
+                legal[n, copier.barred(i, state)] = False
             calibrated = logits - space.bias[states].to(hidden.device)
             chosen = calibrated.masked_fill_(~legal, -float('inf')).argmax(-1).tolist()
+            chosen = [PLACE if state in space.copy_at else out for state, out in zip(states, chosen)]
         else:
             chosen = [space.output_index.get(i, -1) for i in best.tolist()]
         logits = logits.cpu().numpy()
@@ -266,25 +284,47 @@ def answer(teacher, space, drafts, texts, after, constrain=True, full_lse=False,
         start, unfinished = 0, []
         for i, (draft, states) in zip(live, drafted):
             accepted = accepted_prefix(draft, chosen[start:start + len(draft)])
-            part = slice(start, start + len(accepted))
+            n, state = start + len(accepted) - 1, states[len(accepted) - 1]  # of the last one
             start += len(draft)
+            token = accepted[-1]
+            if token == PLACE:                                  # there a value is copied; all before it has been read
+                accepted = accepted[:-1]
+                starts[i] += 1
+            part = slice(start - len(draft), start - len(draft) + len(accepted))
             for column, values in zip(results[i], (accepted, logits[part], lse[part])):
                 column.extend(values)
             if missing is not None and full_lse:
-                for token, p in zip(other[part].ravel().tolist(), p_other[part].ravel().tolist()):
-                    missing[str(token)] += p
-            state = space.state_after(accepted[-1:], states[len(accepted) - 1])
+                for name, p in zip(other[part].ravel().tolist(), p_other[part].ravel().tolist()):
+                    missing[str(name)] += p
+            starts[i] += len(unread[i]) + len(accepted) - 1
+            if token == PLACE:
+                if i not in at:
+                    copier.begin(i, state)
+                whole = teacher.logits(hidden[n:n + 1], teacher.head)[0].cpu().numpy()
+                token, at[i] = copier.step(i, state, whole, logits[n], space.bias), state
+                if token is None:
+                    results[i] = 'not_in_text'
+                    continue
+                if not isinstance(token, list):
+                    unread[i] = [token]
+                    unfinished.append(i)
+                    continue
+                del at[i]                                       # the value has ended
+                nothing = [np.nan] * (len(token) - 1)
+                for column, values in zip(results[i], (token, copier.logits(i, logits[n]), [*nothing, lse[n]])):
+                    column.extend(values)
+                state, token = space.state_after(token[:-1], state), token[-1]
+            state = space.state_after([token], state)
             if state < 0:
-                results[i] = 'vocab' if accepted[-1] < 0 else 'invalid'
+                results[i] = 'vocab' if token < 0 else 'invalid'
             elif state != space.done:
-                starts[i] += len(unread[i]) + len(accepted) - 1
-                unread[i] = [space.output_ids[accepted[-1]]]
+                unread[i] = [space.output_ids[token]]
                 unfinished.append(i)
         live = unfinished
     for i, result in enumerate(results):
         if not isinstance(result, str):
             outs, logits, lse = result
-            results[i] = outs, np.stack(logits), np.array(lse, np.float32)
+            results[i] = outs, np.stack(logits), np.array(lse, np.float32), *(copier.record(i, outs) if copier else ())
     return results, n_read
 
 

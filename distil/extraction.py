@@ -4,6 +4,7 @@ torch.compile, the totals it prints.
 import json
 import sys
 from collections import Counter
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from distil.engine import peak_memory_gb
 from distil.free import free_names
 from distil.json_schema import is_json_schema, unwrap
 from distil.prompts import prompt_text
+from distil.candidates import read_locale
 from distil.schema import Schema
 from distil.server import URL
 from distil.space import tokenizer_hash
@@ -102,6 +104,7 @@ def describe_task(config, server):
                                                 'label_fields': config['label_fields'] or None,
                                                 'keep_end': config['keep_end'] or None,
                                                 'left_out': config['left_out'] or None, 'free_tokens': None}
+    task |= reading_of(config)
     if free_names(config['fields'], config['left_out']) and not (config['labels'] or config['score']):
         task['free_tokens'] = config['free_tokens'] or None
     if config['labels'] and not config['label_fields']:         # serve.py finds a text by the prompt
@@ -109,6 +112,20 @@ def describe_task(config, server):
     if server:                                                  # the tokenizer is that of another model
         task |= {'teacher': config['tokenizer'], 'chat': False, 'score': 'labels', 'server': server.identity}
     return task, priors
+
+
+def reading_of(config):
+    """{locale, reference_date} for meta.json: how numbers and dates of a text are read, None without any. Exits with a
+    message if that is not known."""
+    try:
+        kinds = {part.kind for part in Schema(config['fields'], config['left_out']).copied} - {'text'}
+        if not kinds:
+            return {'locale': None, 'reference_date': None}
+        if config['reference_date']:
+            date.fromisoformat(config['reference_date'])
+        return {'locale': read_locale(config['locale']), 'reference_date': config['reference_date'] or None}
+    except ValueError as error:
+        stop(f'locale = {config["locale"]}, reference_date = {config["reference_date"]}: {error}')
 
 
 def check_calibration(config):
@@ -124,6 +141,8 @@ def check_calibration(config):
         schema = Schema(config['fields'], config['left_out'])
     except ValueError as error:
         stop(f'fields: {error}')
+    if schema.copied:
+        stop(f'calibrate: a schema with copied values ({schema.copied[0].group}) cannot be calibrated; set calibrate = 0')
     if config['label_fields']:
         only = only or [path for path, leaf in schema.by_path.items() if leaf.keys[0] not in config['label_fields']
                         and not (leaf.is_list and leaf.choices[0].path != path)]
@@ -154,11 +173,11 @@ def read_task(folder, task):
     return meta, Tokenizer.from_file(str(folder / 'tokenizer.json'))
 
 
-def open_writer(folder, V):
-    """the Writer of this process's shard. Exits with a message if another run has it or it cannot be
+def open_writer(folder, space):
+    """the Writer of this process's shard, for the answers of an OutputSpace. Exits with a message if another run has it or it cannot be
     written."""
     try:
-        return Writer(folder, V)
+        return Writer(folder, len(space.output_ids), bool(space.schema.copied))
     except BlockingIOError:
         sys.exit(f'another run is writing to {folder}; wait for it or choose another name')
     except OSError as error:

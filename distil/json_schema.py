@@ -3,14 +3,15 @@
     tree = read_fields(Ticket.model_json_schema())              # pydantic's, zod's, a tool's parameters
     tree = read_fields({'tone': ['neutral', 'friendly'], 'labels': {'type': 'array', 'items': {'enum': ['bug', 'ui']}}})
 
-What a student can answer is what is known beforehand: constants, lists of them, objects, lists of objects. All else is
-refused with a sentence that names the property and says what to do.
+What a student can answer is what is known beforehand, constants, and what the text says: a string without enum is
+copied, a number without bounds, a date or a time is read. In lists, objects, lists of objects. All else is refused
+with a sentence that names the property and says what to do.
 """
 import json
 import math
 from urllib.parse import unquote
 
-from distil.kinds import Choice, Items, Maybe, Object, Several
+from distil.kinds import EXAMPLES, Choice, Copied, Items, Maybe, Object, Several
 from distil.values import MISSING, group_of, json_text, path_of
 
 MOST_ITEMS = 16  # of a list without maxItems
@@ -166,12 +167,10 @@ class Reader:
         limits = [[part[key] for key in pair if type(part.get(key)) in (int, float)]
                   for pair in (('minimum', 'exclusiveMinimum'), ('maximum', 'exclusiveMaximum'))]
         if not all(limits) or type(step) not in (int, float) or not step > 0:
-            refuse(keys, f'is any {kind}', 'give it a multipleOf, such as 0.1' if all(limits) else
-                   f'give it a minimum and a maximum{" and a multipleOf" * (kind == "number")}')
+            return None                                         # it is read from the text
         low, high = max(limits[0]), min(limits[1])
         if (high - low) / step > MOST_NUMBERS - 1:
-            refuse(keys, f'is any {kind}' if high - low > 1e9 else f'has {int((high - low) / step) + 1} values',
-                   f'at most {MOST_NUMBERS} can be learned')
+            return None
         values = [round(k * step, 9) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
         allowed = [value for value in values if value > part.get('exclusiveMinimum', -math.inf)
                    and value < part.get('exclusiveMaximum', math.inf)]
@@ -180,7 +179,7 @@ class Reader:
         return [int(value) if kind == 'integer' else value for value in allowed]
 
     def read_compound(self, part, keys):
-        """the tree of an object or a list."""
+        """the tree of an object, a list or a value that is copied."""
         kind = part.get('type') or ('object' if 'properties' in part else 'array' if 'items' in part else None)
         if unknown := [key for key in REFUSED if key in part]:
             refuse(keys, f'has {unknown[0]}', 'list its values or properties')
@@ -197,10 +196,9 @@ class Reader:
             required = part.get('required', () if 'title' in part else properties)
             required = required if isinstance(required, list | dict | tuple) else ()
             return self.read_object(keys, {name: (inner, name in required) for name, inner in properties.items()})
-        if kind == 'string':
-            why = f'is a text of the form {part["pattern"]}' if 'pattern' in part else \
-                f'is a {part["format"]}' if isinstance(part.get('format'), str) else 'is free text'
-            refuse(keys, why, 'list its values (enum)')
+        if kind in ('string', 'number', 'integer'):
+            named = part.get('format') if kind == 'string' else kind
+            return Copied(keys, named if named in EXAMPLES else 'text')
         refuse(keys, 'allows any value' if kind is None else f'has the type {kind}', 'list its values (enum)')
 
     def read_object(self, keys, properties):

@@ -68,7 +68,7 @@ class Labels:
     def __init__(self, paths, schema, template='', prompt=''):
         self.log, self.schema, self.problems = Log(paths, template, prompt), schema, {}
         self.outcomes = []      # of each line: '', or the reason why it has no record; None for the input of a batch
-        self.known = {}         # {hash of a text: (mean probabilities of all values, labels, the first best answer)}
+        self.known = {}  # {hash of a text: (mean probabilities of all values, labels, best answer and answer of the first)}
         for line in self.log:
             try:
                 hash_, answers = text_hash(read_text(line)), self.read_labels(line)
@@ -80,17 +80,18 @@ class Labels:
                 self.problems.setdefault(reason, []).append(line.say(what))
                 self.outcomes.append(reason)
                 continue
-            self.outcomes.append(self.add_label(hash_, answers[0]))
-            for probabilities in answers[1:]:                   # of one request
-                self.add_label(hash_, probabilities)
+            self.outcomes.append(self.add_label(hash_, *answers[0]))
+            for answer in answers[1:]:                          # of one request
+                self.add_label(hash_, *answer)
 
-    def add_label(self, hash_, probabilities):
-        """adds a label, {path of a choice: probabilities}, to those of a text. Returns '' if it is the first one,
-        'duplicate' if its best answer is that of the first one, else 'conflicting'."""
-        p = np.concatenate([*probabilities.values()], dtype=np.float32)
-        best = json_text(best_answer(self.schema, probabilities))
-        mean, n, first = self.known.get(hash_, (p, 0, best))
-        self.known[hash_] = mean + (p - mean) / (n + 1), n + 1, first
+    def add_label(self, hash_, probabilities, answer):
+        """adds a label, {path of a choice: probabilities}, to those of a text; answer: with its copied values, if there
+        are any: then the first label counts alone. Returns '' if it is the first one, 'duplicate' if its best answer is
+        that of the first one, else 'conflicting'."""
+        p = np.concatenate([[], *probabilities.values()], dtype=np.float32)
+        best = json_text(answer or best_answer(self.schema, probabilities))
+        mean, n, first, answer = self.known.get(hash_, (p, 0, best, answer))
+        self.known[hash_] = mean if answer else mean + (p - mean) / (n + 1), n + 1, first, answer
         return '' if not n else 'duplicate' if best == first else 'conflicting'
 
     def __iter__(self):
@@ -105,11 +106,11 @@ class Labels:
         """the label of a text, the mean of all that it has."""
         choices = self.schema.choices
         parts = np.split(self.known[hash_][0], np.cumsum([len(choice) for choice in choices])[:-1])
-        return self.schema.write_label({choice.path: part for choice, part in zip(choices, parts)})
+        return self.schema.write_label({choice.path: part for choice, part in zip(choices, parts)}, self.known[hash_][3])
 
     def read_labels(self, line):
-        """[{path of a choice: probabilities}] of a line: one, or one for each of the answers to a request with n > 1.
-        ValueError(reason, what is wrong) if it has none."""
+        """[({path of a choice: probabilities}, see add_label)] of a line: one, or one for each of the answers to a request
+        with n > 1. ValueError(reason, what is wrong) if it has none."""
         try:
             answers = None if line.reply is None else read_replies(line.reply)
         except ValueError as error:                             # such as an error of the server
@@ -117,7 +118,7 @@ class Labels:
         found, wrong = [], []
         for answer in [None] if answers is None else answers:
             try:
-                found.append(self.schema.read_label(line.record) if answer is None else self.read_answer(*answer))
+                found.append(self.read_label(line.record) if answer is None else self.read_answer(*answer))
             except ValueError as error:
                 wrong.append(str(error))
         if not found:
@@ -127,19 +128,24 @@ class Labels:
                 line.say(f'{len(wrong)} of {len(answers)} answers are left out: {wrong[0]}'))
         return found
 
+    def read_label(self, label):
+        """(probabilities, answer), see add_label, of a label."""
+        probabilities = self.schema.read_label(label)
+        return probabilities, self.schema.canonical(label['answer']) if self.schema.copied else None
+
     def read_answer(self, content, tokens):
-        """{path of a choice: probabilities} of an answer of an LLM. ValueError if it breaks the schema."""
+        """the same of an answer of an LLM. ValueError if it breaks the schema."""
         label, (answer, _) = label_from_answer(self.schema, content, tokens)[0], find_object(content)
         if answer is None:
             raise ValueError(f'its answer has no JSON object: {content[:80]!r}')
-        return self.schema.read_label(label or {'answer': answer})
+        return self.read_label(label or {'answer': answer})
 
     def count_changed(self, shards, space):
         """number of the records in shards whose label differs now from the stored one."""
         n_changed = 0
         for i, hash_ in enumerate(map(int, shards.hashes)):
             if hash_ in self.known:
-                outs = shards.answer(i).tolist()
+                outs = shards.outs(i)
                 entries = [(k, state) for k, state, _ in space.walk(space.to_json(outs))]
                 shares = space.token_shares(self.schema.read_label(self.label_of(hash_)), entries)
                 rows = zip(space.states_before(outs), shards.logits(i))

@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from config import stop
+from distil.places import Page, Source
 from model import Encoder, EncoderConfig
 
 # -----------------------------------------------------------------------------
@@ -23,11 +24,15 @@ from model import Encoder, EncoderConfig
 def encode_texts(encoder, texts, max_tokens):
     """lists of the encoder's ids of strings, each with its first and last special token and at most max_tokens
     long: the first ones, or with keep_end the last."""
+    return [cut_row(encoder, encoding.ids, max_tokens) for encoding in encoder.tokenizer.encode_batch_fast(texts)]
+
+
+def cut_row(encoder, row, max_tokens):
+    """what is kept of a list with a number, or something else, for each token of a text."""
     longest = min(max_tokens, encoder.config.n_pos)
-    rows = [encoding.ids for encoding in encoder.tokenizer.encode_batch_fast(texts)]
-    if encoder.keep_end:
-        return [row if len(row) <= longest else row[:1] + row[1 - longest:] for row in rows]
-    return [row if len(row) <= longest else row[:longest - 1] + row[-1:] for row in rows]
+    if len(row) <= longest:
+        return row
+    return row[:1] + row[1 - longest:] if encoder.keep_end else row[:longest - 1] + row[-1:]
 
 
 def count_unread(encoder, text, max_tokens):
@@ -49,6 +54,17 @@ def student_ids(student, space, texts):
     return encode_texts(student.encoder, strings, text_room(student, space))
 
 
+def read_pages(student, space, texts):
+    """(the ids that student_ids gives, the Page of each text, see places.py); None for each if nothing is copied."""
+    if not space.schema.copied:
+        return student_ids(student, space, texts), [None] * len(texts)
+    strings, room = space.tokenizer.decode_batch([list(map(int, ids)) for ids in texts]), text_room(student, space)
+    encodings = student.encoder.tokenizer.encode_batch(strings)
+    cut = lambda row: cut_row(student.encoder, row, room)
+    return [cut(encoding.ids) for encoding in encodings], [
+        Page(Source(text, space), cut(encoding.offsets)) for text, encoding in zip(strings, encodings)]
+
+
 def count_cut(student, space, ids, max_text):
     """how many of a text's ids a student does not read: those after the first max_text, or, if these still are
     too many for its encoder, tokens of the encoder."""
@@ -64,7 +80,9 @@ def encode_records(student, space, shards, rows):
         shards.encoded = {}
         return 0
     new = [i for i in map(int, rows) if i not in shards.encoded]
-    shards.encoded.update(zip(new, student_ids(student, space, [shards.ids(i) for i in new])))
+    read, pages = read_pages(student, space, [shards.ids(i) for i in new])
+    shards.encoded.update(zip(new, read))
+    shards.pages.update((i, (page.starts, page.ends)) for i, page in zip(new, pages) if page)
     full = [i for i in new if len(shards.encoded[i]) >= text_room(student, space)]
     return sum(count_cut(student, space, shards.ids(i).tolist(), math.inf) > 0 for i in full)
 

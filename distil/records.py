@@ -63,7 +63,7 @@ def find_right(shards, rows, path):
         stop(f'train_on = right needs texts with "truth" in {path}')
     right = []
     for n, known in truth.items():
-        answer = space.to_json(shards.answer(rows[n]).tolist())
+        answer = space.to_json(shards.outs(rows[n]))
         told = [(leaf, value) for leaf in space.schema.leaves if (value := true_value(leaf, known)) is not MISSING]
         if told and all(json_text(leaf.get(answer)) == json_text(value) for leaf, value in told):
             right.append(n)
@@ -107,13 +107,14 @@ def check_data(shards, space, train_rows, val_rows, rng):
     """
     n_wrong = n_steps = ce = 0
     for i in rng.permutation(train_rows)[:1000]:
-        outs = shards.answer(i).tolist()
-        logits, targets = torch.from_numpy(shards.logits(i)), torch.tensor(outs)  # (n, V), (n,)
-        legal = space.next_state[space.states_before(outs)] >= 0
+        outs, logits = shards.answer(i).tolist(), torch.from_numpy(shards.logits(i))  # (n,), (n, V)
+        states = space.states_before(outs)
+        kept = [n for n, state in enumerate(states) if state not in space.copy_at]  # tokens, no places
+        legal, logits, targets = space.next_state[states][kept] >= 0, logits[kept], torch.tensor(outs)[kept]
         best = logits.masked_fill(~legal, -math.inf).amax(-1)   # (n,)
         n_wrong += (best - logits.gather(1, targets[:, None])[:, 0] > 0.02).sum().item()  # precision of fp16
         ce += F.cross_entropy(logits, targets, reduction='sum').item()
-        n_steps += len(outs)
+        n_steps += len(kept)
     if n_wrong > 1e-3 * n_steps and answers_from(shards.meta) == 'teacher':
         stop(f'{n_wrong} of {n_steps} stored tokens are not the teacher\'s likeliest legal one; '
              f'the files of {shards.folder} do not belong together')
@@ -135,7 +136,7 @@ def check_data(shards, space, train_rows, val_rows, rng):
 def note_rare_values(shards, space, train_rows, val_rows, max_epochs):
     """prints where a field has so many values, or the task so few records, that a training fails or its figures
     mean little: fewer than SEEN examples of a value in all epochs, values without a held-out record."""
-    held_out = field_texts(space, [shards.answer(i).tolist() for i in val_rows])
+    held_out = field_texts(space, [shards.outs(i) for i in val_rows])
     for leaf in space.schema.leaves:
         seen = len(train_rows) * max_epochs / max(1, len(leaf))
         if len(leaf) > 1 and seen < SEEN and not leaf.is_list:

@@ -110,7 +110,7 @@ def draw_report(out, shards, rows, dtype='float32', which='best'):
     checkpoint, student, space = load_checkpoint(out, 'cpu', which, dtype)
     _, per_field, answers, decisions = evaluate(student, space, shards, rows)
     student_values = field_texts(space, answers)
-    teacher_values = field_texts(space, [shards.answer(i).tolist() for i in rows])
+    teacher_values = field_texts(space, [shards.outs(i) for i in rows])
     n = max(3, len(per_field))
     fig, axes = plt.subplots(3, n, figsize=(4 * n, 10), squeeze=False)
     draw_log(axes[0], (out / 'log.txt').read_text(encoding='utf-8').splitlines())

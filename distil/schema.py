@@ -7,13 +7,13 @@
 
 An answer is decided by *choices* (kinds.py), each one of some values: a property, whether a value is in a list, whether
 a list goes on. A *leaf* is what people see and measure: one choice; a list of values; or a property of all items of a
-list, such as findings[].kind, which is a list, too. In a flat schema leaves and choices are the same. Everything else
+list, such as findings[].kind, which is a list, too; or a copied value. In a flat schema leaves and choices are the same. Everything else
 iterates over one or the other, and finds the value of a leaf in an answer by `get`. json_schema.py reads `fields`.
 """
 import json
 
 from distil.json_schema import is_json_schema, read_fields
-from distil.kinds import Choice, Maybe, Object, Several
+from distil.kinds import EXAMPLES, Choice, Copied, Items, Maybe, Object, Several
 from distil.values import MISSING, follow, json_text, value_names
 from distil.written import Place, Style
 
@@ -72,6 +72,8 @@ def list_leaves(part):
         if None not in keys:
             return [part]
         return [ListLeaf(part.group, keys, [], part.values, part.about)]  # of an item: the list collects its choices
+    if isinstance(part, Copied):
+        return [part if None not in keys else ListLeaf(part.group, keys, [], about=part.about)]
     if isinstance(part, Several):
         return [ListLeaf(part.choices[0].group, keys, part.choices, part.values, part.about)]
     if isinstance(part, Maybe):
@@ -81,11 +83,20 @@ def list_leaves(part):
     return [ListLeaf(part.more[0].group, keys, part.more, about=part.about), *list_leaves(part.items[0])]
 
 
+def copied_in(part):
+    """the copied values of a part of the tree, in the order of the answer."""
+    if isinstance(part, Copied):
+        return [part]
+    inner = part.properties.values() if isinstance(part, Object) else part.items if isinstance(part, Items) else [
+        part.part] if isinstance(part, Maybe) else []
+    return [copied for one in inner for copied in copied_in(one)]
+
+
 class Schema:
     """fields: as in a config: {name: list of JSON constants, or JSON Schema}, or the JSON Schema of an object. left_out:
     paths of properties that are not answered. ValueError if it is no schema.
 
-    tree: of kinds.py; choices and leaves: in the order of the answer; decided: the leaves that are not constant.
+    tree: of kinds.py; choices, copied and leaves: in the order of the answer; decided: the leaves that are not constant.
     """
 
     def __init__(self, fields, left_out=(), tree=None):
@@ -101,7 +112,10 @@ class Schema:
         for choice in self.choices:
             if choice.group != choice.path and choice not in self.by_path[choice.group].choices:
                 self.by_path[choice.group].choices.append(choice)
-        self.decided = [leaf for leaf in self.leaves if leaf.is_list or len(leaf) > 1]
+        self.copied = copied_in(self.tree)
+        for n, part in enumerate(self.copied):
+            part.number = n
+        self.decided = [leaf for leaf in self.leaves if leaf.is_list or len(leaf) > 1 or isinstance(leaf, Copied)]
 
     @property
     def paths(self):
@@ -110,13 +124,19 @@ class Schema:
     @property
     def is_flat(self):
         """True if every leaf is a property with a choice of constants."""
-        return all(not leaf.is_list and len(leaf.keys) == 1 and MISSING not in leaf.values for leaf in self.leaves)
+        return not self.copied and all(not leaf.is_list and len(leaf.keys) == 1 and MISSING not in leaf.values
+                                       for leaf in self.leaves)
 
     def leaf(self, path):
         """the leaf of a path. ValueError if there is none."""
         if path not in self.by_path:
             raise ValueError(f'there is no field {path!r}; there are: {", ".join(self.paths)}')
         return self.by_path[path]
+
+    def is_copied(self, leaf):
+        """True if its value has a part that is copied."""
+        return any(part.group == leaf.path or part.group.startswith((f'{leaf.path}[', f'{leaf.path}.'))
+                   for part in self.copied)
 
     def only(self, names):
         """the Schema of some of its properties; of all if names is empty."""
@@ -148,24 +168,30 @@ class Schema:
 
     # answers
 
-    def fill(self, choose):
-        """the answer whose choices are these. choose: function of a Choice that returns the number of its value."""
-        return self.tree.fill(choose)
+    def fill(self, choose, copies=None):
+        """the answer whose choices are these. choose: function of a Choice that returns the number of its value. copies:
+        {path: copied value}; None for examples. KeyError if one is not among them."""
+        def value_of(part):
+            if not isinstance(part, Copied):
+                return choose(part)
+            return EXAMPLES[part.kind] if copies is None else copies[part.path]
+        return self.tree.fill(value_of)
 
     def longest(self):
         """an answer whose text is about the longest."""
         return self.fill(lambda choice: max(range(len(choice)), key=lambda n: len(choice.texts[n])))
 
     def numbers(self, answer):
-        """{path of a choice: the number of its value} for each choice that an answer comes to. ValueError, which names
-        it, if the answer lacks one or has another value. A key that is missing means null, where that is a value."""
+        """{path of a choice: the number of its value} for each choice that an answer comes to, and {path: value} for each
+        copied value. ValueError, which names it, if the answer lacks one or has another value. A key that is missing
+        means null, where that is a value."""
         return dict(self.tree.numbers(answer))
 
     def canonical(self, answer):
         """an answer with the schema's keys alone, in order, and its values as the schema spells them. ValueError as
         for numbers."""
         numbers = self.numbers(answer)
-        return self.fill(lambda choice: numbers[choice.path])
+        return self.fill(lambda choice: numbers[choice.path], numbers)
 
     def is_answer(self, answer):
         """True if this is exactly an answer of the schema: no key is missing, and none is too many."""
@@ -185,6 +211,8 @@ class Schema:
         known = self.read_weights(weights)
         probabilities = {choice.path: known.get(choice.path, [1.0] if len(choice) == 1 else [0.0] * len(choice))
                          for choice in self.choices}
+        if self.copied:                                         # they are in an answer alone, see read_copies
+            self.numbers(answer or {})
         for part in self.tree.properties.values():
             if any(choice.path not in known and len(choice) > 1 for choice in part.choices):
                 if answer is None and not any(choice.path in known for choice in part.choices):
@@ -192,8 +220,13 @@ class Schema:
                                      f'it has no {part.keys[0]}')
                 numbers = part.numbers(answer.get(part.keys[0], MISSING)) if answer is not None else ()
                 probabilities |= {path: [float(k == n) for k in range(len(self.by_choice[path]))]
-                                  for path, n in numbers if path not in known}
+                                  for path, n in numbers if path in self.by_choice and path not in known}
         return probabilities
+
+    def read_copies(self, label):
+        """{path: value} of the copied values in the answer of a label."""
+        return {} if not self.copied else {path: value for path, value in self.numbers(label['answer']).items()
+                                           if path not in self.by_choice}
 
     def read_weights(self, weights):
         """{path of a choice: probabilities} of the "probabilities" of a label."""
@@ -214,8 +247,8 @@ class Schema:
                 known[path] = choice.read_weights(row) if isinstance(row, dict) else choice.read(row)
         return known
 
-    def write_label(self, probabilities):
-        """the label with these probabilities, {path of a choice: list}."""
+    def write_label(self, probabilities, answer=None):
+        """the label with these probabilities, {path of a choice: list}, and this answer, for its copied values."""
         written = {}
         for path, p in probabilities.items():
             leaf, choice = self.by_path[self.by_choice[path].group], self.by_choice[path]
@@ -223,7 +256,7 @@ class Schema:
                 written.setdefault(leaf.path, {})[choice.path[len(leaf.path) + 1:]] = float(p[1])
             elif any(p):
                 written[path] = choice.write_weights(p)
-        return {'probabilities': written}
+        return {'probabilities': written} | ({'answer': answer} if answer else {})
 
     def json_schema(self):
         """the JSON Schema of its answers: the user's own, where that is one."""

@@ -12,7 +12,8 @@ from distil.calibrate import calibrated_answers
 from distil.drafts import Drafts
 from distil.engine import answer_batched
 from distil.free import open_free
-from distil.shares import find_known, record_from_label
+from distil.shares import NotInText, find_known, record_from_label
+from distil.values import said
 
 DRAFT_TEXTS = 10000  # the drafts learn from the first answers: few enough to read again when a run continues
 
@@ -42,6 +43,10 @@ class FromTeacher:
         return answers
 
 
+    def print_problems(self):
+        pass                                                    # a teacher that is held to the text has none
+
+
 class FromScore(FromTeacher):
     """the answers are given, the model only says how probable they are."""
 
@@ -60,15 +65,28 @@ class FromLabels:
     is_costly, n_read = False, 0
 
     def __init__(self, space):
-        self.space = space
+        self.space, self.not_in_text = space, {}                # {path: [values that could not be copied]}
 
     def answer(self, texts):
-        answers = []
-        for label in (text.given for text in texts):            # a dict, or a reason
-            record = record_from_label(self.space, label) if isinstance(label, dict) else None
-            reason = label if isinstance(label, str) else 'invalid'
-            answers.append((*record, np.full(len(record[0]), np.nan)) if record else reason)
-        return answers
+        return list(map(self.read, texts))
+
+    def read(self, text):
+        label = text.given                                      # a dict, or a reason
+        if isinstance(label, str):
+            return label
+        words = self.space.tokenizer.decode(list(map(int, text.ids))) if self.space.schema.copied else ''
+        try:
+            record = record_from_label(self.space, label, words)
+        except NotInText as error:
+            self.not_in_text.setdefault(error.path, []).append((error.value, words))
+            return 'not_in_text'
+        return 'invalid' if record is None else (*record[:2], np.full(len(record[0]), np.nan), *record[2:])
+
+    def print_problems(self):
+        """prints which values could not be copied from the texts, by field, with three examples of each."""
+        for path, values in self.not_in_text.items():
+            print(f'not_in_text: {len(values)} labels say what is not in the text at {path}, and are left out:', *(
+                f'  {said(value)[:80]} of: {words[:120]}' for value, words in values[:3]), sep='\n')
 
 
 class FromServer(FromLabels):

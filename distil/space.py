@@ -9,7 +9,8 @@ An answer is a sequence of tokens. A *forced* token is the only legal one, at a 
     forced      decision             forced      decision       forced
 
 An *id* is a row of the teacher's vocabulary: the tokenizer returns ids and the student reads texts as them. An
-*output index* is a position in space.output_ids: answers are output indices, and output.bin stores them. The schema
+*output index* is a position in space.output_ids: answers are output indices, and output.bin stores them. An index from V
+on stands for a place of the text, the first or the last one of a copied value (places.py). The schema
 (schema.py) says what the answers are and how they are written, the automaton (automaton.py) which token may come next.
 """
 import hashlib
@@ -53,6 +54,22 @@ def special_ids(tokenizer):
     return {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
 
+class Outs(list):
+    """the output indices of an answer with copied values. spans: of these, in order, (start, end, value) each: the
+    characters of the text at which it stands."""
+
+    def __init__(self, outs, spans=()):
+        super().__init__(outs)
+        self.spans = list(spans)
+
+    def __eq__(self, other):
+        """True if the answers are equal, wherever their values stand."""
+        values = [[value for _, _, value in getattr(outs, 'spans', ())] for outs in (self, other)]
+        return list.__eq__(self, other) and values[0] == values[1]
+
+    __hash__ = None
+
+
 # -----------------------------------------------------------------------------
 # the output space
 
@@ -62,17 +79,23 @@ class OutputSpace(Automaton):
 
     tokenizer: a tokenizers.Tokenizer. fields: as in a config, see schema.py. indent, fence: style of the JSON. end_id:
     the teacher's end of turn, or None if a newline ends the answer (few-shot completion). auxiliary: ids appended to
-    the output vocabulary. bias: what calibration subtracts from the teacher's logits, see calibrate.py. ValueError if
-    the schema cannot be compiled.
+    the output vocabulary. bias: what calibration subtracts from the teacher's logits, see calibrate.py. locale,
+    reference_date: how numbers and dates of a text are read, see candidates.py. ValueError if the schema cannot be
+    compiled.
 
     schema       the Schema; space.leaf_at[state] is the path of one of its leaves, or None
+    copy_at      {state: the kinds.Copied whose first or last place may be chosen there; a token may be legal, too, as
+                 where a number or null is written}
     output_ids   (V,) list    ids of the output vocabulary, first the n_required ids of valid answers
     output_index              {id: output index}
-    max_answer   int          tokens of the longest answer, end token included
+    max_answer   int          tokens of the longest answer that a student reads: all, end token included; with copied
+                              values the start and the decisions alone
     bias         (S, V)       float32, 0 without calibration
     """
 
-    def __init__(self, tokenizer, fields, indent=None, fence=False, end_id=None, auxiliary=(), bias=None, left_out=()):
+    def __init__(self, tokenizer, fields, indent=None, fence=False, end_id=None, auxiliary=(), bias=None, left_out=(),
+                 locale=None, reference_date=None):
+        self.locale, self.reference_date = locale, reference_date
         self.tokenizer, self.schema, self.end_id = tokenizer, Schema(fields, left_out).check(), end_id
         self.indent, self.fence = indent, fence
         self.check_constants()
@@ -81,15 +104,20 @@ class OutputSpace(Automaton):
         forks = [[way._replace(tokens=(*way.tokens, *[end_id] * (end and way.following is None))) for way in ways]
                  for ways in cut.forks]
         parts = make_parts(cut.start, forks)
-        required = dict.fromkeys(i for part in parts for ids, _, _ in part for i in ids)
+        required = dict.fromkeys(i for part in parts for ids, _, _ in part for i in ids if i >= 0)
         self.n_required = len(required)
         self.output_ids = list(required | dict.fromkeys(auxiliary))
         self.output_index = {i: out for out, i in enumerate(self.output_ids)}
-        outs = lambda ids: tuple(self.output_index[i] for i in ids)
+        outs = lambda ids: tuple(self.output_index[i] if i >= 0 else len(self.output_ids) - 1 - i for i in ids)
         super().__init__([[(outs(ids), *rest) for ids, *rest in part] for part in parts], len(self.output_ids))
         self.start, self.start_text = outs(cut.start), cut.start_text
         self.forks = [[way._replace(tokens=outs(way.tokens)) for way in ways] for ways in forks]
-        self.leaf_at, self.max_answer = list(map(self.find_leaf, self.labels)), self.longest
+        self.copy_at = {state: self.schema.copied[out - self.V] for state, row in enumerate(self.transitions)
+                        for out in row if out >= self.V}
+        self.leaf_at = list(map(self.find_leaf, self.labels))
+        self.max_answer = self.n_decisions + 1 if self.schema.copied else self.longest
+        for state, part in self.copy_at.items():
+            self.leaf_at[state] = part.group
         self.verify()
         self.set_bias(bias or {})
         self.parse = lru_cache(maxsize=10_000)(self.parse)  # answers repeat; the limit bounds the memory
@@ -97,7 +125,8 @@ class OutputSpace(Automaton):
     @classmethod
     def from_task(cls, tokenizer, task):
         """the OutputSpace that a meta.json or a checkpoint describes. task: a dict."""
-        keys = 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'bias', 'left_out'  # output_ids as auxiliary
+        keys = ('fields', 'indent', 'fence', 'end_id', 'output_ids', 'bias', 'left_out', 'locale',
+                'reference_date')                               # output_ids as auxiliary
         return cls(tokenizer, *(task.get(key) for key in keys))
 
     def check_constants(self):
@@ -134,6 +163,10 @@ class OutputSpace(Automaton):
         rng = random.Random(0)
         for _ in range(n):
             answer = self.schema.fill(lambda choice: rng.randrange(len(choice)))
+            if self.schema.copied:                              # cut into pieces where the values stand
+                outs, values = self.write_outs(answer)
+                assert self.to_json(Outs(outs, [(0, 0, value) for value in values])) == answer
+                continue
             outs = [self.output_index.get(i, -1) for i in self.encode(answer)]
             if -1 in outs or self.state_after(outs) != self.done:
                 raise ValueError(f'the tokenizer encodes {self.text(answer)!r} differently from its parts; '
@@ -151,7 +184,8 @@ class OutputSpace(Automaton):
     def walk(self, answer):
         """[(number of a fork, state in which it is reached, option)] of an answer, in order: the option is the number
         of that which the answer takes."""
-        numbers, k, state, found = self.schema.numbers(answer), 0, self.state_after(self.start), []
+        numbers, state, found = self.schema.numbers(answer), self.state_after(self.start), []
+        k = 0 if self.forks else None
         while k is not None:
             n = next(n for n, way in enumerate(self.forks[k]) if all(numbers.get(path) == m for path, m in way.made))
             found.append((k, state, n))
@@ -161,7 +195,7 @@ class OutputSpace(Automaton):
     @cached_property
     def entries(self):
         """[(number of a fork, state)] for each state in which a fork can be reached, the earlier ones first."""
-        found, todo = {}, [(0, self.state_after(self.start))]
+        found, todo = {}, [(0 if self.forks else None, self.state_after(self.start))]
         while todo:
             k, state = entry = todo.pop()
             if k is not None and entry not in found:
@@ -214,6 +248,30 @@ class OutputSpace(Automaton):
             row.update({out: p / total for out, p in row.items()})
         return rows
 
+    @cached_property
+    def needs(self):
+        """{state: the kinds of numbers and dates that are copied whatever is chosen from there on}."""
+        needs = {self.done: frozenset()}
+        for state in sorted(range(len(self.transitions)), key=self.n_left.get):
+            ways = [needs[after] | ({self.copy_at[state].kind} - {'text'} if out >= self.V else set())
+                    for out, after in self.transitions[state].items()]
+            needs[state] = frozenset.intersection(*map(frozenset, ways)) if ways else frozenset()
+        return needs
+
+    def barred(self, state, has):
+        """the tokens after which a number or a date must be copied though the text has none, in a state in which others
+        are legal, too. has: function of a kind of kinds.Copied that says whether it has one."""
+        row = self.transitions[state]
+        if len(row) < 2 or not self.copy_at:
+            return []
+        barred = [out for out, after in row.items() if not all(map(has, self.needs[after]))
+                  or out >= self.V and self.copy_at[state].kind != 'text' and not has(self.copy_at[state].kind)]
+        return [out for out in barred if out < self.V] if len(barred) < len(row) else []
+
+    def place_symbol(self, state):
+        """the index from V on that stands for a place, in a state in which one may be chosen."""
+        return max(self.transitions[state])
+
     # answers and output indices
 
     def prompt_mismatches(self, prompt):
@@ -234,17 +292,39 @@ class OutputSpace(Automaton):
             elif kept == answer and shown not in (expected := self.text(answer)):
                 yield f'{shown} must be written {expected.strip()}'
 
+    def write_outs(self, answer):
+        """(output indices of an answer, its copied values in order). ValueError if the schema does not allow it."""
+        outs, numbers = [*self.start], self.schema.numbers(answer)
+        for k, _, n in self.walk(answer):
+            outs += self.forks[k][n].tokens
+        states = self.states_before(outs)
+        copied = [self.copy_at[state] for state, out in zip(states, outs) if out >= self.V][::2]
+        return outs, [numbers[part.path] for part in copied]
+
     def from_json(self, answer):
-        """dict -> list of the output indices of that answer, or None if the schema does not allow it."""
-        return [self.output_index[i] for i in self.encode(answer)] if self.schema.is_answer(answer) else None
+        """dict -> list of the output indices of that answer, or None if the schema does not allow it. Copied values have
+        no place in it: see places.py."""
+        if not self.schema.is_answer(answer):
+            return None
+        return self.write_outs(answer)[0] if self.schema.copied else [self.output_index[i] for i in self.encode(answer)]
 
     def to_json(self, outs):
-        """output indices -> dict, or None if they are not a complete valid answer."""
-        return self.parse(tuple(outs))
+        """output indices -> dict, or None if they are not a complete valid answer. outs: a list, Outs if there are
+        copied values."""
+        return self.parse(tuple(outs), tuple(value for _, _, value in getattr(outs, 'spans', ())))
 
-    def parse(self, outs):
-        """to_json of a tuple; __init__ puts a cache around it."""
+    def parse(self, outs, values=()):
+        """to_json of tuples; __init__ puts a cache around it. values: that are copied."""
         if self.state_after(outs) != self.done:
             return None
-        text = self.tokenizer.decode([self.output_ids[out] for out in outs], skip_special_tokens=True)
+        text, run, values = '', [], iter(values)
+        for out, before in zip((*outs, None), (None, *outs)):
+            if out is not None and out < self.V:
+                run.append(self.output_ids[out])
+                continue
+            text += self.tokenizer.decode(run, skip_special_tokens=True)
+            if out is not None and (before is None or before < self.V):  # the first of the two places of a value
+                value = next(values)
+                text += json.dumps(value, ensure_ascii=False)[slice(1, -1) if isinstance(value, str) else slice(None)]
+            run = []
         return json.loads(text.strip().removeprefix('```json').removesuffix('```'))

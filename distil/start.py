@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from config import stop
 from distil.reader import load_encoder
+from distil.schema import Schema
 from distil.teacher import load_model
 from model import Student, StudentConfig
 
@@ -18,7 +19,11 @@ def new_student(config, meta):
     records. Exits with a message if it cannot be made."""
     keys, V = ('block_size', 'n_layer', 'n_head', 'n_embd', 'n_mlp', 'dropout'), len(meta['output_ids'])
     sizes = {key: config[key] for key in keys}
-    sizes |= {'n_kv_head': config['n_kv_head'] or config['n_head'], 'output_vocab': V}
+    copied = Schema(meta['fields'], meta.get('left_out')).copied
+    sizes |= {'n_kv_head': config['n_kv_head'] or config['n_head'], 'output_vocab': V, 'places': bool(copied)}
+    if copied and not config['reader']:
+        stop(f'{copied[0].group} is copied from the text, which a student without a reader cannot do: set reader = '
+             f"'data/teachers/minilm', list its values (enum), or leave it out: left_out = [{copied[0].group!r}]")
     try:
         if config['reader']:
             print(f'loading {config["reader"]}, which reads for the student')

@@ -63,11 +63,12 @@ def print_near_ties(shards, space):
         outs, logits = shards.answer(i).tolist(), torch.from_numpy(shards.logits(i))  # (n,), (n, V)
         states, best = space.states_before(outs), logits.argmax(-1).tolist()
         decisions = [n for n, state in enumerate(states)
-                     if len(space.transitions[state]) > 1 and space.leaf_at[state] not in labelled]
+                     if len(space.transitions[state]) > 1 and space.leaf_at[state] not in labelled]  # no places
         legal = space.next_state[[states[n] for n in decisions]] >= 0
         top = logits[decisions].masked_fill(~legal, -np.inf).topk(2).values  # (decisions, 2)
         near.append((top[:, 0] - top[:, 1]).min().item() < below)
-        illegal = next((n for n, state in enumerate(states) if best[n] not in space.transitions[state]), None)
+        illegal = next((n for n, state in enumerate(states)
+                        if state not in space.copy_at and best[n] not in space.transitions[state]), None)
         free.append(illegal is None)
         if illegal is not None:
             errors[outs[illegal], best[illegal]] += 1
@@ -85,7 +86,7 @@ def print_answers(shards, space, examples, given):
     they are labels."""
     shown, labelled = said, space.schema.paths_in(shards.meta.get('label_fields') or ())
     rows = np.linspace(0, len(shards) - 1, min(len(shards), 10000)).astype(int)
-    answers = [space.to_json(shards.answer(i).tolist()) for i in rows]
+    answers = [space.to_json(shards.outs(i)) for i in rows]
     for leaf in space.schema.leaves:
         values = [leaf.get(answer) for answer in answers]
         if leaf.is_list:                                        # what is in it, and its commonest forms
@@ -99,7 +100,7 @@ def print_answers(shards, space, examples, given):
                      'try other examples in the prompt, another order of them, or other values'))
     for i in random.Random(0).sample(range(len(shards)), min(examples, len(shards))):
         print(space.tokenizer.decode(shards.ids(i).tolist()))
-        print(f'  {"label" if given else "teacher"} {shown(space.to_json(shards.answer(i).tolist()))}')
+        print(f'  {"label" if given else "teacher"} {shown(space.to_json(shards.outs(i)))}')
 
 
 def print_teacher_report(dataset, name, space, source, min_coverage, examples):
@@ -115,7 +116,7 @@ def print_teacher_report(dataset, name, space, source, min_coverage, examples):
     if answers_from(shards.meta) == 'teacher':
         print_near_ties(shards, space)
     truth = read_truth(source, shards, range(len(shards)))
-    outs = [shards.answer(i).tolist() for i in truth]
+    outs = [shards.outs(i) for i in truth]
     for line in truth_lines(space, truth, {'labels' if given else 'teacher': outs}):
         print(data_line(*line))
     print_answers(shards, space, examples, given)

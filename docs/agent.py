@@ -50,7 +50,7 @@ def read_questions():
     """[(question, the teacher's tool)] of held-out records."""
     shards = open_shards(dataset, name)
     space, rows = shards.open_space(), shards.split()[1]
-    return [(space.tokenizer.decode(shards.ids(i).tolist()), space.to_json(shards.answer(i).tolist())['tool'])
+    return [(space.tokenizer.decode(shards.ids(i).tolist()), space.to_json(shards.outs(i))['tool'])
             for i in rows[:limit]]
 
 

@@ -49,7 +49,7 @@ if __name__ == '__main__':
     for n, leaf in enumerate(space.schema.leaves):
         right.text(0.56 + 0.23 * n, 1.04, leaf.path, weight='bold')
     for y, (i, answer) in enumerate(zip(short, answers)):
-        teacher, top = space.to_json(shards.answer(i).tolist()), 0.93 - y / 8
+        teacher, top = space.to_json(shards.outs(i)), 0.93 - y / 8
         text = space.tokenizer.decode(shards.ids(i).tolist())
         right.text(0, top, textwrap.shorten(text, 58, placeholder=' …'), fontsize=9)
         for n, leaf in enumerate(space.schema.leaves):

@@ -80,7 +80,7 @@ def decode_text(space, outs):
 def measure_margins(shards, space, rows):
     """the margin of every answer token of these records, in their order, (n,): logits between the teacher's
     two likeliest legal tokens, inf for a forced token."""
-    states = [state for i in rows for state in space.states_before(shards.answer(i).tolist())]
+    states = [state for i in rows for state in space.states_before(shards.outs(i))]
     logits = torch.from_numpy(np.concatenate([shards.answer(i, 'logits') for i in rows]).astype(np.float32))
     best = logits.masked_fill(space.next_state[states] < 0, -torch.inf).topk(2).values  # (n, 2)
     return (best[:, 0] - best[:, 1]).numpy()
@@ -104,7 +104,7 @@ def gradient_norms(logits, teacher, tau):
 
 def print_record(shards, space, i):
     """prints what is stored of record i, and the row that the student reads."""
-    ids, outs = shards.ids(i).tolist(), shards.answer(i).tolist()
+    ids, outs = shards.ids(i).tolist(), shards.outs(i)
     comma = lambda numbers: ','.join(map(str, numbers))
     print('text:', space.tokenizer.decode(ids))
     print('tokens:', *map(space.tokenizer.id_to_token, ids))
@@ -134,7 +134,7 @@ def print_outside(shards, space):
     stored."""
     missed = {}
     for i in range(len(shards)):
-        for state, p in zip(space.states_before(shards.answer(i).tolist()), measure_kept_mass(shards, i)):
+        for state, p in zip(space.states_before(shards.outs(i)), measure_kept_mass(shards, i)):
             if not np.isnan(p):
                 missed.setdefault(space.leaf_at[state] or 'json', []).append(1 - p)
     mean = float(np.mean(sum(missed.values(), [])))
@@ -169,7 +169,7 @@ def print_answer(student, shards, space, i, rows):
     confidence = confidence_of(space.schema.paths, decisions)
     print(data_line('decode', {'tokens': len(outs), 'passes': len(decisions), **confidence}))
     figures, _, answers, _ = evaluate(student, space, shards, rows)
-    teacher_texts = field_texts(space, [shards.answer(n).tolist() for n in rows])
+    teacher_texts = field_texts(space, [shards.outs(n) for n in rows])
     right = same_values(field_texts(space, answers), teacher_texts).mean(1)  # (N,) share of a record's fields
     field, n = figures['field'], len(rows)
     print(data_line('error', {'records': n, 'field': field, 'by_record': float(right.std() / n ** 0.5),

@@ -127,7 +127,7 @@ if __name__ == '__main__':
         answers, seconds = answer_by_word_counts(texts, truth, hashes % 10, wanted)
         print_accuracy('linear_on_truth', answers, test_truth, len(test_texts) / seconds)
     for name, (shards, space, number) in extractions.items():
-        answers = [space.to_json(shards.answer(number[int(hashes[n])]).tolist())['sentiment'] for n in chosen]
+        answers = [space.to_json(shards.outs(number[int(hashes[n])]))['sentiment'] for n in chosen]
         timed = shards.meta['timed']
         print_accuracy(f'teacher_{name}', answers, test_truth, timed['records'] / timed['seconds'])
     for run, labeler in students:

@@ -14,8 +14,8 @@ from transformers import LogitsProcessor
 from config.machine import pick_dtype
 from data import batches
 from distil.agreement import field_texts, measure_members, same_values
-from distil.decode import Cache, pad_rows
-from distil.reader import encode_texts, load_encoder, student_ids
+from distil.decode import Cache, Row, mask_illegal, pad_rows
+from distil.reader import encode_texts, load_encoder, read_pages
 from distil.schema import members
 from distil.values import json_text
 
@@ -63,21 +63,34 @@ def stepwise(student, space, texts, constrain=True):
     texts: lists of ids. Returns lists of output indices."""
     device = student.lm_head.weight.device
     legal, cache, live = space.next_state.to(device) >= 0, Cache(student), list(range(len(texts)))
-    states, outs, n_read = [0] * len(texts), [[] for _ in texts], [0] * len(texts)
-    unread, V = student_ids(student, space, texts), student.config.output_vocab
+    states, n_read, fed = [0] * len(texts), [0] * len(texts), [[student.config.output_vocab] for _ in texts]
+    (unread, pages), V = read_pages(student, space, texts), student.config.output_vocab
+    rows = [Row(i, [], [], [], [0], page) for i, page in enumerate(pages)]
+    outs = [row.outs for row in rows]
+    for i in live if space.schema.copied else ():               # such a student reads decisions alone
+        outs[i] += space.forced_runs[0][0]
+        states[i] = space.forced_runs[0][1]
+    begun = False
     while live:
         cache.begin_pass(live, [n_read[i] for i in live])
-        text = pad_rows([] if outs[0] else unread, device)      # of all in the first pass, then of none
-        answer = pad_rows([outs[i][-1:] or [V] for i in live], device)
-        logits = student(text, answer, cache, only_last=True).float()  # (R, V)
+        text, begun = pad_rows([] if begun else unread, device), True  # of all in the first pass, then of none
+        answer = pad_rows([fed[i] for i in live], device)
+        logits = student(text, answer, cache, only_last=True).float()  # (R, V), with places (R, V + 1 + T)
         if constrain:
-            logits = logits.masked_fill(~legal[[states[i] for i in live]], -math.inf)
+            logits = mask_illegal(logits, legal[[states[i] for i in live]], space, [(rows[i], states[i]) for i in live])
         for i, out in zip(live, logits.argmax(-1).tolist()):
-            n_read[i] += 1 if outs[i] else len(unread[i]) + 1
+            n_read[i] += len(fed[i]) if n_read[i] else len(unread[i]) + 1
+            fed[i] = [out]
+            if out > V:
+                rows[i].places.append(out - V - 1)
+                out = space.place_symbol(states[i]) if states[i] in space.copy_at else -1
             outs[i].append(out)
             states[i] = space.state_after([out], states[i])
+            if pages[i] and states[i] >= 0:
+                run, states[i] = space.forced_runs[states[i]]
+                outs[i] += run
         live = [i for i in live if states[i] not in (-1, space.done)]
-    return outs
+    return [row.answer(space) for row in rows]
 
 
 # -----------------------------------------------------------------------------
@@ -113,7 +126,7 @@ def encoder_baseline(shards, space, train_rows, rows, name, device, dtype, max_e
     start, encoder = time.perf_counter(), load_encoder(name)
     decoded = lambda split: space.tokenizer.decode_batch([shards.ids(i).tolist() for i in split])
     encode = lambda split: encode_texts(encoder, decoded(split), encoder.config.n_pos)
-    values = lambda split: field_texts(space, [shards.answer(i).tolist() for i in split])
+    values = lambda split: field_texts(space, [shards.outs(i) for i in split])
     texts, of_train = encode(train_rows), values(train_rows)
     kinds = {field: sorted(set(of_train[field])) for field in space.schema.paths}
     lists = {leaf.path for leaf in space.schema.leaves if leaf.is_list}  # one head against the rest for each member

@@ -108,7 +108,7 @@ def print_confidence_and_cost(checkpoint, student, space, shards, rows, free_ans
     cost = compute_cost(checkpoint['work'], len(rows) / (time.perf_counter() - start), *prices)
     odd = np.flatnonzero(shards.is_odd(rows))                   # temperatures are fitted on the even ones
     student_values = field_texts(space, [answers[n] for n in odd])
-    teacher_values = field_texts(space, [shards.answer(rows[n]).tolist() for n in odd])
+    teacher_values = field_texts(space, [shards.outs(rows[n]) for n in odd])
     hits = same_values(student_values, teacher_values)
     temperature = {field: figures['temperature'] for field, figures in checkpoint['per_field'].items()}
     raw, confidence = (
@@ -198,7 +198,7 @@ def print_examples(space, shards, rows, answers, n, source):
     def values_of(outs):
         answer = space.to_json(outs)
         return [shown(leaf.get(answer)) if answer else '(not JSON)' for leaf in space.schema.leaves]
-    pairs = [(values_of(shards.answer(i).tolist()), values_of(outs)) for i, outs in zip(rows[:n], answers)]
+    pairs = [(values_of(shards.outs(i)), values_of(outs)) for i, outs in zip(rows[:n], answers)]
     widths = [max(map(len, column)) for column in zip(space.schema.paths, *(row for pair in pairs for row in pair))]
     print(' ' * 10, *(name.ljust(width + 1) for name, width in zip(space.schema.paths, widths)))
     for i, (teacher_values, student_values) in zip(rows, pairs):
@@ -314,7 +314,7 @@ if __name__ == '__main__':
     texts = Path('data', dataset, 'input.jsonl')
     if texts.is_file():
         truth = read_truth(texts, shards, rows)
-        outs_of = {source: [shards.answer(rows[n]).tolist() for n in truth],
+        outs_of = {source: [shards.outs(rows[n]) for n in truth],
                    'student': [answers[n] for n in truth]}
         for line in truth_lines(space, truth, outs_of):
             print(data_line(*line))
