@@ -161,10 +161,11 @@ class Student(nn.Module):
         self.encoder = encoder
         if encoder is not None:
             assert width == C and config.start_id == V, 'with an encoder the table has a row per output index, and V'
+            assert config.vocab_size == V + (3 if config.places else 1), 'and two more for what is pointed to'
             self.encoder_proj = nn.Linear(encoder.config.n_embd, C, bias=False)
         if config.places:
             assert encoder is not None, 'a text to point to is read by an encoder'
-            self.point_query, self.point_key = (nn.Linear(C, C, bias=False) for _ in range(2))
+            self.point_query, self.point_key = (nn.Linear(C, 2 * C, bias=False) for _ in range(2))  # first, last
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm_f = RMSNorm(C, eps=1e-6)
@@ -235,16 +236,24 @@ class Student(nn.Module):
             states = self.encoder_proj(self.encoder(text)).to(dtype)  # (R, T, C)
         if self.config.places:
             texts = (states, text >= 0) if cache is None else cache.keep_texts(states, text >= 0)
-            token = answer - self.config.output_vocab - 1   # (B, T) that is pointed to, or negative
-            pointed = texts[0].gather(1, token.clamp(min=0)[..., None].expand(-1, -1, states.size(-1)))
-            written = torch.where(token[..., None] >= 0, pointed.to(dtype), written)
+            place = answer - self.config.output_vocab - 1   # (B, Ta) 2 t or 2 t + 1, or negative
+            token = place.clamp(min=0)[..., None] // 2      # (B, Ta, 1)
+            pointed = texts[0].gather(1, token.expand(-1, -1, states.size(-1))).to(dtype)
+            kind = self.wte.weight[self.config.output_vocab + 1 + place % 2]  # (B, Ta, C) of a first, of a last one
+            written = torch.where(place[..., None] >= 0, pointed + kind, written)
         return torch.cat((states.flatten(0, 1), written.flatten(0, 1)))[source], texts
 
     def point(self, x, logits, answer, only_last, states, used):
         """logits (n, V), and those of all places: (n, V + 1 + T). x (n, C): what the head has read; states (B, T, C),
         used (B, T): of the texts"""
-        asked = answer[:, :1] >= 0 if only_last else answer >= 0  # (B, Ta): where x stands
-        query = x.new_zeros(*asked.shape, x.size(-1)).index_put((asked,), self.point_query(x))
+        asked, place = answer >= 0, answer - self.config.output_vocab - 1  # (B, Ta) where x stands
+        after_first = (place >= 0) & (place % 2 == 0)       # (B, Ta): there the last one is asked for
+        if only_last:
+            after_first = after_first.gather(1, asked.sum(1, keepdim=True) - 1)  # (B, 1)
+            asked = torch.ones_like(after_first)
+        which = torch.stack((~after_first, after_first), -1)[asked]  # (n, 2)
+        query = (self.point_query(x).unflatten(-1, (2, -1)) * which[..., None]).flatten(1)  # (n, 2 C)
+        query = query.new_zeros(*asked.shape, query.size(-1)).index_put((asked,), query)  # (B, Ta, 2 C)
         scores = query @ self.point_key(states.float()).mT / math.sqrt(x.size(-1))  # (B, Ta, T)
         scores = scores.masked_fill(~used[:, None], -1e4)[asked]  # (n, T)
         return torch.cat((logits, torch.full_like(logits[:, :1], -1e4), scores), 1)

@@ -22,6 +22,7 @@ import torch
 from distil.checkpoint import warn_changed_task
 from distil.decode import Row, mask_illegal, pad_rows
 from distil.labeler import Labeler
+from distil.places import place_input
 from distil.reader import read_pages
 
 name = ''            # word; out/<name> is the student ...
@@ -73,6 +74,7 @@ def answer_text(student, space, ids):
             decisions.append((space.leaf_at[state], allowed, chosen))
             if chosen > space.V:                                # a place of the text, see distil/places.py
                 row.places.append(chosen - space.V - 1)
+                chosen = place_input(space.V, row.places[-1], len(row.places) % 2 == 0)
                 out = space.place_symbol(state)
         if space.decides[state] or not row.page:                # a student that copies values reads decisions alone
             row.feed.append(chosen)

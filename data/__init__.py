@@ -32,13 +32,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from distil.places import MOST_PLACES, Source
+from distil.places import MOST_PLACES, Source, point
 from distil.space import OutputSpace, Outs, clean, kept_part
 
 FORMAT = 1
 DTYPES = {'input': np.dtype('<u4'), 'output': np.dtype('<u2'), 'logits': np.dtype('<f2'),
           'stats': np.dtype('<f4'), 'places': np.dtype('<u2'), 'weights': np.dtype('<f2'), 'index': np.dtype('<u8')}
-HIDDEN = -1e4           # logit of a place where none may come
 
 
 def cut_text(text, tokenizer, task):
@@ -371,10 +370,12 @@ class Shards:
         student's token, and teacher_logits are (n, V + 1 + T)."""
         texts = [self.encoded[i] if i in self.encoded else self.ids(i) for i in map(int, rows)]
         outs, V = [self.answer(i) for i in rows], len(self.meta['output_ids'])
-        logits = np.concatenate([self.logits(i) for i in rows])
+        read, logits = outs, np.concatenate([self.logits(i) for i in rows])
         if self.has_places:
-            outs, logits = self.point(rows, outs, logits, max(map(len, texts)))
-        padded = [pad(texts), pad([[V, *o[:-1]] for o in outs]), pad(outs), logits]
+            pointed = [point(self, i, max(map(len, texts))) for i in map(int, rows)]
+            read, outs, logits = [part for part, *_ in pointed], [part for _, part, _ in pointed], np.concatenate(
+                [part for *_, part in pointed])
+        padded = [pad(texts), pad([[V, *o[:-1]] for o in read]), pad(outs), logits]
         return tuple(map(torch.from_numpy, padded))
 
     def steps(self, i):
@@ -385,29 +386,6 @@ class Shards:
             self.read[i] = np.flatnonzero([self.task_space.decides[state] for state in states]
                                           if states else np.ones(len(outs)))
         return self.read[i]
-
-    def point(self, rows, outs, logits, T):
-        """(outs, logits) of batch() with the places of texts of up to T tokens. A token has the probability of all
-        characters in it; one that the student does not read is lost to the last token."""
-        V, wide = logits.shape[1], np.full((len(logits), logits.shape[1] + 1 + T), HIDDEN, np.float32)
-        wide[:, :V], outs, row = logits, [of_row.astype(np.int64) for of_row in outs], 0
-        for i, of_row in zip(map(int, rows), outs):
-            (starts, ends), is_end, tops = self.pages[i], False, self.answer(i, 'stats')[:, 0]
-            places, weights = self.answer(i, 'places'), self.answer(i, 'weights').astype(np.float32)
-            for n in np.flatnonzero((weights > -np.inf).any(1)):
-                known = weights[n] > -np.inf
-                at = places[n][known].astype(np.int64)[:, None] - is_end  # (k, 1) characters
-                inside = (starts <= at) & (at < ends)           # (k, T of the text)
-                token = np.where(inside.any(1), inside.argmax(1), len(starts) - 2)
-                wide[row + n, :V] = logits[row + n] + tops[n]
-                np.logaddexp.at(wide[row + n], V + 1 + token, weights[n][known])
-                if of_row[n] >= V:
-                    of_row[n], is_end = V + 1 + token[0], not is_end
-            row += len(of_row)
-        kept = [self.steps(i) for i in map(int, rows)]
-        ends = np.cumsum([len(of_row) for of_row in outs])
-        wide = wide[np.concatenate([steps + end - len(of_row) for steps, end, of_row in zip(kept, ends, outs)])]
-        return [of_row[steps] for of_row, steps in zip(outs, kept)], wide
 
 
 def pad(rows):

@@ -145,7 +145,8 @@ def evaluate(student, space, shards, rows, batch_size=64):
         per_field[field]['temperature'] = fit_temperature(of_field, hits)
     mean = float(np.mean([of_field['agree'] for of_field in per_field.values()]))
     majority = float(np.mean([of_field['majority'] for of_field in per_field.values()]))
-    free_hits = sum(a == b for outs, target in zip(answers, targets) for a, b in zip(outs, target))
+    read = [shards.steps(i) for i in rows]                      # the tokens that a student writes
+    free_hits = sum(a[n] == b[n] for a, b, of_row in zip(answers, targets, read) for n in of_row if n < len(a))
     figures = {'records': len(rows), 'kl': kl / steps, 'ce': ce / steps,
                'teacher_forced': forced_hits / steps, 'student_only': free_hits / steps,
                'exact': sum(outs == target for outs, target in zip(answers, targets)) / len(rows),

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from distil.drafts import Drafts, Forced, accepted_prefix
+from distil.places import place_input
 from distil.reader import read_pages, text_room
 from distil.space import Outs
 
@@ -127,6 +128,7 @@ class Row:
         last, state = accepted[-1], self.states[len(accepted) - 1]
         if last > space.V:                                      # a place; a draft has none
             self.places.append(last - space.V - 1)
+            last = place_input(space.V, self.places[-1], len(self.places) % 2 == 0)
             accepted[-1] = space.place_symbol(state) if state in space.copy_at else -1
         for n, out in enumerate(accepted[n_forced:]):
             state = self.states[n_forced + n]
@@ -340,13 +342,13 @@ def value_probabilities(student, space, ids, outs, decisions, temperature=None):
 
 def begin_row(space, page, outs, begun):
     """what a student reads of the beginning of an answer, a list of output indices: the start token and these; with a
-    Page of the text the decisions alone, and for a place V + 1 + the token of the text. outs: the whole answer."""
+    Page of the text the decisions alone, and places as place_input says. outs: the whole answer."""
     if page is None:
         return [space.V, *begun]
-    places = iter([page.token_of(at, is_end) for start, end, _ in outs.spans
-                   for at, is_end in ((start, False), (end, True))])
+    places = iter([place_input(space.V, page.token_of(at, is_last), is_last) for start, end, _ in outs.spans
+                   for at, is_last in ((start, False), (end, True))])
     decided = [out for out, state in zip(begun, space.states_before(begun)) if space.decides[state]]
-    return [space.V, *(out if out < space.V else space.V + 1 + next(places) for out in decided)]
+    return [space.V, *(out if out < space.V else next(places) for out in decided)]
 
 
 def read_rows(student, text, fed):
@@ -369,7 +371,7 @@ def span_probabilities(student, space, ids, outs, decisions, temperature=None, m
         p = (logits_at[n][1] / tau.get(part.group, 1.0)).softmax(-1)[V + 1:]  # (T,) of each first place
         firsts = [first for first in p.topk(min(most, len(p))).indices.tolist() if p[first] > 0]
         begun, spans = begin_row(space, page, outs, outs[:n]), []
-        for first, row in zip(firsts, read_rows(student, text, [[*begun, V + 1 + first] for first in firsts])):
+        for first, row in zip(firsts, read_rows(student, text, [[*begun, place_input(V, first, False)] for first in firsts])):
             able = page.lasts(part, first)
             q = (row[[V + 1 + last for last in able]] / tau.get(part.group, 1.0)).softmax(-1)
             spans.append((*page.span(part, first, able[int(q.argmax())]), (p[first] * q.max()).item()))

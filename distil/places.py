@@ -20,6 +20,7 @@ from distil.candidates import find_candidates
 from distil.values import json_text, plain
 
 MOST_PLACES = 8  # of a copied value that are stored
+HIDDEN = -1e4    # logit of a place where none may come
 ALONE = re.compile('[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]')
 
 
@@ -133,3 +134,31 @@ class Page:
             return start, end, self.source.text[start:end]
         return next(((start, end, value) for a, b, start, end, value in self.spans(part.kind) if (a, b) == (first, last)),
                     (0, 0, None))
+
+
+def place_input(V, token, is_last):
+    """what a student reads of a place: see model.py."""
+    return V + 1 + 2 * token + is_last
+
+
+def point(shards, i, T):
+    """(what a student reads of the answer of record i, its targets, its logits (n, V + 1 + T)), as Shards.batch gives
+    them: of the decisions alone, with places as tokens of a text of up to T. A token has the probability of all
+    characters in it; one that the student does not read is lost to the last token."""
+    outs, logits, tops = shards.answer(i).astype(np.int64), shards.logits(i), shards.answer(i, 'stats')[:, 0]
+    places, weights = shards.answer(i, 'places'), shards.answer(i, 'weights').astype(np.float32)
+    V, (starts, ends), is_last = logits.shape[1], shards.pages[i], False
+    wide = np.concatenate((logits, np.full((len(outs), 1 + T), HIDDEN, np.float32)), 1)
+    read, targets = outs.copy(), outs.copy()
+    for n in np.flatnonzero((weights > -np.inf).any(1)):
+        known = weights[n] > -np.inf
+        at = places[n][known].astype(np.int64)[:, None] - is_last  # (k, 1) characters
+        inside = (starts <= at) & (at < ends)                   # (k, T of the text)
+        token = np.where(inside.any(1), inside.argmax(1), len(starts) - 2)
+        wide[n, :V] += tops[n]                                  # these are log probabilities
+        np.logaddexp.at(wide[n], V + 1 + token, weights[n][known])
+        if outs[n] >= V:
+            targets[n], read[n] = V + 1 + token[0], place_input(V, token[0], is_last)
+            is_last = not is_last
+    steps = shards.steps(i)
+    return read[steps], targets[steps], wide[steps]

@@ -29,8 +29,8 @@ def new_student(config, meta):
             print(f'loading {config["reader"]}, which reads for the student')
             encoder = load_encoder(config['reader'], config['reader_layers'])
             encoder.keep_end = bool(meta.get('keep_end'))
-            # the table has the output tokens and the start token
-            sizes |= {'vocab_size': V + 1, 'start_id': V, 'encoder': asdict(encoder.config)}
+            # the table has the output tokens, the start token and two kinds of places
+            sizes |= {'vocab_size': V + 1 + 2 * bool(copied), 'start_id': V, 'encoder': asdict(encoder.config)}
             return Student(StudentConfig(**sizes), encoder)
         sizes |= {key: meta[key] for key in ('vocab_size', 'output_ids', 'start_id')}
         if config['init_from'] != 'teacher':

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from data import HIDDEN, Record, Shards, Writer
+from data import Record, Shards, Writer
 from distil.candidates import read_locale
 from distil.copying import answer_slowly, token_bytes
 from distil.decode import confidence_of, decode, span_probabilities, value_probabilities
 from distil.drafts import Drafts, Forced
 from distil.engine import Teacher, answer
-from distil.places import Source, find_edges
+from distil.places import HIDDEN, Source, find_edges
 from distil.reader import load_encoder
 from distil.schema import Schema
 from distil.shares import NotInText, record_from_label
@@ -173,7 +173,8 @@ def test_a_label_is_stored_and_read_again(tokenizer, tmp_path):
     assert teacher.shape == (2 * len(decided), V + 1 + 10) and shards.steps(0).tolist() == decided
     steps = [decided.index(n) for n in steps]                   # the student reads decisions alone
     pointed = [targets[0, n].item() - V - 1 for n in steps]
-    assert pointed == [1, 1, 7, 7, 1, 1, 3, 3, 5, 5, 4, 4] and answer_[0, steps[0] + 1] == V + 2
+    assert pointed == [1, 1, 7, 7, 1, 1, 3, 3, 5, 5, 4, 4]
+    assert answer_[0, [n + 1 for n in steps[:4]]].tolist() == [V + 3, V + 4, V + 15, V + 16]
     row = teacher[steps[0]].exp()
     assert (teacher[steps[0], :V] < -20).all() and row[V + 2] == pytest.approx(0.5, abs=1e-3) == row[V + 4].item()
     assert (teacher[0, V:] == HIDDEN).all()                     # the tone: no place may come
@@ -194,7 +195,7 @@ def pointing(bert, tokenizer):
     torch.manual_seed(1)
     space = open_space(tokenizer)
     encoder, V = load_encoder(str(bert)), len(space.output_ids)
-    student = Student(StudentConfig(vocab_size=V + 1, output_vocab=V, block_size=160, n_layer=2, n_head=4, n_kv_head=2,
+    student = Student(StudentConfig(vocab_size=V + 3, output_vocab=V, block_size=160, n_layer=2, n_head=4, n_kv_head=2,
                                     n_embd=16, n_mlp=32, start_id=V, encoder=vars(encoder.config), places=True), encoder)
     for name, p in student.named_parameters():
         p.data *= 1 if name.startswith('encoder.') else 4    # decisions that are not near ties
@@ -243,19 +244,22 @@ def test_the_student_reads_what_it_points_to(pointing, texts):
     student, space = pointing
     V = space.V
     text = torch.tensor([[7, 9, 11, 13], [8, 10, -1, -1]])
-    answer_ = torch.tensor([[V, 3, V + 1 + 2, V + 1 + 3], [V, V + 1 + 1, -1, -1]])
+    answer_ = torch.tensor([[V, 3, V + 1 + 2 * 2, V + 2 + 2 * 3], [V, V + 1 + 2 * 1, -1, -1]])
     logits = student(text, answer_)
     assert logits.shape == (6, V + 1 + 4) and (logits[4:, V + 3:] == -1e4).all() and (logits[:, V] == -1e4).all()
     for b, n_text, n_answer, rows in ((0, 4, 4, slice(0, 4)), (1, 2, 2, slice(4, 6))):
         states = student.encoder_proj(student.encoder(text[b:b + 1, :n_text]))[0]
-        written = [states[a - V - 1] if a > V else student.wte.weight[a] for a in answer_[b, :n_answer].tolist()]
+        written = [states[(a - V - 1) // 2] + student.wte.weight[V + 1 + (a - V - 1) % 2] if a > V else
+                   student.wte.weight[a] for a in answer_[b, :n_answer].tolist()]
         x = torch.cat((states, torch.stack(written)))[None]
         angle = torch.arange(x.size(1))[:, None] * student.rope_freq
         angle = torch.cat((angle, angle), -1)[None, None]
         for block in student.h:
             x = block(x, angle.cos(), angle.sin())
         x = student.norm_f(x)[0, n_text:]
-        scores = student.point_query(x) @ student.point_key(states).T / x.size(-1) ** 0.5
+        query, key = student.point_query(x).view(n_answer, 2, -1), student.point_key(states).view(n_text, 2, -1)
+        asked = [int(a > V and (a - V - 1) % 2 == 0) for a in answer_[b, :n_answer].tolist()]  # 1: for the last place
+        scores = torch.stack([key[:, k] @ q[k] for k, q in zip(asked, query)]) / x.size(-1) ** 0.5
         torch.testing.assert_close(logits[rows, :V], student.lm_head(x), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(logits[rows, V + 1:V + 1 + n_text], scores, atol=1e-4, rtol=1e-4)
     logits[2, V + 1:].logsumexp(0).backward()

@@ -15,6 +15,7 @@ from config.machine import pick_dtype
 from data import batches
 from distil.agreement import field_texts, measure_members, same_values
 from distil.decode import Cache, Row, mask_illegal, pad_rows
+from distil.places import place_input
 from distil.reader import encode_texts, load_encoder, read_pages
 from distil.schema import members
 from distil.values import json_text
@@ -83,6 +84,7 @@ def stepwise(student, space, texts, constrain=True):
             fed[i] = [out]
             if out > V:
                 rows[i].places.append(out - V - 1)
+                fed[i] = [place_input(V, out - V - 1, len(rows[i].places) % 2 == 0)]
                 out = space.place_symbol(states[i]) if states[i] in space.copy_at else -1
             outs[i].append(out)
             states[i] = space.state_after([out], states[i])
