@@ -184,8 +184,10 @@ class Student(nn.Module):
             nn.init.normal_(self.wte_proj.weight, std=width ** -0.5)  # keeps the variance
         if encoder is not None:                             # so does this
             nn.init.normal_(self.encoder_proj.weight, std=encoder.config.n_embd ** -0.5)
-        for part in (self.point_query, self.point_key) if config.places else ():
-            nn.init.normal_(part.weight, std=C ** -0.5)
+        if config.places:                                   # beside the states of a text, its own words are as large
+            nn.init.normal_(self.wte.weight)
+            for part in (self.point_query, self.point_key):
+                nn.init.normal_(part.weight, std=C ** -0.5)
 
     def forward(self, text, answer, cache=None, only_last=False):
         """text (R, T) ids, answer (B, T) output indices, the start token V first; -1 pads both on the right. Row b is

@@ -6,6 +6,7 @@
 """
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,14 +16,26 @@ from objects import plain  # it lies beside this file
 MANY = 20        # a part with more values may be free text
 MOST_ITEMS = 16  # of a list that is no set of constants
 PAIRS = 100      # members of lists whose order is counted
-COPIED = '; its values stand in the texts: they cannot be answered yet'
+IN_TEXT = 0.8    # share of the values of a copied part that stand in the texts
+ISO_DATE = re.compile(r'\d{4}-\d\d-(\d\d)')
+
+
+def stands_in(value, text):
+    """True if a text or number is to be read in a text, in small letters. Of a date its day, since 2026-05-03 is written
+    in many ways."""
+    if isinstance(value, str):
+        date = ISO_DATE.fullmatch(value)
+        return bool(value.strip()) and value.casefold().strip() in text or bool(date) and stands_in(int(date[1]), text)
+    if type(value) not in (int, float):
+        return False
+    return value in {float(digits.replace(',', '')) for digits in re.findall(r'\d+(?:,\d{3})*(?:\.\d+)?', text)}
 
 
 class Part:
     """all that stands at one place of the answers, such as customer.mood or findings[].kind."""
 
     def __init__(self):
-        self.constants, self.n_copied = Counter(), 0            # {JSON text: n}; texts that stand in what was asked
+        self.constants, self.n_copied = Counter(), 0            # {JSON text: n}; those that stand in what was asked
         self.forms, self.properties = Counter(), defaultdict(Part)  # of objects: {their keys: n}
         self.lengths, self.item = Counter(), None               # of lists
         self.n_repeated, self.pairs = 0, Counter()              # lists with a member twice; {(member, a later one): n}
@@ -44,7 +57,7 @@ class Part:
                 self.pairs.update((one, other) for n, one in enumerate(texts) for other in texts[n + 1:n + PAIRS])
         elif not isinstance(value, float) or math.isfinite(value):
             self.constants[json.dumps(value)] += 1
-            self.n_copied += isinstance(value, str) and bool(value.strip()) and value.casefold().strip() in text
+            self.n_copied += stands_in(value, text)
 
     def merged(self):
         """the Counter of its constants in which 1 and 1.0 are one value, in its more common spelling."""
@@ -53,16 +66,25 @@ class Part:
             merged[spelled.setdefault(json.dumps(plain(json.loads(text))), text)] += n
         return merged
 
+    def copied(self):
+        """the JSON Schema of its values, if they are copied from the texts, else None."""
+        values = [json.loads(text) for text in self.constants.elements() if text not in ('null', '""')]
+        kinds = {type(value) for value in values}
+        if not values or self.n_copied < IN_TEXT * len(values) or not (kinds == {str} or kinds <= {int, float}):
+            return None
+        if kinds == {str}:
+            is_date = all(ISO_DATE.fullmatch(value) for value in values)
+            return {'type': 'string', 'format': 'date'} if is_date else {'type': 'string'}
+        return {'type': 'integer' if all(value == int(value) for value in values) else 'number'}
+
     def describe_values(self, path):
         """how many different values it has, '' if none. path: where it stands."""
         counts = self.merged()
         values = [json.loads(text) for text in counts if text != 'null']
-        n_texts = sum(n for text, n in counts.items() if text.startswith('"'))
         kind = 'texts' if values and all(isinstance(value, str) for value in values) else \
             'numbers' if all(type(value) in (int, float) for value in values) else 'values'
         where = 'items' if '[]' in path else 'answers'
-        copied = COPIED if n_texts and self.n_copied >= 0.8 * n_texts else ''
-        return f'{len(values)} different {kind} in {counts.total()} {where}{copied}' if values else ''
+        return f'{len(values)} different {kind} in {counts.total()} {where}' if values else ''
 
 
 @dataclass
@@ -92,8 +114,8 @@ class Found:
 
 def has_choice(schema):
     """True if a JSON Schema that infer makes is more than constants."""
-    if 'enum' in schema:
-        return len(schema['enum']) > 1
+    if 'enum' in schema or not {'properties', 'items', 'anyOf'} & {*schema}:
+        return len(schema.get('enum', (0, 1))) > 1
     return 'properties' not in schema or any(map(has_choice, schema['properties'].values())) or \
         {*schema['properties']} != {*schema['required']}
 
@@ -141,6 +163,9 @@ def read_part(part, path, left_out, notes):
         notes.append(f'{path!r}: not used, as they are no {kind}: {n_others}')
     if kind == 'constants':
         if reason := why_no_field(part, counts, path):
+            if copied := part.copied():
+                notes.append(f'{path!r}: copied from the text: {reason}' + f', null {n_null}' * bool(n_null))
+                return {**copied, 'type': [copied['type'], 'null']} if n_null or '""' in counts else copied
             left_out[path] = reason
             return None
         notes.append(f'{path!r}: {describe_counts(counts)}')

@@ -171,7 +171,7 @@ class Fit:
             elif kind in ('string', 'integer', 'number'):
                 why = why_no_number(one, kind) if kind != 'string' else f'a text of the form {one["pattern"]}' \
                     if 'pattern' in one else f'a {one["format"]}' if 'format' in one else 'free text'
-                if why and not self.fill(owner, kind, path, seen):
+                if why and not self.fill(owner, kind, path, seen) and not is_copied(seen):
                     known = seen.describe_values(path) if seen else ''
                     return f'{why} ({known})' if known else why
                 constants.append(True)
@@ -245,6 +245,11 @@ class Fit:
                 found.append(max([5, *(len(json.dumps(one[key])) for key in ('minimum', 'maximum', 'multipleOf')
                                        if key in one)]))
         return max(found)
+
+
+def is_copied(seen):
+    """True if the values of a Part stand in the texts, or if none are known."""
+    return not seen or not seen.constants.keys() - {'null', '""'} or seen.copied() is not None
 
 
 def has_object(value):

@@ -58,11 +58,16 @@ def read_pages(student, space, texts):
     """(the ids that student_ids gives, the Page of each text, see places.py); None for each if nothing is copied."""
     if not space.schema.copied:
         return student_ids(student, space, texts), [None] * len(texts)
-    strings, room = space.tokenizer.decode_batch([list(map(int, ids)) for ids in texts]), text_room(student, space)
-    encodings = student.encoder.tokenizer.encode_batch(strings)
-    cut = lambda row: cut_row(student.encoder, row, room)
+    strings = space.tokenizer.decode_batch([list(map(int, ids)) for ids in texts])
+    return encode_pages(student.encoder, space, strings, text_room(student, space))
+
+
+def encode_pages(encoder, space, texts, max_tokens):
+    """(lists of ids, as encode_texts gives them, of strings; the Page of each)."""
+    encodings = encoder.tokenizer.encode_batch(texts)
+    cut = lambda row: cut_row(encoder, row, max_tokens)
     return [cut(encoding.ids) for encoding in encodings], [
-        Page(Source(text, space), cut(encoding.offsets)) for text, encoding in zip(strings, encodings)]
+        Page(Source(text, space), cut(encoding.offsets)) for text, encoding in zip(texts, encodings)]
 
 
 def count_cut(student, space, ids, max_text):

@@ -272,7 +272,7 @@ def test_the_linear_baseline_is_the_better_of_words_and_characters_and_stops_no_
     def baseline(texts, values):
         encode = lambda text: np.array(space.tokenizer.encode(text, add_special_tokens=False).ids)
         shards = SimpleNamespace(ids=lambda i: encode(texts[i]),
-                                 answer=lambda i: np.array(space.from_json({'n': 0, 'tone': values[i], 'ok': True})))
+                                 outs=lambda i: space.from_json({'n': 0, 'tone': values[i], 'ok': True}))
         return linear_baseline(shards, space, range(80), range(80, 100))
     tones = ['neutral', 'friendly'] * 50
     letters = ['ab' if tone == 'neutral' else 'yz' for tone in tones]

@@ -7,7 +7,7 @@ import pytest
 from config import PROGRAMS
 from tests.conftest import ROOT, describe_skips
 
-SCRIPTS = {'extract.py': 360, 'model.py': 300, 'train.py': 360, 'sample.py': 260}  # lines of each, see fits()
+SCRIPTS = {'extract.py': 360, 'model.py': 320, 'train.py': 360, 'sample.py': 260}  # lines of each, see fits()
 ROOMS = 'distil', 'tools', 'serve', 'device', 'data', 'config', 'docs'
 OURS = {'extract', 'model', 'train', 'sample', 'tests', *ROOMS}
 HEADER = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root"

@@ -91,17 +91,12 @@ def test_the_json_schema_of_pydantic_is_taken_and_its_answers_validate():
 
 
 @pytest.mark.parametrize('part, message', [
-    ({'type': 'string'}, "x is free text: list its values (enum), or leave it out: left_out = ['x']"),
-    ({'type': 'array', 'items': {'type': 'string'}}, "x[] is free text: list its values (enum), or leave it out: left_out = ['x']"),
-    ({'type': 'integer'}, 'x is any integer: give it a minimum and a maximum'),
-    ({'type': 'number', 'minimum': 0, 'maximum': 1}, 'x is any number: give it a multipleOf, such as 0.1'),
-    ({'type': 'integer', 'minimum': 0, 'maximum': 9999}, 'x has 10000 values: at most 1001 can be learned'),
     ({'type': 'object', 'additionalProperties': {'type': 'string'}}, 'x is an object whose keys are not known'),
     ({'type': 'object', 'patternProperties': {}}, 'x has patternProperties'),
     ({'anyOf': [{'type': 'string'}, OF(a={'enum': [1, 2]})]}, 'x may be one of 2 kinds of objects, lists or texts'),
     ({'$ref': '#/$defs/Node'}, 'x.inner refers to #/$defs/Node again, in which it stands'),
     ({'$ref': '#/$defs/None'}, 'x refers to #/$defs/None, which is not in the schema'),
-    ({'type': 'string', 'format': 'date'}, 'x is a date'), (True, 'x allows any value'), ({}, 'x allows any value'),
+    (True, 'x allows any value'), ({}, 'x allows any value'),
     ({'type': 'array', 'items': {'enum': [1, 2]}, 'minItems': 3, 'maxItems': 2}, 'x has minItems = 3 and maxItems = 2')])
 def test_what_cannot_be_answered_is_named_with_what_to_do(part, message):
     node = OF(ok={'type': 'boolean'}, inner={'anyOf': [{'$ref': '#/$defs/Node'}, {'type': 'null'}]})

@@ -16,9 +16,10 @@ from data import batches
 from distil.agreement import field_texts, measure_members, same_values
 from distil.decode import Cache, Row, mask_illegal, pad_rows
 from distil.places import place_input
-from distil.reader import encode_texts, load_encoder, read_pages
+from distil.reader import encode_pages, encode_texts, load_encoder, read_pages
 from distil.schema import members
 from distil.values import json_text
+from tools.tagger import Tags
 
 
 class SchemaProcessor(LogitsProcessor):
@@ -100,25 +101,27 @@ def stepwise(student, space, texts, constrain=True):
 
 
 class Classifier(nn.Module):
-    """an encoder (distil/reader.py), and a linear head per field on the mean of its states"""
+    """an encoder (distil/reader.py), a linear head per field on the mean of its states, and one on each state, for tags"""
 
-    def __init__(self, encoder, counts):
+    def __init__(self, encoder, counts, n_tags):
         super().__init__()
         self.encoder = encoder
         self.heads = nn.ModuleList(nn.Linear(encoder.config.n_embd, n) for n in counts)
+        self.tag = nn.Linear(encoder.config.n_embd, n_tags)
 
     def forward(self, rows):
-        """rows: lists of the encoder's ids -> logits of each field, (B, its number of values) each"""
+        """rows: lists of the encoder's ids -> (logits of each field, (B, its number of values) each; of the tags, (all
+        tokens, number of tags))"""
         text = pad_rows(rows, self.heads[0].weight.device)      # (B, T)
         states, used = self.encoder(text), text >= 0            # (B, T, C), (B, T)
         mean = (states * used[..., None]).sum(1) / used.sum(1, keepdim=True)  # (B, C)
-        return [head(mean) for head in self.heads]
+        return [head(mean) for head in self.heads], self.tag(states[used])
 
 
 def encoder_baseline(shards, space, train_rows, rows, name, device, dtype, max_epochs=6, batch_size=32, lr=1e-4,
                      seed=1337):
     """fine-tunes the encoder `name` with a linear head per field on the teacher's values in train_rows,
-    and measures its agreement in rows. Returns {field, exact, minutes}.
+    and measures its agreement in rows; copied values by tags (tagger.py). Returns {field, exact, minutes}.
 
     The usual recipe (Devlin et al. 2019, https://arxiv.org/abs/1810.04805): all weights are trained with
     AdamW at a rate that rises for a tenth of the steps and then falls to 0; heads start from nothing, at
@@ -127,11 +130,21 @@ def encoder_baseline(shards, space, train_rows, rows, name, device, dtype, max_e
     torch.manual_seed(seed)
     start, encoder = time.perf_counter(), load_encoder(name)
     decoded = lambda split: space.tokenizer.decode_batch([shards.ids(i).tolist() for i in split])
-    encode = lambda split: encode_texts(encoder, decoded(split), encoder.config.n_pos)
+    outs_of = lambda split: [shards.outs(i) for i in split]
+    tags = Tags(space, outs_of(train_rows) if space.schema.copied else [])
+
+    def encode(split):
+        """(ids of each text, its tokens' starts and ends, and the text)"""
+        texts = decoded(split)
+        if not space.schema.copied:
+            return encode_texts(encoder, texts, encoder.config.n_pos), [], [], texts
+        ids, pages = encode_pages(encoder, space, texts, encoder.config.n_pos)
+        return ids, [page.starts.tolist() for page in pages], [page.ends.tolist() for page in pages], texts
     values = lambda split: field_texts(space, [shards.outs(i) for i in split])
-    texts, of_train = encode(train_rows), values(train_rows)
-    kinds = {field: sorted(set(of_train[field])) for field in space.schema.paths}
-    lists = {leaf.path for leaf in space.schema.leaves if leaf.is_list}  # one head against the rest for each member
+    (texts, starts, ends, _), of_train = encode(train_rows), values(train_rows)
+    tag_rows = [tags.label(*of_text) for of_text in zip(starts, ends, outs_of(train_rows))]
+    kinds = {field: sorted(set(of_train[field])) for field in space.schema.paths if field not in tags.paths}
+    lists = {leaf.path for leaf in space.schema.leaves if leaf.is_list and leaf.path in kinds}  # one head against the rest for each member
     kinds |= {field: sorted({member for text in of_train[field] for member in members(text)}) for field in lists}
 
     def label_of(field, value):
@@ -140,9 +153,9 @@ def encoder_baseline(shards, space, train_rows, rows, name, device, dtype, max_e
         return kinds[field].index(value)
     labels = [torch.tensor([label_of(field, value) for value in of_train[field]], device=device)
               for field in kinds]                               # (N,) each, (N, members) of a list
-    model = Classifier(encoder, map(len, kinds.values())).to(device).train()
+    model = Classifier(encoder, map(len, kinds.values()), len(tags.tags)).to(device).train()
     optimizer = torch.optim.AdamW([{'params': model.encoder.parameters(), 'share': 1},
-                                   {'params': model.heads.parameters(), 'share': 10}], weight_decay=0.01, fused=True)
+                                   {'params': [*model.heads.parameters(), *model.tag.parameters()], 'share': 10}], weight_decay=0.01, fused=True)
     lengths, n_steps = np.array([len(row) for row in texts]), max_epochs * math.ceil(len(texts) / batch_size)
     order = (part for epoch in range(max_epochs) for part in batches(lengths, batch_size, seed, epoch))
     autocast = torch.autocast(device, torch.bfloat16, enabled=pick_dtype(dtype, device) == torch.bfloat16)
@@ -150,10 +163,13 @@ def encoder_baseline(shards, space, train_rows, rows, name, device, dtype, max_e
         for group in optimizer.param_groups:
             group['lr'] = lr * group['share'] * min((step + 1) / n_steps * 10, (n_steps - step) / n_steps / 0.9)
         with autocast:
-            logits = model([texts[i] for i in part])
+            logits, of_tags = model([texts[i] for i in part])
         loss = sum(F.binary_cross_entropy_with_logits(of_field.float(), label[part]) if field in lists and kinds[field]
                    else F.cross_entropy(of_field.float(), label[part]) if field not in lists else 0.0
                    for field, of_field, label in zip(kinds, logits, labels))
+        if tag_rows:
+            loss = loss + F.cross_entropy(of_tags.float(), torch.tensor(
+                [number for i in part for number in tag_rows[i]], device=device))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -161,18 +177,23 @@ def encoder_baseline(shards, space, train_rows, rows, name, device, dtype, max_e
     minutes = (time.perf_counter() - start) / 60
     found, model = {field: [] for field in kinds}, model.eval()
     with torch.no_grad():
-        texts = encode(rows)
+        (texts, starts, ends, strings), told = encode(rows), []
         for first in range(0, len(texts), 128):
-            for (field, of_field), logits in zip(kinds.items(), model(texts[first:first + 128])):
+            of_fields, of_tags = model(texts[first:first + 128])
+            told += of_tags.argmax(-1).tolist()
+            for (field, of_field), logits in zip(kinds.items(), of_fields):
                 if field in lists:
                     order = space.schema.leaf(field).texts or of_field
                     found[field] += [json_text([json.loads(member) for member in sorted(
                         (of_field[n] for n in row.nonzero()[:, 0].tolist()), key=order.index)]) for row in logits > 0]
                 else:
                     found[field] += [of_field[n] for n in logits.argmax(-1).tolist()]
-    theirs = values(rows)
+    if tags.paths:
+        told = iter(told)
+        found |= tags.answers(strings, starts, ends, [[next(told) for _ in row] for row in texts])
+    theirs, lists = values(rows), {leaf.path for leaf in space.schema.leaves if leaf.is_list}
     hits = same_values(found, theirs)                           # (N, fields)
     micro_f1 = {f'encoder_micro_f1_{field}': measure_members(found[field], theirs[field])['micro_f1']
-                for field in kinds if field in lists}
+                for field in found if field in lists}
     return {'encoder_field': float(hits.mean()), 'encoder_exact': float(hits.all(1).mean()), 'minutes': minutes,
             **micro_f1}
