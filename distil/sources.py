@@ -65,13 +65,13 @@ class FromLabels:
     is_costly, n_read = False, 0
 
     def __init__(self, space):
-        self.space, self.not_in_text = space, {}                # {path: [values that could not be copied]}
+        self.space, self.not_in_text, self.n_labels = space, {}, 0  # not_in_text: {path: [(value, text)]}
 
     def answer(self, texts):
         return list(map(self.read, texts))
 
     def read(self, text):
-        label = text.given                                      # a dict, or a reason
+        label, self.n_labels = text.given, self.n_labels + 1    # a dict, or a reason
         if isinstance(label, str):
             return label
         words = self.space.tokenizer.decode(list(map(int, text.ids))) if self.space.schema.copied else ''
@@ -87,6 +87,8 @@ class FromLabels:
         for path, values in self.not_in_text.items():
             print(f'not_in_text: {len(values)} labels say what is not in the text at {path}, and are left out:', *(
                 f'  {said(value)[:80]} of: {words[:120]}' for value, words in values[:3]), sep='\n')
+            if len(values) > self.n_labels / 2:
+                print(f'  most are not: leave it out, left_out = [{path!r}], or list its values (enum)')
 
 
 class FromServer(FromLabels):

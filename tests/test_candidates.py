@@ -262,13 +262,14 @@ def test_requests_are_read_from_the_published_folder_and_from_lines(tmp_path):
             json.dumps({intent: requests}, ensure_ascii=False), encoding=encoding)
         (folder / intent / f'train_{intent}.json').write_text('a part of it')
     records = run_source(tmp_path, 'snips', 'published')
-    assert records == [
-        {'text': 'play Beyoncé', 'answer': {'intent': 'PlayMusic', 'slots': [{'slot': 'artist', 'value': 'Beyoncé'}]}},
+    assert sorted(records, key=lambda record: record['text']) == [
         {'text': 'play', 'answer': {'intent': 'PlayMusic', 'slots': []}},
+        {'text': 'play Beyoncé', 'answer': {'intent': 'PlayMusic', 'slots': [{'slot': 'artist', 'value': 'Beyoncé'}]}},
         {'text': 'rate Café Größe  5',
          'answer': {'intent': 'RateBook', 'slots': [{'slot': 'object_name', 'value': 'Café Größe'}]}}]
     (tmp_path / 'lines.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records[::-1]))
-    assert run_source(tmp_path, 'snips', 'lines.jsonl') == records[::-1]
+    again = run_source(tmp_path, 'snips', 'lines.jsonl')
+    assert sorted(map(str, again)) == sorted(map(str, records))
 
 
 @pytest.mark.parametrize('content, message', [

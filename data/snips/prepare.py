@@ -9,6 +9,7 @@ https://arxiv.org/abs/1805.10190; CC0; https://github.com/sonos/nlu-benchmark)
 """
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -63,6 +64,7 @@ try:
     records = list((read_published if os.path.isdir(sys.argv[1]) else read_lines)(sys.argv[1]))
 except (OSError, ValueError) as error:
     sys.exit(describe_error(error) if isinstance(error, OSError) else str(error))
+random.Random(1337).shuffle(records)                            # the files have one intent after another
 target = Path(__file__).parent / 'input.jsonl'
 write_lines(target, records)
 n_slots = sum(len(record['answer']['slots']) for record in records)
