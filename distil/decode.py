@@ -343,8 +343,8 @@ def begin_row(space, page, outs, begun):
     Page of the text the decisions alone, and for a place V + 1 + the token of the text. outs: the whole answer."""
     if page is None:
         return [space.V, *begun]
-    places = iter([page.token_of(at, is_end) for start, end, _ in outs.spans
-                   for at, is_end in ((start, False), (end, True))])
+    places = iter([0 if value is None else page.token_of(at, is_end) for start, end, value in outs.spans
+                   for at, is_end in ((start, False), (end, True))])  # 0: as decode has it where there is no number
     decided = [out for out, state in zip(begun, space.states_before(begun)) if space.decides[state]]
     return [space.V, *(out if out < space.V else space.V + 1 + next(places) for out in decided)]
 

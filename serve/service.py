@@ -10,7 +10,8 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from distil.decode import confidence_of, decode, value_probabilities
-from distil.values import json_text, said
+from distil.kinds import Copied
+from distil.values import MISSING, PRESENT, json_text, said
 from serve.metrics import Metrics
 from serve.request import Refusal
 from serve.upstream import Audit
@@ -96,9 +97,11 @@ class Decoder(threading.Thread):
 
 def values_of(schema, record):
     """yields (path, value as a text) of the leaves of a record: of a list each member, or its length if these are
-    objects."""
+    objects or copied; of a copied value whether there is one."""
     for leaf in schema.leaves:
         value = leaf.get(record)
+        if isinstance(leaf, Copied) and value is not None and value is not MISSING:
+            value = PRESENT
         for member in value if leaf.is_list and leaf.values else [len(value) if leaf.is_list else value]:
             yield leaf.path, said(member)
 

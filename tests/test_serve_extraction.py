@@ -110,8 +110,8 @@ def truth(labeler):
 def test_confidence_full_has_the_likeliest_values_and_null(labeler, truth):
     plain, seen = copy.copy(labeler), {'null': 0, 'value': 0}
     plain.confidence = True
-    for text, record in truth.items():
-        full, sure = record['_confidence'], plain([text])[0]['_confidence']
+    for (text, record), other in zip(truth.items(), plain(TEXTS)):
+        full, sure = record['_confidence'], other['_confidence']
         for part in labeler.space.schema.copied:
             maybe = labeler.space.schema.by_choice.get(f'{part.path}?')
             if part.path not in full:                           # of a list that is shorter, an object that is null
@@ -126,7 +126,7 @@ def test_confidence_full_has_the_likeliest_values_and_null(labeler, truth):
                 p = sure[part.path] * (sure.get(f'{part.path}?', 1) if part.kind == 'text' else 1)
                 once = clean(text).count(str(value)) == 1
                 name = value if part.kind == 'text' else json.dumps(value).strip('"')
-                assert shown[name] == pytest.approx(p, abs=3e-4) if once else shown[name] > p - 3e-4
+                assert shown[name] == pytest.approx(p, abs=3e-4) if once else shown[name] > p - 3e-4, (text, part.path, shown)
                 seen['value'] += 1
     assert min(seen.values()) > 4, seen
 
@@ -137,3 +137,93 @@ def test_a_value_that_stands_twice_has_the_probability_of_both_places(labeler):
     assert merge_spans(spans, (9, 13, 'Anna'))[0][:2] == (9, 13) and merge_spans(spans, (5, 8, 'Bob'))[0][:2] == (0, 4)
     one, = labeler(['friend'])
     assert {*one['_confidence']['word']} == {'friend'} and one['_confidence']['word']['friend'] == 1
+
+
+# -----------------------------------------------------------------------------
+# schemas
+
+
+def chat(service, text, schema=None, **more):
+    form = {'response_format': json_schema(schema)} if schema else {}
+    body = {'messages': [{'role': 'user', 'content': text}], **form, **more}
+    reply, = post_all(service, ('/v1/chat/completions', body))
+    if reply.status_code != 200:
+        return reply.status_code, reply.json()['error']['message']
+    return reply.json()['choices'][0]
+
+
+def nullable(part):
+    return {'anyOf': [part, {'type': 'null'}]}
+
+
+TEXT, NUMBER, WHOLE = {'type': 'string'}, {'type': 'number'}, {'type': 'integer'}
+
+
+@pytest.mark.parametrize('schema', [
+    of({'word': TEXT, 'name': nullable(TEXT)}), of({'Word': {**TEXT, 'minLength': 30, 'pattern': '^x', 'description': '?'}}),
+    of({'word': nullable({**TEXT, 'maxLength': 0}), 'amount': nullable({**NUMBER, 'minimum': 1e6})}), of({'word': {}}),
+    of({'count': nullable(NUMBER), 'due': nullable(DATE)}), of({'count': nullable(WHOLE), 'due': nullable(TEXT)}),
+    of({'name': TEXT, 'amount': NUMBER, 'tone': {'enum': ['angry', 'calm']}}, ['tone']),
+    of({'people': {'type': 'array', 'items': {**TEXT, 'maxLength': 2}}, 'sums': {'type': 'array', 'items': NUMBER}}),
+    of({'buyer': of({'name': TEXT, 'city': nullable(TEXT)}), 'seller': nullable(of({'name': {**TEXT, 'format': 'email'}}))}),
+    of({'buyer.name': TEXT, 'meeting': nullable({**TEXT, 'format': 'date-time'}), 'confidence': NUMBER})])
+def test_a_schema_with_texts_numbers_and_dates_gets_the_students(service, truth, schema):
+    for text, record in truth.items():
+        choice = chat(service, text, schema, logprobs=True)
+        answer = json.loads(choice['message']['content'])
+        assert ''.join(token['token'] for token in choice['logprobs']['content']) == choice['message']['content']
+        for name, value in answer.items():
+            if name != 'confidence':
+                known = record['buyer']['name'] if name == 'buyer.name' else record[name.lower()]
+                assert json.dumps(value) == json.dumps(known)
+        left_out = {name for name in schema['properties'] if record.get(name, 0) is None and name not in schema['required']}
+        assert {*answer} == {*schema['properties']} - left_out
+
+
+@pytest.mark.parametrize('schema, why', [
+    (of({'word': NUMBER}), "'word' is words of the text in the answers of the student, and the schema asks for number"),
+    (of({'word': DATE}), 'asks for a date'), (of({'due': nullable({**TEXT, 'format': 'time'})}), 'asks for a time'),
+    (of({'word': {'enum': ['Anna', 'Bob']}}), "'word' is words of the text"), (of({'word': {'const': 'a'}}), 'offers "a"'),
+    (of({'amount': nullable(WHOLE)}), "'amount' is a number in the text in the answers of the student, and the schema asks "
+     'for integer'), (of({'amount': TEXT}), 'asks for string'), (of({'count': {'type': 'boolean'}}), "'count'"),
+    (of({'name': TEXT}), "'name' can be null in the answers of the student, but the schema requires a value"),
+    (of({'name': nullable(TEXT), 'title': TEXT}), "'title', which is free text"),
+    (of({'word': {'type': 'array', 'items': TEXT}}), "'word' is words of the text"),
+    (of({'people': {'type': 'array', 'items': NUMBER}}), "'people[]' is words of the text"),
+    (of({'people': {'type': 'array', 'items': TEXT, 'maxItems': 2}}), 'too long'),
+    (of({'people': TEXT}), "'people' is a list in the answers"), (of({'buyer': of({'name': NUMBER})}), "'buyer.name' is words"),
+    (of({'seller': of({'name': TEXT})}), "'seller' can be null"), (of({'result': TEXT}), "'result', which is free text")])
+def test_what_the_student_does_not_copy_is_refused_by_name(service, schema, why):
+    status, message = chat(service, TEXTS[0], schema)
+    assert status == 400 and why in message, message
+
+
+def test_a_text_without_a_number_that_the_schema_requires_is_refused(service, truth):
+    schema = of({'count': WHOLE, 'word': TEXT})
+    assert json.loads(chat(service, TEXTS[0], schema)['message']['content'])['count'] == 3
+    status, message = chat(service, TEXTS[2], schema)
+    assert status == 422 and message == "the text has nothing to copy for 'count', which is an integer in the text"
+    assert json.loads(chat(service, TEXTS[2])['message']['content'])['count'] is None  # no schema
+
+
+def test_other_routes_answer_with_copied_values(service, truth):
+    tool = {'type': 'function', 'function': {'name': 'save', 'parameters': of({'word': TEXT})}}
+    form = {'type': 'json_schema', 'name': 'x', 'schema': of({'word': TEXT})}
+    question = {'type': 'choice', 'name': 'tone', 'choices': [{'value': 'calm'}, {'value': 'angry'}]}
+    for text, record in truth.items():
+        label, whole, called, response, decided, metrics = post_all(
+            service, ('/v1/label', {'texts': [text, '']}), ('/v1/completions', {'prompt': text}),
+            ('/v1/chat/completions', {'messages': [{'role': 'user', 'content': text}], 'tools': [tool]}),
+            ('/v1/responses', {'input': text, 'text': {'format': form}}),
+            ('/v1/decisions', {'input': text, 'questions': [question]}), ('/v1/label', {}))
+        labelled, empty = label.json()['answers']
+        assert {key: labelled[key] for key in FIELDS} == {key: record[key] for key in FIELDS} and 'empty' in empty['error']
+        assert json.loads(whole.json()['choices'][0]['text']) == {key: record[key] for key in FIELDS}
+        arguments = called.json()['choices'][0]['message']['tool_calls'][0]['function']['arguments']
+        assert json.loads(arguments) == json.loads(response.json()['output'][0]['content'][0]['text']) == {
+            'word': record['word']}
+        answer, = decided.json()['answers']
+        assert answer['choice'] == record['tone'] and metrics.status_code == 400
+    shown = [*service.metrics.values.collect()][0].samples
+    assert {sample.labels['value'] for sample in shown if sample.labels['field'] == 'word'} == {'present'}
+    assert {sample.labels['value'] for sample in shown if sample.labels['field'] == 'name'} <= {'present', 'null'}
