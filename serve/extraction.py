@@ -89,6 +89,17 @@ def find_parts(part):
     return {path_of(inner.keys): part}
 
 
+def describe_copied(parts):
+    """what can be asked for, in words."""
+    types, found = {own: name for name, kinds in KINDS.items() for own in kinds}, []
+    for path, part in parts.items():
+        leaf = part.part if isinstance(part, Maybe) else part
+        item = leaf.items[0] if isinstance(leaf, Items) else leaf
+        if isinstance(item, Copied):
+            found.append(f'{path} ({"list of " * (item is not leaf)}{types[item.kind]})')
+    return ', '.join(found)
+
+
 def read_fields(body, schema):
     """(list of Fields, the parts of the body that are not used). Refusal, which names the field, if the student does not
     copy it."""
@@ -108,18 +119,18 @@ def read_fields(body, schema):
                           'what the text says, and computes nothing', *where, 'type')
         if kind not in KINDS and kind != 'list':
             raise Refusal(422, f'the type of the field {name!r} must be one of {", ".join(KINDS)}, list', *where, 'type')
-        field = find_field(name, kind, spec, parts, schema, where)
+        field = find_field(name, kind, spec, parts, where)
         read_options(field, spec, where)
         fields.append(field)
         unused += [f'fields.{name}.unit'] * ('unit' in spec)
     return fields, unused
 
 
-def find_field(name, kind, spec, parts, schema, where):
+def find_field(name, kind, spec, parts, where):
     """the Field of a name and a type."""
     path = find_name(name, parts)
     if path is None:
-        raise Refusal(422, f'the student does not answer {name!r}; its fields are: {schema.describe()}', *where)
+        raise Refusal(422, f'the student does not copy {name!r}; it copies: {describe_copied(parts)}', *where)
     field = Field(name, kind, parts[path], path)
     leaf, wanted = field.leaf, kind
     if kind == 'list':

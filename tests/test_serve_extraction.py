@@ -3,6 +3,7 @@ import asyncio
 import copy
 import importlib.metadata
 import json
+import os
 import random
 import shutil
 
@@ -11,8 +12,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from tests.served import PROMPT, json_schema, of, post_all
+from tests.conftest import ROOT
+from tests.served import PROMPT, json_schema, of, post_all, serving
 
+import httpx
 import jsonschema
 
 from distil.candidates import read_locale
@@ -395,7 +398,9 @@ def test_a_request_has_its_own_reference_date(service, labeler):
 
 
 @pytest.mark.parametrize('fields, status, why, param', [
-    ({'title': {'type': 'text'}}, 422, "the student does not answer 'title'; its fields are: tone (calm, angry);", 'fields.title'),
+    ({'title': {'type': 'text'}}, 422, "the student does not copy 'title'; it copies: name (text), amount (number), word (text), "
+     'count (number), due (date), at (time), meeting (datetime), people (list of text), sums (list of number), buyer.name (text), '
+     'buyer.city (text), seller.name (text)', 'fields.title'),
     ({'tone': {'type': 'text'}}, 422, "'tone' is a choice of the student (calm, angry), not copied from the text: use "
      '/v1/decisions', 'fields.tone'), ({'labels': {'type': 'list', 'items': 'text'}}, 422, "'labels' is a choice of the student "
      '(some of bug, ui)', 'fields.labels'),
@@ -406,7 +411,7 @@ def test_a_request_has_its_own_reference_date(service, labeler):
     ({'people': {'type': 'list'}}, 422, 'fields.people.items must be text, number or date', 'fields.people.items'),
     ({'people': {'type': 'list', 'items': 'time'}}, 422, 'must be text, number or date', 'fields.people.items'),
     ({'name': {'type': 'list', 'items': 'text'}}, 422, 'is words of the text, not a list of text', 'fields.name.type'),
-    ({'buyer': {'type': 'text'}}, 422, "does not answer 'buyer'", 'fields.buyer'),
+    ({'buyer': {'type': 'text'}}, 422, "does not copy 'buyer'", 'fields.buyer'),
     ({'eta': {'type': 'duration'}}, 400, "'eta' is a duration: the student copies what the text says", 'fields.eta.type'),
     ({'cost': {'type': 'estimate', 'min': 0, 'max': 9}}, 400, "'cost' is an estimate", 'fields.cost.type'),
     ({'cost': {'type': 'forecast'}}, 400, "'cost' is a forecast", 'fields.cost.type'),
@@ -446,3 +451,46 @@ def test_a_student_that_copies_nothing_refuses_extractions(tmp_path, teachers, t
     save_plain(tmp_path / 'plain', teachers, space, {'fields': {'tone': ['calm', 'angry']}})
     status, error = extract(Service(Labeler(tmp_path / 'plain', 'cpu'), 'plain'), 'hello', {'tone': {'type': 'text'}})
     assert status == 400 and 'copies nothing from a text; its fields are choices: tone (calm, angry)' in error['message']
+
+
+@pytest.fixture(scope='module')
+def address(tmp_path_factory, bert, tokenizer):
+    """where serve.py serves the student, as a user starts it: http://host:port"""
+    root = tmp_path_factory.mktemp('served_orders')
+    for path in ('config/__init__.py', 'data/__init__.py', 'serve/serve.py'):
+        (root / path).parent.mkdir(exist_ok=True)
+        os.symlink(ROOT / path, root / path)
+    (root / 'config/toy.py').write_text(f'name = "orders"\nfields = {FIELDS!r}\nprompt = {PROMPT!r}\n')
+    save_student(root / 'out/orders', bert, tokenizer, FIELDS)
+    with serving(root) as (_, url):
+        yield url.removesuffix('/v1')
+
+
+def test_the_server_answers_from_its_files(address, service):
+    body = {'state': 'Bob  met us on May 3, 2026 at 14:30', 'fields': ASKED, 'reference_date': '2026-05-01'}
+    reply = httpx.post(f'{address}/v1/extraction', json=body).json()
+    check_places(body['state'], reply['answers'])
+    assert [*reply['answers']] == [*ASKED] and reply['answers']['due']['guess'] == '2026-05-03'
+    assert httpx.get(f'{address}/v1/models').json()['models'][0]['description'].startswith('answers tone, name, amount')
+
+
+def test_litellms_client_reads_an_extraction(address, monkeypatch):
+    monkeypatch.setenv('LITELLM_LOCAL_MODEL_COST_MAP', 'True')  # it would fetch one
+    litellm = pytest.importorskip('litellm')
+    if tuple(map(int, importlib.metadata.version('litellm').split('.')[:2])) < (1, 110):
+        pytest.skip('litellm is older than 1.110')
+    state, call = TEXTS[0].replace(' ', '  '), {'api_key': 'any', 'api_base': address}
+    for model in ('cloudflare/orders', 'cloudflare/@cf/cloudflare/orders'):
+        reply = litellm.extraction(model=model, state=state, fields=ASKED, reference_date='2026-05-01',
+                                   options={'return_state_text': True}, **call)
+        assert reply.state_text == state and reply.truncated is False and reply.usage.input_tokens > 1
+        answers = {name: answer.model_dump(exclude_none=True) | {'value': answer.value}
+                   for name, answer in reply.answers.items()}
+        assert [*answers] == [*ASKED]
+        check_places(state, answers)
+    later = asyncio.run(litellm.aextraction(model='cloudflare/orders', state=state, fields={'word': {'type': 'text'}}, **call))
+    assert later.answers['word'].value == reply.answers['word'].value
+    with pytest.raises(litellm.BadRequestError, match="does not copy 'title'"):
+        litellm.extraction(model='cloudflare/orders', state=state, fields={'title': {'type': 'text'}}, **call)
+    with pytest.raises(litellm.BadRequestError, match='is an estimate'):
+        litellm.extraction(model='cloudflare/orders', state=state, fields={'x': {'type': 'estimate', 'min': 0, 'max': 2}}, **call)
