@@ -36,7 +36,8 @@ constrain = True     # answers are held to the schema, so that they always parse
 sample_batch = 128   # 1..; texts decoded together; 128 was the fastest of 16 to 512 on 2 CPU cores
 # deferral
 confidence = False   # False, True or 'full'; add "_confidence": {field: probability that the teacher would
-                     # say the same}, or with 'full' {field: {value: probability}} of all values
+                     # say the same}, or with 'full' {field: {value: probability}} of all values, and of
+                     # the five likeliest ones of the text
 min_confidence = 0.0  # 0..1 or 'target'; a record with a field below it gets "_defer": true ... 'target': the
                       # threshold that tools/evaluate.py --target_agreement= found
 ask_teacher = False  # ... or, with this, the teacher's answer and "_teacher": true

@@ -345,8 +345,10 @@ def begin_row(space, page, outs, begun):
     Page of the text the decisions alone, and places as place_input says. outs: the whole answer."""
     if page is None:
         return [space.V, *begun]
-    places = iter([place_input(space.V, page.token_of(at, is_last), is_last) for start, end, _ in outs.spans
-                   for at, is_last in ((start, False), (end, True))])
+    # a number that the text lacks points to token 0, see mask_illegal
+    tokens = [(0 if value is None else page.token_of(at, is_last), is_last) for start, end, value in outs.spans
+              for at, is_last in ((start, False), (end, True))]
+    places = (place_input(space.V, token, is_last) for token, is_last in tokens)
     decided = [out for out, state in zip(begun, space.states_before(begun)) if space.decides[state]]
     return [space.V, *(out if out < space.V else next(places) for out in decided)]
 

@@ -163,7 +163,8 @@ class Copied:
         return chr(MARKS + self.number)
 
     def describe(self, most=12):
-        return 'words of the text' if self.kind == 'text' else f'a {self.kind} in the text'
+        return 'words of the text' if self.kind == 'text' else (
+            f'{"an" if self.kind == "integer" else "a"} {self.kind} in the text')
 
     def check(self, value):
         """the value in its form: white space of a text is cleaned, 1.0 is 1. ValueError if it is of another type."""

@@ -16,9 +16,10 @@ from config.machine import pick_device
 import torch
 
 from distil.checkpoint import find_threshold, load_checkpoint, problem_key
-from distil.decode import confidence_of, decode, value_probabilities
-from distil.reader import count_cut
+from distil.decode import begin_row, confidence_of, decode, read_rows, span_probabilities, value_probabilities
+from distil.reader import count_cut, read_pages
 from distil.space import clean, kept_part
+from distil.values import json_text, value_names
 
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # torch's threads do not survive a fork
 
@@ -49,6 +50,88 @@ def load_teacher_to_ask(teacher, task, space, device):
     except ImportError as error:
         stop(f'ask_teacher needs distil/cascade.py and transformers here ({error})')
     return load_answerer(teacher, task, space, device)
+
+
+# -----------------------------------------------------------------------------
+# copied values
+
+
+def merge_spans(spans, own=None):
+    """[(start, end, value, probability)] with each value once, the likeliest first: the probability of a value is the
+    sum over its places. It stands at the likeliest of them, or at own, the (start, end, value) of the answer."""
+    merged = {}
+    for start, end, value, p in spans:
+        key = json_text(value)
+        other = merged.get(key, (start, end, value, 0.0))
+        place = own[:2] if own and json_text(own[2]) == key else (start, end) if p > other[3] else other[:2]
+        merged[key] = (*place, value, other[3] + p)
+    return sorted(merged.values(), key=lambda span: -span[3])
+
+
+def null_copies(space, outs):
+    """yields (a kinds.Copied that is null or missing in an answer, the output indices before it if it is not)."""
+    copied, start = {f'{part.path}?': part for part in space.schema.copied}, len(space.start)
+    for k, _, n in space.walk(space.to_json(outs)):
+        made = space.forks[k][n].made
+        for i, (path, number) in enumerate(made):
+            if number and path in copied:
+                way = next(way for way in space.forks[k] if way.made[:i + 1] == (*made[:i], (path, 0)))
+                yield copied[path], [*outs[:start], *way.tokens[:way.tokens.index(space.V + copied[path].number)]]
+        start += len(space.forks[k][n].tokens)
+
+
+@torch.no_grad()
+def copied_values(student, space, ids, outs, decisions, temperature=None, most=5):
+    """{path of a copied value: [(start, end, value, probability)]} of one answer: its likeliest values if it is not
+    null, given the student's own answer before. Also of those that are null in the answer, but for what is in an object
+    or a list that is. start, end: characters of the text as the student reads it; the rest: as for span_probabilities."""
+    tau, found, V = temperature or {}, {}, space.V
+    states, own = space.states_before(outs), iter(outs.spans)
+    logits_at = dict(zip([n for n, state in enumerate(states) if space.decides[state]], decisions))
+    spans = span_probabilities(student, space, ids, outs, decisions, temperature, most)
+    for n in [n for n, out in enumerate(outs) if out >= V][::2]:
+        part = space.copy_at[states[n]]
+        there = (logits_at[n][1] / tau.get(part.group, 1.0)).softmax(-1)[V:].sum().item()  # null may be legal, too
+        chosen = next(own)
+        if chosen[2] not in (None, ''):                         # the text has a number
+            found[part.path] = merge_spans([(*span, p / there) for *span, p in spans[part.path]], chosen)
+    nulls = list(null_copies(space, outs))
+    if nulls:
+        (text,), (page,) = read_pages(student, space, [ids])
+        fed = [begin_row(space, page, outs, before) for _, before in nulls]
+        begun = []                                              # (part, first token, its probability, what is read)
+        for (part, _), row, logits in zip(nulls, fed, read_many(student, text, fed)):
+            able = page.firsts(part)
+            p = (logits[[V + 1 + first for first in able]] / tau.get(part.group, 1.0)).softmax(-1)
+            begun += [(part, able[k], p[k].item(), [*row, V + 1 + able[k]])
+                      for k in p.topk(min(most, len(able))).indices.tolist()]
+        found |= {part.path: [] for part, _, _, _ in begun}
+        for (part, first, p, _), logits in zip(begun, read_many(student, text, [row for *_, row in begun])):
+            able = page.lasts(part, first)
+            q = (logits[[V + 1 + last for last in able]] / tau.get(part.group, 1.0)).softmax(-1)
+            found[part.path].append((*page.span(part, first, able[int(q.argmax())]), p * q.max().item()))
+        found |= {part.path: merge_spans(found[part.path]) for part, _ in nulls if part.path in found}
+    return found
+
+
+def read_many(student, text, fed, n=64):
+    """yields the logits of read_rows, for n rows at a time."""
+    for begin in range(0, len(fed), n):
+        yield from read_rows(student, text, fed[begin:begin + n])
+
+
+def show_copied(schema, found, p_values):
+    """{path: {value as a text: probability}} of copied_values, the likeliest first; with that of null, or missing, where
+    a value may be so. p_values: of value_probabilities."""
+    shown = {}
+    for part in schema.copied:
+        maybe, row = schema.by_choice.get(f'{part.path}?'), p_values.get(f'{part.path}?', [1.0])
+        if part.path in found or len(row) > 1:
+            values = [(value, row[0] * p) for _, _, value, p in found.get(part.path, ())]
+            values += [*zip(maybe.values, row)][1:] if len(row) > 1 else []
+            values = sorted(values, key=lambda value: -value[1])
+            shown[part.path] = dict(zip(value_names([value for value, _ in values]), [round(p, 4) for _, p in values]))
+    return shown
 
 
 class Labeler:
@@ -145,7 +228,11 @@ class Labeler:
         # one more forward pass for the other values, from the token at which they differ from the answer
         p_values = value_probabilities(self.student, self.space, ids, outs, decisions, self.temperature)
         rounded = {path: [round(p, 4) for p in row] for path, row in p_values.items()}
-        return p_chosen, self.space.schema.write_label(rounded)['probabilities']
+        shown = self.space.schema.write_label(rounded)['probabilities']
+        if self.space.schema.copied:
+            found = copied_values(self.student, self.space, ids, outs, decisions, self.temperature)
+            shown |= show_copied(self.space.schema, found, p_values)
+        return p_chosen, shown
 
     def finish(self, results):
         """[(record, n_cut)] of results, (ids, error, n_cut, outs, decisions) each. Records below

@@ -10,6 +10,7 @@ a list goes on. A *leaf* is what people see and measure: one choice; a list of v
 list, such as findings[].kind, which is a list, too; or a copied value. In a flat schema leaves and choices are the same. Everything else
 iterates over one or the other, and finds the value of a leaf in an answer by `get`. json_schema.py reads `fields`.
 """
+import copy
 import json
 
 from distil.json_schema import is_json_schema, read_fields
@@ -186,6 +187,16 @@ class Schema:
         copied value. ValueError, which names it, if the answer lacks one or has another value. A key that is missing
         means null, where that is a value."""
         return dict(self.tree.numbers(answer))
+
+    def with_examples(self, answer):
+        """an answer of which every copied value is one: an example in place of null, where the text has no number or
+        date for it and it cannot be null."""
+        answer = copy.deepcopy(answer) if self.copied else answer
+        for part in self.copied:
+            maybe = self.by_choice.get(f'{part.path}?')
+            if part.get(answer) in (None, '') and not (maybe and None in maybe.values):
+                follow(answer, part.keys[:-1])[part.keys[-1]] = EXAMPLES[part.kind]
+        return answer
 
     def canonical(self, answer):
         """an answer with the schema's keys alone, in order, and its values as the schema spells them. ValueError as

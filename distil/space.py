@@ -184,7 +184,8 @@ class OutputSpace(Automaton):
     def walk(self, answer):
         """[(number of a fork, state in which it is reached, option)] of an answer, in order: the option is the number
         of that which the answer takes."""
-        numbers, state, found = self.schema.numbers(answer), self.state_after(self.start), []
+        numbers = self.schema.numbers(self.schema.with_examples(answer))
+        state, found = self.state_after(self.start), []
         k = 0 if self.forks else None
         while k is not None:
             n = next(n for n, way in enumerate(self.forks[k]) if all(numbers.get(path) == m for path, m in way.made))

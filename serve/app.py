@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from distil.checkpoint import problem_key
 from serve.batches import MAX_FILE, Batches
 from serve.completions import read_chat, read_completion
+from serve.extraction import read_extraction
 from serve.middleware import Middleware, allow_origins
 from serve.questions import is_system_one, read_questions
 from serve.replies import answer_headers, error_body, error_response, json_response
@@ -50,11 +51,14 @@ def read_texts(student, body):
     return Plan(texts, ('texts',), reply, refuse_long=student.refuses_long(False), each=True)
 
 
+EXTRACTIONS = '/v1/extraction', '/v1/extractions', '/alpha/extractions', '/api/alpha/extractions'
+CLOUDFLARE = '/ai/run/{model:path}'  # an extraction
 READERS = {  # functions of a ServedStudent and the body, that return a Plan
     '/v1/chat/completions': read_chat, '/v1/completions': read_completion, '/v1/responses': read_response,
     '/v1/decisions': partial(read_questions, path='/v1/decisions'),
-    '/v1/systemone': partial(read_questions, path='/v1/systemone'), '/v1/label': read_texts}
-NEVER_PASSED_ON = '/v1/label', '/v1/systemone'  # no LLM has these
+    '/v1/systemone': partial(read_questions, path='/v1/systemone'), '/v1/label': read_texts,
+    **dict.fromkeys(EXTRACTIONS, read_extraction)}
+NEVER_PASSED_ON = '/v1/label', '/v1/systemone', *EXTRACTIONS, CLOUDFLARE  # no LLM has these
 
 
 # -----------------------------------------------------------------------------
@@ -167,6 +171,7 @@ def make_app(students, metrics, api_key='', proxy=None, batches_folder=None, cor
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     for path in READERS:
         add_post(app, path, handler, handler.respond)
+    add_cloudflare(app, handler)
     add_models(app, students)
     add_health(app, students, metrics)
     if batches:
@@ -194,6 +199,17 @@ def add_post(app, path, handler, respond):
     @app.post(path)
     async def route(request: Request):
         return await handler.handle(request, path, respond)
+
+
+def add_cloudflare(app, handler):
+    """adds POST /ai/run/{model}, an extraction in the form of Cloudflare's API."""
+    @app.post(CLOUDFLARE)
+    async def run(request: Request, model: str):
+        async def respond(path, body):
+            body.setdefault('model', model.rpartition('/')[2])
+            reply, headers = await handler.answer('/v1/extraction', body)
+            return json_response({'result': reply, 'success': True, 'errors': [], 'messages': []}, headers=headers)
+        return await handler.handle(request, CLOUDFLARE, respond)
 
 
 def add_models(app, students):

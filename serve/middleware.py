@@ -20,7 +20,7 @@ def find_path(path, routes):
     elif bare.startswith('/openai/'):
         bare = bare.removeprefix('/openai')
     bare = re.sub('^(/v1)+/', '/v1/', bare)
-    for candidate in (bare, f'/v1{bare}'):
+    for candidate in (bare, f'/v1{bare}', bare.removeprefix('/v1')):
         if any(route.fullmatch(candidate) for route in routes):
             return candidate, deployment
     return path, ''
@@ -28,12 +28,13 @@ def find_path(path, routes):
 
 class Middleware:
     """an ASGI application around another: finds the route, checks the key, gives each reply an id, and counts
-    it in the metrics. routes: their paths, with {name} for a variable part."""
+    it in the metrics. routes: their paths, with {name} for a variable part, {name:path} for several."""
 
     def __init__(self, app, metrics, api_key, routes, reject):
         self.app, self.metrics, self.key, self.reject = app, metrics, api_key.encode(), reject
         self.names = set(routes)
-        self.routes = {re.compile(re.sub(r'\{\w+\}', '[^/]+', path)): path for path in routes}
+        self.routes = {re.compile(re.sub(r'\{\w+\}', '[^/]+', re.sub(r'\{\w+:path\}', '.+', path))): path
+                       for path in routes}
 
     def is_authorized(self, headers):
         """True if a request has the key, as OpenAI's clients send it or as Azure's do."""

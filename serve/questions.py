@@ -29,7 +29,7 @@ class Question:
 def rows_of(schema, answer):
     """{path: [probability of each value]} of all choices: those of an Answer; one that it leaves open no more, such as
     a value of a list that is full, is certain."""
-    numbers = schema.numbers(answer.record)
+    numbers = schema.numbers(schema.with_examples(answer.record))
     certain = {choice.path: [float(n == numbers.get(choice.path, 0)) for n in range(len(choice))]
                for choice in schema.choices}
     return certain | answer.probabilities

@@ -36,6 +36,8 @@ class Plan:
     offered: dict = field(default_factory=dict)  # {field: values as JSON}, if the caller allows only these
     ignored: list = field(default_factory=list)  # parts of the request that were not read, for x-ignored
     refuse_long: bool = True    # a text that is longer than the student reads; False: it is cut
+    copies: bool = False        # the reply needs the likeliest copied values
+    reference_date: str = ''    # the day on which the texts were written; '': that of the student's task
     each: bool = False          # a text without an answer has an error of its own; False: the request is refused
 
 

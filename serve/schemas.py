@@ -3,7 +3,8 @@ values.
 
 A property is the field of its name, whatever its case, `-`, `_` and blanks; or, under another name, the only
 field with exactly its options. Options are compared in the same way. A list or an object is one of the student's,
-whose parts must all be allowed (trees.py). Properties that no field answers: a constant is itself, a probability is
+whose parts must all be allowed (trees.py). What is copied from the text is a string, a number or a date, whatever
+length, pattern or bounds the caller gives. Properties that no field answers: a constant is itself, a probability is
 the confidence, `fill` says what a required one gets, an optional one is left out, a nullable one is null. All others
 are refused by name.
 """
@@ -18,11 +19,12 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 
 from distil.kinds import Maybe
+from distil.schema import copied_in
 from distil.values import MISSING, group_of, path_of, value_name
 from serve.options import alternatives, find_name, loose, match_options, match_yes_and_no, read_options, resolve
 from serve.request import Refusal
 from serve.shapes import Part, Shape, Tree, whole_shape
-from serve.trees import Caller, answer_otherwise, is_scalar, lists, scalars, translate
+from serve.trees import Caller, answer_otherwise, copies, is_limit, is_scalar, lists, scalars, translate
 
 MAX_CHECKS = 20_000  # answers times objects of the schema, for one schema
 
@@ -107,6 +109,8 @@ def make_part(name, inner, required, schema, caller):
     if part is None and (match := match_field(name, options, types, scalars(schema), caller.true_value)):
         field, words = match
         return Part(name, 'field', field, tuple(sorted(words.items())))
+    if part is None and (copied := find_name(name, copies(schema))):
+        part = copies(schema)[copied]                           # by its path
     if part is None and 'array' in types:
         part = match_list(name, inner, schema, caller.root)
     if part is not None:
@@ -149,7 +153,8 @@ def make_shape(schema, space, true_value, fill):
 def check_answers(shape, space, validator, n_objects):
     """ValueError if a schema does not allow every answer of a Shape, or if there is nothing to decide."""
     rows = [part.examples() for part in shape.parts]
-    if not any(part.source in ('field', 'tree') and len(row) > 1 for part, row in zip(shape.parts, rows)):
+    if not any(part.source in ('field', 'tree') and len(row) > 1 or part.tree and copied_in(part.tree.part)
+               for part, row in zip(shape.parts, rows)):
         names = ', '.join(part.name for part in shape.parts)
         raise ValueError(f'there is nothing to decide: {names} can have only one value; the fields of the '
                          f'student are: {", ".join(space.schema.paths)}')
@@ -161,6 +166,8 @@ def check_answers(shape, space, validator, n_objects):
         named = {part.name: word for part, word in zip(shape.parts, answer) if word is not MISSING}
         answer = answer[0] if shape.bare else named
         for error in validator.iter_errors(answer):
+            if is_limit(error):
+                continue
             field = path_of(error.absolute_path)
             of_field = f' (field {field!r})' if field else ''
             raise ValueError(f'the student can answer {json.dumps(answer, ensure_ascii=False)[:400]}, which the schema '

@@ -1,16 +1,21 @@
 """Text in, answer out. One thread decodes the texts of all requests together. Texts that the student is
 unsure of go to the LLM upstream."""
 import asyncio
+import copy
 import json
 import logging
 import queue
 import random
 import threading
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 from distil.decode import confidence_of, decode, value_probabilities
-from distil.values import json_text, said
+from distil.kinds import Copied
+from distil.labeler import copied_values
+from distil.values import MISSING, PRESENT, json_text, said
 from serve.metrics import Metrics
 from serve.request import Refusal
 from serve.upstream import Audit
@@ -36,6 +41,19 @@ class Answer:
     by: str = 'student'
     n_cut: int = 0              # tokens of the text that the student did not read
     error: str = ''             # why there is no answer; then all else is empty
+    copies: dict = field(default_factory=dict)  # of labeler.copied_values, {} unless requested
+    text: str = ''              # as the student has read it, '' unless copies are requested
+
+
+class Job(NamedTuple):
+    """a text to answer. full: with the probabilities of all values; copies: with the likeliest copied values; space: the
+    student's OutputSpace, or a copy of it with another reference date."""
+    ids: list
+    full: bool
+    copies: bool
+    space: object
+    future: object
+    loop: object
 
 
 class Decoder(threading.Thread):
@@ -46,18 +64,17 @@ class Decoder(threading.Thread):
         super().__init__(daemon=True, name='decoder')
         self.labeler, self.batch, self.jobs = labeler, batch, queue.SimpleQueue()  # batch: of Metrics
 
-    async def answer(self, texts, full=False):
-        """list of Answers to texts (lists of ids), in their order. full: with the probabilities of all
-        values."""
-        loop = asyncio.get_running_loop()
-        jobs = [(ids, full, loop.create_future(), loop) for ids in texts]
+    async def answer(self, texts, full=False, copies=False, space=None):
+        """list of Answers to texts (lists of ids), in their order. full, copies, space: see Job."""
+        loop, space = asyncio.get_running_loop(), space or self.labeler.space
+        jobs = [Job(ids, full, copies, space, loop.create_future(), loop) for ids in texts]
         try:
             for job in jobs:
                 self.jobs.put(job)
-            return [await future for _, _, future, _ in jobs]
+            return [await job.future for job in jobs]
         finally:
-            for _, _, future, _ in jobs:
-                future.cancel()  # if the caller has disconnected; else it is done
+            for job in jobs:
+                job.future.cancel()  # if the caller has disconnected; else it is done
 
     def run(self):
         while True:
@@ -70,8 +87,8 @@ class Decoder(threading.Thread):
                     under_way.popleft()
             except Exception as error:  # only the texts under way fail
                 log.exception('the decoder failed')
-                for _, _, future, loop in under_way:
-                    loop.call_soon_threadsafe(set_future, future, None, error)
+                for job in under_way:
+                    job.loop.call_soon_threadsafe(set_future, job.future, None, error)
 
     def next_texts(self, under_way):
         """yields ids, and None if no text is waiting; blocks only if nothing is under way."""
@@ -81,24 +98,40 @@ class Decoder(threading.Thread):
             except queue.Empty:
                 yield None
                 continue
-            if not job[2].cancelled():
-                under_way.append(job)
-                yield job[0]
+            if job.future.cancelled():
+                continue
+            if job.space is not self.labeler.space:
+                self.answer_alone(job)
+                continue
+            under_way.append(job)
+            yield job.ids
+
+    def answer_alone(self, job):
+        """answers a text that is read by a day of its own."""
+        try:
+            (outs, decisions), = decode(self.labeler.student, job.space, [job.ids])
+            self.finish(job, outs, decisions)
+        except Exception as error:
+            log.exception('the decoder failed')
+            job.loop.call_soon_threadsafe(set_future, job.future, None, error)
 
     def finish(self, job, outs, decisions):
-        ids, full, future, loop = job
-        student, space, temperature = self.labeler.student, self.labeler.space, self.labeler.temperature
-        confidence = confidence_of(space.schema.paths, decisions, temperature)
-        probabilities = value_probabilities(student, space, ids, outs, decisions, temperature) if full else {}
-        answer = Answer(dict(space.to_json(outs)), confidence, probabilities, ids, outs, decisions)
-        loop.call_soon_threadsafe(set_future, future, answer, None)
+        read = self.labeler.student, job.space, job.ids, outs, decisions, self.labeler.temperature
+        answer = Answer(dict(job.space.to_json(outs)),
+                        confidence_of(job.space.schema.paths, decisions, self.labeler.temperature),
+                        value_probabilities(*read) if job.full else {}, job.ids, outs, decisions)
+        if job.copies:
+            answer.copies, answer.text = copied_values(*read), job.space.tokenizer.decode(job.ids)
+        job.loop.call_soon_threadsafe(set_future, job.future, answer, None)
 
 
 def values_of(schema, record):
     """yields (path, value as a text) of the leaves of a record: of a list each member, or its length if these are
-    objects."""
+    objects or copied; of a copied value whether there is one."""
     for leaf in schema.leaves:
         value = leaf.get(record)
+        if isinstance(leaf, Copied) and value is not None and value is not MISSING:
+            value = PRESENT
         for member in value if leaf.is_list and leaf.values else [len(value) if leaf.is_list else value]:
             yield leaf.path, said(member)
 
@@ -129,7 +162,18 @@ class Service:
         self.max_waiting, self.n_waiting = max_waiting, 0
         self.upstream, self.audit_share, self.kept_file = upstream, audit_share, kept_file
         self.audit, self.auditing = Audit(self.space.schema, audit_min, self.metrics, name), set()
+        self.reads_dates = any(part.kind in ('date', 'date-time') for part in self.space.schema.copied)
+        self.space_on = lru_cache(maxsize=32)(self.space_on)
         self.add_waiting(0)
+
+    def space_on(self, reference_date):
+        """the OutputSpace that reads the dates of texts written on a day, '' for that of the task. __init__ puts a cache
+        around it."""
+        if not self.reads_dates or reference_date in ('', self.space.reference_date):
+            return self.space
+        space = copy.copy(self.space)
+        space.reference_date = reference_date
+        return space
 
     def encode(self, texts, where, refuse_long, each):
         """(list of the ids of each text, how many tokens of each the student does not read, why each has no answer
@@ -150,10 +194,11 @@ class Service:
             errors.append(error)
         return ids_of_texts, cuts, errors
 
-    async def answer(self, texts, full=False, offered=None, where=('texts',), refuse_long=False, each=False):
-        """list of Answers to strings. full: with the probabilities of all values. offered: {field: values as
-        JSON} that upstream may answer, if not all; where, refuse_long, each: see encode. Refusal if a text cannot
-        be read, or if too many are under way."""
+    async def answer(self, texts, full=False, offered=None, where=('texts',), refuse_long=False, each=False,
+                     copies=False, reference_date=''):
+        """list of Answers to strings. full, copies: see Job. offered: {field: values as JSON} that upstream may
+        answer, if not all; where, refuse_long, each: see encode; reference_date: see space_on. Refusal if a text
+        cannot be read, or if too many are under way."""
         if len(texts) > self.max_waiting:
             raise Refusal(413, f'the request has {len(texts)} texts; the limit is {self.max_waiting}', *where)
         if self.n_waiting + len(texts) > self.max_waiting:
@@ -165,7 +210,8 @@ class Service:
         answers = [Answer({}, {}, {}, [], [], [], error=error) for error in errors]
         self.add_waiting(len(texts))
         try:
-            found = await self.decoder.answer([ids_of_texts[n] for n in good], full)
+            found = await self.decoder.answer([ids_of_texts[n] for n in good], full, copies,
+                                              self.space_on(reference_date))
             found = await asyncio.gather(*(self.choose_answer(texts[n], answer, offered or {})
                                            for n, answer in zip(good, found)))
         finally:

@@ -42,7 +42,7 @@ class ServedStudent:
     async def answer(self, plan):
         """list of Answers to the texts of a Plan."""
         return await self.service.answer(plan.texts, plan.full, plan.offered, plan.where, plan.refuse_long,
-                                         plan.each)
+                                         plan.each, plan.copies, plan.reference_date)
 
     def describe(self):
         """the entry of /v1/models."""

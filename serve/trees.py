@@ -8,13 +8,42 @@ import random
 import re
 from dataclasses import dataclass, field
 
-from distil.kinds import Choice, Maybe, Object, Several
+from distil.kinds import EXAMPLES, Choice, Copied, Maybe, Object, Several
 from distil.schema import list_leaves
-from distil.values import MISSING, Mark, group_of, json_text, said, value_name
+from distil.values import MISSING, Mark, group_of, json_text, path_of, said, value_name
 from serve.options import alternatives, find_name, loose, match_options, match_yes_and_no, read_options, resolve
+from serve.request import Refusal
 
 CERTAINTY = re.compile('(confidence|probability|certainty|score)')
 NOTHING = {'array': [], 'object': {}, 'boolean': False, 'integer': 0, 'number': 0}  # what `fill` may be, for a message
+
+
+class ExampleText(str):
+    """a copied text, in the answers that a schema is checked with."""
+
+
+class ExampleNumber(float):
+    """a copied number."""
+
+
+class ExampleInteger(int):
+    """a copied whole number."""
+
+
+COPIES = {kind: ExampleText(value) if isinstance(value, str) else ExampleInteger(7) if kind == 'integer' else
+          ExampleNumber(1.5) for kind, value in EXAMPLES.items()}
+LIMITS = ('minLength', 'maxLength', 'pattern', 'format', 'minimum', 'maximum', 'exclusiveMinimum', 'exclusiveMaximum',
+          'multipleOf')                                         # are not held against what a text says
+
+
+def is_limit(error):
+    """True if a jsonschema error is about the limits of a copied value, which a student cannot follow."""
+    if not isinstance(error.instance, (ExampleText, ExampleNumber, ExampleInteger)):
+        return False
+    ways = {}
+    for inner in error.context or ():                           # of anyOf: one way with limits alone
+        ways.setdefault(inner.schema_path[0], []).append(inner)
+    return error.validator in LIMITS or any(all(map(is_limit, way)) for way in ways.values())
 
 
 @dataclass
@@ -49,6 +78,12 @@ def scalars(schema):
     return {part.path: part for part in parts_of(schema.tree) if is_scalar(part)}
 
 
+def copies(schema):
+    """{path: part} of what is copied from the text in every answer; it may be null or missing."""
+    return {path_of(part.keys): part for part in parts_of(schema.tree)
+            if isinstance(part.part if isinstance(part, Maybe) else part, Copied)}
+
+
 def lists(schema):
     """the parts of a Schema that are a list of some of its values; they may be null or missing."""
     parts = parts_of(schema.tree)
@@ -57,16 +92,17 @@ def lists(schema):
 
 def examples(part, n_random=30):
     """values of a part, each once: all values of each choice, in the fullest and in the emptiest answer, and random
-    ones. A choice in several items of a list has the same value in all."""
+    ones. A choice in several items of a list has the same value in all, a copied value is one of COPIES."""
     rng, found = random.Random(0), []
+    fill = lambda choose: part.fill(lambda leaf: COPIES[leaf.kind] if isinstance(leaf, Copied) else choose(leaf))
     group = lambda choice: re.sub(r'\[\d+\]', '[]', choice.path)
     absent = lambda choice: [n for n, value in enumerate(choice.values) if value is None or value is MISSING]
     full = lambda choice: len(choice) - 1 if absent(choice) == [0] else 0
     empty = lambda choice: (absent(choice) or [0])[-1]
     for path, length in {group(choice): len(choice) for choice in part.choices}.items():
         for n in range(length):
-            found += [part.fill(lambda choice: n if group(choice) == path else base(choice)) for base in (full, empty)]
-    found += [part.fill(lambda choice: rng.randrange(len(choice))) for _ in range(n_random)]
+            found += [fill(lambda choice: n if group(choice) == path else base(choice)) for base in (full, empty)]
+    found += [fill(lambda choice: rng.randrange(len(choice))) for _ in range(n_random)]
     return list({json_text(value): value for value in found}.values())
 
 
@@ -110,10 +146,12 @@ def translate(part, inner, required, caller):
     if it may be left out. ValueError, which names the property, if the schema does not allow it."""
     if isinstance(part, Choice):
         return translate_choice(part, inner, required, caller)
+    if isinstance(part, Copied):
+        return translate_copied(part, inner, caller)
     if isinstance(part, Maybe):
         write = translate(part.part, inner, True, caller)
         away = stand_ins(part.choice, inner, required, caller)
-        return lambda value, sure: away[json_text(value)] if value is None or value is MISSING else write(value, sure)
+        return lambda value, sure: away[text] if (text := json_text(value)) in away else write(value, sure)
     if isinstance(part, Object):
         return translate_object(part, inner, caller)
     path = group_of(part.keys)
@@ -140,6 +178,26 @@ def translate_choice(part, inner, required, caller):
     others = [value for value in part.values if json_text(value) not in spelled]
     spelled |= stand_ins(Choice(part.keys, others, part.group), inner, required, caller)
     return lambda value, sure: spelled[json_text(value)]
+
+
+def translate_copied(part, inner, caller):
+    options, types, nullable = read_options(inner, caller.root)
+    found = f'{part.group!r} is {part.describe()} in the answers of the student, and the schema '
+    if options is not None:
+        raise ValueError(f'{found}offers {", ".join(map(said, options[:12]))}')
+    wanted = ('number', 'integer') if part.kind == 'integer' else ('number',) if part.is_number else ('string',)
+    if types and not types & {*wanted}:
+        raise ValueError(f'{found}asks for {" or ".join(sorted(types))}')
+    formats = {one.get('format') for one in alternatives(inner, caller.root) if one.get('type') != 'null'}
+    other = [name for name in formats if name in EXAMPLES and name != part.kind]
+    if other and not part.is_number:                            # those of a number are float, int32, ...
+        raise ValueError(f'{found}asks for a {other[0]}')
+
+    def write(value, sure):
+        if value is None and not nullable and types:
+            raise Refusal(422, f'the text has nothing to copy for {part.group!r}, which is {part.describe()}')
+        return value
+    return write
 
 
 def stand_ins(choice, inner, required, caller):
