@@ -243,10 +243,11 @@ class Student(nn.Module):
     def point(self, x, logits, answer, only_last, states, used):
         """logits (n, V), and those of all places: (n, V + 1 + T). x (n, C): what the head has read; states (B, T, C),
         used (B, T): of the texts"""
-        asked = answer[:, :1] >= 0 if only_last else answer >= 0  # (B, Ta): where x stands
-        query = x.new_zeros(*asked.shape, x.size(-1)).index_put((asked,), self.point_query(x))
-        scores = query @ self.point_key(states.float()).mT / math.sqrt(x.size(-1))  # (B, Ta, T)
-        scores = scores.masked_fill(~used[:, None], -1e4)[asked]  # (n, T)
+        asked, query = answer >= 0, self.point_query(x)     # (B, Ta): where x stands; (n, C)
+        query = query[:, None] if only_last else query.new_zeros(*asked.shape, x.size(-1)).index_put((asked,), query)
+        scores = query @ self.point_key(states.float()).mT / math.sqrt(x.size(-1))  # (B, Ta, T), or (B, 1, T)
+        scores = scores.masked_fill(~used[:, None], -1e4)
+        scores = scores[:, 0] if only_last else scores[asked]  # (n, T)
         return torch.cat((logits, torch.full_like(logits[:, :1], -1e4), scores), 1)
 
     def param_groups(self, weight_decay):

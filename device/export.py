@@ -52,7 +52,17 @@ check = ''           # file; it has these texts, one per line or a .jsonl; empty
 config = configure(globals())
 
 HERE = Path(__file__).resolve().parent
-RUNNERS = 'run.py', 'student.js', 'index.html', 'worker.js', 'package.json'
+RUNNERS = 'run.py', 'student.js', 'places.js', 'candidates.js', 'index.html', 'worker.js', 'package.json'
+SHARED = 'places.py', 'candidates.py', 'values.py'  # of distil/, which run.py imports
+
+
+def copy_runners(folder):
+    """puts the programs that need no torch into a folder."""
+    for file in RUNNERS:
+        shutil.copy(HERE / file, folder)
+    (folder / 'distil').mkdir()
+    for file in SHARED:
+        shutil.copy(HERE.parent / 'distil' / file, folder / 'distil')
 
 # -----------------------------------------------------------------------------
 # the graph
@@ -217,9 +227,9 @@ The licences of the teacher and of the training texts also apply to the student.
 '''
 
 
-def describe_values(leaf):
-    """the values of a leaf in the table of the card."""
-    values = ', '.join(map(said, leaf.values))
+def describe_values(leaf, copied=''):
+    """the values of a leaf in the table of the card. copied: what kind of copied value it is, in words."""
+    values = copied or ', '.join(map(said, leaf.values))
     if leaf.is_list:
         return f'a list of {values}' if values else f'a list of up to {len(leaf.choices)} items'
     return values
@@ -232,10 +242,12 @@ def write_card(folder, checkpoint, figures, source, space, n_tokens, vocab):
     max_text = json.loads((folder / 'task.json').read_text(encoding='utf-8'))['max_text']
     purpose = {'student.onnx': 'the network and its weights', 'task.json': 'the fields, as an automaton',
                'tokenizer.json': 'cuts a text into tokens', 'run.py': 'answers, in Python',
-               'student.js': 'answers, in a browser or in Node', 'index.html': 'a page to try it',
+               'student.js': 'answers, in a browser or in Node', 'places.js': 'where copied values can stand, for student.js',
+               'candidates.js': 'the numbers and dates of a text, for places.js', 'index.html': 'a page to try it',
                'worker.js': 'stores the page, so that it works without a network',
                'package.json': 'declares student.js as a module, for Node'}
-    lines = [f'| `{leaf.path}` | {describe_values(leaf)} | '
+    copied = {part.group: part.describe() for part in space.schema.copied}
+    lines = [f'| `{leaf.path}` | {describe_values(leaf, copied.get(leaf.path, ""))} | '
              f'{per_field[leaf.path]["agree"]:.3f} | {per_field[leaf.path]["majority"]:.3f} |'
              for leaf in space.schema.leaves]
     files = [f'| `{file}` | {(folder / file).stat().st_size:,} | {text} |' for file, text in purpose.items()]
@@ -306,8 +318,7 @@ if __name__ == '__main__':
         sizes = {file: (tmp / file).stat().st_size for file in ('student.onnx', 'tokenizer.json')}
         task = make_task(run or name, checkpoint, small_space, small) | {'bytes': sizes}
         write_json(tmp / 'task.json', task)
-        for file in RUNNERS:
-            shutil.copy(HERE / file, tmp)
+        copy_runners(tmp)
         write_card(tmp, checkpoint, figures, source, small_space, n_tokens, vocab)
 
         from device.run import Student
@@ -323,6 +334,6 @@ if __name__ == '__main__':
         (folder / 'npm').rename(tmp / 'npm')
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    size = sum(file.stat().st_size for file in folder.rglob('*') if file.is_file() and 'npm' not in file.parts)
     print(data_line('device', {'folder': folder, 'bytes': size}))
     print(f'try it: python {folder}/run.py --text="a text"')

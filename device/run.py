@@ -23,15 +23,21 @@ This file is also the specification of decoding. Its answers are those of the pr
    logits of the legal tokens, divided by the field's temperature. A field without a choice has confidence 1.
 5. An option makes choices of the schema: [number of the choice, number of its value]. With 'full', the probability of
    each value comes from those of the options of the fork, see value_probabilities.
+6. Some values are copied from the text. The logits of the vocabulary (V,) then go on: V + 1 + t is token t of the text.
+   Two decisions choose the first and the last token of a value, see distil/places.py, the number V + 1 + t is read for
+   them, and in `text` and in the options a character from U+100000 on stands for the value.
 """
 import argparse
 import json
 import math
 import os
+import re
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 if __name__ == '__main__':  # Ctrl-C ends it without a traceback while the next lines, and the student, are loaded
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -39,12 +45,58 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
+from distil.places import Page, Source  # distil/ is in this folder
+
 BATCH = 32  # texts that one core reads together
 
 
 def softmax(x, temperature):
     e = np.exp((x.astype(float) - x.max()) / temperature)
     return e / e.sum()
+
+
+def inner_text(value):
+    """a copied value as JSON, a string without its quotes, which the text around it has."""
+    written = json.dumps(value, ensure_ascii=False)
+    return written[1:-1] if isinstance(value, str) else written
+
+
+class Decision(NamedTuple):
+    """answer: the answer before it; option: which of the legal tokens was chosen, or their number for a place; logits:
+    of the legal tokens, then of the legal places; chosen: which of these."""
+    answer: list
+    option: int
+    logits: np.ndarray
+    chosen: int
+
+
+class Text:
+    """a text that is being answered. ids: as the network reads it; page: where its values can stand, None if nothing is
+    copied. copied: [(what, first token, last token)] of the values, of which `what` is as in task.json; first: the first
+    token of the one that is begun, or None."""
+
+    def __init__(self, ids, page):
+        self.ids, self.page, self.copied, self.first = ids, page, [], None
+
+    def places(self, what):
+        """the tokens that may be chosen now, in a decision on a copied value."""
+        part = SimpleNamespace(**what)
+        if self.first is not None:
+            return self.page.lasts(part, self.first)
+        alike = [first for other, first, _ in self.copied if other['list'] == what['list'] is not None]
+        return self.page.firsts(part, alike)
+
+    def point(self, what, token):
+        """chooses the first or the last token of a value."""
+        if self.first is None:
+            self.first = token
+        else:
+            self.copied.append((what, self.first, token))
+            self.first = None
+
+    def values(self):
+        """[(what, start, end, value)] of its copied values: the characters of the text at which they stand."""
+        return [(what, *self.page.span(SimpleNamespace(**what), first, last)) for what, first, last in self.copied]
 
 
 class Student:
@@ -61,8 +113,8 @@ class Student:
         self.pool = ThreadPoolExecutor(os.cpu_count())
         try:
             self.task = json.loads((folder / 'task.json').read_text(encoding='utf-8'))
-            if self.task['format'] != 4:
-                sys.exit(f'{folder} has format {self.task["format"]}, this run.py reads 4; export it again')
+            if self.task['format'] != 5:
+                sys.exit(f'{folder} has format {self.task["format"]}, this run.py reads 5; export it again')
             self.tokenizer = Tokenizer.from_file(str(folder / 'tokenizer.json'))
             for file, size in self.task['bytes'].items():
                 assert (folder / file).stat().st_size == size, f'{file} is not from this export'
@@ -71,7 +123,7 @@ class Student:
             newer = ', or install onnxruntime 1.24 or newer' if 'opset' in str(error) else ''
             reason = ' '.join(str(error).split())[:150]
             sys.exit(f'{folder} does not hold a complete student ({reason}); export it again{newer}')
-        self.states, self.forks = self.task['states'], self.task['forks']
+        self.states, self.forks, self.copied = (self.task[key] for key in ('states', 'forks', 'copied'))
         self.temperature = {leaf['path']: leaf['temperature'] for leaf in self.task['leaves']}
         self.confidence, self.min_confidence = confidence, min_confidence
         if min_confidence == 'target':
@@ -84,13 +136,23 @@ class Student:
         return self.label(text.encode('utf-8', 'replace') for text in texts)
 
     def encode(self, lines):
-        """lines of bytes -> the ids of the text in each; every run of whitespace counts as one space."""
+        """lines of bytes -> (the text of each, in which every run of whitespace counts as one space; their encodings)."""
         texts = [' '.join(line.decode('utf-8', 'replace').split()) for line in lines]
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return texts, self.tokenizer.encode_batch(texts, add_special_tokens=False)
+
+    def open_text(self, text, encoding):
+        """the Text of a string: as many of its tokens as fit, and what stands around them."""
+        before, after, most = (self.task[key] for key in ('before', 'after', 'max_text'))
+        part, page = slice(-most, None) if self.task['keep_end'] else slice(most), None
+        if self.copied:
+            locale = SimpleNamespace(locale=self.task['locale'], reference_date=self.task['reference_date'])
+            nothing = [[(0, 0)] * len(ids) for ids in (before, after)]
+            page = Page(Source(text, locale), [*nothing[0], *encoding.offsets[part], *nothing[1]])
+        return Text([*before, *encoding.ids[part], *after], page)
 
     def compute_logits(self, texts, answers):
         """B lists of ids, and the B answers so far -> (B, V) logits of the next token of each, in one forward
-        pass."""
+        pass; (B, V + 1 + T) if values are copied."""
         padded = []
         for rows in texts, answers:
             padded.append(np.full((len(rows), max(2, *map(len, rows))), -1, np.int64))  # (B, T), -1 on padding
@@ -99,52 +161,77 @@ class Student:
         return self.session.run(None, dict(zip(('text', 'answer'), padded)))[0]
 
     def decide(self, texts):
-        """lists of ids -> for each text {state: (the answer before the decision, logits of its legal tokens,
-        index of the token chosen)}."""
+        """a list of Texts -> for each {state: Decision}."""
         answers, state = [self.task['start']] * len(texts), [0] * len(texts)
         decisions = [{} for _ in texts]
         while unfinished := [n for n, s in enumerate(state) if s >= 0]:
-            all_logits = self.compute_logits([texts[n] for n in unfinished], [answers[n] for n in unfinished])
+            all_logits = self.compute_logits([texts[n].ids for n in unfinished], [answers[n] for n in unfinished])
             for n, row in zip(unfinished, all_logits):
                 choices = self.states[state[n]]
-                logits = row[choices['rows']]  # of V only the legal ones
-                choice = int(logits.argmax())
-                decisions[n][state[n]] = answers[n], logits, choice
-                answers[n] = answers[n] + choices['read'][choice]  # the token chosen and the forced ones after it
-                state[n] = choices['next'][choice]  # -1: the answer is complete
+                logits, places = self.legal_logits(choices, row, texts[n])
+                chosen, n_tokens = int(logits.argmax()), len(choices['rows'])
+                option = min(chosen, n_tokens)
+                decisions[n][state[n]] = Decision(answers[n], option, logits, chosen)
+                if option < n_tokens:
+                    read = choices['read'][option]  # the token chosen and the forced ones after it
+                else:
+                    texts[n].point(self.copied[choices['copies']], places[chosen - n_tokens])
+                    read = [self.task['first_place'] + places[chosen - n_tokens]]
+                answers[n] = answers[n] + read
+                state[n] = choices['next'][option]  # -1: the answer is complete
         return decisions
 
+    def legal_logits(self, choices, row, text):
+        """(the logits of a decision's legal tokens, then of its legal places; these places). row: all logits. A number or
+        a date is written only if the text has one, unless nothing else is legal: then it is null."""
+        logits, places = row[choices['rows']], []  # of V only the legal ones
+        if 'copies' in choices:
+            places = text.places(self.copied[choices['copies']]) or [0] * (not len(logits))
+            logits = np.concatenate((logits, row[self.task['first_place']:][places])) if places else logits
+        elif any(choices.get('needs', ())):
+            lacking = np.array([not all(map(text.page.spans, kinds)) for kinds in choices['needs']])
+            logits = logits if lacking.all() else np.where(lacking, -np.inf, logits)
+        return logits, places
+
     def probabilities(self, state, logits):
-        """the probabilities of the legal tokens of a state."""
+        """the probabilities of the legal tokens of a state, and of its legal places."""
         return softmax(logits, self.temperature[self.states[state]['field']])
+
+    def option_probabilities(self, state, logits):
+        """the same, those of all places being one."""
+        p, n_tokens = self.probabilities(state, logits), len(self.states[state]['rows'])
+        return np.append(p[:n_tokens], p[n_tokens:].sum()) if 'copies' in self.states[state] else p
 
     def walk(self, decisions):
         """the decisions of an answer -> [(options of a fork, the one taken)], in the order of the answer."""
-        walked, n = [], 0
+        walked, n = [], 0 if self.forks else -1
         while n >= 0:
             taken = next(option for option in self.forks[n] if all(
-                state in decisions and decisions[state][2] in rows for state, rows, _ in option['steps']))
+                state in decisions and decisions[state].option in rows for state, rows, _ in option['steps']))
             walked.append((self.forks[n], taken))
             n = taken['next']  # -1: the answer is complete
         return walked
 
     def value_probabilities(self, text, decisions, walked):
-        """{number of a choice: probabilities of its values}, for a text (its ids), of the choices that the answer comes
+        """{number of a choice: probabilities of its values}, for a Text, of the choices that the answer comes
         to, given its own answers before. The probability of an option is the product, along its steps, of the share of
         the tokens that take it on among the possible ones. That of a value is the sum over the options that make this
         choice, among those that agree with the answer in the choices before. Decisions that are not on the answer's own
         path cost one more forward pass."""
-        known = {state: self.probabilities(state, logits) for state, (_, logits, _) in decisions.items()}
+        known = {state: self.option_probabilities(state, made.logits) for state, made in decisions.items()}
         missing = {}  # for each decision that the answer did not meet: the answer before it
         for option in (option for options, _ in walked for option in options):
-            answer = decisions[option['steps'][0][0]][0]  # all options of a fork start at the same decision
+            answer = decisions[option['steps'][0][0]].answer  # all options of a fork start at the same decision
             for state, rows, _ in option['steps']:
                 if state not in known:
                     missing[state] = answer
-                answer = answer + self.states[state]['read'][rows[0]]
+                if rows[0] < len(self.states[state]['read']):  # else it is a place, behind which an option has no step
+                    answer = answer + self.states[state]['read'][rows[0]]
         if missing:
-            for state, row in zip(missing, self.compute_logits([text] * len(missing), list(missing.values()))):
-                known[state] = self.probabilities(state, row[self.states[state]['rows']])
+            for state, row in zip(missing, self.compute_logits([text.ids] * len(missing), list(missing.values()))):
+                places = np.flatnonzero(text.page.begins) if 'copies' in self.states[state] else []
+                rows = [*self.states[state]['rows'], *(self.task['first_place'] + place for place in places)]
+                known[state] = self.option_probabilities(state, row[rows])
         result = {n: [1.0] for n, choice in enumerate(self.task['choices']) if len(choice['names']) == 1}
         for options, taken in walked:
             p = [math.prod(known[state][rows].sum() / (1 if possible is None else known[state][possible].sum())
@@ -169,14 +256,16 @@ class Student:
         return shown
 
     def make_record(self, text, decisions):
-        """a text (its ids) and its decisions -> its answer, a dict."""
-        walked = self.walk(decisions)
+        """a Text and its decisions -> its answer, a dict."""
+        walked, values = self.walk(decisions), iter([value for *_, value in text.values()])
         written = self.task['text'] + ''.join(taken['text'] for _, taken in walked)
+        if self.copied:
+            written = re.sub('[\U00100000-\U0010ffff]', lambda _: inner_text(next(values)), written)
         answer = json.loads(written.strip().removeprefix('```json').removesuffix('```'))
         confidence = dict.fromkeys(self.temperature, 1.0)
         if self.confidence or self.min_confidence:
-            for state, (_, logits, choice) in decisions.items():
-                confidence[self.states[state]['field']] *= float(self.probabilities(state, logits)[choice])
+            for state, made in decisions.items():
+                confidence[self.states[state]['field']] *= float(self.probabilities(state, made.logits)[made.chosen])
         if self.confidence == 'full':
             answer['_confidence'] = self.show_values(self.value_probabilities(text, decisions, walked))
         elif self.confidence:
@@ -185,19 +274,17 @@ class Student:
 
     def label(self, lines):
         """lines of bytes -> records, in their order. Texts of similar length are read together."""
-        texts = self.encode(lines)
+        texts, encodings = self.encode(lines)
         problem = '_error' if 'error' in self.temperature else 'error'
-        records = [None if ids else {problem: 'empty text'} for ids in texts]
-        order = sorted((n for n, ids in enumerate(texts) if ids), key=lambda n: len(texts[n]))
+        records = [None if text else {problem: 'empty text'} for text in texts]
+        order = sorted((n for n, text in enumerate(texts) if text), key=lambda n: len(encodings[n].ids))
 
         def label_batch(batch):
-            before, after, most = (self.task[key] for key in ('before', 'after', 'max_text'))
-            part = slice(-most, None) if self.task['keep_end'] else slice(most)
-            cut = [[*before, *texts[n][part], *after] for n in batch]
-            for n, text, decisions in zip(batch, cut, self.decide(cut)):
+            opened = [self.open_text(texts[n], encodings[n]) for n in batch]
+            for n, text, decisions in zip(batch, opened, self.decide(opened)):
                 records[n] = self.make_record(text, decisions)
         list(self.pool.map(label_batch, (order[at:at + BATCH] for at in range(0, len(order), BATCH))))
-        self.n_cut = sum(len(ids) > self.task['max_text'] for ids in texts)
+        self.n_cut = sum(len(encoding.ids) > self.task['max_text'] for encoding in encodings)
         return records
 
 
