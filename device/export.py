@@ -9,6 +9,7 @@
 It reads out/<name>/, counts the tokens of data/<dataset>/input.jsonl, and measures on the held-out ones of
 those texts, or on the texts of --check, what the export loses. It needs requirements-device.txt.
 """
+import copy
 import fcntl
 import importlib.util
 import json
@@ -27,6 +28,7 @@ from config import configure, data_line, stop
 from config.machine import on_stop, stop_anyway
 
 import torch
+import torch.nn as nn
 
 from data import held_out, read_texts, text_hash, write_json
 from device.shrink import choose_tokens, fold_table, round_to_int8, trim_student, trim_tokenizer
@@ -68,32 +70,80 @@ def copy_runners(folder):
 # the graph
 
 
-def write_onnx(student, path):
-    """writes the student's forward pass as an ONNX graph: text (B, T) and answer (B, T), as model.Student reads them,
-    with -1 on padding, at least two tokens wide -> logits (B, V). All operators are standard ones, so every runtime
-    computes the same. 8-bit weights are stored as int8; Cast and Mul turn them into float32 when the graph is loaded
-    or a row is looked up. Activations are never rounded, since runtimes differ in how they do it. Operator
-    set 23 has attention and RMSNorm as one operator each, an eighth faster than set 20's."""
+class Given(nn.Module):
+    """in the place of a student's encoder: states (B, T, C) that it has read before."""
+
+    def __init__(self):
+        super().__init__()
+        self.states = []
+
+    def forward(self, text):
+        return self.states.pop()
+
+
+class Reader(nn.Module):
+    """the part of a student that reads the text: text (B, T) -> states (B, T, C)."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.encoder, self.encoder_proj = student.encoder, student.encoder_proj
+
+    def forward(self, text):
+        return self.encoder_proj(self.encoder(text))
+
+
+class Writer(nn.Module):
+    """the part of a student that writes the answer: text (B, T), answer (B, T) and, of a student with an encoder, states
+    (B, T, C) -> logits (B, V), or (B, V + 1 + T) if it can point to the text."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = copy.copy(student)
+        if student.encoder:
+            self.student._modules = {**student._modules, 'encoder': Given(), 'encoder_proj': nn.Identity()}
+
+    def forward(self, text, answer, states=None):
+        if states is not None:
+            self.student.encoder.states.append(states)
+        return self.student(text, answer, only_last=True)
+
+
+def write_graphs(student, folder):
+    """writes a student's forward pass into a folder, as ONNX graphs: student.onnx, a Writer, and of a student with an
+    encoder reader.onnx, a Reader: each text is read once, not before each decision. Returns their names.
+
+    -1 pads text and answer, which are at least two tokens wide."""
+    B, T, A = (torch.export.Dim(name, min=least, max=most) for name, least, most in (
+        ('B', 1, 65536), ('T', 2, student.config.block_size), ('A', 2, student.config.block_size)))
+    text, answer = torch.zeros(3, 7, dtype=torch.long), torch.zeros(3, 5, dtype=torch.long)
+    inputs = {'text': (text, {0: B, 1: T}), 'answer': (answer, {0: B, 1: A})}
+    if student.encoder:
+        write_onnx(Reader(student), {'text': inputs['text']}, 'states', Path(folder, 'reader.onnx'))
+        inputs['states'] = torch.zeros(3, 7, student.config.n_embd), {0: B, 1: T}
+    write_onnx(Writer(student), inputs, 'logits', Path(folder, 'student.onnx'))
+    return ['student.onnx', 'reader.onnx'][:1 + bool(student.encoder)]
+
+
+def write_onnx(module, inputs, output, path):
+    """writes a module as an ONNX graph. inputs: {name: (example, {dimension: torch.export.Dim})}; output: its name. All
+    operators are standard ones, so every runtime computes the same. 8-bit weights are stored as int8; Cast and Mul turn
+    them into float32 when the graph is loaded or a row is looked up. Activations are never rounded, since runtimes differ
+    in how they do it. Operator set 23 has attention and RMSNorm as one operator each, an eighth faster than set 20's."""
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
-    dim, longest = torch.export.Dim, student.config.block_size
-    B = dim('B', max=65536)
-    shapes = {'text': {0: B, 1: dim('T', min=2, max=longest)}, 'answer': {0: B, 1: dim('A', min=2, max=longest)},
-              'only_last': None}
-    example = {'text': torch.zeros(3, 7, dtype=torch.long), 'answer': torch.zeros(3, 5, dtype=torch.long),
-               'only_last': True}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         with stop_anyway():
             program = torch.onnx.export(
-                student, kwargs=example, dynamic_shapes=shapes, opset_version=23, optimize=False, verbose=False,
-                input_names=['text', 'answer'], output_names=['logits'], dynamo=True, external_data=False)
+                module.eval(), kwargs={name: example for name, (example, _) in inputs.items()},
+                dynamic_shapes={name: dims for name, (_, dims) in inputs.items()}, opset_version=23, optimize=False,
+                verbose=False, input_names=[*inputs], output_names=[output], dynamo=True, external_data=False)
             program.optimize()  # folds small constants; the 8-bit matrices stay
     model = program.model_proto
     del model.metadata_props[:], model.graph.value_info[:]
     for node in model.graph.node:  # the source lines and paths that it came from: a megabyte
         del node.metadata_props[:]
         node.ClearField('doc_string')
-    Path(path).write_bytes(model.SerializeToString())
+    path.write_bytes(model.SerializeToString())
 
 
 @contextmanager
@@ -240,17 +290,19 @@ def write_card(folder, checkpoint, figures, source, space, n_tokens, vocab):
     that they were measured on, in words. n_tokens, vocab: number of tokens after and before the export."""
     task, per_field = checkpoint['task'], checkpoint['per_field']
     max_text = json.loads((folder / 'task.json').read_text(encoding='utf-8'))['max_text']
-    purpose = {'student.onnx': 'the network and its weights', 'task.json': 'the fields, as an automaton',
+    purpose = {'student.onnx': 'the network and its weights', 'reader.onnx': 'the part of it that reads the text', 'task.json': 'the fields, as an automaton',
                'tokenizer.json': 'cuts a text into tokens', 'run.py': 'answers, in Python',
                'student.js': 'answers, in a browser or in Node', 'places.js': 'where copied values can stand, for student.js',
                'candidates.js': 'the numbers and dates of a text, for places.js', 'index.html': 'a page to try it',
                'worker.js': 'stores the page, so that it works without a network',
-               'package.json': 'declares student.js as a module, for Node'}
+               'package.json': 'declares student.js as a module, for Node',
+               **{f'distil/{file}': 'a part of run.py' for file in SHARED}}
     copied = {part.group: part.describe() for part in space.schema.copied}
     lines = [f'| `{leaf.path}` | {describe_values(leaf, copied.get(leaf.path, ""))} | '
              f'{per_field[leaf.path]["agree"]:.3f} | {per_field[leaf.path]["majority"]:.3f} |'
              for leaf in space.schema.leaves]
-    files = [f'| `{file}` | {(folder / file).stat().st_size:,} | {text} |' for file, text in purpose.items()]
+    files = [f'| `{file}` | {(folder / file).stat().st_size:,} | {text} |' for file, text in purpose.items()
+             if (folder / file).is_file()]
     loss = 'What that changes was not measured: there were no texts to check.'
     if 'fields_same' in figures:
         cut = ''
@@ -311,11 +363,11 @@ if __name__ == '__main__':
 
     folder, tmp = out / 'device', out / 'device.tmp'
     with new_folder(tmp):
-        write_onnx(small, tmp / 'student.onnx')
+        graphs = write_graphs(small, tmp)
         tokenizer = encoder.tokenizer if encoder else small_space.tokenizer
         tokenizer.no_truncation()  # the runners cut
         (tmp / 'tokenizer.json').write_text(tokenizer.to_str(), encoding='utf-8')
-        sizes = {file: (tmp / file).stat().st_size for file in ('student.onnx', 'tokenizer.json')}
+        sizes = {file: (tmp / file).stat().st_size for file in (*graphs, 'tokenizer.json')}
         task = make_task(run or name, checkpoint, small_space, small) | {'bytes': sizes}
         write_json(tmp / 'task.json', task)
         copy_runners(tmp)

@@ -14,8 +14,9 @@ This file is also the specification of decoding. Its answers are those of the pr
    `start`: the start token, and the first tokens that the schema forces. The tokens of an answer are numbers of a
    small vocabulary of their own.
 2. task.json holds the schema as a small automaton. Its states are the decisions: the points where the schema
-   leaves more than one legal token. At each of them one forward pass reads the text and the answer so far,
-   and the legal token with the highest logit is chosen. The forced tokens after it are appended.
+   leaves more than one legal token. At each of them one forward pass of student.onnx reads the text and the answer so
+   far, and the legal token with the highest logit is chosen. The forced tokens after it are appended. If there is a
+   reader.onnx, it has read the text before, once, and student.onnx gets the states that it returned.
 3. The answer is JSON: `text`, and then the text of one option at each of the forks, from the first one on. The
    option taken is the one all of whose steps agree with the choices made: [state, indices among its legal tokens that
    take the option on, ...]. It also says which fork is next.
@@ -55,6 +56,14 @@ def softmax(x, temperature):
     return e / e.sum()
 
 
+def pad(rows, dtype, value):
+    """B rows of different lengths -> an array (B, T, ...), at least two long, with this value on padding."""
+    padded = np.full((len(rows), max(2, *map(len, rows)), *np.shape(rows[0])[1:]), value, dtype)
+    for n, row in enumerate(rows):
+        padded[n, :len(row)] = row
+    return padded
+
+
 def inner_text(value):
     """a copied value as JSON, a string without its quotes, which the text around it has."""
     written = json.dumps(value, ensure_ascii=False)
@@ -71,12 +80,12 @@ class Decision(NamedTuple):
 
 
 class Text:
-    """a text that is being answered. ids: as the network reads it; page: where its values can stand, None if nothing is
+    """a text that is being answered. ids: as the network reads it; states (T, C): what an encoder has read; page: where its values can stand, None if nothing is
     copied. copied: [(what, first token, last token)] of the values, of which `what` is as in task.json; first: the first
     token of the one that is begun, or None."""
 
     def __init__(self, ids, page):
-        self.ids, self.page, self.copied, self.first = ids, page, [], None
+        self.ids, self.states, self.page, self.copied, self.first = ids, None, page, [], None
 
     def places(self, what):
         """the tokens that may be chosen now, in a decision on a copied value."""
@@ -118,7 +127,8 @@ class Student:
             self.tokenizer = Tokenizer.from_file(str(folder / 'tokenizer.json'))
             for file, size in self.task['bytes'].items():
                 assert (folder / file).stat().st_size == size, f'{file} is not from this export'
-            self.session = onnxruntime.InferenceSession(folder / 'student.onnx', options)
+            self.session, self.reader = (onnxruntime.InferenceSession(folder / file, options) if file in self.task['bytes']
+                                         else None for file in ('student.onnx', 'reader.onnx'))
         except Exception as error:  # onnxruntime and tokenizers raise nothing narrower
             newer = ', or install onnxruntime 1.24 or newer' if 'opset' in str(error) else ''
             reason = ' '.join(str(error).split())[:150]
@@ -150,22 +160,27 @@ class Student:
             page = Page(Source(text, locale), [*nothing[0], *encoding.offsets[part], *nothing[1]])
         return Text([*before, *encoding.ids[part], *after], page)
 
+    def read(self, texts):
+        """lets the encoder, if there is one, read the Texts, in one forward pass."""
+        if self.reader:
+            all_states, = self.reader.run(None, {'text': pad([text.ids for text in texts], np.int64, -1)})  # (B, T, C)
+            for text, states in zip(texts, all_states):
+                text.states = states[:len(text.ids)]
+
     def compute_logits(self, texts, answers):
-        """B lists of ids, and the B answers so far -> (B, V) logits of the next token of each, in one forward
-        pass; (B, V + 1 + T) if values are copied."""
-        padded = []
-        for rows in texts, answers:
-            padded.append(np.full((len(rows), max(2, *map(len, rows))), -1, np.int64))  # (B, T), -1 on padding
-            for n, row in enumerate(rows):
-                padded[-1][n, :len(row)] = row
-        return self.session.run(None, dict(zip(('text', 'answer'), padded)))[0]
+        """B Texts, and the B answers so far -> (B, V) logits of the next token of each, in one forward pass;
+        (B, V + 1 + T) if values are copied."""
+        feed = {'text': pad([text.ids for text in texts], np.int64, -1), 'answer': pad(answers, np.int64, -1)}
+        if self.reader:
+            feed['states'] = pad([text.states for text in texts], np.float32, 0)
+        return self.session.run(None, feed)[0]
 
     def decide(self, texts):
         """a list of Texts -> for each {state: Decision}."""
         answers, state = [self.task['start']] * len(texts), [0] * len(texts)
         decisions = [{} for _ in texts]
         while unfinished := [n for n, s in enumerate(state) if s >= 0]:
-            all_logits = self.compute_logits([texts[n].ids for n in unfinished], [answers[n] for n in unfinished])
+            all_logits = self.compute_logits([texts[n] for n in unfinished], [answers[n] for n in unfinished])
             for n, row in zip(unfinished, all_logits):
                 choices = self.states[state[n]]
                 logits, places = self.legal_logits(choices, row, texts[n])
@@ -228,7 +243,7 @@ class Student:
                 if rows[0] < len(self.states[state]['read']):  # else it is a place, behind which an option has no step
                     answer = answer + self.states[state]['read'][rows[0]]
         if missing:
-            for state, row in zip(missing, self.compute_logits([text.ids] * len(missing), list(missing.values()))):
+            for state, row in zip(missing, self.compute_logits([text] * len(missing), list(missing.values()))):
                 places = np.flatnonzero(text.page.begins) if 'copies' in self.states[state] else []
                 rows = [*self.states[state]['rows'], *(self.task['first_place'] + place for place in places)]
                 known[state] = self.option_probabilities(state, row[rows])
@@ -281,6 +296,7 @@ class Student:
 
         def label_batch(batch):
             opened = [self.open_text(texts[n], encodings[n]) for n in batch]
+            self.read(opened)
             for n, text, decisions in zip(batch, opened, self.decide(opened)):
                 records[n] = self.make_record(text, decisions)
         list(self.pool.map(label_batch, (order[at:at + BATCH] for at in range(0, len(order), BATCH))))

@@ -73,15 +73,21 @@ export class Student {
     const importPackage = (name) => import(new URL(`npm/${name}`, folder)).catch(() => {
       throw new Error('npm/ is missing here; python device/web.py --serve=False puts it there');
     });
-    const [ort, { Tokenizer }, task, tokenizer, graph, wasm] = await Promise.all([
+    const taskRead = readJson('task.json');
+    const readGraph = async (name) => {
+      if (!(name in (await taskRead).bytes)) return null;
+      const graph = await readFile(name);
+      sizes[name] = graph.length;
+      return graph;
+    };
+    const [ort, { Tokenizer }, task, tokenizer, graph, reader, wasm] = await Promise.all([
       importPackage('ort.wasm.bundle.min.mjs'), importPackage('tokenizers.min.mjs'),
-      readJson('task.json'), readJson('tokenizer.json'),
-      readFile('student.onnx'), readFile('npm/ort-wasm-simd-threaded.wasm.gz'),
+      taskRead, readJson('tokenizer.json'),
+      readGraph('student.onnx'), readGraph('reader.onnx'), readFile('npm/ort-wasm-simd-threaded.wasm.gz'),
     ]);
     if (task.format !== 5) {
       throw new Error(`this folder has format ${task.format}, this student.js reads 5; export it again`);
     }
-    sizes['student.onnx'] = graph.length;
     for (const [name, size] of Object.entries(task.bytes)) {
       if (sizes[name] !== size) {
         throw new Error(`${name} is not from this export, or incomplete; load again, or export it again`);
@@ -93,8 +99,10 @@ export class Student {
     student.tokenizer = task.copied.length ? new WordPiece(tokenizer) : new Tokenizer(tokenizer, {});
     ort.env.wasm.numThreads = 1; // more threads need a server that isolates the page
     ort.env.wasm.wasmBinary = await gunzip(wasm);
+    const open = (bytes) => ort.InferenceSession.create(bytes, { executionProviders: ['wasm'] });
     try {
-      student.session = await ort.InferenceSession.create(graph, { executionProviders: ['wasm'] });
+      student.session = await open(graph);
+      student.reader = reader && await open(reader);
     } catch (error) {
       const reason = String(error.message).slice(0, 120);
       throw new Error(`student.onnx cannot be loaded (${reason}); export it again`);
@@ -110,7 +118,7 @@ export class Student {
   }
 
   /** what encode returns -> a text that is being answered. ids: as many of its tokens as fit, and what stands around them;
-      page: where its values can stand; copied: { what, first, last: tokens } of those written, of which `what` is as in
+      states (T, C): what an encoder has read; page: where its values can stand; copied: { what, first, last: tokens } of those written, of which `what` is as in
       task.json; first: the first token of the one that is begun, or null. */
   openText({ clean, ids, offsets }) {
     const { before, after, max_text: most, keep_end: keepEnd, copied } = this.task;
@@ -136,16 +144,33 @@ export class Student {
     }
   }
 
-  /** B lists of ids, and the B answers so far -> for each the logits (V,) of its next token, in one forward
-      pass; (V + 1 + T,) if values are copied. */
+  /** B lists of ids -> a tensor (B, T), at least two wide, with -1 on padding. */
+  pad(rows) {
+    const T = Math.max(2, ...rows.map((row) => row.length));
+    const ids = new BigInt64Array(rows.length * T).fill(-1n);
+    rows.forEach((row, n) => row.forEach((id, t) => { ids[n * T + t] = BigInt(id); }));
+    return new this.ort.Tensor('int64', ids, [rows.length, T]);
+  }
+
+  /** lets the encoder, if there is one, read texts of openText, in one forward pass. */
+  async read(texts) {
+    if (!this.reader) return;
+    const { states } = await this.reader.run({ text: this.pad(texts.map(({ ids }) => ids)) });
+    const [, T, C] = states.dims;
+    texts.forEach((text, n) => { text.states = states.data.slice(n * T * C, (n * T + text.ids.length) * C); }); // (T, C)
+  }
+
+  /** B texts of openText, and the B answers so far -> for each the logits (V,) of its next token, in one forward pass;
+      (V + 1 + T,) if values are copied. */
   async computeLogits(texts, answers) {
-    const pad = (rows) => {
-      const T = Math.max(2, ...rows.map((row) => row.length));
-      const ids = new BigInt64Array(rows.length * T).fill(-1n); // (B, T), -1 on padding
-      rows.forEach((row, n) => row.forEach((id, t) => { ids[n * T + t] = BigInt(id); }));
-      return new this.ort.Tensor('int64', ids, [rows.length, T]);
-    };
-    const { logits } = await this.session.run({ text: pad(texts), answer: pad(answers) });
+    const feed = { text: this.pad(texts.map(({ ids }) => ids)), answer: this.pad(answers) };
+    if (this.reader) {
+      const [B, T] = feed.text.dims, C = texts[0].states.length / texts[0].ids.length;
+      const states = new Float32Array(B * T * C);
+      texts.forEach((text, n) => states.set(text.states, n * T * C));
+      feed.states = new this.ort.Tensor('float32', states, [B, T, C]);
+    }
+    const { logits } = await this.session.run(feed);
     const V = logits.dims[1];
     return texts.map((_, n) => Array.from(logits.data.subarray(n * V, (n + 1) * V)));
   }
@@ -160,7 +185,7 @@ export class Student {
     for (;;) {
       const unfinished = state.flatMap((s, n) => (s >= 0 ? [n] : []));
       if (!unfinished.length) return decisions;
-      const all = await this.computeLogits(unfinished.map((n) => texts[n].ids), unfinished.map((n) => answers[n]));
+      const all = await this.computeLogits(unfinished.map((n) => texts[n]), unfinished.map((n) => answers[n]));
       unfinished.forEach((n, i) => {
         const choices = this.task.states[state[n]], nTokens = choices.rows.length;
         const [logits, places] = this.legalLogits(choices, all[i], texts[n]);
@@ -227,7 +252,7 @@ export class Student {
     }
     if (missing.size) {
       const answers = [...missing.values()];
-      const all = await this.computeLogits(answers.map(() => text.ids), answers);
+      const all = await this.computeLogits(answers.map(() => text), answers);
       [...missing.keys()].forEach((state, n) => {
         const places = 'copies' in this.task.states[state] ? text.page.firsts({ kind: 'text' }) : [];
         const rows = [...this.task.states[state].rows, ...places.map((place) => this.task.first_place + place)];
@@ -316,6 +341,7 @@ export class Student {
     for (let at = 0; at < order.length; at += BATCH) {
       const batch = order.slice(at, at + BATCH);
       const opened = batch.map((n) => this.openText(encoded[n]));
+      await this.read(opened);
       const decisions = await this.decide(opened);
       for (let i = 0; i < batch.length; i++) {
         records[batch[i]] = await this.makeRecord(opened[i], decisions[i], options);
