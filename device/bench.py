@@ -26,7 +26,7 @@ from config import configure, data_line, stop
 
 import numpy as np
 
-from device.export import read_check, read_corpus, shrink_student, write_graphs
+from device.export import read_check, read_corpus, shrink_student, write_onnx
 from device.run import Student
 from device.web import Handler
 from distil.checkpoint import load_checkpoint
@@ -137,7 +137,7 @@ if __name__ == '__main__':
             small, small_space, figures = shrink_student(
                 student, space, seen, checked, slice(max_text), n, True, shards)
             with tempfile.TemporaryDirectory() as folder:
-                write_graphs(small, folder)
+                write_onnx(small, Path(folder, 'student.onnx'))
                 small_space.tokenizer.save(f'{folder}/tokenizer.json', pretty=False)
                 size = sum(file.stat().st_size for file in Path(folder).iterdir())
             figures = {'tokens': small.config.vocab_size, **figures, 'bytes': size}
@@ -150,7 +150,7 @@ if __name__ == '__main__':
             shutil.copy(folder / 'tokenizer.json', float32)
             n = len(json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))['model']['vocab'])
             small, _, _ = shrink_student(student, space, seen, [], slice(max_text), n, False)
-            graphs = write_graphs(small, float32)
+            graphs = write_onnx(small, Path(float32, 'student.onnx'))
             sizes = {file: Path(float32, file).stat().st_size for file in graphs}
             task = json.loads((folder / 'task.json').read_text(encoding='utf-8')) | {'bytes': sizes}
             Path(float32, 'task.json').write_text(json.dumps(task))

@@ -108,23 +108,23 @@ class Writer(nn.Module):
         return self.student(text, answer, only_last=True)
 
 
-def write_graphs(student, folder):
-    """writes a student's forward pass into a folder, as ONNX graphs: student.onnx, a Writer, and of a student with an
-    encoder reader.onnx, a Reader: each text is read once, not before each decision. Returns their names.
-
-    -1 pads text and answer, which are at least two tokens wide."""
+def write_onnx(student, path):
+    """writes a student's forward pass as ONNX graphs: student.onnx, a Writer, and of a student with an encoder beside it
+    reader.onnx, a Reader, so that each text is read once, not before each decision. path: of student.onnx. Returns the
+    names of the files. -1 pads text and answer, which are at least two tokens wide."""
+    path = Path(path)
     B, T, A = (torch.export.Dim(name, min=least, max=most) for name, least, most in (
         ('B', 1, 65536), ('T', 2, student.config.block_size), ('A', 2, student.config.block_size)))
     text, answer = torch.zeros(3, 7, dtype=torch.long), torch.zeros(3, 5, dtype=torch.long)
     inputs = {'text': (text, {0: B, 1: T}), 'answer': (answer, {0: B, 1: A})}
     if student.encoder:
-        write_onnx(Reader(student), {'text': inputs['text']}, 'states', Path(folder, 'reader.onnx'))
+        write_graph(Reader(student), {'text': inputs['text']}, 'states', path.with_name('reader.onnx'))
         inputs['states'] = torch.zeros(3, 7, student.config.n_embd), {0: B, 1: T}
-    write_onnx(Writer(student), inputs, 'logits', Path(folder, 'student.onnx'))
-    return ['student.onnx', 'reader.onnx'][:1 + bool(student.encoder)]
+    write_graph(Writer(student), inputs, 'logits', path)
+    return [path.name, 'reader.onnx'][:1 + bool(student.encoder)]
 
 
-def write_onnx(module, inputs, output, path):
+def write_graph(module, inputs, output, path):
     """writes a module as an ONNX graph. inputs: {name: (example, {dimension: torch.export.Dim})}; output: its name. All
     operators are standard ones, so every runtime computes the same. 8-bit weights are stored as int8; Cast and Mul turn
     them into float32 when the graph is loaded or a row is looked up. Activations are never rounded, since runtimes differ
@@ -363,7 +363,7 @@ if __name__ == '__main__':
 
     folder, tmp = out / 'device', out / 'device.tmp'
     with new_folder(tmp):
-        graphs = write_graphs(small, tmp)
+        graphs = write_onnx(small, tmp / 'student.onnx')
         tokenizer = encoder.tokenizer if encoder else small_space.tokenizer
         tokenizer.no_truncation()  # the runners cut
         (tmp / 'tokenizer.json').write_text(tokenizer.to_str(), encoding='utf-8')
