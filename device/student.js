@@ -125,7 +125,7 @@ export class Student {
     const cut = (row, start, end) => [...start, ...(keepEnd ? row.slice(-most) : row.slice(0, most)), ...end];
     const nothing = (row) => row.map(() => [0, 0]);
     const page = copied.length ? new Page(clean, cut(offsets, nothing(before), nothing(after)), this.task) : null;
-    return { ids: cut(ids, before, after), page, copied: [], first: null };
+    return { clean, ids: cut(ids, before, after), page, copied: [], first: null };
   }
 
   /** the tokens of a text that may be chosen now, in a decision on a copied value. */
@@ -327,11 +327,12 @@ export class Student {
     }
     if (Math.min(...Object.values(pOfField)) < minConfidence) answer._defer = true;
     if (!chosen) return answer;
-    return { ...answer, _chosen: this.showChosen(walked), _copied: this.showCopied(text, decisions) };
+    return { ...answer, _chosen: this.showChosen(walked), _copied: this.showCopied(text, decisions), _text: text.clean };
   }
 
   /** texts -> records, in their order. options: confidence (true or 'full'), minConfidence, and chosen (true adds
-      _chosen: { path: names of the values that the answer has }, with the paths of 'full', and _copied: see showCopied). */
+      _chosen: { path: names of the values that the answer has }, with the paths of 'full', _copied: see showCopied, and
+      _text: the clean text whose characters it counts). */
   async label(texts, options = {}) {
     const encoded = texts.map((text) => this.encode(text));
     const problem = this.temperature.has('error') ? '_error' : 'error';
