@@ -44,7 +44,8 @@ function compilePatterns(locale) {
   const joins = oneOf([...new Set(`.,:/-${locale.decimal}${locale.group}`)].filter((char) => char !== ' ').join(''));
   const blank = locale.group.includes(' ') ? '| \\d{3}(?!\\d)' : '';
   const run = `(?<glued>[${LETTERS}])?(?<sign>(?<![${LETTERS}\\d)+\\-])[+\\-])?`
-    + `(?<digits>(?:(?<![${LETTERS}\\d.,])${decimal})?\\d+(?:${joins}\\d+${blank})*)(?<unit>[${LETTERS}]+(?:\\d[${LETTERS}\\d]*)?)?`;
+    + `(?<digits>(?:(?<![${LETTERS}\\d.,])${decimal})?\\d+(?:${joins}\\d+${blank})*)`
+    + `(?<unit>[${LETTERS}]+(?:\\d[${LETTERS}\\d]*)?)?`;
   const number = `^(?:(?<whole>\\d{1,3}(?:${group}\\d{2,3})*${group}\\d{3}|\\d*)(?:${decimal}(?<part>\\d+))?)$`;
 
   const before = `(?<![${LETTERS}\\d])(?<!\\d[\\-/.,:])`, after = '(?!\\d|[\\-/.,:]\\d)';

@@ -93,7 +93,7 @@ class Reader(nn.Module):
 
 
 class Writer(nn.Module):
-    """the part of a student that writes the answer: text (B, T), answer (B, T) and, of a student with an encoder, states
+    """the part of a student that writes the answer: text (B, T), answer (B, T) and, if it has an encoder, states
     (B, T, C) -> logits (B, V), or (B, V + 1 + T) if it can point to the text."""
 
     def __init__(self, student):
@@ -109,9 +109,9 @@ class Writer(nn.Module):
 
 
 def write_onnx(student, path):
-    """writes a student's forward pass as ONNX graphs: student.onnx, a Writer, and of a student with an encoder beside it
-    reader.onnx, a Reader, so that each text is read once, not before each decision. path: of student.onnx. Returns the
-    names of the files. -1 pads text and answer, which are at least two tokens wide."""
+    """writes a student's forward pass as ONNX graphs: student.onnx, a Writer, and for an encoder reader.onnx, a Reader,
+    so that each text is read once, not before each decision. path: of student.onnx; the other one is beside it. Returns
+    the names of the files. -1 pads text and answer, which are at least two tokens wide."""
     path = Path(path)
     B, T, A = (torch.export.Dim(name, min=least, max=most) for name, least, most in (
         ('B', 1, 65536), ('T', 2, student.config.block_size), ('A', 2, student.config.block_size)))
@@ -125,10 +125,11 @@ def write_onnx(student, path):
 
 
 def write_graph(module, inputs, output, path):
-    """writes a module as an ONNX graph. inputs: {name: (example, {dimension: torch.export.Dim})}; output: its name. All
-    operators are standard ones, so every runtime computes the same. 8-bit weights are stored as int8; Cast and Mul turn
-    them into float32 when the graph is loaded or a row is looked up. Activations are never rounded, since runtimes differ
-    in how they do it. Operator set 23 has attention and RMSNorm as one operator each, an eighth faster than set 20's."""
+    """writes a module as an ONNX graph. inputs: {name: (example, {dimension: torch.export.Dim})}; output: its name.
+    All operators are standard ones, so every runtime computes the same. 8-bit weights are stored as int8; Cast and Mul
+    turn them into float32 when the graph is loaded or a row is looked up. Activations are never rounded, since runtimes
+    differ in how they do it. Operator set 23 has attention and RMSNorm as one operator each, an eighth faster than set
+    20's."""
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -290,13 +291,13 @@ def write_card(folder, checkpoint, figures, source, space, n_tokens, vocab):
     that they were measured on, in words. n_tokens, vocab: number of tokens after and before the export."""
     task, per_field = checkpoint['task'], checkpoint['per_field']
     max_text = json.loads((folder / 'task.json').read_text(encoding='utf-8'))['max_text']
-    purpose = {'student.onnx': 'the network and its weights', 'reader.onnx': 'the part of it that reads the text', 'task.json': 'the fields, as an automaton',
-               'tokenizer.json': 'cuts a text into tokens', 'run.py': 'answers, in Python',
-               'student.js': 'answers, in a browser or in Node', 'places.js': 'where copied values can stand, for student.js',
-               'candidates.js': 'the numbers and dates of a text, for places.js', 'index.html': 'a page to try it',
+    purpose = {'student.onnx': 'the network and its weights', 'reader.onnx': 'the part of it that reads the text',
+               'task.json': 'the fields, as an automaton', 'tokenizer.json': 'cuts a text into tokens',
+               'run.py': 'answers, in Python', **{f'distil/{file}': 'a part of run.py' for file in SHARED},
+               'student.js': 'answers, in a browser or in Node', 'places.js': 'a part of student.js',
+               'candidates.js': 'another part', 'index.html': 'a page to try it',
                'worker.js': 'stores the page, so that it works without a network',
-               'package.json': 'declares student.js as a module, for Node',
-               **{f'distil/{file}': 'a part of run.py' for file in SHARED}}
+               'package.json': 'declares student.js as a module, for Node'}
     copied = {part.group: part.describe() for part in space.schema.copied}
     lines = [f'| `{leaf.path}` | {describe_values(leaf, copied.get(leaf.path, ""))} | '
              f'{per_field[leaf.path]["agree"]:.3f} | {per_field[leaf.path]["majority"]:.3f} |'

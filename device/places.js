@@ -81,11 +81,12 @@ const sortUnique = (numbers) => [...new Set(numbers)].sort((a, b) => a - b);
 // ---------------------------------------------------------------------------
 // tokens
 
-const CHINESE = new RegExp('[\\u4e00-\\u9fff\\u3400-\\u4dbf\\u{20000}-\\u{2a6df}\\u{2a700}-\\u{2b73f}\\u{2b740}-\\u{2b81f}'
+const CHINESE = new RegExp('[\\u4e00-\\u9fff\\u3400-\\u4dbf\\u{20000}-\\u{2a6df}\\u{2a700}-\\u{2b81f}'
   + '\\u{2b920}-\\u{2ceaf}\\uf900-\\ufaff\\u{2f800}-\\u{2fa1f}]', 'u');
 const ALONE_TOKEN = /[!-/:-@[-`{-~\p{P}]/u; // also $ and +
 
-/** The tokenizer of a BERT, as the Rust package tokenizers has it. json: a tokenizer.json. Throws an Error if it is none. */
+/** The tokenizer of a BERT, as Python's package tokenizers has it. The argument is a tokenizer.json; throws an Error if
+    that is of another kind. Characters that are younger than 2015 may be cut in another way. */
 export class WordPiece {
   constructor({ model, normalizer, pre_tokenizer: splitter, added_tokens: added = [] }) {
     if (model.type !== 'WordPiece' || normalizer?.type !== 'BertNormalizer' || splitter?.type !== 'BertPreTokenizer') {

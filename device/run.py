@@ -80,32 +80,30 @@ class Decision(NamedTuple):
 
 
 class Text:
-    """a text that is being answered. ids: as the network reads it; states (T, C): what an encoder has read; page: where its values can stand, None if nothing is
-    copied. copied: [(what, first token, last token)] of the values, of which `what` is as in task.json; first: the first
-    token of the one that is begun, or None."""
+    """a text that is being answered. ids: as the network reads it; states (T, C): what an encoder has read; page: where
+    its values can stand, None if nothing is copied. copied: [(part, first token, last token)] of the values written; a
+    part is one of Student.copied; first: the first token of the value that is begun, or None."""
 
     def __init__(self, ids, page):
         self.ids, self.states, self.page, self.copied, self.first = ids, None, page, [], None
 
-    def places(self, what):
+    def places(self, part):
         """the tokens that may be chosen now, in a decision on a copied value."""
-        part = SimpleNamespace(**what)
         if self.first is not None:
             return self.page.lasts(part, self.first)
-        alike = [first for other, first, _ in self.copied if other['list'] == what['list'] is not None]
-        return self.page.firsts(part, alike)
+        return self.page.firsts(part, [first for other, first, _ in self.copied if other.list == part.list is not None])
 
-    def point(self, what, token):
+    def point(self, part, token):
         """chooses the first or the last token of a value."""
         if self.first is None:
             self.first = token
         else:
-            self.copied.append((what, self.first, token))
+            self.copied.append((part, self.first, token))
             self.first = None
 
     def values(self):
-        """[(what, start, end, value)] of its copied values: the characters of the text at which they stand."""
-        return [(what, *self.page.span(SimpleNamespace(**what), first, last)) for what, first, last in self.copied]
+        """its copied values, in the order of the answer."""
+        return [self.page.span(*copied)[2] for copied in self.copied]
 
 
 class Student:
@@ -127,13 +125,16 @@ class Student:
             self.tokenizer = Tokenizer.from_file(str(folder / 'tokenizer.json'))
             for file, size in self.task['bytes'].items():
                 assert (folder / file).stat().st_size == size, f'{file} is not from this export'
-            self.session, self.reader = (onnxruntime.InferenceSession(folder / file, options) if file in self.task['bytes']
-                                         else None for file in ('student.onnx', 'reader.onnx'))
+            load = lambda file: onnxruntime.InferenceSession(folder / file, options)
+            self.session, self.reader = load('student.onnx'), None
+            if 'reader.onnx' in self.task['bytes']:
+                self.reader = load('reader.onnx')
         except Exception as error:  # onnxruntime and tokenizers raise nothing narrower
             newer = ', or install onnxruntime 1.24 or newer' if 'opset' in str(error) else ''
             reason = ' '.join(str(error).split())[:150]
             sys.exit(f'{folder} does not hold a complete student ({reason}); export it again{newer}')
-        self.states, self.forks, self.copied = (self.task[key] for key in ('states', 'forks', 'copied'))
+        self.states, self.forks = self.task['states'], self.task['forks']
+        self.copied = [SimpleNamespace(**part) for part in self.task['copied']]
         self.temperature = {leaf['path']: leaf['temperature'] for leaf in self.task['leaves']}
         self.confidence, self.min_confidence = confidence, min_confidence
         if min_confidence == 'target':
@@ -146,7 +147,7 @@ class Student:
         return self.label(text.encode('utf-8', 'replace') for text in texts)
 
     def encode(self, lines):
-        """lines of bytes -> (the text of each, in which every run of whitespace counts as one space; their encodings)."""
+        """lines of bytes -> (the texts, in which every run of whitespace counts as one space; their encodings)."""
         texts = [' '.join(line.decode('utf-8', 'replace').split()) for line in lines]
         return texts, self.tokenizer.encode_batch(texts, add_special_tokens=False)
 
@@ -197,8 +198,8 @@ class Student:
         return decisions
 
     def legal_logits(self, choices, row, text):
-        """(the logits of a decision's legal tokens, then of its legal places; these places). row: all logits. A number or
-        a date is written only if the text has one, unless nothing else is legal: then it is null."""
+        """(the logits of a decision's legal tokens, then of its legal places; these places). row: all logits. A number
+        or a date is written only if the text has one, unless nothing else is legal: then it is null."""
         logits, places = row[choices['rows']], []  # of V only the legal ones
         if 'copies' in choices:
             places = text.places(self.copied[choices['copies']]) or [0] * (not len(logits))
@@ -272,7 +273,7 @@ class Student:
 
     def make_record(self, text, decisions):
         """a Text and its decisions -> its answer, a dict."""
-        walked, values = self.walk(decisions), iter([value for *_, value in text.values()])
+        walked, values = self.walk(decisions), iter(text.values())
         written = self.task['text'] + ''.join(taken['text'] for _, taken in walked)
         if self.copied:
             written = re.sub('[\U00100000-\U0010ffff]', lambda _: inner_text(next(values)), written)

@@ -117,9 +117,10 @@ export class Student {
     return clean ? { clean, ...this.tokenizer.encode(clean, { add_special_tokens: false }) } : { clean, ids: [] };
   }
 
-  /** what encode returns -> a text that is being answered. ids: as many of its tokens as fit, and what stands around them;
-      states (T, C): what an encoder has read; page: where its values can stand; copied: { what, first, last: tokens } of those written, of which `what` is as in
-      task.json; first: the first token of the one that is begun, or null. */
+  /** what encode returns -> a text that is being answered. ids: as many of its tokens as fit, and what stands around
+      them; states (T, C): what an encoder has read; page: where its values can stand; copied: { part, first, last } of
+      those written, the first and the last token of each; a part is one of task.copied; first: the first token of the
+      one that is begun, or null. */
   openText({ clean, ids, offsets }) {
     const { before, after, max_text: most, keep_end: keepEnd, copied } = this.task;
     const cut = (row, start, end) => [...start, ...(keepEnd ? row.slice(-most) : row.slice(0, most)), ...end];
@@ -129,17 +130,17 @@ export class Student {
   }
 
   /** the tokens of a text that may be chosen now, in a decision on a copied value. */
-  placesOf({ page, copied, first }, what) {
-    if (first !== null) return page.lasts(what, first);
-    const alike = copied.filter((other) => what.list !== null && other.what.list === what.list);
-    return page.firsts(what, alike.map((other) => other.first));
+  placesOf({ page, copied, first }, part) {
+    if (first !== null) return page.lasts(part, first);
+    const alike = copied.filter((other) => part.list !== null && other.part.list === part.list);
+    return page.firsts(part, alike.map((other) => other.first));
   }
 
   /** chooses the first or the last token of a value. */
-  point(text, what, token) {
+  point(text, part, token) {
     if (text.first === null) text.first = token;
     else {
-      text.copied.push({ what, first: text.first, last: token });
+      text.copied.push({ part, first: text.first, last: token });
       text.first = null;
     }
   }
@@ -157,7 +158,9 @@ export class Student {
     if (!this.reader) return;
     const { states } = await this.reader.run({ text: this.pad(texts.map(({ ids }) => ids)) });
     const [, T, C] = states.dims;
-    texts.forEach((text, n) => { text.states = states.data.slice(n * T * C, (n * T + text.ids.length) * C); }); // (T, C)
+    texts.forEach((text, n) => {
+      text.states = states.data.slice(n * T * C, (n * T + text.ids.length) * C); // (T, C)
+    });
   }
 
   /** B texts of openText, and the B answers so far -> for each the logits (V,) of its next token, in one forward pass;
@@ -241,7 +244,8 @@ export class Student {
       to, given its own answers before; see run.py. Decisions that are not on the answer's own path cost one more
       forward pass. */
   async valueProbabilities(text, decisions, walked) {
-    const known = new Map([...decisions].map(([state, { logits }]) => [state, this.optionProbabilities(state, logits)]));
+    const known = new Map();
+    for (const [state, { logits }] of decisions) known.set(state, this.optionProbabilities(state, logits));
     const missing = new Map(); // for each decision that the answer did not meet: the answer before it
     for (const { steps } of walked.flatMap(({ options }) => options)) {
       let { answer } = decisions.get(steps[0][0]); // all options of a fork start at the same decision
@@ -305,16 +309,18 @@ export class Student {
   showCopied(text, decisions) {
     const p = [...decisions].flatMap(([state, { option, logits, chosen }]) => (
       option < this.task.states[state].rows.length ? [] : [this.probabilities(state, logits)[chosen]]));
-    return text.copied.map(({ what, first, last }, n) => (
-      { path: what.path, ...text.page.span(what, first, last), p: round4(p[2 * n] * p[2 * n + 1]) }));
+    return text.copied.map(({ part, first, last }, n) => (
+      { path: part.path, ...text.page.span(part, first, last), p: round4(p[2 * n] * p[2 * n + 1]) }));
   }
 
   /** a text and its decisions -> its answer. */
   async makeRecord(text, decisions, { confidence = false, minConfidence = 0, chosen = false }) {
-    const walked = this.walk(decisions), values = text.copied.map(({ what, first, last }) => (
-      text.page.span(what, first, last).value));
+    const walked = this.walk(decisions);
     let written = this.task.text + walked.map(({ taken }) => taken.text).join('');
-    if (this.task.copied.length) written = written.replace(/[\u{100000}-\u{10ffff}]/gu, () => innerText(values.shift()));
+    if (this.task.copied.length) {
+      const values = text.copied.map(({ part, first, last }) => text.page.span(part, first, last).value);
+      written = written.replace(/[\u{100000}-\u{10ffff}]/gu, () => innerText(values.shift()));
+    }
     const answer = JSON.parse(written.trim().replace(/^```json/, '').replace(/```$/, ''));
     const pOfField = Object.fromEntries(this.task.leaves.map((leaf) => [leaf.path, 1]));
     for (const [state, made] of decisions) {
@@ -327,7 +333,8 @@ export class Student {
     }
     if (Math.min(...Object.values(pOfField)) < minConfidence) answer._defer = true;
     if (!chosen) return answer;
-    return { ...answer, _chosen: this.showChosen(walked), _copied: this.showCopied(text, decisions), _text: text.clean };
+    const shown = { _chosen: this.showChosen(walked), _copied: this.showCopied(text, decisions), _text: text.clean };
+    return { ...answer, ...shown };
   }
 
   /** texts -> records, in their order. options: confidence (true or 'full'), minConfidence, and chosen (true adds

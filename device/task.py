@@ -20,12 +20,11 @@ def make_task(name, checkpoint, space, student):
     special tokens; an answer begins with start.
 
     copied: the values that are copied from the text, in the order of the schema: path; field, its leaf; kind, see
-    distil/kinds.py; list: a number that the items of one list share, else null. first_place: the logit of the text's
-    first token. A state in which the first or the last
-    place of one may be chosen has its number there (copies), and this choice is the last one, after those of the tokens.
-    A student that copies reads decisions alone, so read has no forced tokens then, and of a state with several tokens
-    needs says for each which kinds the text must have. locale, reference_date: how these are read, see
-    distil/candidates.py.
+    distil/kinds.py; list: a number that the items of one list share, else null. first_place: where the logits of the
+    text's tokens begin. A state in which the first or the last place of a value may be chosen has its number there
+    (copies), and this choice is the last one, after those of the tokens. A student that copies reads decisions alone:
+    read has no forced tokens then. needs: of which kinds the text must have a value, for each token of the other states.
+    locale, reference_date: how these are read, see distil/candidates.py.
     """
     task, numbers, copied = checkpoint['task'], {}, space.schema.copied
     prefix, first = space.forced_runs[0]
@@ -65,7 +64,8 @@ def make_task(name, checkpoint, space, student):
     return {'format': FORMAT, 'name': name, 'leaves': leaves, 'choices': choices,
             'max_text': max_text, 'keep_end': bool(task.get('keep_end')), 'before': before, 'after': after,
             'start': [student.config.output_vocab, *([] if copied else prefix)], 'states': table,
-            'copied': describe_copied(copied), 'first_place': student.config.output_vocab + 1, 'locale': space.locale, 'reference_date': space.reference_date,
+            'copied': describe_copied(copied), 'first_place': student.config.output_vocab + 1,
+            'locale': space.locale, 'reference_date': space.reference_date,
             'text': space.start_text, 'forks': make_forks(space, numbers),
             'min_confidence': (checkpoint.get('target') or {}).get('min_confidence')}
 

@@ -1,7 +1,8 @@
 /* A service worker, registered by index.html: it stores the files of this folder, so that the page works
    without a network. A file is taken from the network if possible, so a new export is seen at once. */
 const CACHE = 'student';
-const FILES = ['./', 'index.html', 'student.js', 'places.js', 'candidates.js', 'student.onnx', 'task.json', 'tokenizer.json',
+const FILES = ['./', 'index.html', 'student.js', 'places.js', 'candidates.js',
+  'student.onnx', 'task.json', 'tokenizer.json',
   'npm/tokenizers.min.mjs', 'npm/ort.wasm.bundle.min.mjs', 'npm/ort-wasm-simd-threaded.wasm.gz'];
 const OPTIONAL = ['reader.onnx']; // not every student has it
 

@@ -1,4 +1,4 @@
-"""device/ with copied values: run.py answers like sample.py, student.js like run.py, and the parts written twice agree."""
+"""device/ with copied values: run.py answers like sample.py, student.js like run.py; what is written twice agrees."""
 import json
 import random
 import shutil
@@ -38,16 +38,16 @@ DATED = {'title': {'type': 'string'}, 'due': {'type': 'string', 'format': 'date'
          'at': {'type': ['string', 'null'], 'format': 'time'}, 'n': {'type': 'integer'}}
 ONLY = {'a "key"': {'type': 'string'}, 'sent': {'type': 'string', 'format': 'date-time'}}
 TASKS = [(FIELDS, 'en_US', None), (DATED, 'de', '2026-05-20'), (ONLY, 'en_US', None)]
-PARTS = ('3 12 4.50 $1,080.00 1.080,00 -7 5/3/2026 3.5.2026 2026-05-03 May 3. Mai 2026 10:00 14 Uhr 2 pm morgen am "no" \\ '
-         "\\n {\"a\": Bob's (Anna) 😀 👩‍👩‍👧 日本 の 猫 한국 café e\u0301te\u0301 İstanbul Straße 𝟏𝟐 ١٢ A4711 x_5 … ’s").split(' ')
+PARTS = ('3 12 4.50 $1,080.00 1.080,00 -7 5/3/2026 3.5.2026 2026-05-03 May 3. Mai 2026 10:00 14 Uhr 2 pm morgen am "no" '
+         "\\ \\n {\"a\": Bob's (Anna) 😀 👩‍👩‍👧 日本 の 猫 한국 café e\u0301te\u0301 İstanbul Straße 𝟏𝟐 ١٢ A4711 x_5 … ’s").split(' ')
 
 
 def make_texts(words):
     rng = random.Random(0)
     texts = [' '.join(rng.choices([*words, *PARTS], k=rng.randint(1, 14))) for _ in range(48)]
     long = ' '.join(rng.choices([*words, *PARTS], k=1200))[:4000]
-    return [*texts, '', ' \t', 'x', '7', '"', '\\', '\\"', '😀', '日本の猫', '\u200b', 'a\x01b', '[SEP] a [MASK]', 'a' * 4000, long,
-            'am 3. Mai 2026 um 10:00 für 1.080,50 €', 'on May 3 2026 at 10:00 for $1,080.50', '3 ' * 40, '"Bob" "Bob"']
+    return [*texts, '', ' \t', 'x', '7', '"', '\\', '\\"', '😀', '日本の猫', '\u200b', 'a\x01b', '[SEP] a [MASK]',
+            'a' * 4000, long, 'am 3. Mai 2026 um 10:00 für 1.080,50 €', 'on May 3 2026 at 10:00 for $1,080.50', '3 ' * 40, '"Bob" "Bob"']
 
 
 def make_student(folder, bert, tokenizer, fields, locale, today, int8=False):
@@ -57,8 +57,8 @@ def make_student(folder, bert, tokenizer, fields, locale, today, int8=False):
     V = len(space.output_ids)
     torch.manual_seed(3)
     student = Student(StudentConfig(
-        vocab_size=V + 1, output_vocab=V, block_size=160, n_layer=2, n_head=4, n_kv_head=2, n_embd=16, n_mlp=32, start_id=V,
-        encoder=vars(encoder.config), places=True), encoder).eval()
+        vocab_size=V + 1, output_vocab=V, block_size=160, n_layer=2, n_head=4, n_kv_head=2, n_embd=16, n_mlp=32,
+        start_id=V, encoder=vars(encoder.config), places=True), encoder).eval()
     for name, p in student.named_parameters():
         p.data *= 1 if name.startswith('encoder.') else 4    # decisions that are not near ties
     task = {'fields': fields, 'indent': None, 'fence': False, 'end_id': 2, 'output_ids': space.output_ids,
@@ -140,7 +140,8 @@ def test_of_the_same_weights_in_8_bits_the_graph_gives_the_answers(tmp_path, ber
 def test_the_graphs_compute_the_students_logits(students, B, T, A):
     labeler = Labeler(students[0], 'cpu', dtype='float32')
     student, V = labeler.student, labeler.space.V
-    reader, writer = (onnxruntime.InferenceSession(students[0] / 'device' / file) for file in ('reader.onnx', 'student.onnx'))
+    reader, writer = (onnxruntime.InferenceSession(students[0] / 'device' / file)
+                      for file in ('reader.onnx', 'student.onnx'))
     rng = torch.Generator().manual_seed(0)
     draw = lambda least, most, *shape: torch.randint(least, most, shape, generator=rng)
     text, answer = draw(0, 60, B, T), draw(0, V, B, A)
@@ -167,7 +168,8 @@ from run import Student
 import distil.places
 assert distil.places.__file__.startswith(sys.argv[1])
 print(Student(sys.argv[1])(['Bob is here']))'''
-    done = subprocess.run([sys.executable, '-c', program, students[0] / 'device'], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', program, students[0] / 'device'], cwd=tmp_path, capture_output=True,
+                          text=True)
     assert done.returncode == 0 and "'people'" in done.stdout, done.stderr
 
 
@@ -207,10 +209,12 @@ def node(tmp_path_factory):
 
 def table_texts():
     """the texts in the tables of test_candidates.py."""
-    rows = [row for name in dir(tables) if name.startswith('test_') for mark in getattr(getattr(tables, name), 'pytestmark', ())
-            if mark.name == 'parametrize' and 'text' in mark.args[0].split(', ') and mark.args[1]
-            for row in [dict(zip(mark.args[0].split(', '), values)) for values in mark.args[1]]]
-    return sorted({row['text'] for row in rows})
+    texts = set()
+    for function in (getattr(tables, name) for name in dir(tables) if name.startswith('test_')):
+        for mark in getattr(function, 'pytestmark', ()):
+            if mark.name == 'parametrize' and 'text' in (names := mark.args[0].split(', ')):
+                texts |= {row[names.index('text')] for row in mark.args[1]}
+    return sorted(texts)
 
 
 def test_candidates_js_finds_what_candidates_py_finds(node):
@@ -220,8 +224,8 @@ def test_candidates_js_finds_what_candidates_py_finds(node):
     texts += [''.join(rng.choices(pieces, k=rng.randint(1, 20))) for _ in range(300)]
     texts += [' '.join(rng.choices(pieces, k=rng.randint(1, 12))) for _ in range(300)]
     cases = [(kind, text, name, today) for name in tables.LOCALES for text in texts
-             for kind, today in (('number', None), ('integer', None), ('date', None), ('date', tables.TODAY), ('time', None),
-                                 ('date-time', tables.TODAY))]
+             for kind, today in (('number', None), ('integer', None), ('date', None), ('date', tables.TODAY),
+                                 ('time', None), ('date-time', tables.TODAY))]
     found = node('''({ cases, locales }) => cases.map(([kind, text, name, today]) =>
         findCandidates(kind, text, locales[name], today).map(({ start, end, value }) => [start, end, value]))''',
                  {'cases': cases, 'locales': tables.LOCALES})
@@ -246,15 +250,18 @@ def test_characters_are_folded_and_joined_to_words_alike(node):
                                      {'handle_chinese_chars': False}])
 def test_word_piece_cuts_as_tokenizers_does(node, bert, words, setting):
     tokenizer = Tokenizer.from_file(str(bert / 'tokenizer.json'))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(**setting), pre_tokenizers.BertPreTokenizer()
+    tokenizer.normalizer = normalizers.BertNormalizer(**setting)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     rng = random.Random(0)
-    letters = [*string.printable, *'éÉİıßΣσςÅ한가日本の猫😀١𝟏²½ªﬁ“”’…$€+~`^|<>=\u0301\u200b\u200d\u00ad\ufe0f\U00020001\U0001f600'
+    letters = [*string.printable, *'éÉİıßΣσςÅ한가日本の猫😀١𝟏²½ªﬁ“”’…$€+~`^|<>=\u0301\u200b\u200d\u00ad\ufe0f\U00020001'
                'ก็ไ𐐀Ａ［］']
     texts = [''.join(rng.choices(letters, k=rng.randint(1, 30))) for _ in range(400)]
-    texts += [''.join(rng.choices([*words, *letters, ' ', '[SEP]', '[MASK]', '[sep]'], k=rng.randint(1, 20))) for _ in range(400)]
+    pieces = [*words, *letters, ' ', '[SEP]', '[MASK]', '[sep]']
+    texts += [''.join(rng.choices(pieces, k=rng.randint(1, 20))) for _ in range(400)]
     texts = [' '.join(text.split()) for text in [*texts, *make_texts(words), 'a' * 100, 'a' * 101]]
     found = node('''({ json, texts }) => { const tokenizer = new WordPiece(json);
-        return texts.map((text) => tokenizer.encode(text)); }''', {'json': json.loads(tokenizer.to_str()), 'texts': texts})
+        return texts.map((text) => tokenizer.encode(text)); }''',
+                 {'json': json.loads(tokenizer.to_str()), 'texts': texts})
     for text, of_js in zip(texts, found, strict=True):
         encoding = tokenizer.encode(text, add_special_tokens=False)
         assert (of_js['ids'], list(map(tuple, of_js['offsets']))) == (encoding.ids, encoding.offsets), repr(text)
