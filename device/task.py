@@ -23,7 +23,7 @@ def make_task(name, checkpoint, space, student):
     distil/kinds.py; list: a number that the items of one list share, else null. first_place: where the logits of the
     text's tokens begin. A state in which the first or the last place of a value may be chosen has its number there
     (copies), and this choice is the last one, after those of the tokens. A student that copies reads decisions alone:
-    read has no forced tokens then. needs: of which kinds the text must have a value, for each token of the other states.
+    read has no forced tokens then. needs: of which kinds the text must have a value, for each token of the others.
     locale, reference_date: how these are read, see distil/candidates.py.
     """
     task, numbers, copied = checkpoint['task'], {}, space.schema.copied

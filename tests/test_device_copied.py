@@ -38,8 +38,9 @@ DATED = {'title': {'type': 'string'}, 'due': {'type': 'string', 'format': 'date'
          'at': {'type': ['string', 'null'], 'format': 'time'}, 'n': {'type': 'integer'}}
 ONLY = {'a "key"': {'type': 'string'}, 'sent': {'type': 'string', 'format': 'date-time'}}
 TASKS = [(FIELDS, 'en_US', None), (DATED, 'de', '2026-05-20'), (ONLY, 'en_US', None)]
-PARTS = ('3 12 4.50 $1,080.00 1.080,00 -7 5/3/2026 3.5.2026 2026-05-03 May 3. Mai 2026 10:00 14 Uhr 2 pm morgen am "no" '
-         "\\ \\n {\"a\": Bob's (Anna) 😀 👩‍👩‍👧 日本 の 猫 한국 café e\u0301te\u0301 İstanbul Straße 𝟏𝟐 ١٢ A4711 x_5 … ’s").split(' ')
+PARTS = ('3 12 4.50 $1,080.00 1.080,00 -7 5/3/2026 3.5.2026 2026-05-03 May 3. Mai 2026 10:00 14 Uhr 2 pm morgen am '
+         "\"no\" \\ \\n {\"a\": Bob's (Anna) 😀 👩‍👩‍👧 日本 の 猫 한국 café e\u0301te\u0301 İstanbul Straße 𝟏𝟐 ١٢ "
+         "A4711 x_5 … ’s").split(' ')
 
 
 def make_texts(words):
@@ -47,7 +48,8 @@ def make_texts(words):
     texts = [' '.join(rng.choices([*words, *PARTS], k=rng.randint(1, 14))) for _ in range(48)]
     long = ' '.join(rng.choices([*words, *PARTS], k=1200))[:4000]
     return [*texts, '', ' \t', 'x', '7', '"', '\\', '\\"', '😀', '日本の猫', '\u200b', 'a\x01b', '[SEP] a [MASK]',
-            'a' * 4000, long, 'am 3. Mai 2026 um 10:00 für 1.080,50 €', 'on May 3 2026 at 10:00 for $1,080.50', '3 ' * 40, '"Bob" "Bob"']
+            'a' * 4000, long, 'am 3. Mai 2026 um 10:00 für 1.080,50 €',
+            'on May 3 2026 at 10:00 for $1,080.50', '3 ' * 40, '"Bob" "Bob"']
 
 
 def make_student(folder, bert, tokenizer, fields, locale, today, int8=False):
