@@ -204,7 +204,7 @@ class Student:
         if 'copies' in choices:
             places = text.places(self.copied[choices['copies']]) or [0] * (not len(logits))
             logits = np.concatenate((logits, row[self.task['first_place']:][places])) if places else logits
-        elif any(choices.get('needs', ())):
+        elif 'needs' in choices:
             lacking = np.array([not all(map(text.page.spans, kinds)) for kinds in choices['needs']])
             logits = logits if lacking.all() else np.where(lacking, -np.inf, logits)
         return logits, places

@@ -23,8 +23,8 @@ def make_task(name, checkpoint, space, student):
     distil/kinds.py; list: a number that the items of one list share, else null. first_place: where the logits of the
     text's tokens begin. A state in which the first or the last place of a value may be chosen has its number there
     (copies), and this choice is the last one, after those of the tokens. A student that copies reads decisions alone:
-    read has no forced tokens then. needs: of which kinds the text must have a value, for each token of the others.
-    locale, reference_date: how these are read, see distil/candidates.py.
+    read has no forced tokens then. needs: for each token of another state the kinds that the text must have, if there
+    are any. locale, reference_date: how these are read, see distil/candidates.py.
     """
     task, numbers, copied = checkpoint['task'], {}, space.schema.copied
     prefix, first = space.forced_runs[0]
@@ -51,7 +51,7 @@ def make_task(name, checkpoint, space, student):
                       'next': [numbers[space.forced_runs[after][1]] for _, after in moves]})
         if state in space.copy_at:
             table[-1]['copies'] = space.copy_at[state].number
-        elif copied:
+        elif any(space.needs[after] for _, after in tokens):
             table[-1]['needs'] = [sorted(space.needs[after]) for _, after in tokens]
     leaves = [{'path': leaf.path, 'temperature': checkpoint['per_field'][leaf.path]['temperature']}
               for leaf in space.schema.leaves]
