@@ -248,16 +248,17 @@ class Student(nn.Module):
     def point(self, x, logits, answer, only_last, states, used):
         """logits (n, V), and those of all places: (n, V + 1 + T). x (n, C): what the head has read; states (B, T, C),
         used (B, T): of the texts"""
-        asked, place = answer >= 0, answer - self.config.output_vocab - 1  # (B, Ta) where x stands
+        asked, place = answer >= 0, answer - self.config.output_vocab - 1  # (B, Ta): where x stands
         after_first = (place >= 0) & (place % 2 == 0)       # (B, Ta): there the last one is asked for
         if only_last:
             after_first = after_first.gather(1, asked.sum(1, keepdim=True) - 1)  # (B, 1)
-            asked = torch.ones_like(after_first)
-        which = torch.stack((~after_first, after_first), -1)[asked]  # (n, 2)
+        which = torch.stack((~after_first, after_first), -1)  # (B, Ta, 2), or (B, 1, 2)
+        which = which[:, 0] if only_last else which[asked]  # (n, 2)
         query = (self.point_query(x).unflatten(-1, (2, -1)) * which[..., None]).flatten(1)  # (n, 2 C)
-        query = query.new_zeros(*asked.shape, query.size(-1)).index_put((asked,), query)  # (B, Ta, 2 C)
-        scores = query @ self.point_key(states.float()).mT / math.sqrt(x.size(-1))  # (B, Ta, T)
-        scores = scores.masked_fill(~used[:, None], -1e4)[asked]  # (n, T)
+        query = query[:, None] if only_last else query.new_zeros(*asked.shape, query.size(-1)).index_put((asked,), query)
+        scores = query @ self.point_key(states.float()).mT / math.sqrt(x.size(-1))  # (B, Ta, T), or (B, 1, T)
+        scores = scores.masked_fill(~used[:, None], -1e4)
+        scores = scores[:, 0] if only_last else scores[asked]  # (n, T)
         return torch.cat((logits, torch.full_like(logits[:, :1], -1e4), scores), 1)
 
     def param_groups(self, weight_decay):

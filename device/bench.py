@@ -150,8 +150,9 @@ if __name__ == '__main__':
             shutil.copy(folder / 'tokenizer.json', float32)
             n = len(json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))['model']['vocab'])
             small, _, _ = shrink_student(student, space, seen, [], slice(max_text), n, False)
-            write_onnx(small, Path(float32, 'student.onnx'))
-            task = json.loads((folder / 'task.json').read_text(encoding='utf-8')) | {'bytes': {}}
+            graphs = write_onnx(small, Path(float32, 'student.onnx'))
+            sizes = {file: Path(float32, file).stat().st_size for file in graphs}
+            task = json.loads((folder / 'task.json').read_text(encoding='utf-8')) | {'bytes': sizes}
             Path(float32, 'task.json').write_text(json.dumps(task))
             runners = {'sample.py': Labeler(out, 'cpu', confidence=False), 'run.py_int8': Student(folder),
                        'run.py_float32': Student(float32)}

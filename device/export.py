@@ -9,6 +9,7 @@
 It reads out/<name>/, counts the tokens of data/<dataset>/input.jsonl, and measures on the held-out ones of
 those texts, or on the texts of --check, what the export loses. It needs requirements-device.txt.
 """
+import copy
 import fcntl
 import importlib.util
 import json
@@ -27,6 +28,7 @@ from config import configure, data_line, stop
 from config.machine import on_stop, stop_anyway
 
 import torch
+import torch.nn as nn
 
 from data import held_out, read_texts, text_hash, write_json
 from device.shrink import choose_tokens, fold_table, round_to_int8, trim_student, trim_tokenizer
@@ -52,38 +54,97 @@ check = ''           # file; it has these texts, one per line or a .jsonl; empty
 config = configure(globals())
 
 HERE = Path(__file__).resolve().parent
-RUNNERS = 'run.py', 'student.js', 'index.html', 'worker.js', 'package.json'
+RUNNERS = 'run.py', 'student.js', 'places.js', 'candidates.js', 'index.html', 'worker.js', 'package.json'
+SHARED = 'places.py', 'candidates.py', 'values.py'  # of distil/, which run.py imports
+
+
+def copy_runners(folder):
+    """puts the programs that need no torch into a folder."""
+    for file in RUNNERS:
+        shutil.copy(HERE / file, folder)
+    (folder / 'distil').mkdir()
+    for file in SHARED:
+        shutil.copy(HERE.parent / 'distil' / file, folder / 'distil')
 
 # -----------------------------------------------------------------------------
 # the graph
 
 
+class Given(nn.Module):
+    """in the place of a student's encoder: states (B, T, C) that it has read before."""
+
+    def __init__(self):
+        super().__init__()
+        self.states = []
+
+    def forward(self, text):
+        return self.states.pop()
+
+
+class Reader(nn.Module):
+    """the part of a student that reads the text: text (B, T) -> states (B, T, C)."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.encoder, self.encoder_proj = student.encoder, student.encoder_proj
+
+    def forward(self, text):
+        return self.encoder_proj(self.encoder(text))
+
+
+class Writer(nn.Module):
+    """the part of a student that writes the answer: text (B, T), answer (B, T) and, if it has an encoder, states
+    (B, T, C) -> logits (B, V), or (B, V + 1 + T) if it can point to the text."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.student = copy.copy(student)
+        if student.encoder:
+            self.student._modules = {**student._modules, 'encoder': Given(), 'encoder_proj': nn.Identity()}
+
+    def forward(self, text, answer, states=None):
+        if states is not None:
+            self.student.encoder.states.append(states)
+        return self.student(text, answer, only_last=True)
+
+
 def write_onnx(student, path):
-    """writes the student's forward pass as an ONNX graph: text (B, T) and answer (B, T), as model.Student reads them,
-    with -1 on padding, at least two tokens wide -> logits (B, V). All operators are standard ones, so every runtime
-    computes the same. 8-bit weights are stored as int8; Cast and Mul turn them into float32 when the graph is loaded
-    or a row is looked up. Activations are never rounded, since runtimes differ in how they do it. Operator
-    set 23 has attention and RMSNorm as one operator each, an eighth faster than set 20's."""
+    """writes a student's forward pass as ONNX graphs: student.onnx, a Writer, and for an encoder reader.onnx, a Reader,
+    so that each text is read once, not before each decision. path: of student.onnx; the other one is beside it. Returns
+    the names of the files. -1 pads text and answer, which are at least two tokens wide."""
+    path = Path(path)
+    B, T, A = (torch.export.Dim(name, min=least, max=most) for name, least, most in (
+        ('B', 1, 65536), ('T', 2, student.config.block_size), ('A', 2, student.config.block_size)))
+    text, answer = torch.zeros(3, 7, dtype=torch.long), torch.zeros(3, 5, dtype=torch.long)
+    inputs = {'text': (text, {0: B, 1: T}), 'answer': (answer, {0: B, 1: A})}
+    if student.encoder:
+        write_graph(Reader(student), {'text': inputs['text']}, 'states', path.with_name('reader.onnx'))
+        inputs['states'] = torch.zeros(3, 7, student.config.n_embd), {0: B, 1: T}
+    write_graph(Writer(student), inputs, 'logits', path)
+    return [path.name, 'reader.onnx'][:1 + bool(student.encoder)]
+
+
+def write_graph(module, inputs, output, path):
+    """writes a module as an ONNX graph. inputs: {name: (example, {dimension: torch.export.Dim})}; output: its name.
+    All operators are standard ones, so every runtime computes the same. 8-bit weights are stored as int8; Cast and Mul
+    turn them into float32 when the graph is loaded or a row is looked up. Activations are never rounded, since runtimes
+    differ in how they do it. Operator set 23 has attention and RMSNorm as one operator each, an eighth faster than set
+    20's."""
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
-    dim, longest = torch.export.Dim, student.config.block_size
-    B = dim('B', max=65536)
-    shapes = {'text': {0: B, 1: dim('T', min=2, max=longest)}, 'answer': {0: B, 1: dim('A', min=2, max=longest)},
-              'only_last': None}
-    example = {'text': torch.zeros(3, 7, dtype=torch.long), 'answer': torch.zeros(3, 5, dtype=torch.long),
-               'only_last': True}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         with stop_anyway():
             program = torch.onnx.export(
-                student, kwargs=example, dynamic_shapes=shapes, opset_version=23, optimize=False, verbose=False,
-                input_names=['text', 'answer'], output_names=['logits'], dynamo=True, external_data=False)
+                module.eval(), kwargs={name: example for name, (example, _) in inputs.items()},
+                dynamic_shapes={name: dims for name, (_, dims) in inputs.items()}, opset_version=23, optimize=False,
+                verbose=False, input_names=[*inputs], output_names=[output], dynamo=True, external_data=False)
             program.optimize()  # folds small constants; the 8-bit matrices stay
     model = program.model_proto
     del model.metadata_props[:], model.graph.value_info[:]
     for node in model.graph.node:  # the source lines and paths that it came from: a megabyte
         del node.metadata_props[:]
         node.ClearField('doc_string')
-    Path(path).write_bytes(model.SerializeToString())
+    path.write_bytes(model.SerializeToString())
 
 
 @contextmanager
@@ -217,9 +278,9 @@ The licences of the teacher and of the training texts also apply to the student.
 '''
 
 
-def describe_values(leaf):
-    """the values of a leaf in the table of the card."""
-    values = ', '.join(map(said, leaf.values))
+def describe_values(leaf, copied=''):
+    """the values of a leaf in the table of the card. copied: what kind of copied value it is, in words."""
+    values = copied or ', '.join(map(said, leaf.values))
     if leaf.is_list:
         return f'a list of {values}' if values else f'a list of up to {len(leaf.choices)} items'
     return values
@@ -230,15 +291,19 @@ def write_card(folder, checkpoint, figures, source, space, n_tokens, vocab):
     that they were measured on, in words. n_tokens, vocab: number of tokens after and before the export."""
     task, per_field = checkpoint['task'], checkpoint['per_field']
     max_text = json.loads((folder / 'task.json').read_text(encoding='utf-8'))['max_text']
-    purpose = {'student.onnx': 'the network and its weights', 'task.json': 'the fields, as an automaton',
-               'tokenizer.json': 'cuts a text into tokens', 'run.py': 'answers, in Python',
-               'student.js': 'answers, in a browser or in Node', 'index.html': 'a page to try it',
+    purpose = {'student.onnx': 'the network and its weights', 'reader.onnx': 'the part of it that reads the text',
+               'task.json': 'the fields, as an automaton', 'tokenizer.json': 'cuts a text into tokens',
+               'run.py': 'answers, in Python', **{f'distil/{file}': 'a part of run.py' for file in SHARED},
+               'student.js': 'answers, in a browser or in Node', 'places.js': 'a part of student.js',
+               'candidates.js': 'another part', 'index.html': 'a page to try it',
                'worker.js': 'stores the page, so that it works without a network',
                'package.json': 'declares student.js as a module, for Node'}
-    lines = [f'| `{leaf.path}` | {describe_values(leaf)} | '
+    copied = {part.group: part.describe() for part in space.schema.copied}
+    lines = [f'| `{leaf.path}` | {describe_values(leaf, copied.get(leaf.path, ""))} | '
              f'{per_field[leaf.path]["agree"]:.3f} | {per_field[leaf.path]["majority"]:.3f} |'
              for leaf in space.schema.leaves]
-    files = [f'| `{file}` | {(folder / file).stat().st_size:,} | {text} |' for file, text in purpose.items()]
+    files = [f'| `{file}` | {(folder / file).stat().st_size:,} | {text} |' for file, text in purpose.items()
+             if (folder / file).is_file()]
     loss = 'What that changes was not measured: there were no texts to check.'
     if 'fields_same' in figures:
         cut = ''
@@ -299,15 +364,14 @@ if __name__ == '__main__':
 
     folder, tmp = out / 'device', out / 'device.tmp'
     with new_folder(tmp):
-        write_onnx(small, tmp / 'student.onnx')
+        graphs = write_onnx(small, tmp / 'student.onnx')
         tokenizer = encoder.tokenizer if encoder else small_space.tokenizer
         tokenizer.no_truncation()  # the runners cut
         (tmp / 'tokenizer.json').write_text(tokenizer.to_str(), encoding='utf-8')
-        sizes = {file: (tmp / file).stat().st_size for file in ('student.onnx', 'tokenizer.json')}
+        sizes = {file: (tmp / file).stat().st_size for file in (*graphs, 'tokenizer.json')}
         task = make_task(run or name, checkpoint, small_space, small) | {'bytes': sizes}
         write_json(tmp / 'task.json', task)
-        for file in RUNNERS:
-            shutil.copy(HERE / file, tmp)
+        copy_runners(tmp)
         write_card(tmp, checkpoint, figures, source, small_space, n_tokens, vocab)
 
         from device.run import Student
@@ -323,6 +387,6 @@ if __name__ == '__main__':
         (folder / 'npm').rename(tmp / 'npm')
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    size = sum(file.stat().st_size for file in folder.rglob('*') if file.is_file() and 'npm' not in file.parts)
     print(data_line('device', {'folder': folder, 'bytes': size}))
     print(f'try it: python {folder}/run.py --text="a text"')

@@ -10,6 +10,7 @@
 
    It does what run.py does, which explains decoding step by step; the names are the same, in camelCase.
    It needs the npm packages that device/web.py puts into npm/: onnxruntime-web, @huggingface/tokenizers. */
+import { Page, WordPiece } from './places.js';
 
 const BATCH = 32; // texts that are read together
 // what Python's str.split() counts as whitespace; JavaScript's \s differs in a few characters
@@ -40,6 +41,9 @@ function softmax(x, temperature) {
   return e.map((v) => v / total);
 }
 
+/** a copied value as JSON, a string without its quotes, which the text around it has. */
+const innerText = (value) => (typeof value === 'string' ? JSON.stringify(value).slice(1, -1) : JSON.stringify(value));
+
 const round4 = (p) => Math.round(p * 1e4) / 1e4;
 
 export class Student {
@@ -69,15 +73,21 @@ export class Student {
     const importPackage = (name) => import(new URL(`npm/${name}`, folder)).catch(() => {
       throw new Error('npm/ is missing here; python device/web.py --serve=False puts it there');
     });
-    const [ort, { Tokenizer }, task, tokenizer, graph, wasm] = await Promise.all([
+    const taskRead = readJson('task.json');
+    const readGraph = async (name) => {
+      if (!(name in (await taskRead).bytes)) return null;
+      const graph = await readFile(name);
+      sizes[name] = graph.length;
+      return graph;
+    };
+    const [ort, { Tokenizer }, task, tokenizer, graph, reader, wasm] = await Promise.all([
       importPackage('ort.wasm.bundle.min.mjs'), importPackage('tokenizers.min.mjs'),
-      readJson('task.json'), readJson('tokenizer.json'),
-      readFile('student.onnx'), readFile('npm/ort-wasm-simd-threaded.wasm.gz'),
+      taskRead, readJson('tokenizer.json'),
+      readGraph('student.onnx'), readGraph('reader.onnx'), readFile('npm/ort-wasm-simd-threaded.wasm.gz'),
     ]);
-    if (task.format !== 4) {
-      throw new Error(`this folder has format ${task.format}, this student.js reads 4; export it again`);
+    if (task.format !== 5) {
+      throw new Error(`this folder has format ${task.format}, this student.js reads 5; export it again`);
     }
-    sizes['student.onnx'] = graph.length;
     for (const [name, size] of Object.entries(task.bytes)) {
       if (sizes[name] !== size) {
         throw new Error(`${name} is not from this export, or incomplete; load again, or export it again`);
@@ -86,11 +96,13 @@ export class Student {
     student.task = task;
     student.temperature = new Map(task.leaves.map((leaf) => [leaf.path, leaf.temperature]));
     student.ort = ort;
-    student.tokenizer = new Tokenizer(tokenizer, {});
+    student.tokenizer = task.copied.length ? new WordPiece(tokenizer) : new Tokenizer(tokenizer, {});
     ort.env.wasm.numThreads = 1; // more threads need a server that isolates the page
     ort.env.wasm.wasmBinary = await gunzip(wasm);
+    const open = (bytes) => ort.InferenceSession.create(bytes, { executionProviders: ['wasm'] });
     try {
-      student.session = await ort.InferenceSession.create(graph, { executionProviders: ['wasm'] });
+      student.session = await open(graph);
+      student.reader = reader && await open(reader);
     } catch (error) {
       const reason = String(error.message).slice(0, 120);
       throw new Error(`student.onnx cannot be loaded (${reason}); export it again`);
@@ -98,28 +110,77 @@ export class Student {
     return student;
   }
 
-  /** a text -> its ids; every run of whitespace counts as one space, half a surrogate pair as ? */
+  /** a text -> { clean: the same, in which every run of whitespace counts as one space, and half a surrogate pair as ?;
+      ids, and offsets if values are copied } */
   encode(text) {
     const clean = text.replace(/\p{Surrogate}/gu, '?').split(SPACES).filter(Boolean).join(' ');
-    return clean ? this.tokenizer.encode(clean, { add_special_tokens: false }).ids : [];
+    return clean ? { clean, ...this.tokenizer.encode(clean, { add_special_tokens: false }) } : { clean, ids: [] };
   }
 
-  /** B lists of ids, and the B answers so far -> for each the logits (V,) of its next token, in one forward
-      pass. */
+  /** what encode returns -> a text that is being answered. ids: as many of its tokens as fit, and what stands around
+      them; states (T, C): what an encoder has read; page: where its values can stand; copied: { part, first, last } of
+      those written, the first and the last token of each; a part is one of task.copied; first: the first token of the
+      one that is begun, or null. */
+  openText({ clean, ids, offsets }) {
+    const { before, after, max_text: most, keep_end: keepEnd, copied } = this.task;
+    const cut = (row, start, end) => [...start, ...(keepEnd ? row.slice(-most) : row.slice(0, most)), ...end];
+    const nothing = (row) => row.map(() => [0, 0]);
+    const page = copied.length ? new Page(clean, cut(offsets, nothing(before), nothing(after)), this.task) : null;
+    return { clean, ids: cut(ids, before, after), page, copied: [], first: null };
+  }
+
+  /** the tokens of a text that may be chosen now, in a decision on a copied value. */
+  placesOf({ page, copied, first }, part) {
+    if (first !== null) return page.lasts(part, first);
+    const alike = copied.filter((other) => part.list !== null && other.part.list === part.list);
+    return page.firsts(part, alike.map((other) => other.first));
+  }
+
+  /** chooses the first or the last token of a value. */
+  point(text, part, token) {
+    if (text.first === null) text.first = token;
+    else {
+      text.copied.push({ part, first: text.first, last: token });
+      text.first = null;
+    }
+  }
+
+  /** B lists of ids -> a tensor (B, T), at least two wide, with -1 on padding. */
+  pad(rows) {
+    const T = Math.max(2, ...rows.map((row) => row.length));
+    const ids = new BigInt64Array(rows.length * T).fill(-1n);
+    rows.forEach((row, n) => row.forEach((id, t) => { ids[n * T + t] = BigInt(id); }));
+    return new this.ort.Tensor('int64', ids, [rows.length, T]);
+  }
+
+  /** lets the encoder, if there is one, read texts of openText, in one forward pass. */
+  async read(texts) {
+    if (!this.reader) return;
+    const { states } = await this.reader.run({ text: this.pad(texts.map(({ ids }) => ids)) });
+    const [, T, C] = states.dims;
+    texts.forEach((text, n) => {
+      text.states = states.data.slice(n * T * C, (n * T + text.ids.length) * C); // (T, C)
+    });
+  }
+
+  /** B texts of openText, and the B answers so far -> for each the logits (V,) of its next token, in one forward pass;
+      (V + 1 + T,) if values are copied. */
   async computeLogits(texts, answers) {
-    const pad = (rows) => {
-      const T = Math.max(2, ...rows.map((row) => row.length));
-      const ids = new BigInt64Array(rows.length * T).fill(-1n); // (B, T), -1 on padding
-      rows.forEach((row, n) => row.forEach((id, t) => { ids[n * T + t] = BigInt(id); }));
-      return new this.ort.Tensor('int64', ids, [rows.length, T]);
-    };
-    const { logits } = await this.session.run({ text: pad(texts), answer: pad(answers) });
+    const feed = { text: this.pad(texts.map(({ ids }) => ids)), answer: this.pad(answers) };
+    if (this.reader) {
+      const [B, T] = feed.text.dims, C = texts[0].states.length / texts[0].ids.length;
+      const states = new Float32Array(B * T * C);
+      texts.forEach((text, n) => states.set(text.states, n * T * C));
+      feed.states = new this.ort.Tensor('float32', states, [B, T, C]);
+    }
+    const { logits } = await this.session.run(feed);
     const V = logits.dims[1];
     return texts.map((_, n) => Array.from(logits.data.subarray(n * V, (n + 1) * V)));
   }
 
-  /** lists of ids -> for each text Map(state -> { answer, logits, choice }): the answer before the decision,
-      the logits of its legal tokens, the index of the token chosen. */
+  /** texts of openText -> for each Map(state -> { answer, option, logits, chosen }): the answer before the decision;
+      which of the legal tokens was chosen, or their number for a place; the logits of the legal tokens, then of the
+      legal places; which of these was chosen. */
   async decide(texts) {
     const answers = texts.map(() => this.task.start);
     const state = texts.map(() => 0);
@@ -129,50 +190,78 @@ export class Student {
       if (!unfinished.length) return decisions;
       const all = await this.computeLogits(unfinished.map((n) => texts[n]), unfinished.map((n) => answers[n]));
       unfinished.forEach((n, i) => {
-        const choices = this.task.states[state[n]];
-        const logits = choices.rows.map((v) => all[i][v]); // of V only the legal ones
-        const choice = logits.indexOf(Math.max(...logits));
-        decisions[n].set(state[n], { answer: answers[n], logits, choice });
-        answers[n] = [...answers[n], ...choices.read[choice]]; // the token chosen and the forced ones after it
-        state[n] = choices.next[choice]; // -1: the answer is complete
+        const choices = this.task.states[state[n]], nTokens = choices.rows.length;
+        const [logits, places] = this.legalLogits(choices, all[i], texts[n]);
+        const chosen = logits.indexOf(Math.max(...logits)), option = Math.min(chosen, nTokens);
+        decisions[n].set(state[n], { answer: answers[n], option, logits, chosen });
+        let read = choices.read[option]; // the token chosen and the forced ones after it
+        if (option === nTokens) {
+          const token = places[chosen - nTokens];
+          this.point(texts[n], this.task.copied[choices.copies], token);
+          read = [this.task.first_place + 2 * token + (texts[n].first === null)]; // an odd one: the last token of a value
+        }
+        answers[n] = [...answers[n], ...read];
+        state[n] = choices.next[option]; // -1: the answer is complete
       });
     }
   }
 
-  /** the probabilities of the legal tokens of a state. */
+  /** [the logits of a decision's legal tokens, then of its legal places; these places]. row: all logits. A number or a
+      date is written only if the text has one, unless nothing else is legal: then it is null. */
+  legalLogits(choices, row, text) {
+    const logits = choices.rows.map((v) => row[v]); // of V only the legal ones
+    if ('copies' in choices) {
+      let places = this.placesOf(text, this.task.copied[choices.copies]);
+      if (!places.length && !logits.length) places = [0];
+      return [[...logits, ...places.map((place) => row[this.task.first_place + place])], places];
+    }
+    const isLacking = choices.needs?.map((kinds) => !kinds.every((kind) => text.page.spans(kind).length));
+    return [isLacking && !isLacking.every(Boolean) ? logits.map((x, n) => (isLacking[n] ? -Infinity : x)) : logits, []];
+  }
+
+  /** the probabilities of the legal tokens of a state, and of its legal places. */
   probabilities(state, logits) {
     return softmax(logits, this.temperature.get(this.task.states[state].field));
+  }
+
+  /** the same, those of all places being one. */
+  optionProbabilities(state, logits) {
+    const p = this.probabilities(state, logits), { rows, copies } = this.task.states[state];
+    return copies === undefined ? p : [...p.slice(0, rows.length), sum(p.slice(rows.length))];
   }
 
   /** the decisions of an answer -> [{ options: of a fork, taken: one of them }], in the order of the answer. */
   walk(decisions) {
     const walked = [];
-    for (let n = 0; n >= 0; n = walked.at(-1).taken.next) { // -1: the answer is complete
+    for (let n = this.task.forks.length ? 0 : -1; n >= 0; n = walked.at(-1).taken.next) { // -1: the answer is complete
       const options = this.task.forks[n];
-      const agrees = ([state, rows]) => rows.includes(decisions.get(state)?.choice);
+      const agrees = ([state, rows]) => rows.includes(decisions.get(state)?.option);
       walked.push({ options, taken: options.find(({ steps }) => steps.every(agrees)) });
     }
     return walked;
   }
 
-  /** Map(number of a choice -> probabilities of its values) for a text (its ids), of the choices that the answer comes
+  /** Map(number of a choice -> probabilities of its values) for a text, of the choices that the answer comes
       to, given its own answers before; see run.py. Decisions that are not on the answer's own path cost one more
       forward pass. */
   async valueProbabilities(text, decisions, walked) {
-    const known = new Map([...decisions].map(([state, { logits }]) => [state, this.probabilities(state, logits)]));
+    const known = new Map();
+    for (const [state, { logits }] of decisions) known.set(state, this.optionProbabilities(state, logits));
     const missing = new Map(); // for each decision that the answer did not meet: the answer before it
     for (const { steps } of walked.flatMap(({ options }) => options)) {
       let { answer } = decisions.get(steps[0][0]); // all options of a fork start at the same decision
       for (const [state, rows] of steps) {
         if (!known.has(state)) missing.set(state, answer);
-        answer = [...answer, ...this.task.states[state].read[rows[0]]];
+        answer = [...answer, ...this.task.states[state].read[rows[0]] ?? []]; // behind a place an option has no step
       }
     }
     if (missing.size) {
       const answers = [...missing.values()];
       const all = await this.computeLogits(answers.map(() => text), answers);
       [...missing.keys()].forEach((state, n) => {
-        known.set(state, this.probabilities(state, this.task.states[state].rows.map((v) => all[n][v])));
+        const places = 'copies' in this.task.states[state] ? text.page.firsts({ kind: 'text' }) : [];
+        const rows = [...this.task.states[state].rows, ...places.map((place) => this.task.first_place + place)];
+        known.set(state, this.optionProbabilities(state, rows.map((v) => all[n][v])));
       });
     }
     const result = new Map();
@@ -216,14 +305,27 @@ export class Student {
     return shown;
   }
 
-  /** a text (its ids) and its decisions -> its answer. */
+  /** a text and its decisions -> [{ path, start, end, value, p }] of its copied values: the characters at which each
+      stands, and the probability of that. */
+  showCopied(text, decisions) {
+    const p = [...decisions].flatMap(([state, { option, logits, chosen }]) => (
+      option < this.task.states[state].rows.length ? [] : [this.probabilities(state, logits)[chosen]]));
+    return text.copied.map(({ part, first, last }, n) => (
+      { path: part.path, ...text.page.span(part, first, last), p: round4(p[2 * n] * p[2 * n + 1]) }));
+  }
+
+  /** a text and its decisions -> its answer. */
   async makeRecord(text, decisions, { confidence = false, minConfidence = 0, chosen = false }) {
     const walked = this.walk(decisions);
-    const written = this.task.text + walked.map(({ taken }) => taken.text).join('');
+    let written = this.task.text + walked.map(({ taken }) => taken.text).join('');
+    if (this.task.copied.length) {
+      const values = text.copied.map(({ part, first, last }) => text.page.span(part, first, last).value);
+      written = written.replace(/[\u{100000}-\u{10ffff}]/gu, () => innerText(values.shift()));
+    }
     const answer = JSON.parse(written.trim().replace(/^```json/, '').replace(/```$/, ''));
     const pOfField = Object.fromEntries(this.task.leaves.map((leaf) => [leaf.path, 1]));
-    for (const [state, { logits, choice }] of decisions) {
-      pOfField[this.task.states[state].field] *= this.probabilities(state, logits)[choice];
+    for (const [state, made] of decisions) {
+      pOfField[this.task.states[state].field] *= this.probabilities(state, made.logits)[made.chosen];
     }
     if (confidence === 'full') {
       answer._confidence = this.showValues(await this.valueProbabilities(text, decisions, walked));
@@ -231,25 +333,27 @@ export class Student {
       answer._confidence = Object.fromEntries(Object.entries(pOfField).map(([path, p]) => [path, round4(p)]));
     }
     if (Math.min(...Object.values(pOfField)) < minConfidence) answer._defer = true;
-    return chosen ? { ...answer, _chosen: this.showChosen(walked) } : answer;
+    if (!chosen) return answer;
+    const shown = { _chosen: this.showChosen(walked), _copied: this.showCopied(text, decisions), _text: text.clean };
+    return { ...answer, ...shown };
   }
 
   /** texts -> records, in their order. options: confidence (true or 'full'), minConfidence, and chosen (true adds
-      _chosen: { path: names of the values that the answer has }, with the paths of 'full'). */
+      _chosen: { path: names of the values that the answer has }, with the paths of 'full', _copied: see showCopied, and
+      _text: the clean text whose characters it counts). */
   async label(texts, options = {}) {
-    const ids = texts.map((text) => this.encode(text));
+    const encoded = texts.map((text) => this.encode(text));
     const problem = this.temperature.has('error') ? '_error' : 'error';
-    const records = ids.map((row) => (row.length ? null : { [problem]: 'empty text' }));
-    const order = ids.flatMap((row, n) => (row.length ? [n] : []));
-    order.sort((a, b) => ids[a].length - ids[b].length); // texts of similar length are read together
+    const records = encoded.map(({ clean }) => (clean ? null : { [problem]: 'empty text' }));
+    const order = encoded.flatMap(({ clean }, n) => (clean ? [n] : []));
+    order.sort((a, b) => encoded[a].ids.length - encoded[b].ids.length); // texts of similar length are read together
     for (let at = 0; at < order.length; at += BATCH) {
       const batch = order.slice(at, at + BATCH);
-      const { before, after, max_text: most, keep_end: keepEnd } = this.task;
-      const part = keepEnd ? [-most] : [0, most];
-      const cut = batch.map((n) => [...before, ...ids[n].slice(...part), ...after]);
-      const decisions = await this.decide(cut);
+      const opened = batch.map((n) => this.openText(encoded[n]));
+      await this.read(opened);
+      const decisions = await this.decide(opened);
       for (let i = 0; i < batch.length; i++) {
-        records[batch[i]] = await this.makeRecord(cut[i], decisions[i], options);
+        records[batch[i]] = await this.makeRecord(opened[i], decisions[i], options);
       }
     }
     return records;

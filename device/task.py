@@ -6,7 +6,7 @@ options.
 """
 from distil.reader import encode_texts, text_room
 
-FORMAT = 4  # of the folder; task.json has it, and the runners check it
+FORMAT = 5  # of the folder; task.json has it, and the runners check it
 
 
 def make_task(name, checkpoint, space, student):
@@ -18,8 +18,15 @@ def make_task(name, checkpoint, space, student):
     the names of their values; of: null, or [path of a list of values, value] if it says whether the value is in the
     list. text and forks spell the answer, see make_forks. A text is: before, its ids, after, which are an encoder's
     special tokens; an answer begins with start.
+
+    copied: the values that are copied from the text, in the order of the schema: path; field, its leaf; kind, see
+    distil/kinds.py; list: a number that the items of one list share, else null. first_place: where the logits of the
+    text's tokens begin. A state in which the first or the last place of a value may be chosen has its number there
+    (copies), and this choice is the last one, after those of the tokens. A student that copies reads decisions alone:
+    read has no forced tokens then. needs: for each token of another state the kinds that the text must have, if there
+    are any. locale, reference_date: how these are read, see distil/candidates.py.
     """
-    task, numbers = checkpoint['task'], {}
+    task, numbers, copied = checkpoint['task'], {}, space.schema.copied
     prefix, first = space.forced_runs[0]
     todo, states = [first], []
     while todo:
@@ -33,13 +40,19 @@ def make_task(name, checkpoint, space, student):
     numbers[space.done] = -1
     before, after, max_text = [], [], task['max_text']
     if student.encoder:  # its special tokens around the text, and room for them
-        room = text_room(student, space)
+        room = min(text_room(student, space), student.encoder.config.n_pos)
         cls, sep = encode_texts(student.encoder, [''], room)[0]
         before, after, max_text = [cls], [sep], room - 2
-    table = [{'field': space.leaf_at[state], 'rows': [out for out, _ in moves],
-              'read': [[out, *space.forced_runs[after][0]] for out, after in moves],
-              'next': [numbers[space.forced_runs[after][1]] for _, after in moves]}
-             for state, moves in states]
+    table = []
+    for state, moves in states:
+        tokens = [(out, after) for out, after in moves if out < space.V]
+        table.append({'field': space.leaf_at[state], 'rows': [out for out, _ in tokens],
+                      'read': [[out, *([] if copied else space.forced_runs[after][0])] for out, after in tokens],
+                      'next': [numbers[space.forced_runs[after][1]] for _, after in moves]})
+        if state in space.copy_at:
+            table[-1]['copies'] = space.copy_at[state].number
+        elif any(space.needs[after] for _, after in tokens):
+            table[-1]['needs'] = [sorted(space.needs[after]) for _, after in tokens]
     leaves = [{'path': leaf.path, 'temperature': checkpoint['per_field'][leaf.path]['temperature']}
               for leaf in space.schema.leaves]
     choices = []
@@ -50,9 +63,19 @@ def make_task(name, checkpoint, space, student):
                         'of': [leaf.path, choice.path[len(leaf.path) + 1:]] if is_member else None})
     return {'format': FORMAT, 'name': name, 'leaves': leaves, 'choices': choices,
             'max_text': max_text, 'keep_end': bool(task.get('keep_end')), 'before': before, 'after': after,
-            'start': [student.config.output_vocab, *prefix], 'states': table,
+            'start': [student.config.output_vocab, *([] if copied else prefix)], 'states': table,
+            'copied': describe_copied(copied), 'first_place': student.config.output_vocab + 1,
+            'locale': space.locale, 'reference_date': space.reference_date,
             'text': space.start_text, 'forks': make_forks(space, numbers),
             'min_confidence': (checkpoint.get('target') or {}).get('min_confidence')}
+
+
+def describe_copied(copied):
+    """`copied` of task.json. copied: the kinds.Copied of a schema."""
+    lists = {}
+    return [{'path': part.path, 'field': part.group, 'kind': part.kind,
+             'list': lists.setdefault(part.keys[:-1], len(lists)) if isinstance(part.keys[-1], int) else None}
+            for part in copied]
 
 
 def make_forks(space, numbers):

@@ -1,13 +1,16 @@
 /* A service worker, registered by index.html: it stores the files of this folder, so that the page works
    without a network. A file is taken from the network if possible, so a new export is seen at once. */
 const CACHE = 'student';
-const FILES = ['./', 'index.html', 'student.js', 'student.onnx', 'task.json', 'tokenizer.json',
+const FILES = ['./', 'index.html', 'student.js', 'places.js', 'candidates.js',
+  'student.onnx', 'task.json', 'tokenizer.json',
   'npm/tokenizers.min.mjs', 'npm/ort.wasm.bundle.min.mjs', 'npm/ort-wasm-simd-threaded.wasm.gz'];
+const OPTIONAL = ['reader.onnx']; // not every student has it
 
-const URLS = new Set(FILES.map((file) => new URL(file, self.registration.scope).href));
+const URLS = new Set([...FILES, ...OPTIONAL].map((file) => new URL(file, self.registration.scope).href));
 
 self.addEventListener('install', (event) => {
-  event.waitUntil(caches.open(CACHE).then((cache) => cache.addAll(FILES)).then(() => self.skipWaiting()));
+  event.waitUntil(caches.open(CACHE).then((cache) => Promise.all([
+    cache.addAll(FILES), ...OPTIONAL.map((file) => cache.add(file).catch(() => {}))])).then(() => self.skipWaiting()));
 });
 self.addEventListener('activate', (event) => event.waitUntil(self.clients.claim()));
 self.addEventListener('fetch', (event) => {

@@ -306,7 +306,8 @@ def value_probabilities(student, space, ids, outs, decisions, temperature=None):
     sum over the options that make this choice, among those that agree with the answer in the choices before. Some
     options have decisions that are not on the path of the answer: one more pass computes the logits of these.
     """
-    states, answer = space.states_before(outs), space.to_json(outs)
+    filled = [(start, end, 1 if value in (None, '') else value) for start, end, value in getattr(outs, 'spans', ())]
+    states, answer = space.states_before(outs), space.to_json(Outs(outs, filled))  # a number that the text lacks: any
     chosen = [n for n, state in enumerate(states) if space.decides[state]]
     known = {states[n]: logits for n, (_, logits, _) in zip(chosen, decisions)}  # (V,) by state
     walked, start, missing = space.walk(answer), len(space.start), {}

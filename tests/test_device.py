@@ -26,7 +26,7 @@ import onnx
 import onnxruntime
 
 from data import held_out, read_texts, text_hash, write_json
-from device.export import RUNNERS, describe_values, read_corpus, write_onnx
+from device.export import copy_runners, describe_values, read_corpus, write_onnx
 from device.run import Student as Runner
 from device.shrink import (Int8, choose_tokens, fold_table, list_pieces, round_to_int8, trim_student,
                            trim_tokenizer)
@@ -91,13 +91,12 @@ def make_student(folder, tokenizer, fields, indent=None, fence=False, left_out=(
     device.mkdir()
     kept = choose_tokens(tokenizer, 0, Counter(), set())
     small, small_space = trim_student(student, space, kept, trim_tokenizer(tokenizer, kept))
-    write_onnx(small, device / 'student.onnx')
+    graphs = write_onnx(small, device / 'student.onnx')
     small_space.tokenizer.save(str(device / 'tokenizer.json'))
-    sizes = {file: (device / file).stat().st_size for file in ('student.onnx', 'tokenizer.json')}
+    sizes = {file: (device / file).stat().st_size for file in (*graphs, 'tokenizer.json')}
     task = make_task('toy', checkpoint, small_space, small)
     write_json(device / 'task.json', task | {'bytes': sizes})
-    for file in RUNNERS:
-        shutil.copy(ROOT / 'device' / file, device)
+    copy_runners(device)
     return folder
 
 
@@ -269,7 +268,7 @@ def test_run_py_exits_with_a_message_if_the_folder_is_damaged_or_of_another_form
     task = json.loads((folder / 'task.json').read_text()) | {'format': 2}
     (folder / 'task.json').write_text(json.dumps(task))
     done = subprocess.run([sys.executable, folder / 'run.py', '--text=hello'], **start)
-    assert done.stderr == f'{folder} has format 2, this run.py reads 4; export it again\n'
+    assert done.stderr == f'{folder} has format 2, this run.py reads 5; export it again\n'
     with pytest.raises(SystemExit, match='does not hold a complete student'):
         Runner(tmp_path)
 
@@ -466,7 +465,7 @@ def test_export_prints_what_it_loses_and_makes_a_folder_that_answers(exported):
     assert shrink['fields_same'] > 0.8 and shrink['ids_changed'] < 0.5
     assert abs(shrink['kl_int8'] - shrink['kl_float32']) < 0.002 and lines['onnx']['same_records'] == '1'
     folder = root / 'out/toy/device'
-    assert sum(file.stat().st_size for file in folder.iterdir()) == int(lines['device']['bytes'])
+    assert sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()) == int(lines['device']['bytes'])
     assert not (root / 'out/toy/device.tmp').exists()
     card = (folder / 'README.md').read_text()
     assert '`tone` | "neutral", "friendly"' in card and 'hello there' in card
