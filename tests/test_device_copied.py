@@ -59,7 +59,7 @@ def make_student(folder, bert, tokenizer, fields, locale, today, int8=False):
     V = len(space.output_ids)
     torch.manual_seed(3)
     student = Student(StudentConfig(
-        vocab_size=V + 1, output_vocab=V, block_size=160, n_layer=2, n_head=4, n_kv_head=2, n_embd=16, n_mlp=32,
+        vocab_size=V + 3, output_vocab=V, block_size=160, n_layer=2, n_head=4, n_kv_head=2, n_embd=16, n_mlp=32,
         start_id=V, encoder=vars(encoder.config), places=True), encoder).eval()
     for name, p in student.named_parameters():
         p.data *= 1 if name.startswith('encoder.') else 4    # decisions that are not near ties

@@ -67,7 +67,7 @@ def save_student(folder, bert, tokenizer, fields, seed=1, max_text=1200, **more)
     torch.manual_seed(seed)
     space = OutputSpace(tokenizer, fields, end_id=2, auxiliary=range(4, 60), locale=read_locale('en_US'), **more)
     encoder, V = load_encoder(str(bert)), len(space.output_ids)
-    student = Student(StudentConfig(vocab_size=V + 1, output_vocab=V, block_size=1400, n_layer=2, n_head=4, n_kv_head=2,
+    student = Student(StudentConfig(vocab_size=V + 3, output_vocab=V, block_size=1400, n_layer=2, n_head=4, n_kv_head=2,
                                     n_embd=16, n_mlp=32, start_id=V, encoder=vars(encoder.config), places=True), encoder)
     for name, p in student.named_parameters():
         p.data *= 1 if name.startswith('encoder.') else 4       # decisions that are not near ties
