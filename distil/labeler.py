@@ -90,11 +90,14 @@ def copied_values(student, space, ids, outs, decisions, temperature=None, most=5
     logits_at = dict(zip([n for n, state in enumerate(states) if space.decides[state]], decisions))
     spans = span_probabilities(student, space, ids, outs, decisions, temperature, most)
     for n in [n for n, out in enumerate(outs) if out >= V][::2]:
-        part = space.copy_at[states[n]]
-        there = (logits_at[n][1] / tau.get(part.group, 1.0)).softmax(-1)[V:].sum().item()  # null may be legal, too
-        chosen = next(own)
-        if chosen[2] not in (None, ''):                         # the text has a number
-            found[part.path] = merge_spans([(*span, p / there) for *span, p in spans[part.path]], chosen)
+        part, chosen = space.copy_at[states[n]], next(own)
+        if chosen[2] in (None, ''):                             # the text has no number
+            continue
+        first, last = ((logits_at[m][1] / tau.get(part.group, 1.0)).softmax(-1) for m in (n, n + 1))
+        others = [span for span in spans[part.path] if span[:3] != chosen]
+        p = first[logits_at[n][2]] * last[logits_at[n + 1][2]]
+        there = first[V:].sum().item()                          # null may be legal, too
+        found[part.path] = merge_spans([(*span, p / there) for *span, p in [(*chosen, p.item()), *others]], chosen)
     nulls = list(null_copies(space, outs))
     if nulls:
         (text,), (page,) = read_pages(student, space, [ids])

@@ -24,8 +24,10 @@ from distil.labeler import Labeler, merge_spans
 from distil.reader import load_encoder
 from distil.space import OutputSpace, clean, tokenizer_hash
 from model import Student, StudentConfig
+from serve.app import Handler, make_app
 from serve.extraction import align, map_places
 from serve.service import Service
+from serve.students import ServedStudent
 
 OR_NULL = {'type': ['string', 'null']}
 DATE = {'type': 'string', 'format': 'date'}
@@ -451,6 +453,52 @@ def test_a_student_that_copies_nothing_refuses_extractions(tmp_path, teachers, t
     save_plain(tmp_path / 'plain', teachers, space, {'fields': {'tone': ['calm', 'angry']}})
     status, error = extract(Service(Labeler(tmp_path / 'plain', 'cpu'), 'plain'), 'hello', {'tone': {'type': 'text'}})
     assert status == 400 and 'copies nothing from a text; its fields are choices: tone (calm, angry)' in error['message']
+
+
+def test_many_requests_at_once_have_the_answers_of_each_alone(service):
+    bodies = [{'state': text, 'fields': ASKED, 'reference_date': day} for text in (*TEXTS, 'by May 3', 'tomorrow at 14:30')
+              for day in (None, '2026-05-01', '2024-12-31')]
+    alone = [reply.json() for reply in post_all(service, *(('/v1/extraction', body) for body in bodies))]
+
+    async def go():
+        transport = httpx.ASGITransport(make_app([ServedStudent(service)], service.metrics))
+        async with httpx.AsyncClient(transport=transport, base_url='http://test') as client:
+            replies = await asyncio.gather(*(client.post('/v1/extraction', json=body) for body in bodies))
+            return [reply.json() for reply in replies]
+    for reply, other in zip(asyncio.run(go()), alone):
+        for name, answer in reply['answers'].items():
+            assert answer['value'] == other['answers'][name]['value'] and answer.get('span') == other['answers'][name].get('span')
+            assert answer['p_null'] == pytest.approx(other['answers'][name]['p_null'], abs=1e-2)
+
+
+class Upstream:
+    """an LLM that answers the same to every text; one of its names is not in the text."""
+
+    async def answer(self, text):
+        return {'tone': 'calm', 'name': None, 'amount': 12.5, 'word': 'plates', 'count': 3, 'due': None, 'at': None, 'meeting': None,
+                'people': ['Bob', 'Anna'], 'sums': [3], 'buyer': {'name': 'Zoe', 'city': None}, 'seller': None, 'labels': []}
+
+
+def test_what_upstream_answers_has_the_places_of_its_values(labeler):
+    unsure = copy.copy(labeler)
+    unsure.min_confidence = 2.0
+    deferring, state = Service(unsure, 'orders', upstream=Upstream()), TEXTS[0].replace(' ', '  ')
+    reply, = post_all(deferring, ('/v1/extraction', {'state': state, 'fields': ASKED}))
+    answers, record = reply.json()['answers'], asyncio.run(Upstream().answer(''))
+    assert reply.headers['x-answered-by'] == 'upstream'
+    for name, answer in answers.items():
+        null = value_in(record, name) is None
+        assert answer['value'] == value_in(record, name) and answer['p_null'] == null and answer['confidence'] == 1
+    check_places(state, {name: answer for name, answer in answers.items() if name != 'buyer.name'})
+    assert 'span' not in answers['buyer.name'] and state[slice(*answers['people']['spans'][1])] == 'Anna'
+    alone = extract(Service(unsure, 'orders'), state)           # nobody is there to ask
+    assert alone['answers']['word']['value'] == labeler([state])[0]['word']
+
+
+def test_a_batch_may_have_extractions(service):
+    body = {'state': TEXTS[0], 'fields': ASKED}
+    line = Handler([ServedStudent(service)], None).answer_batch_line('/v1/extraction', body)
+    assert asyncio.run(line) == extract(service, TEXTS[0])
 
 
 @pytest.fixture(scope='module')
