@@ -83,8 +83,9 @@ def null_copies(space, outs):
 @torch.no_grad()
 def copied_values(student, space, ids, outs, decisions, temperature=None, most=5):
     """{path of a copied value: [(start, end, value, probability)]} of one answer: its likeliest values if it is not
-    null, given the student's own answer before. Also of those that are null in the answer, but for what is in an object
-    or a list that is. start, end: characters of the text as the student reads it; the rest: as for span_probabilities."""
+    null, given the student's own answer before. Also of those that are null in the answer, but for what is in an
+    object or a list that is. start, end: characters of the text as the student reads it; the rest: as for
+    span_probabilities."""
     tau, found, V = temperature or {}, {}, space.V
     states, own = space.states_before(outs), iter(outs.spans)
     logits_at = dict(zip([n for n, state in enumerate(states) if space.decides[state]], decisions))
@@ -124,8 +125,8 @@ def read_many(student, text, fed, n=64):
 
 
 def show_copied(schema, found, p_values):
-    """{path: {value as a text: probability}} of copied_values, the likeliest first; with that of null, or missing, where
-    a value may be so. p_values: of value_probabilities."""
+    """{path: {value as a text: probability}} of copied_values, the likeliest first; with that of null, or missing,
+    where a value may be so. p_values: of value_probabilities."""
     shown = {}
     for part in schema.copied:
         maybe, row = schema.by_choice.get(f'{part.path}?'), p_values.get(f'{part.path}?', [1.0])
