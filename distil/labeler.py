@@ -83,18 +83,22 @@ def null_copies(space, outs):
 @torch.no_grad()
 def copied_values(student, space, ids, outs, decisions, temperature=None, most=5):
     """{path of a copied value: [(start, end, value, probability)]} of one answer: its likeliest values if it is not
-    null, given the student's own answer before. Also of those that are null in the answer, but for what is in an object
-    or a list that is. start, end: characters of the text as the student reads it; the rest: as for span_probabilities."""
+    null, given the student's own answer before. Also of those that are null in the answer, but for what is in an
+    object or a list that is. start, end: characters of the text as the student reads it; the rest: as for
+    span_probabilities."""
     tau, found, V = temperature or {}, {}, space.V
     states, own = space.states_before(outs), iter(outs.spans)
     logits_at = dict(zip([n for n, state in enumerate(states) if space.decides[state]], decisions))
     spans = span_probabilities(student, space, ids, outs, decisions, temperature, most)
     for n in [n for n, out in enumerate(outs) if out >= V][::2]:
-        part = space.copy_at[states[n]]
-        there = (logits_at[n][1] / tau.get(part.group, 1.0)).softmax(-1)[V:].sum().item()  # null may be legal, too
-        chosen = next(own)
-        if chosen[2] not in (None, ''):                         # the text has a number
-            found[part.path] = merge_spans([(*span, p / there) for *span, p in spans[part.path]], chosen)
+        part, chosen = space.copy_at[states[n]], next(own)
+        if chosen[2] in (None, ''):                             # the text has no number
+            continue
+        first, last = ((logits_at[m][1] / tau.get(part.group, 1.0)).softmax(-1) for m in (n, n + 1))
+        others = [span for span in spans[part.path] if span[:3] != chosen]
+        p = first[logits_at[n][2]] * last[logits_at[n + 1][2]]
+        there = first[V:].sum().item()                          # null may be legal, too
+        found[part.path] = merge_spans([(*span, p / there) for *span, p in [(*chosen, p.item()), *others]], chosen)
     nulls = list(null_copies(space, outs))
     if nulls:
         (text,), (page,) = read_pages(student, space, [ids])
@@ -121,8 +125,8 @@ def read_many(student, text, fed, n=64):
 
 
 def show_copied(schema, found, p_values):
-    """{path: {value as a text: probability}} of copied_values, the likeliest first; with that of null, or missing, where
-    a value may be so. p_values: of value_probabilities."""
+    """{path: {value as a text: probability}} of copied_values, the likeliest first; with that of null, or missing,
+    where a value may be so. p_values: of value_probabilities."""
     shown = {}
     for part in schema.copied:
         maybe, row = schema.by_choice.get(f'{part.path}?'), p_values.get(f'{part.path}?', [1.0])

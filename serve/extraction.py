@@ -21,7 +21,8 @@ KINDS = {'text': ('text',), 'number': ('number', 'integer'), 'date': ('date',), 
          'datetime': ('date-time',)}
 COMPUTED = ('estimate', 'forecast', 'duration')                 # no value of the text
 OPTIONS = {'instructions', 'null_threshold'}                    # of each type, and of some:
-MORE_OPTIONS = {'number': {'decimals', 'integer', 'unit'}, 'list': {'items'}, 'list of number': {'items', 'decimals', 'unit'}}
+MORE_OPTIONS = {'number': {'decimals', 'integer', 'unit'}, 'list': {'items'},
+                'list of number': {'items', 'decimals', 'unit'}}
 MOST_FIELDS = 100
 NAME = re.compile(r'[A-Za-z_][A-Za-z0-9_.-]{0,63}')
 NEAR = 24  # characters that the text of a student may lack, or have more, at one place
@@ -56,8 +57,8 @@ def align(read, text):
     while i < len(read):
         a, b = 1, 1                                             # how far it goes on in each
         if j >= len(text) or read[i] != text[j]:
-            a, b = next(((a, b) for a, b in near if i + a < len(read) and text.startswith(read[i + a:i + a + 3], j + b)),
-                        (1, 1))
+            a, b = next(((a, b) for a, b in near
+                         if i + a < len(read) and text.startswith(read[i + a:i + a + 3], j + b)), (1, 1))
         found += [min(j, len(text) - 1)] * a
         i, j = i + a, j + b
     return found
@@ -101,8 +102,8 @@ def describe_copied(parts):
 
 
 def read_fields(body, schema):
-    """(list of Fields, the parts of the body that are not used). Refusal, which names the field, if the student does not
-    copy it."""
+    """(list of Fields, the parts of the body that are not used). Refusal, which names the field, if the student does
+    not copy it."""
     given = require(body.get('fields'), dict, f'an object of 1 to {MOST_FIELDS} fields', 'fields')
     if not 1 <= len(given) <= MOST_FIELDS:
         raise Refusal(422, f'there are {len(given)} fields; 1 to {MOST_FIELDS} are allowed', 'fields')
@@ -110,15 +111,16 @@ def read_fields(body, schema):
     for name, spec in given.items():
         where = 'fields', name
         if not NAME.fullmatch(name):
-            raise Refusal(422, f'{name[:80]!r} is no name of a field: a letter or _, then letters, digits and _ . -, 64 at '
-                          'most', *where)
+            raise Refusal(422, f'{name[:80]!r} is no name of a field: a letter or _, then letters, digits and _ . -, '
+                          '64 at most', *where)
         spec = {key: value for key, value in require(spec, dict, 'an object', *where).items() if value is not None}
         kind = spec.pop('type', None)
         if kind in COMPUTED:
-            raise Refusal(400, f'the field {name!r} is {"an" if kind == "estimate" else "a"} {kind}: the student copies '
-                          'what the text says, and computes nothing', *where, 'type')
-        if kind not in KINDS and kind != 'list':
-            raise Refusal(422, f'the type of the field {name!r} must be one of {", ".join(KINDS)}, list', *where, 'type')
+            raise Refusal(400, f'the field {name!r} is {"an" if kind == "estimate" else "a"} {kind}: the student '
+                          'copies what the text says, and computes nothing', *where, 'type')
+        if not isinstance(kind, str) or kind not in KINDS and kind != 'list':
+            raise Refusal(422, f'the type of the field {name!r} must be one of {", ".join(KINDS)}, list',
+                          *where, 'type')
         field = find_field(name, kind, spec, parts, where)
         read_options(field, spec, where)
         fields.append(field)
@@ -187,8 +189,8 @@ def read_date(body):
 
 
 class Reading:
-    """what an Answer says of fields. schema: of the student; answer: with copies; place: of map_places; source: a Source of
-    the text, to find what an LLM upstream has answered."""
+    """what an Answer says of fields. schema: of the student; answer: with copies; place: of map_places; source: a
+    Source of the text if an LLM upstream has answered, else None."""
 
     def __init__(self, schema, answer, place, source):
         self.schema, self.answer, self.place, self.source = schema, answer, place, source
@@ -203,12 +205,12 @@ class Reading:
         return p
 
     def spans(self, part):
-        """[(start, end, value, probability if it is not null)] of a Copied: the student's own value first, if it is not
-        null, then the likeliest."""
+        """[(start, end, value, probability if it is not null)] of a Copied: the student's own value first, if it is
+        not null, then the likeliest."""
         own, found = part.get(self.answer.record), self.answer.copies.get(part.path, [])
         if own is None or own is MISSING:
             return found
-        if self.answer.by == 'upstream':                        # an LLM may have written what is not there
+        if self.source:                                         # an LLM may have written what is not there
             place, = self.source.find(part, own)[:1] or [(0, 0)]
             return [(*place, own, 1.0)]
         return sorted(found, key=lambda span: json_text(plain(span[2])) != json_text(plain(own)))
@@ -222,17 +224,17 @@ class Reading:
 
     def read_one(self, field, there, p_null):
         own, spans = field.leaf.get(self.answer.record), self.spans(field.leaf)
-        whole = [span for span in spans if not field.whole or is_whole(span[2])]
-        if not whole:                                           # there is no guess
-            return {'p_null': 1.0, 'confidence': 1.0} if own is None and not spans else {}
-        start, end, value, p = whole[0]
-        guess = {'guess': shorten(value, field.decimals)}
-        if own is not None and own is not MISSING and whole[0] is not spans[0]:  # its own one is not whole
-            return guess | {'confidence': 1 - there * sum(span[3] for span in whole)}
-        if own is None or own is MISSING if field.threshold is None else p_null > field.threshold:
+        whole, null = [span for span in spans if not field.whole or is_whole(span[2])], own is None or own is MISSING
+        guess = {'guess': shorten(whole[0][2], field.decimals)} if whole else {}
+        if not null and whole[:1] != spans[:1]:                 # its own value is not whole
+            return guess | {'confidence': min(1.0, max(0.0, 1 - there * sum(span[3] for span in whole)))}
+        if own is None and not spans:                           # it must be there, and the text has none
+            return {'p_null': 1.0, 'confidence': 1.0}
+        if not whole or (null if field.threshold is None else p_null > field.threshold):
             return guess
+        start, end, _, p = whole[0]
         span = {'span': self.place(start, end)} if end > start else {}
-        return {'value': guess['guess'], 'confidence': min(1.0, there * p), **guess, **span}
+        return {'value': guess['guess'], **guess, 'confidence': min(1.0, there * p), **span}
 
     def read_list(self, field, there, p_null):
         own = follow(self.answer.record, field.leaf.keys)
@@ -281,7 +283,8 @@ def read_extraction(student, body):
         answer, = answers
         known = answer.text or clean(state)
         place = map_places(known, state, bool(answer.text and student.task.get('keep_end')))
-        reading = Reading(schema, answer, place, Source(known, student.service.space_on(reference_date)))
+        space = student.service.space_on(reference_date)
+        reading = Reading(schema, answer, place, Source(known, space) if answer.by == 'upstream' else None)
         n_in, n_out = count_tokens(answer)
         return {'model': student.name, 'answers': {field.name: reading.read(field) for field in fields},
                 'truncated': answer.n_cut > 0, **({'state_text': state} if with_text else {}),

@@ -10,6 +10,7 @@ r"""Serve the student in place of an LLM: change the base URL, keep the code.
     POST /v1/chat/completions, /v1/responses, /v1/completions    as OpenAI's; the user message is the text, or
                                  one of the templates around a text
     POST /v1/decisions, /v1/systemone    typed questions, answered with the probabilities of all values
+    POST /v1/extraction          typed fields, answered with copied values and their places in the text
     POST /v1/label               {"texts": [...]} -> {"answers": [...]}, many at once
     POST /v1/files, /v1/batches  as OpenAI's
     GET  /v1/models  /health  /ready  /metrics

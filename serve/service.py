@@ -46,8 +46,8 @@ class Answer:
 
 
 class Job(NamedTuple):
-    """a text to answer. full: with the probabilities of all values; copies: with the likeliest copied values; space: the
-    student's OutputSpace, or a copy of it with another reference date."""
+    """a text to answer. full: with the probabilities of all values; copies: with the likeliest copied values; space:
+    the student's OutputSpace, or a copy of it with another reference date."""
     ids: list
     full: bool
     copies: bool
@@ -167,8 +167,8 @@ class Service:
         self.add_waiting(0)
 
     def space_on(self, reference_date):
-        """the OutputSpace that reads the dates of texts written on a day, '' for that of the task. __init__ puts a cache
-        around it."""
+        """the OutputSpace that reads the dates of texts written on a day, '' for that of the task. __init__ puts a
+        cache around it."""
         if not self.reads_dates or reference_date in ('', self.space.reference_date):
             return self.space
         space = copy.copy(self.space)
