@@ -54,6 +54,7 @@ check = ''           # file; it has these texts, one per line or a .jsonl; empty
 config = configure(globals())
 
 HERE = Path(__file__).resolve().parent
+CHECK_PASSES = 8000  # forward passes, about, in which the runner's answers are compared with the student's
 RUNNERS = 'run.py', 'student.js', 'places.js', 'candidates.js', 'index.html', 'worker.js', 'package.json'
 SHARED = 'places.py', 'candidates.py', 'values.py'  # of distil/, which run.py imports
 
@@ -376,6 +377,8 @@ if __name__ == '__main__':
 
         from device.run import Student
         runner, probe = Student(tmp), checked or ['one text', 'another']
+        # it reads a text again for each decision: of answers with many of them fewer texts are compared
+        probe = probe[:max(100, CHECK_PASSES // max(1, small_space.n_decisions))]
         ids = cut_texts(small_space.tokenizer, probe, part)
         expected = [small_space.to_json(outs) for outs in generate(small, small_space, ids)]
         same = sum(json.dumps(a) == json.dumps(b) for a, b in zip(runner(probe), expected, strict=True))

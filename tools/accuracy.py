@@ -73,8 +73,10 @@ def read_with_truth(path):
 def count_trained(texts, labeler):
     """how many of these texts the student was trained on; 0 if its records are not here."""
     checkpoint, task = labeler.checkpoint, labeler.task
-    shards = load_records(checkpoint['config']['dataset'], checkpoint['config']['name'], checkpoint)
-    trained = set(shards.hashes[shards.split()[0]].tolist()) if shards else set()
+    settings, trained = checkpoint['config'], set()
+    if shards := load_records(settings['dataset'], settings['name'], checkpoint):
+        rows = shards.split()[0]
+        trained = set(shards.hashes[rows[rows < (settings['max_records'] or len(shards))]].tolist())
     hashes = (hash_texts([text], labeler.space.tokenizer, task).tolist() for text in texts)
     return sum(not trained.isdisjoint(of_text) for of_text in hashes)
 

@@ -1,8 +1,9 @@
-"""Equations such as 6x + 17 = 131, without an answer -> data/equations/input.jsonl
+"""Equations such as 6x + 7 = 55, without an answer -> data/equations/input.jsonl
 
     python data/equations/prepare.py
 
-ax + b = c or ax - b = c with a from 2 to 9, x from 1 to 20 and b from 1 to 20: 6,400 different ones, in a seeded order.
+ax + b = c with a from 2 to 9, x from 1 to 10 and b from 1 to 9: 720 different ones, in a seeded order. So few that
+some hundred labels are enough for a student: a teacher that writes its steps is slow.
 `truth` has ax and x, which nobody is trained on: a teacher solves them (config/equations.py).
 """
 import random
@@ -17,8 +18,8 @@ if {'-h', '--help'} & {*sys.argv}:
     sys.exit(print(__doc__))
 exit_on_stop()
 
-records = [{'text': f'{a}x {sign} {b} = {a * x + (b if sign == "+" else -b)}', 'truth': {'ax': a * x, 'x': x}}
-           for a, x, b, sign in product(range(2, 10), range(1, 21), range(1, 21), '+-')]
+records = [{'text': f'{a}x + {b} = {a * x + b}', 'truth': {'ax': a * x, 'x': x}}
+           for a, x, b in product(range(2, 10), range(1, 11), range(1, 10))]
 random.Random(1337).shuffle(records)
 target = Path(__file__).parent / 'input.jsonl'
 write_lines(target, records)
