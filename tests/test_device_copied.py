@@ -112,6 +112,8 @@ def test_run_py_gives_the_answers_of_answer_text(students, words, n):
         expected = [record for text in texts for record, _ in label_text(labeler, text)]
         records = Runner(students[n] / 'device', confidence, 0.3)(texts)
         for text, record, other in zip(texts, records, expected, strict=True):
+            if confidence == 'full' and '_confidence' in record:  # on a device it shows choices alone
+                other['_confidence'] = {k: v for k, v in other['_confidence'].items() if k in record['_confidence']}
             assert same_records(record, other), (text, record, other)
     assert len({json.dumps(record) for record in records}) > 40  # they are not all equal
 
