@@ -54,7 +54,8 @@ prompt = ''          # text or messages; of a chat, or a few-shot completion whe
                      # for the text; messages: [{'role': 'system', 'content': ...}, {'role': 'user', ...}]
 chat = True          # wrap the prompt in the teacher's chat template; base models have none
 locale = 'en_US'     # how a text writes numbers and dates, where fields have some: en_GB has the day first, de 1.080,00
-reference_date = ''  # 2026-11-29; the day that "tomorrow" and dates without a year are counted from; '': they are none
+reference_date = ''  # text; such as 2026-11-29, from which "tomorrow" and dates without a year are counted; '': they
+                     # are none
 indent = None        # None or 0..8; of the JSON: None is one line, the cheapest; chat models like to write 2
 fence = False        # ```json around it, as chat models like to write
 # teacher

@@ -182,7 +182,7 @@ def test_the_card_says_what_is_copied(students):
     copied = {part.group: part.describe() for part in schema.copied}
     shown = {leaf.path: describe_values(leaf, copied.get(leaf.path, '')) for leaf in schema.leaves}
     assert shown['people[]'] == 'a list of words of the text' and shown['tone'] == '"calm", "angry"'
-    assert shown['lines[].qty'] == 'a list of a integer in the text' and shown['lines'] == 'a list of up to 2 items'
+    assert shown['lines[].qty'] == 'a list of an integer in the text' and shown['lines'] == 'a list of up to 2 items'
 
 
 # -----------------------------------------------------------------------------

@@ -132,6 +132,7 @@ def test_a_stopped_export_leaves_nothing_behind(project, tmp_path, monkeypatch):
             raise RuntimeError('Create an issue in the PyTorch GitHub repository') from None
     monkeypatch.setattr(torch.onnx, 'export', fake_export)
     student = torch.nn.Linear(1, 1)
+    student.encoder = None
     student.config = type('', (), {'block_size': 9})
     with pytest.raises(SystemExit) as raised, new_folder(tmp_path / 'device.tmp'):
         assert not list((tmp_path / 'device.tmp').iterdir())

@@ -127,7 +127,7 @@ def test_a_killed_extraction_continues_to_identical_files(project, tmp_path, mom
     if folder.exists():
         (folder / 'logits.bin').open('ab').write(b'torn')  # and a write that was cut short
     assert run(root, 'extract.py').returncode == 0
-    for name in data.DTYPES:
+    for name in data.kept_files(has_places=False):
         assert (folder / f'{name}.bin').read_bytes() == (whole / f'{name}.bin').read_bytes(), name
     assert data.read_meta(folder)['bias'] == data.read_meta(whole)['bias']  # calibration was killed too
     again = run(root, 'extract.py')
@@ -141,7 +141,7 @@ def test_a_full_disk_exits_with_a_message_and_loses_nothing(project, tmp_path):
     assert 0 < len(kept) < len(whole) and kept.meta['missing']  # kept too, for the advice on coverage
     writer = data.Writer(root / 'data/toy/toy-00', 64)  # as at the start of the next run
     writer.close()
-    for name in data.DTYPES:
+    for name in data.kept_files(has_places=False):
         content = (root / f'data/toy/toy-00/{name}.bin').read_bytes()
         assert content and (project / f'data/toy/toy-00/{name}.bin').read_bytes().startswith(content)
 

@@ -429,8 +429,8 @@ def test_near_duplicates_across_the_split_are_pointed_out(project, tmp_path):
 
 
 def test_what_few_records_of_many_values_mean_is_said(space, capsys):
-    answer = lambda i: np.array(space.from_json({'n': i, 'tone': 'friend', 'ok': True}))
-    note_rare_values(SimpleNamespace(answer=answer), space, range(50), range(3), 4)  # n has 25 values, tone three
+    outs = lambda i: space.from_json({'n': i, 'tone': 'friend', 'ok': True})
+    note_rare_values(SimpleNamespace(outs=outs), space, range(50), range(3), 4)  # n has 25 values, tone three
     few = ('note: each of the {} values of {} is seen about {} times in 4 epochs, which is few: --max_epochs={}, '
            'or label more')
     none = 'note: {} of {} values of {} have no held-out record; the figures say nothing of them'
