@@ -71,7 +71,7 @@ def make_task(name, checkpoint, space, student):
 
 
 def describe_copied(copied):
-    """`copied` of task.json. copied: the kinds.Copied of a schema."""
+    """`copied` of task.json. copied: the copied.Copied of a schema."""
     lists = {}
     return [{'path': part.path, 'field': part.group, 'kind': part.kind,
              'list': lists.setdefault(part.keys[:-1], len(lists)) if isinstance(part.keys[-1], int) else None}

@@ -13,7 +13,8 @@ from functools import lru_cache
 import numpy as np
 
 from data.objects import find_object
-from distil.kinds import Choice, Copied, Items, Maybe, Object, Several
+from distil.copied import Copied
+from distil.kinds import Choice, Items, Maybe, Object, Several
 from distil.values import MISSING, json_text, plain
 
 # -----------------------------------------------------------------------------

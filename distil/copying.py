@@ -50,7 +50,7 @@ def byte_alphabet():
 
 
 class Value:
-    """a value that is being written. source: a places.Source; part: a kinds.Copied; vocabulary: token_bytes of the
+    """a value that is being written. source: a places.Source; part: a copied.Copied; vocabulary: token_bytes of the
     teacher's tokenizer; taken: characters at which earlier items of the same list begin. ids: written so far.
 
     points: {(number of a spelling, character where it begins): byte that comes next}."""

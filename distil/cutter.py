@@ -8,7 +8,7 @@ import re
 from functools import lru_cache, partial
 from typing import NamedTuple
 
-from distil.kinds import MARKS
+from distil.copied import MARKS
 from distil.written import Option, Place
 
 MARKED = re.compile(f'([{chr(MARKS)}-{chr(MARKS + 0xffff)}])')
@@ -43,7 +43,7 @@ class Encoding(NamedTuple):
 
 
 def encode_pieces(text, encode):
-    """the Encoding of a text with marks of copied values (kinds.Copied): what is between two of them is encoded alone,
+    """the Encoding of a text with marks of copied values (copied.Copied): what is between two of them is encoded alone,
     since the value stands there. A mark is two tokens, the first and the last place of the value: the id -1 - k for
     the k-th one."""
     ids, offsets, at = [], [], 0

@@ -162,7 +162,7 @@ class Row:
         return Outs(self.outs, map(self.page.span, self.parts(space), self.places[::2], self.places[1::2]))
 
     def parts(self, space):
-        """the kinds.Copied that have been written."""
+        """the copied.Copied that have been written."""
         states = space.states_before(self.outs[:-1])            # the last one may be illegal, and is no place
         return [space.copy_at[state] for state, out in zip(states, self.outs) if out >= space.V][::2]
 

@@ -11,7 +11,8 @@ import json
 import math
 from urllib.parse import unquote
 
-from distil.kinds import EXAMPLES, Choice, Copied, Items, Maybe, Object, Several
+from distil.copied import EXAMPLES, Copied
+from distil.kinds import Choice, Items, Maybe, Object, Several
 from distil.values import MISSING, group_of, json_text, path_of
 
 MOST_ITEMS = 16  # of a list without maxItems

@@ -69,7 +69,7 @@ def merge_spans(spans, own=None):
 
 
 def null_copies(space, outs):
-    """yields (a kinds.Copied that is null or missing in an answer, the output indices before it if it is not)."""
+    """yields (a copied.Copied that is null or missing in an answer, the output indices before it if it is not)."""
     copied, start = {f'{part.path}?': part for part in space.schema.copied}, len(space.start)
     for k, _, n in space.walk(space.to_json(outs)):
         made = space.forks[k][n].made

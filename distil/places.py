@@ -44,7 +44,7 @@ class Source:
         self.text, self.space, self.edges, self.found = text, space, find_edges(text), {}
 
     def candidates(self, kind):
-        """[(start, end, value)] of a kind of kinds.Copied but 'text'."""
+        """[(start, end, value)] of a kind of copied.Copied but 'text'."""
         if kind not in self.found:
             self.found[kind] = find_candidates(kind, self.text, self.space.locale, self.space.reference_date)
         return self.found[kind]
@@ -56,7 +56,7 @@ class Source:
         return self.edges[at] and at > 0 and not self.text[at - 1].isspace()
 
     def find(self, part, value):
-        """[(start, end)]: all places of a copied value, a kinds.Copied; first as it is written, else in another case. []
+        """[(start, end)]: all places of a copied value, a copied.Copied; first as it is written, else in another case. []
         if it is not in the text."""
         if part.kind != 'text':
             return [(start, end) for start, end, other in self.candidates(part.kind)

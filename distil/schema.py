@@ -14,7 +14,8 @@ import copy
 import json
 
 from distil.json_schema import is_json_schema, read_fields
-from distil.kinds import EXAMPLES, Choice, Copied, Items, Maybe, Object, Several
+from distil.copied import EXAMPLES, Copied
+from distil.kinds import Choice, Items, Maybe, Object, Several
 from distil.values import MISSING, follow, json_text, value_names
 from distil.written import Place, Style
 

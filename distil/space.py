@@ -84,7 +84,7 @@ class OutputSpace(Automaton):
     compiled.
 
     schema       the Schema; space.leaf_at[state] is the path of one of its leaves, or None
-    copy_at      {state: the kinds.Copied whose first or last place may be chosen there; a token may be legal, too, as
+    copy_at      {state: the copied.Copied whose first or last place may be chosen there; a token may be legal, too, as
                  where a number or null is written}
     output_ids   (V,) list    ids of the output vocabulary, first the n_required ids of valid answers
     output_index              {id: output index}
@@ -261,7 +261,7 @@ class OutputSpace(Automaton):
 
     def barred(self, state, has):
         """the tokens after which a number or a date must be copied though the text has none, in a state in which others
-        are legal, too. has: function of a kind of kinds.Copied that says whether it has one."""
+        are legal, too. has: function of a kind of copied.Copied that says whether it has one."""
         row = self.transitions[state]
         if len(row) < 2 or not self.copy_at:
             return []

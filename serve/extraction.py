@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass
 from datetime import date
 
-from distil.kinds import Copied, Items, Maybe, Object
+from distil.copied import Copied
+from distil.kinds import Items, Maybe, Object
 from distil.places import Source
 from distil.schema import copied_in, list_leaves
 from distil.space import clean

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from distil.decode import confidence_of, decode, value_probabilities
-from distil.kinds import Copied
+from distil.copied import Copied
 from distil.labeler import copied_values
 from distil.values import MISSING, PRESENT, json_text, said
 from serve.metrics import Metrics

@@ -8,7 +8,8 @@ import random
 import re
 from dataclasses import dataclass, field
 
-from distil.kinds import EXAMPLES, Choice, Copied, Maybe, Object, Several
+from distil.copied import EXAMPLES, Copied
+from distil.kinds import Choice, Maybe, Object, Several
 from distil.schema import list_leaves
 from distil.values import MISSING, Mark, group_of, json_text, path_of, said, value_name
 from serve.options import alternatives, find_name, loose, match_options, match_yes_and_no, read_options, resolve

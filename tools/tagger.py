@@ -10,7 +10,8 @@ a slot. A list is in the order of the text. (Ramshaw and Marcus 1995, https://ar
 """
 import json
 
-from distil.kinds import Copied, Items, Maybe, Object
+from distil.copied import Copied
+from distil.kinds import Items, Maybe, Object
 from distil.values import follow, json_text
 
 
