@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from distil.places import MOST_PLACES, Source, point
-from distil.space import OutputSpace, Outs, clean, kept_part
+from distil.places import MOST_PLACES, point, with_spans
+from distil.space import OutputSpace, clean, kept_part
 
 FORMAT = 1
 DTYPES = {'input': np.dtype('<u4'), 'output': np.dtype('<u2'), 'logits': np.dtype('<f2'),
@@ -311,14 +311,8 @@ class Shards:
         outs = self.answer(i).tolist()
         if not self.has_places:
             return outs
-        space, places = self.task_space, self.answer(i, 'places')
-        source = Source(space.tokenizer.decode(self.ids(i).tolist()), space)
-        steps = [n for n, out in enumerate(outs) if out >= space.V]
-        states, spans = space.states_before(outs), []
-        for first, last in zip(steps[::2], steps[1::2]):
-            start, end = int(places[first, 0]), int(places[last, 0])
-            spans.append((start, end, source.value(space.copy_at[states[first]], start, end)))
-        return Outs(outs, spans)
+        space = self.task_space
+        return with_spans(space, space.tokenizer.decode(self.ids(i).tolist()), outs, self.answer(i, 'places'))
 
     def answer(self, i, part='output'):
         """of the answer of record i: its output indices (n,), or, if part is 'logits', its raw logits minus

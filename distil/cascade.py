@@ -4,6 +4,7 @@
     answer_texts([[17, 4, 99], ...])                        # ids of texts -> output indices of their answers
 """
 import sys
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -13,7 +14,8 @@ from distil.calibrate import calibrate_label
 from distil.drafts import Drafts
 from distil.engine import Teacher, answer_batched
 from distil.free import open_free
-from distil.shares import record_from_label
+from distil.places import with_spans
+from distil.shares import NotInText, record_from_label
 from distil.server import URL, Server, Stopped, check_httpx
 from distil.teacher import fingerprint, load_model
 
@@ -37,11 +39,18 @@ def load_answerer(name, task, space, device):
     teacher, drafts, free = Teacher(model, task['before'], space.output_ids), Drafts(space), open_free(space, task)
 
     def answer_texts(texts):
-        answers = [outs for outs, _, _ in answer_batched(teacher, space, drafts, texts, task['after'], free=free)[0]]
-        for outs in answers:
+        answers = answer_batched(teacher, space, drafts, texts, task['after'], free=free)[0]
+        answers = [None if isinstance(answer, str) else with_places(space, ids, *answer)
+                   for ids, answer in zip(texts, answers)]
+        for outs in filter(None, answers):
             drafts.add(outs)
         return answers
     return answer_texts
+
+
+def with_places(space, ids, outs, logits, lse, places=None, weights=None):
+    """the output indices of an answer, with the spans of its copied values if there are any (Outs). ids: of the text."""
+    return outs if places is None else with_spans(space, space.tokenizer.decode(list(map(int, ids))), outs, places)
 
 
 def ask_server(urls, task, space):
@@ -60,7 +69,10 @@ def ask_server(urls, task, space):
             for group in server.answered([[(n, ids, None) for n, ids in enumerate(texts)]], space.tokenizer.decode):
                 for n, _, label in group:
                     if isinstance(label, dict):             # not a reason
-                        outs[n] = record_from_label(space, calibrate_label(label, task.get('value_bias') or {}))[0]
+                        label = calibrate_label(label, task.get('value_bias') or {})
+                        with suppress(NotInText):           # the student's answer stays
+                            answer = record_from_label(space, label, space.tokenizer.decode(texts[n]))
+                            outs[n] = with_places(space, texts[n], answer[0], None, None, *answer[2:])
         except Stopped as reason:                           # the student's answers stay
             print(reason, file=sys.stderr)
         return outs

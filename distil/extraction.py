@@ -116,9 +116,17 @@ def describe_task(config, server):
 
 def reading_of(config):
     """{locale, reference_date} for meta.json: how numbers and dates of a text are read, None without any. Exits with a
-    message if that is not known."""
+    message if that is not known, or if other settings do not go with copied values."""
     try:
-        kinds = {part.kind for part in Schema(config['fields'], config['left_out']).copied} - {'text'}
+        copied = Schema(config['fields'], config['left_out']).copied
+    except ValueError as error:
+        stop(f'fields: {error}')
+    for key, wanted in ('constrain', True), ('score', ''), ('label_fields', []):
+        if copied and config[key] != wanted:
+            stop(f'{key} = {config[key]} does not go with values that are copied from the text ({copied[0].group}): set '
+                 f'{key} = {wanted!r}, or leave them out: left_out = [{copied[0].group!r}]')
+    try:
+        kinds = {part.kind for part in copied} - {'text'}
         if not kinds:
             return {'locale': None, 'reference_date': None}
         if config['reference_date']:

@@ -1,4 +1,5 @@
 """Values that are copied from the text: the schema, the places, teacher and student beside one token at a time."""
+import json
 import random
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 
 from data import Record, Shards, Writer
 from distil.candidates import read_locale
-from distil.copying import answer_slowly, token_bytes
+from distil.copying import Value, answer_slowly, token_bytes
 from distil.decode import confidence_of, decode, span_probabilities, value_probabilities
 from distil.drafts import Drafts, Forced
 from distil.engine import Teacher, answer
@@ -19,7 +20,7 @@ from distil.space import Outs, OutputSpace
 from distil.teacher import encode_prompt
 from model import Student, StudentConfig
 from sample import answer_text
-from tests.conftest import PROMPT, load_teacher
+from tests.conftest import PROMPT, clone_task, load_teacher, one_line, run
 from tests.test_reader import bert  # noqa: F401
 from tools.baselines import stepwise
 
@@ -105,7 +106,6 @@ def test_the_tokens_of_a_tokenizer_as_bytes(teachers):
 
 def test_the_probability_of_a_place_is_that_of_all_that_begins_there(tokenizer):
     """the sum over all values, by enumeration, of a teacher whose logits depend on nothing."""
-    from distil.copying import Value
     space = open_space(tokenizer)
     vocabulary = {b'a': 0, b'b': 1, b' ': 2, b'ab': 3, b' b': 4}
     logits, closing = np.array([0.3, -0.2, 0.5, 1.0, 0.1]), {7: 0.9, 8: -1.0}
@@ -155,7 +155,6 @@ def test_a_label_is_stored_and_read_again(tokenizer, tmp_path):
     with open(folder / 'places.bin', 'ab') as file:             # what a killed run has not committed
         file.write(b'x' * 5)
     Writer(folder, V, has_places=True).close()
-    import json
     meta = {'format': 1, 'output_ids': space.output_ids, 'fields': FIELDS, 'locale': LOCALE}
     (folder / 'meta.json').write_text(json.dumps(meta))
     tokenizer.save(str(folder / 'tokenizer.json'))
@@ -285,3 +284,42 @@ def test_probabilities_of_values_and_spans(pointing, texts):
         if 'name' in spans and numbers:
             known = next(p for *other, p in spans['name'] if other[2] == answer['name'])
             assert known == pytest.approx(p_chosen['name'], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_from_a_teacher_to_json(project, bert, tmp_path):
+    root = clone_task(project, tmp_path)
+    fields = {'tone': ['neutral', 'friendly'], 'name': {'type': ['string', 'null']}, 'amount': {'type': ['number', 'null']},
+              'words': {'type': 'array', 'maxItems': 2, 'items': {'type': 'string'}}}
+    task = [f'--fields={fields}', '--name=copied', '--calibrate=0', '--max_records=60']
+    for wrong, message in (('--constrain=False', 'constrain = False does not go with values that are copied'),
+                           ('--calibrate=9', 'cannot be calibrated'), ('--locale=xx', 'locale = xx')):
+        assert message in one_line(run(root, 'extract.py', *task, wrong))
+    done = run(root, 'extract.py', *task)
+    assert done.returncode == 0 and 'extract records=60' in done.stdout, done.stdout + done.stderr
+    assert 'equal=1.0000' in run(root, 'extract.py', *task, '--verify=6').stdout
+    assert 'without a reader' in one_line(run(root, 'train.py', '--name=copied', '--reader=', '--init_from=scratch'))
+    done = run(root, 'train.py', '--name=copied', f'--reader={bert}', '--init_from=scratch', '--max_epochs=2', '--batch_size=8',
+               '--block_size=80')
+    assert done.returncode == 0 and 'token_f1' in done.stdout, done.stdout + done.stderr
+    done = run(root, 'sample.py', '--name=copied', '--text=my friend paid 12 or 13', '--confidence=full')
+    answer = json.loads(done.stdout)
+    assert {*answer} == {*fields, '_confidence'} and answer['amount'] in (12, 13, None), answer
+    assert all(word in 'my friend paid 12 or 13' for word in [*answer['words'], answer['name'] or ''])
+    done = run(root, 'sample.py', '--name=copied', '--text=no number', '--min_confidence=1', '--ask_teacher=True')
+    assert json.loads(done.stdout)['amount'] is None and '"_teacher": true' in done.stdout, done.stderr
+    done = run(root, 'tools/evaluate.py', '--name=copied', '--baselines=encoder')
+    assert done.returncode == 0 and 'encoder_micro_f1_words' in done.stdout, done.stderr
+
+
+def test_labels_that_are_not_in_the_text_are_counted_and_shown(project, tmp_path):
+    root = clone_task(project, tmp_path)
+    lines = [{'text': f'{name} is here, number {n}', 'answer': {'name': name if n % 3 else 'Nobody', 'n': n}}
+             for n, name in enumerate(['Anna', 'Bob', 'Eve'] * 8)]
+    (root / 'labels.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    fields = {'name': {'type': 'string'}, 'n': {'type': 'integer'}}
+    done = run(root, 'extract.py', f'--fields={fields}', '--name=told', '--calibrate=0', '--labels=labels.jsonl')
+    assert 'dropped_not_in_text=8' in done.stdout and 'not_in_text: 8 labels say what is not in the text at name' in done.stdout
+    assert '  "Nobody" of: Anna is here, number 0' in done.stdout, done.stdout + done.stderr
+    shards = Shards('toy', 'told', root / 'data')
+    assert len(shards) == 16 and shards.task_space.to_json(shards.outs(0)) == {'name': 'Bob', 'n': 1}
