@@ -134,6 +134,9 @@ def reading_of(config):
         return {'locale': read_locale(config['locale']), 'reference_date': config['reference_date'] or None}
     except ValueError as error:
         stop(f'locale = {config["locale"]}, reference_date = {config["reference_date"]}: {error}')
+    except ImportError:
+        stop('numbers and dates of a text need the package babel, which knows how a locale writes them; run: pip install '
+             'babel')
 
 
 def check_calibration(config):
