@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from distil.places import MOST_PLACES, point, with_spans
-from distil.space import OutputSpace, clean, kept_part
+from distil.places import MOST_PLACES, Source, point
+from distil.space import OutputSpace, Outs, clean, kept_part
 
 FORMAT = 1
 DTYPES = {'input': np.dtype('<u4'), 'output': np.dtype('<u2'), 'logits': np.dtype('<f2'),
@@ -380,6 +380,17 @@ class Shards:
             self.read[i] = np.flatnonzero([self.task_space.decides[state] for state in states]
                                           if states else np.ones(len(outs)))
         return self.read[i]
+
+
+def with_spans(space, text, outs, places):
+    """the Outs of an answer to a text, with its copied values. outs: output indices; places (n, 8): see
+    data/__init__.py."""
+    source, steps = Source(text, space), [n for n, out in enumerate(outs) if out >= space.V]
+    states, spans = space.states_before(outs), []
+    for first, last in zip(steps[::2], steps[1::2]):
+        start, end = int(places[first][0]), int(places[last][0])
+        spans.append((start, end, source.value(space.copy_at[states[first]], start, end)))
+    return Outs(outs, spans)
 
 
 def pad(rows):

@@ -10,11 +10,11 @@ from functools import partial
 import torch
 
 from config import stop
+from data import with_spans
 from distil.calibrate import calibrate_label
 from distil.drafts import Drafts
 from distil.engine import Teacher, answer_batched
 from distil.free import open_free
-from distil.places import with_spans
 from distil.shares import NotInText, record_from_label
 from distil.server import URL, Server, Stopped, check_httpx
 from distil.teacher import fingerprint, load_model

@@ -17,7 +17,6 @@ from functools import lru_cache
 import numpy as np
 
 from distil.candidates import find_candidates
-from distil.space import Outs
 from distil.values import json_text, plain
 
 MOST_PLACES = 8  # of a copied value that are stored
@@ -135,17 +134,6 @@ class Page:
             return start, end, self.source.text[start:end]
         return next(((start, end, value) for a, b, start, end, value in self.spans(part.kind) if (a, b) == (first, last)),
                     (0, 0, None))
-
-
-def with_spans(space, text, outs, places):
-    """the Outs of an answer to a text, with its copied values. outs: output indices; places (n, 8): see
-    data/__init__.py."""
-    source, steps = Source(text, space), [n for n, out in enumerate(outs) if out >= space.V]
-    states, spans = space.states_before(outs), []
-    for first, last in zip(steps[::2], steps[1::2]):
-        start, end = int(places[first][0]), int(places[last][0])
-        spans.append((start, end, source.value(space.copy_at[states[first]], start, end)))
-    return Outs(outs, spans)
 
 
 def place_input(V, token, is_last):
