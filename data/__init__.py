@@ -152,8 +152,9 @@ class Hashes:
 class Writer:
     """appends records to a shard. When it opens a shard, it cuts off what an interrupted run did not commit.
 
-    folder: of the shard; V: size of the output vocabulary; has_places: its answers have copied values. n_records, n_answered, n_output: rows, those with an answer and the tokens of these; without:
-    hashes of the texts that have no answer. BlockingIOError if another run writes to it.
+    folder: of the shard; V: size of the output vocabulary; has_places: its answers have copied values. n_records,
+    n_answered, n_output: rows, those with an answer and the tokens of these; without: hashes of the texts that have no
+    answer. BlockingIOError if another run writes to it.
     """
 
     def __init__(self, folder, V, has_places=False):

@@ -249,8 +249,9 @@ def linear_baseline(shards, space, train_rows, rows):
     records alone, and a note says so."""
     if not importlib.util.find_spec('sklearn'):
         return {}
-    n_values = max(len(leaf) * (10 if leaf.is_list else 1) for leaf in space.schema.leaves) or 1  # a model for each member
-    if len(train_rows) > (most := LINEAR_COST // n_values):
+    n_values = max(map(len, space.schema.leaves))
+    cost = max(len(leaf) * (10 if leaf.is_list else 1) for leaf in space.schema.leaves) or 1  # a model for each member
+    if len(train_rows) > (most := LINEAR_COST // cost):
         print(f'note: with {n_values} values the linear baseline learns from the first {most} records alone')
         train_rows = train_rows[:most]
     from sklearn.linear_model import LogisticRegression

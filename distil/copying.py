@@ -170,7 +170,8 @@ class Copier:
         after = self.space.state_after([place, place], state)
         able = [sorted(out for out in set(self.space.transitions[at]) - set(self.barred(i, at)) if out < self.space.V)
                 for at in (after, state)]
-        closing, instead = ({out: float(kept[out] - bias[at, out]) for out in of} for at, of in zip((after, state), able))
+        closing, instead = ({out: float(kept[out] - bias[at, out]) for out in of}
+                            for at, of in zip((after, state), able))
         token = self.open[i].step(logits, closing, instead)
         if not isinstance(token, tuple):
             return token

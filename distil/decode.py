@@ -47,11 +47,12 @@ class Cache:
         self.n_read = torch.tensor(n_read, device=device)
 
     def keep_texts(self, states, used):
-        """stores what the rows of this pass can point to: states (R, T, C) of those that begin, used (R, T) bool. Returns
-        the same of all B rows of the pass."""
+        """stores what the rows of this pass can point to: states (R, T, C) of those that begin, used (R, T) bool.
+        Returns the same of all B rows of the pass."""
         (slots, T), (R, T_new) = self.used.shape, used.shape
         more = max(0, self.B - slots), max(0, T_new - T)
-        self.texts, self.used = F.pad(self.texts, (0, 0, 0, more[1], 0, more[0])), F.pad(self.used, (0, more[1], 0, more[0]))
+        self.texts = F.pad(self.texts, (0, 0, 0, more[1], 0, more[0]))
+        self.used = F.pad(self.used, (0, more[1], 0, more[0]))
         begun = self.slots[:R]
         self.used[begun] = F.pad(used, (0, self.used.size(1) - T_new))
         self.texts[begun, :T_new] = states.to(self.texts.dtype)
@@ -330,8 +331,8 @@ def value_probabilities(student, space, ids, outs, decisions, temperature=None):
         for steps in space.steps(k, entry):
             rows = [(known[state] / (temperature or {}).get(space.leaf_at[state], 1.0), list(taken), list(possible))
                     for state, taken, possible, _ in steps]
-            p.append(math.exp(sum((row[spread(row, taken)].logsumexp(0) - row[spread(row, possible)].logsumexp(0)).item()
-                                  for row, taken, possible in rows)))
+            mass = lambda row, outs: row[spread(row, outs)].logsumexp(0).item()
+            p.append(math.exp(sum(mass(row, taken) - mass(row, possible) for row, taken, possible in rows)))
         for i, (path, _) in enumerate(ways[n].made):
             row = [0.0] * len(space.schema.by_choice[path])
             for way, q in zip(ways, p):
@@ -364,7 +365,7 @@ def read_rows(student, text, fed):
 @torch.no_grad()
 def span_probabilities(student, space, ids, outs, decisions, temperature=None, most=5):
     """{path of a copied value: [(start, end, value, probability)]} of one answer, the likeliest ones first: of those
-    that begin at one of the `most` likeliest places, each with its likeliest end, given the student's own answer before.
+    that begin at one of the `most` likeliest places, each with its likeliest end, given the student's answer before.
     ids, outs, decisions: as decode yields them for it, with constrain."""
     (text,), (page,) = read_pages(student, space, [ids])
     states, V, tau, found = space.states_before(outs), space.V, temperature or {}, {}
@@ -374,7 +375,8 @@ def span_probabilities(student, space, ids, outs, decisions, temperature=None, m
         p = (logits_at[n][1] / tau.get(part.group, 1.0)).softmax(-1)[V + 1:]  # (T,) of each first place
         firsts = [first for first in p.topk(min(most, len(p))).indices.tolist() if p[first] > 0]
         begun, spans = begin_row(space, page, outs, outs[:n]), []
-        for first, row in zip(firsts, read_rows(student, text, [[*begun, place_input(V, first, False)] for first in firsts])):
+        fed = [[*begun, place_input(V, first, False)] for first in firsts]
+        for first, row in zip(firsts, read_rows(student, text, fed)):
             able = page.lasts(part, first)
             q = (row[[V + 1 + last for last in able]] / tau.get(part.group, 1.0)).softmax(-1)
             spans.append((*page.span(part, first, able[int(q.argmax())]), (p[first] * q.max()).item()))

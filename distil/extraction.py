@@ -123,8 +123,8 @@ def reading_of(config):
         stop(f'fields: {error}')
     for key, wanted in ('constrain', True), ('score', ''), ('label_fields', []):
         if copied and config[key] != wanted:
-            stop(f'{key} = {config[key]} does not go with values that are copied from the text ({copied[0].group}): set '
-                 f'{key} = {wanted!r}, or leave them out: left_out = [{copied[0].group!r}]')
+            stop(f'{key} = {config[key]} does not go with values that are copied from the text ({copied[0].group}): '
+                 f'set {key} = {wanted!r}, or leave them out: left_out = [{copied[0].group!r}]')
     try:
         kinds = {part.kind for part in copied} - {'text'}
         if not kinds:
@@ -135,8 +135,8 @@ def reading_of(config):
     except ValueError as error:
         stop(f'locale = {config["locale"]}, reference_date = {config["reference_date"]}: {error}')
     except ImportError:
-        stop('numbers and dates of a text need the package babel, which knows how a locale writes them; run: pip install '
-             'babel')
+        stop('numbers and dates of a text need the package babel, which knows how a locale writes them; run: '
+             'pip install babel')
 
 
 def check_calibration(config):
@@ -153,7 +153,8 @@ def check_calibration(config):
     except ValueError as error:
         stop(f'fields: {error}')
     if schema.copied:
-        stop(f'calibrate: a schema with copied values ({schema.copied[0].group}) cannot be calibrated; set calibrate = 0')
+        stop(f'calibrate: a schema with copied values ({schema.copied[0].group}) cannot be calibrated; '
+             'set calibrate = 0')
     if config['label_fields']:
         only = only or [path for path, leaf in schema.by_path.items() if leaf.keys[0] not in config['label_fields']
                         and not (leaf.is_list and leaf.choices[0].path != path)]
@@ -185,8 +186,8 @@ def read_task(folder, task):
 
 
 def open_writer(folder, space):
-    """the Writer of this process's shard, for the answers of an OutputSpace. Exits with a message if another run has it or it cannot be
-    written."""
+    """the Writer of this process's shard, for the answers of an OutputSpace. Exits with a message if another run has it
+    or it cannot be written."""
     try:
         return Writer(folder, len(space.output_ids), bool(space.schema.copied))
     except BlockingIOError:

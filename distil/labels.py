@@ -68,7 +68,8 @@ class Labels:
     def __init__(self, paths, schema, template='', prompt=''):
         self.log, self.schema, self.problems = Log(paths, template, prompt), schema, {}
         self.outcomes = []      # of each line: '', or the reason why it has no record; None for the input of a batch
-        self.known = {}  # {hash of a text: (mean probabilities of all values, labels, best answer and answer of the first)}
+        # {hash of a text: (mean probabilities of all values, labels, the first's best answer, and its copied values)}
+        self.known = {}
         for line in self.log:
             try:
                 hash_, answers = text_hash(read_text(line)), self.read_labels(line)
@@ -106,7 +107,8 @@ class Labels:
         """the label of a text, the mean of all that it has."""
         choices = self.schema.choices
         parts = np.split(self.known[hash_][0], np.cumsum([len(choice) for choice in choices])[:-1])
-        return self.schema.write_label({choice.path: part for choice, part in zip(choices, parts)}, self.known[hash_][3])
+        probabilities = {choice.path: part for choice, part in zip(choices, parts)}
+        return self.schema.write_label(probabilities, self.known[hash_][3])
 
     def read_labels(self, line):
         """[({path of a choice: probabilities}, see add_label)] of a line: one, or one for each of the answers to a request

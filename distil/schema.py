@@ -7,8 +7,9 @@
 
 An answer is decided by *choices* (kinds.py), each one of some values: a property, whether a value is in a list, whether
 a list goes on. A *leaf* is what people see and measure: one choice; a list of values; or a property of all items of a
-list, such as findings[].kind, which is a list, too; or a copied value. In a flat schema leaves and choices are the same. Everything else
-iterates over one or the other, and finds the value of a leaf in an answer by `get`. json_schema.py reads `fields`.
+list, such as findings[].kind, which is a list, too; or a copied value. In a flat schema leaves and choices are the
+same. Everything else iterates over one or the other, and finds the value of a leaf in an answer by `get`.
+json_schema.py reads `fields`.
 """
 import copy
 import json

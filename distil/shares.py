@@ -71,7 +71,8 @@ def find_places(space, text, outs, values, shares):
     probability, and the first that no earlier item of the same list has is the answer's. shares: at each step, {output
     index: probability}. NotInText if there is none."""
     source, used = Source(text, space), set()
-    places, weights = np.zeros((len(outs), MOST_PLACES), np.uint16), np.full((len(outs), MOST_PLACES), -np.inf, np.float16)
+    places = np.zeros((len(outs), MOST_PLACES), np.uint16)
+    weights = np.full(places.shape, -np.inf, np.float16)
     steps, states = [n for n, out in enumerate(outs) if out >= space.V], space.states_before(outs)
     for first, last, value in zip(steps[::2], steps[1::2], values):
         part = space.copy_at[states[first]]

@@ -101,7 +101,7 @@ def stepwise(student, space, texts, constrain=True):
 
 
 class Classifier(nn.Module):
-    """an encoder (distil/reader.py), a linear head per field on the mean of its states, and one on each state, for tags"""
+    """an encoder (distil/reader.py), a linear head per field on the mean of its states, and one for tags on each"""
 
     def __init__(self, encoder, counts, n_tags):
         super().__init__()
@@ -140,11 +140,12 @@ def encoder_baseline(shards, space, train_rows, rows, name, device, dtype, max_e
             return encode_texts(encoder, texts, encoder.config.n_pos), [], [], texts
         ids, pages = encode_pages(encoder, space, texts, encoder.config.n_pos)
         return ids, [page.starts.tolist() for page in pages], [page.ends.tolist() for page in pages], texts
-    values = lambda split: field_texts(space, [shards.outs(i) for i in split])
+    values = lambda split: field_texts(space, outs_of(split))
     (texts, starts, ends, _), of_train = encode(train_rows), values(train_rows)
     tag_rows = [tags.label(*of_text) for of_text in zip(starts, ends, outs_of(train_rows))]
     kinds = {field: sorted(set(of_train[field])) for field in space.schema.paths if field not in tags.paths}
-    lists = {leaf.path for leaf in space.schema.leaves if leaf.is_list and leaf.path in kinds}  # one head against the rest for each member
+    # of a list one head against the rest for each member
+    lists = {leaf.path for leaf in space.schema.leaves if leaf.is_list and leaf.path in kinds}
     kinds |= {field: sorted({member for text in of_train[field] for member in members(text)}) for field in lists}
 
     def label_of(field, value):
@@ -155,7 +156,8 @@ def encoder_baseline(shards, space, train_rows, rows, name, device, dtype, max_e
               for field in kinds]                               # (N,) each, (N, members) of a list
     model = Classifier(encoder, map(len, kinds.values()), len(tags.tags)).to(device).train()
     optimizer = torch.optim.AdamW([{'params': model.encoder.parameters(), 'share': 1},
-                                   {'params': [*model.heads.parameters(), *model.tag.parameters()], 'share': 10}], weight_decay=0.01, fused=True)
+                                   {'params': [*model.heads.parameters(), *model.tag.parameters()], 'share': 10}],
+                                  weight_decay=0.01, fused=True)
     lengths, n_steps = np.array([len(row) for row in texts]), max_epochs * math.ceil(len(texts) / batch_size)
     order = (part for epoch in range(max_epochs) for part in batches(lengths, batch_size, seed, epoch))
     autocast = torch.autocast(device, torch.bfloat16, enabled=pick_dtype(dtype, device) == torch.bfloat16)
