@@ -20,7 +20,7 @@ from config.machine import pick_device
 import torch
 
 from distil.checkpoint import warn_changed_task
-from distil.decode import Row, mask_illegal, pad_rows
+from distil.decode import Row, choose, mask_illegal, pad_rows
 from distil.labeler import Labeler
 from distil.places import place_input
 from distil.reader import read_pages
@@ -71,7 +71,7 @@ def answer_text(student, space, ids):
             logits = student(pad_rows(text, device), torch.tensor([row.feed], device=device), only_last=True)  # (1, V)
             legal = space.next_state[[state]].to(device) >= 0
             allowed = mask_illegal(logits.float(), legal, space, [(row, state)])[0].cpu()
-            chosen = out = int(allowed.argmax())
+            chosen = out = int(choose(allowed[None], space.V))
             decisions.append((space.leaf_at[state], allowed, chosen))
             if chosen > space.V:                                # a place of the text, see distil/places.py
                 row.places.append(chosen - space.V - 1)

@@ -185,7 +185,8 @@ class Student:
             for n, row in zip(unfinished, all_logits):
                 choices = self.states[state[n]]
                 logits, places = self.legal_logits(choices, row, texts[n])
-                chosen, n_tokens = int(logits.argmax()), len(choices['rows'])
+                n_tokens = len(choices['rows'])
+                chosen = self.choose(logits, n_tokens)
                 option = min(chosen, n_tokens)
                 decisions[n][state[n]] = Decision(answers[n], option, logits, chosen)
                 if option < n_tokens:
@@ -197,6 +198,14 @@ class Student:
                 answers[n] = answers[n] + read
                 state[n] = choices['next'][option]  # -1: the answer is complete
         return decisions
+
+    def choose(self, logits, n_tokens):
+        """the number of the likeliest of these tokens; of the likeliest place, if the places behind them are together
+        likelier: whether a value is copied is one decision, where is another."""
+        tokens, places = logits[:n_tokens], logits[n_tokens:]
+        if len(places) and np.logaddexp.reduce(places) > tokens.max(initial=-np.inf):
+            return n_tokens + int(places.argmax())
+        return int(tokens.argmax())
 
     def legal_logits(self, choices, row, text):
         """(the logits of a decision's legal tokens, then of its legal places; these places). row: all logits. A number

@@ -41,6 +41,15 @@ function softmax(x, temperature) {
   return e.map((v) => v / total);
 }
 
+/** the number of the likeliest of the first nTokens logits; of the likeliest place, if the places behind them are
+    together likelier: whether a value is copied is one decision, where is another. */
+function choose(logits, nTokens) {
+  const tokens = logits.slice(0, nTokens), places = logits.slice(nTokens);
+  const best = Math.max(...tokens), place = Math.max(...places); // of none: -Infinity
+  const together = place + Math.log(sum(places.map((v) => Math.exp(v - place))));
+  return together > best ? nTokens + places.indexOf(place) : tokens.indexOf(best);
+}
+
 /** a copied value as JSON, a string without its quotes, which the text around it has. */
 const innerText = (value) => (typeof value === 'string' ? JSON.stringify(value).slice(1, -1) : JSON.stringify(value));
 
@@ -192,7 +201,7 @@ export class Student {
       unfinished.forEach((n, i) => {
         const choices = this.task.states[state[n]], nTokens = choices.rows.length;
         const [logits, places] = this.legalLogits(choices, all[i], texts[n]);
-        const chosen = logits.indexOf(Math.max(...logits)), option = Math.min(chosen, nTokens);
+        const chosen = choose(logits, nTokens), option = Math.min(chosen, nTokens);
         decisions[n].set(state[n], { answer: answers[n], option, logits, chosen });
         let read = choices.read[option]; // the token chosen and the forced ones after it
         if (option === nTokens) {

@@ -27,6 +27,7 @@ import torch
 
 from config import data_line
 from data import write_json
+from distil.copying import Copier
 from distil.schema import Schema
 from distil.values import PRESENT, json_text, said
 from distil.free import open_free
@@ -94,7 +95,12 @@ def learn_bias(teacher, space, texts, after, priors, batch_size=64, min_texts=16
     All texts that reach a state must be read there before any of them continues. So the next state is always
     the one with the longest path left: no text that waits at another state can still reach it.
     """
-    prior_at = space.token_shares(priors)                       # {state: {output index: prior}}
+    prior_at, copier = space.token_shares(priors), None         # {state: {output index: prior}}
+    if space.schema.copied:                                     # where a value begins or ends there is none
+        copier = Copier(space, texts)
+        for state in space.copy_at:
+            prior_at.pop(state, None)
+            prior_at.pop(space.state_after([space.place_symbol(state)], state), None)
     n_left, bias, report = space.n_left, {}, []
     forced, first = space.forced_runs[0]
     states, n_read = [first] * len(texts), [0] * len(texts)     # of each text: its next decision; tokens read
@@ -106,8 +112,15 @@ def learn_bias(teacher, space, texts, after, priors, batch_size=64, min_texts=16
         free.write(teacher, unread, n_read, range(len(texts))[part])
     while (state := max(states, key=n_left.__getitem__)) != space.done:
         rows = [i for i, waiting in enumerate(states) if waiting == state]
+        if state in space.copy_at:
+            for batch in (rows[k:k + batch_size] for k in range(0, len(rows), batch_size)):
+                for i, written in copier.write(teacher, state, batch, unread, n_read).items():
+                    forced, states[i] = space.forced_runs[space.state_after(written, state) if written else space.done]
+                    unread[i] = [space.output_ids[o] for o in (*written[-1:], *forced)]
+            continue
         outs, parts = list(space.transitions[state]), []        # the legal output indices
         for batch in (rows[k:k + batch_size] for k in range(0, len(rows), batch_size)):
+            teacher.reserve(max(n_read[i] + len(unread[i]) for i in batch))
             hidden = teacher.read(batch, [unread[i] for i in batch], [n_read[i] for i in batch])
             last = np.cumsum([len(unread[i]) for i in batch]) - 1
             parts.append(teacher.logits(hidden[last], teacher.kept_head[outs]).cpu())
@@ -115,6 +128,8 @@ def learn_bias(teacher, space, texts, after, priors, batch_size=64, min_texts=16
         for n, i in enumerate(rows):
             if known and state in known[i]:
                 logits[n] = known[i][state][outs]
+            if copier:
+                logits[n, [outs.index(o) for o in copier.barred(i, state)]] = -math.inf
         shift = torch.zeros(len(outs), dtype=torch.float64)     # (legal,) the bias at this state
         if state in prior_at and len(rows) >= min_texts:
             prior = torch.tensor([prior_at[state][o] for o in outs], dtype=torch.float64)
@@ -172,7 +187,7 @@ def calibrate_label(label, bias):
     {field: {value: bias}}. A bare answer stays what it is."""
     if not bias or 'probabilities' not in label:
         return label
-    return {'probabilities': label['probabilities'] | {
+    return label | {'probabilities': label['probabilities'] | {
         name: {value: p * math.exp(-bias[name][value]) for value, p in label['probabilities'][name].items()}
         for name in bias if name in label['probabilities']}}
 

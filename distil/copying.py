@@ -178,6 +178,29 @@ class Copier:
         self.values[i].append(value := self.open.pop(i))
         return [place, place, *token] if value.span else [*token]
 
+    def write(self, teacher, state, rows, unread, starts):
+        """lets a distil.engine.Teacher write a value in each of these texts. state: before its first place; unread: of
+        each text, ids that are not read yet; starts: how many are. Changes both, but for what ends the value. Returns
+        {number of a text: output indices, see step; [] if it cannot be written}."""
+        written = {}
+        for i in rows:
+            self.begin(i, state)
+        while rows:
+            teacher.reserve(max(starts[i] + len(unread[i]) for i in rows))
+            hidden = teacher.read(rows, [unread[i] for i in rows], [starts[i] for i in rows])
+            last = np.cumsum([len(unread[i]) for i in rows]) - 1
+            whole, going = teacher.logits(hidden[last], teacher.head).cpu().numpy(), []
+            for i, logits in zip(rows, whole):
+                starts[i] += len(unread[i])
+                token = self.step(i, state, logits, logits[self.space.output_ids], self.space.bias)
+                if isinstance(token, int):
+                    unread[i] = [token]
+                    going.append(i)
+                else:
+                    written[i] = token or []
+            rows = going
+        return written
+
     def logits(self, i, kept):
         """rows (V,) of logits for what step has returned as a list, at last: of both places, or of what is in their
         stead, and of the closing token, whose row is kept."""
@@ -199,11 +222,14 @@ class Copier:
 
 
 @torch.inference_mode()
-def answer_slowly(model, space, before, text, after):
+def answer_slowly(model, space, before, text, after, free=None, known=()):
     """the twin of distil/engine.py for answers with copied values: one token and one whole forward pass after another.
-    model: of transformers; before, text, after: lists of ids. Returns what engine.answer does for one text."""
+    model: of transformers; before, text, after: lists of ids; free: a free.FreeText; known: {state: logits (V,)}, in
+    place of the model's. Returns what engine.answer does for one text."""
     copier, ids, state = Copier(space, [text]), [*before, *map(int, text), *after], 0
     outs, rows = [], []
+    if free:
+        ids, outs, rows, state = free.write_slowly(model, ids), [*free.outs], [*free.rows], free.state
     while state != space.done:
         whole = model(torch.tensor([ids], device=model.device), logits_to_keep=1).logits[0, -1].float().cpu()
         kept = whole[space.output_ids].numpy()                  # (V,)
@@ -218,6 +244,7 @@ def answer_slowly(model, space, before, text, after):
                 continue
             more, new = token, copier.logits(0, kept)
         else:
+            kept = known[state] if state in known else kept
             able = sorted(set(space.transitions[state]) - set(copier.barred(0, state)))
             more, new = [max(able, key=lambda out: kept[out] - space.bias[state, out])], [kept]
         outs, rows, state = outs + more, rows + new, space.state_after(more, state)

@@ -196,6 +196,16 @@ def mask_illegal(logits, legal, space, places):
     return logits.masked_fill(~legal, -math.inf)
 
 
+def choose(logits, V):
+    """the greedy choice (M,) among logits (M, V), or (M, V + 1 + T) with places; -inf where illegal. Whether a value is
+    copied is one decision, where is another, as for a teacher, who writes a quote or null first: if the places together
+    are likelier than each token, it is the likeliest place."""
+    if logits.size(1) == V:
+        return logits.argmax(1)
+    tokens, places = logits[:, :V], logits[:, V:]
+    return torch.where(tokens.amax(1) >= places.logsumexp(1), tokens.argmax(1), V + places.argmax(1))
+
+
 FEW = 5  # so many decisions and less in an answer are not worth a draft
 
 
@@ -259,7 +269,7 @@ def decode(student, space, texts, batch_size=64, constrain=True, drafts=None, co
         if space.copy_at and not constrain:                     # a copied value is held to the text in any case
             pointed = [n for n, state in enumerate(states) if state in space.copy_at]
             logits[pointed] = masked[pointed]
-        picks, masked = (masked if constrain else logits).argmax(-1).tolist(), masked.cpu()
+        picks, masked = choose(masked if constrain else logits, V).tolist(), masked.cpu()
         ends = list(accumulate(1 if only_last else len(row.feed) for _, row in live))
         for (slot, row), begin, end in zip(live, [0, *ends], ends):
             if row.accept(space, drafts, picks[begin:end], masked[begin:end], constrain):

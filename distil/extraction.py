@@ -121,10 +121,14 @@ def reading_of(config):
         copied = Schema(config['fields'], config['left_out']).copied
     except ValueError as error:
         stop(f'fields: {error}')
-    for key, wanted in ('constrain', True), ('score', ''), ('label_fields', []):
+    for key, wanted in ('constrain', True), ('score', ''):
         if copied and config[key] != wanted:
             stop(f'{key} = {config[key]} does not go with values that are copied from the text ({copied[0].group}): '
                  f'set {key} = {wanted!r}, or leave them out: left_out = [{copied[0].group!r}]')
+    for part in copied:
+        if part.keys[0] in config['label_fields']:
+            stop(f'label_fields = {config["label_fields"]}: {part.group} is copied from the text, and only fields that '
+                 'are chosen can have labels beside a teacher: take it out')
     try:
         kinds = {part.kind for part in copied} - {'text'}
         if not kinds:
@@ -152,9 +156,6 @@ def check_calibration(config):
         schema = Schema(config['fields'], config['left_out'])
     except ValueError as error:
         stop(f'fields: {error}')
-    if schema.copied:
-        stop(f'calibrate: a schema with copied values ({schema.copied[0].group}) cannot be calibrated; '
-             'set calibrate = 0')
     if config['label_fields']:
         only = only or [path for path, leaf in schema.by_path.items() if leaf.keys[0] not in config['label_fields']
                         and not (leaf.is_list and leaf.choices[0].path != path)]

@@ -11,10 +11,12 @@ vocabulary, up to the closing quote. It reads it, and then decides; only the dec
 What the student's answer begins with, up to its first decision, is not asked: its logits are those of certainty.
 """
 import re
+from itertools import takewhile
 
 import numpy as np
 import torch
 
+from distil.copied import MARKS
 from distil.json_schema import is_json_schema
 from distil.shares import logits_of
 from distil.written import Style
@@ -37,8 +39,6 @@ def open_free(space, task):
     """the FreeText of a task (settings, a meta.json or that of a checkpoint), or None."""
     n = task.get('free_tokens')
     names = free_names(task['fields'], task.get('left_out') or ()) if n else []
-    if names and space.schema.copied:
-        raise ValueError(f'{names[0]} is left out, and no teacher writes it before copied values yet: set free_tokens = 0')
     return FreeText(space, names, n) if names else None
 
 
@@ -56,13 +56,18 @@ class FreeText:
         keys = [style.key(name) + '"' for name in names]
         self.leads = [self.encode((opening if not n else '",' + style.line(1)) + key).ids for n, key in enumerate(keys)]
         answer = space.schema.fill(lambda choice: 0)
-        begun = self.encode('x",' + style.line(1) + space.text(answer)[len(opening):])
+        text, outs = space.text(answer), space.from_json(answer)[len(self.outs):]
+        if space.end_id is not None:
+            outs = outs[:-1]
+        if space.schema.copied:                                 # up to the first value that is copied
+            text = text[:next((n for n, char in enumerate(text) if ord(char) >= MARKS), len(text))]
+            outs = [*takewhile(lambda out: out < space.V, outs)]
+        begun = self.encode('x",' + style.line(1) + text[len(opening):])
         behind = [i for i, (begin, _) in zip(begun.ids, begun.offsets) if begin]  # behind the last letter
-        rest = [space.output_ids[out] for out in space.from_json(answer)[len(self.outs):]]
-        rest = rest[:len(rest) - (space.end_id is not None)]
-        if not rest or behind[-len(rest):] != rest:
+        rest = [space.output_ids[out] for out in outs]
+        if behind[len(behind) - len(rest):] != rest:
             raise ValueError(f'behind {names[-1]!r} the answer has other tokens; set free_tokens = 0, or indent = 2')
-        self.bridge = behind[:-len(rest)]
+        self.bridge = behind[:len(behind) - len(rest)]
         self.room = sum(map(len, self.leads)) + len(self.bridge) + len(names) * (most + 4)
         self.rows = [logits_of({out: 1.0}, len(space.output_ids)) for out in self.outs]
 

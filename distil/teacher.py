@@ -172,8 +172,11 @@ def verify_records(model, shards, space, rows):
 def verify_copied(model, shards, space, rows):
     """verify_records of answers with copied values: each text is answered again, one token after another."""
     meta, equal, max_diff = shards.meta, 0, 0.0
+    labelled, free = space.schema.paths_in(meta.get('label_fields') or ()), open_free(space, meta)
     for i in tqdm(rows, desc='verify', unit='rec'):
-        answer = answer_slowly(model, space, meta['before'], shards.ids(i).tolist(), meta['after'])
+        steps = zip(space.states_before(shards.answer(i).tolist()), shards.answer(i, 'logits').astype(np.float32))
+        known = {state: logits for state, logits in steps if space.leaf_at[state] in labelled}
+        answer = answer_slowly(model, space, meta['before'], shards.ids(i).tolist(), meta['after'], free, known)
         if isinstance(answer, str) or answer[0] != shards.answer(i).tolist():
             continue
         equal += bool((answer[3][:, 0] == shards.answer(i, 'places')[:, 0]).all())

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from data import Record, Shards, Writer
+from distil.calibrate import find_priors, learn_bias
 from distil.candidates import read_locale
 from distil.copying import Value, answer_slowly, token_bytes
-from distil.decode import confidence_of, decode, span_probabilities, value_probabilities
+from distil.decode import choose, confidence_of, decode, span_probabilities, value_probabilities
 from distil.drafts import Drafts, Forced
 from distil.engine import Teacher, answer
+from distil.free import open_free
 from distil.places import HIDDEN, Source, find_edges
 from distil.reader import load_encoder
 from distil.schema import Schema
@@ -92,6 +94,37 @@ def test_the_engine_copies_as_one_pass_after_another(teachers, family, indent):
             drafts.add(found[0])
     assert sum(not isinstance(found, str) for found in answers) > 4
     assert any(out >= space.V for found in answers if not isinstance(found, str) for out in found[0])
+
+
+def test_a_reason_first_calibration_and_labels_beside_copied_values(teachers):
+    wrapped, model = load_teacher(teachers['gemma'])
+    before, after, end_id = encode_prompt(wrapped, PROMPT, chat=False)
+    fields = {'why': {'type': 'string'}, 'name': {'type': 'string'}, 'tone': ['calm', 'angry'],
+              'amount': {'type': ['number', 'null']}, 'mood': ['good', 'bad', 'odd']}
+    task = {'fields': fields, 'left_out': ['why'], 'free_tokens': 5}
+    space = OutputSpace(wrapped.backend_tokenizer, fields, None, False, end_id, range(4, 200), left_out=['why'], locale=LOCALE)
+    texts = [wrapped.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
+    engine, free = Teacher(model, before, space.output_ids), open_free(space, task)
+    assert free.state in space.copy_at                          # a copied value is the first that is answered
+    bias, _ = learn_bias(engine, space, texts, after, find_priors(space.schema, {}, []), 3, 1, free=free)
+    slow = [answer_slowly(model, space, before, ids, after, free) for ids in texts]
+    reached = {}                                                # {state: raw logits there of all texts}
+    for outs, logits, *_ in slow:
+        for state, row in zip(space.states_before(outs), logits):
+            reached.setdefault(state, []).append(torch.tensor(row).double())
+    assert {space.leaf_at[state] for state in bias} == {'tone', 'mood'} and not {*bias} & {*space.copy_at}
+    for state, row in bias.items():
+        p = torch.stack([logits[[*row]].softmax(-1) for logits in reached[state]]).mean(0)
+        assert [*row.values()] == pytest.approx((p * len(row)).log().tolist(), abs=2e-3)
+    labels = {state: torch.tensor([-30.0 + 9 * (o in space.transitions[state]) + o / 99 for o in range(space.V)])
+              for state in bias if space.leaf_at[state] == 'tone'}
+    for known in None, [labels] * len(texts):
+        answers, _ = answer(engine, space, Drafts(space), texts, after, free=free, known=known)
+        for ids, found in zip(texts, answers):
+            slow = answer_slowly(model, space, before, ids, after, free, 
+                                 {state: row.numpy() for state, row in labels.items()} if known else ())
+            assert found[0] == slow[0] and (found[3] == slow[3]).all()
+            np.testing.assert_allclose(found[1], slow[1], atol=1e-3)
 
 
 def test_the_tokens_of_a_tokenizer_as_bytes(teachers):
@@ -291,9 +324,10 @@ def test_from_a_teacher_to_json(project, bert, tmp_path):
     root = clone_task(project, tmp_path)
     fields = {'tone': ['neutral', 'friendly'], 'name': {'type': ['string', 'null']}, 'amount': {'type': ['number', 'null']},
               'words': {'type': 'array', 'maxItems': 2, 'items': {'type': 'string'}}}
-    task = [f'--fields={fields}', '--name=copied', '--calibrate=0', '--max_records=60']
+    written = {'why': {'type': 'string'}, **fields}
+    task = [f'--fields={written}', "--left_out=['why']", '--free_tokens=4', '--name=copied', '--calibrate=9', '--max_records=60']
     for wrong, message in (('--constrain=False', 'constrain = False does not go with values that are copied'),
-                           ('--calibrate=9', 'cannot be calibrated'), ('--locale=xx', 'locale = xx')):
+                           ("--label_fields=['name']", 'name is copied'), ('--locale=xx', 'locale = xx')):
         assert message in one_line(run(root, 'extract.py', *task, wrong))
     done = run(root, 'extract.py', *task)
     assert done.returncode == 0 and 'extract records=60' in done.stdout, done.stdout + done.stderr
@@ -323,3 +357,10 @@ def test_labels_that_are_not_in_the_text_are_counted_and_shown(project, tmp_path
     assert '  "Nobody" of: Anna is here, number 0' in done.stdout, done.stdout + done.stderr
     shards = Shards('toy', 'told', root / 'data')
     assert len(shards) == 16 and shards.task_space.to_json(shards.outs(0)) == {'name': 'Bob', 'n': 1}
+
+
+def test_whether_a_value_is_copied_is_decided_before_where():
+    rows = torch.tensor([[0.0, 1.0, -np.inf, 0.5, 0.6], [0.0, 1.0, -np.inf, -1.0, -1.2], [-np.inf, -np.inf, -np.inf, 0.1, 0.0],
+                         [0.0, 1.0, -np.inf, -np.inf, -np.inf]])
+    assert choose(rows, 2).tolist() == [4, 1, 3, 1]             # two places at 0.5 and 0.6 are together likelier than 1.0
+    assert choose(rows[:, :2], 2).tolist() == [1, 1, 0, 1]

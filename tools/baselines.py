@@ -14,7 +14,7 @@ from transformers import LogitsProcessor
 from config.machine import pick_dtype
 from data import batches
 from distil.agreement import field_texts, measure_members, same_values
-from distil.decode import Cache, Row, mask_illegal, pad_rows
+from distil.decode import Cache, Row, choose, mask_illegal, pad_rows
 from distil.places import place_input
 from distil.reader import encode_pages, encode_texts, load_encoder, read_pages
 from distil.schema import members
@@ -80,7 +80,7 @@ def stepwise(student, space, texts, constrain=True):
         logits = student(text, answer, cache, only_last=True).float()  # (R, V), with places (R, V + 1 + T)
         if constrain:
             logits = mask_illegal(logits, legal[[states[i] for i in live]], space, [(rows[i], states[i]) for i in live])
-        for i, out in zip(live, logits.argmax(-1).tolist()):
+        for i, out in zip(live, choose(logits, V).tolist()):
             n_read[i] += len(fed[i]) if n_read[i] else len(unread[i]) + 1
             fed[i] = [out]
             if out > V:
