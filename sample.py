@@ -22,6 +22,7 @@ import torch
 from distil.checkpoint import warn_changed_task
 from distil.decode import Row, choose, mask_illegal, pad_rows
 from distil.labeler import Labeler
+from distil.options import read_text
 from distil.places import place_input
 from distil.reader import read_pages
 
@@ -30,6 +31,7 @@ run = ''             # word; ... or out/<run>
 which = 'best'       # 'best' or 'last'; the epoch to use: the best by train.py's best_by
 # texts
 text = None          # None or text; one text to label, which may be empty
+options = {}         # {'folder': ['Invoices', 'Travel']}; of texts that come without: see docs/schema.md
 input = ''           # file; one text per line; or a .jsonl, {"text": ...} per line
 too_long = 'cut'     # 'cut' or 'refuse'; what happens to texts longer than the student reads
 constrain = True     # answers are held to the schema, so that they always parse; False: free decoding
@@ -125,7 +127,8 @@ def read_input(path):
     for line in open(path, 'rb'):
         if path.lower().endswith(('.jsonl', '.ndjson')):
             try:
-                line = json.loads(line)['text']
+                record = json.loads(line)
+                line = read_text(record) if isinstance(record['text'], str) else record['text']
             except (ValueError, LookupError, TypeError, RecursionError):
                 line = ''
         yield line
@@ -159,6 +162,7 @@ if __name__ == '__main__':
     labeler = Labeler(Path('out', run or name), device, which, sample_batch, constrain, too_long, confidence,
                       min_confidence, ask_teacher, teacher, dtype)
     warn_changed_task(labeler.task, fields, prompt)
+    labeler.options = options
     try:
         if input or piped and text is None:
             print_labels(labeler.stream(read_input(input) if input else open(0, 'rb')))

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from distil.options import read_text
 from distil.places import MOST_PLACES, Source, point
 from distil.space import OutputSpace, Outs, clean, kept_part
 
@@ -59,12 +60,12 @@ def cut_encoding(text, shown, encoding, task):
 
 def read_texts(path, key='answer'):
     """yields for each line of a .jsonl, whatever its bytes: (text, value under key or None, ''), or
-    ('', None, reason) if it holds no text. key None: the value is the whole object."""
+    ('', None, reason) if it holds no text. key None: the value is the whole object. Options stand behind the text."""
     with open(path, 'rb') as file:
         for line in file:
             try:
                 record = json.loads(line) if line.strip() else {'text': ''}
-                text = clean(record['text'])
+                text = read_text(record)
                 text.encode()  # fails for a lone surrogate
                 value = record.get(key) if key else record
                 yield (text, value, '') if text else ('', None, 'empty')

@@ -2,6 +2,7 @@
 import math
 from contextlib import suppress
 
+from distil.options import tidy
 from distil.values import Mark, follow, group_of, path_of, plain, said
 
 MARKS = 0x100000  # characters for private use: the k-th of them stands where the k-th copied value is written
@@ -11,8 +12,9 @@ EXAMPLES = {'text': 'x', 'number': 1, 'integer': 1, 'date': '2026-01-01', 'time'
 
 class Copied:
     """a leaf: a value that the text says. kind: 'text', copied word for word; 'number' or 'integer', of a number in the
-    text; 'date', 'time' or 'date-time', of one in the text (places.py). It is no Choice: its values are places of the
-    text, and each text has others. mark: stands for it where it is written; number: from 0, see Schema."""
+    text; 'date', 'time' or 'date-time', of one in the text (places.py); 'option:folder', one of those for the property
+    folder that come with the text (options.py). It is no Choice: its values are places of the text, and each text has
+    others. mark: stands for it where it is written; number: from 0, see Schema."""
     is_list, about, number, choices, values, texts, names = False, '', 0, (), (), (), ()
 
     def __init__(self, keys, kind='text'):
@@ -32,7 +34,18 @@ class Copied:
     def mark(self):
         return chr(MARKS + self.number)
 
+    @property
+    def is_option(self):
+        return self.kind.startswith('option:')
+
+    @property
+    def example(self):
+        """a value that stands for any."""
+        return EXAMPLES.get(self.kind, 'x')
+
     def describe(self, most=12):
+        if self.is_option:
+            return f'one of the options for {self.kind[7:]}'
         return 'words of the text' if self.kind == 'text' else (
             f'{"an" if self.kind == "integer" else "a"} {self.kind} in the text')
 
@@ -43,7 +56,7 @@ class Copied:
         is_number = type(value) in (int, float) and math.isfinite(value)
         if not (is_number if self.is_number else isinstance(value, str) and value.strip()):
             raise ValueError(f'{self.path} is {said(value)[:80]}, not {self.describe()}')
-        return plain(value) if is_number else ' '.join(value.split())
+        return plain(value) if is_number else tidy(value) if self.is_option else ' '.join(value.split())
 
     def meant_by(self, truth):
         """the value that a truth means: a text, such as a cell of a table, may be a number."""
@@ -67,6 +80,8 @@ class Copied:
         return rest.after(lead + quote + self.mark + quote)
 
     def json_schema(self):
+        if self.is_option:
+            return {'type': 'string', 'x-options': True}
         if self.kind in ('text', 'number', 'integer'):
             return {'type': 'string' if self.kind == 'text' else self.kind}
         return {'type': 'string', 'format': self.kind}

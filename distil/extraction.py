@@ -130,7 +130,7 @@ def reading_of(config):
             stop(f'label_fields = {config["label_fields"]}: {part.group} is copied from the text, and only fields that '
                  'are chosen can have labels beside a teacher: take it out')
     try:
-        kinds = {part.kind for part in copied} - {'text'}
+        kinds = {part.kind for part in copied if not part.is_option} - {'text'}
         if not kinds:
             return {'locale': None, 'reference_date': None}
         if config['reference_date']:

@@ -199,6 +199,8 @@ class Reader:
             return self.read_object(keys, {name: (inner, name in required) for name, inner in properties.items()})
         if kind in ('string', 'number', 'integer'):
             named = part.get('format') if kind == 'string' else kind
+            if kind == 'string' and part.get('x-options'):
+                return Copied(keys, 'option:' + '.'.join(key for key in keys if isinstance(key, str)))
             return Copied(keys, named if named in EXAMPLES else 'text')
         refuse(keys, 'allows any value' if kind is None else f'has the type {kind}', 'list its values (enum)')
 

@@ -17,6 +17,7 @@ import torch
 
 from distil.checkpoint import find_threshold, load_checkpoint, problem_key
 from distil.decode import begin_row, confidence_of, decode, read_rows, span_probabilities, value_probabilities
+from distil.options import find_options, text_end, write_options
 from distil.reader import count_cut, read_pages
 from distil.space import clean, kept_part
 from distil.values import json_text, value_names
@@ -159,6 +160,7 @@ class Labeler:
         self.checkpoint, self.student, self.space = load_checkpoint(folder, device, which, dtype)
         self.task = self.checkpoint['task']                     # fields, prompt, max_text, ... of meta.json
         self.batch_size, self.constrain = batch_size, constrain
+        self.options = {}                                       # of texts that come without, see options.py
         self.too_long, self.confidence, self.problem = too_long, confidence, problem_key(self.space.schema)
         self.min_confidence = find_threshold(self.checkpoint, min_confidence)
         self.temperature = {name: of_field['temperature']       # fitted on held-out records
@@ -182,6 +184,8 @@ class Labeler:
             return [], f'not a text but {type(text).__name__}', 0
         line = text if isinstance(text, bytes) else text.encode('utf-8', 'replace')  # no lone surrogates
         string = clean(line.decode('utf-8', 'replace'))         # as the teacher's texts were
+        if self.options and string and text_end(string) == len(string):
+            string = write_options(string, self.options)
         ids = self.space.tokenizer.encode(string, add_special_tokens=False).ids  # of the whole vocabulary
         max_text = self.task['max_text']
         n_cut = count_cut(self.student, self.space, ids, max_text)
@@ -189,6 +193,12 @@ class Labeler:
             return [], 'empty text', 0
         if n_cut and self.too_long == 'refuse':
             return [], f'text has {len(ids)} tokens, {n_cut} more than the student reads', 0
+        if options := [part.kind for part in self.space.schema.copied if part.is_option]:
+            if lacking := [kind for kind in options if kind in self.space.needs[0] and not find_options(string, kind[7:])]:
+                return [], f'the text comes without options for {lacking[0][7:]}', 0
+            if len(ids) > max_text:                             # they stay
+                own = self.space.tokenizer.encode(string[:text_end(string)], add_special_tokens=False).ids
+                return own[:max(0, max_text - len(ids) + len(own))] + ids[len(own):], '', n_cut
         return ids[kept_part(self.task)], '', n_cut
 
     def stream(self, texts):

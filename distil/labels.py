@@ -32,12 +32,12 @@ from data.calls import read_replies
 from data.logs import Log
 from data.objects import find_object
 from data.templates import check_template
+from distil import options
 from distil.answers import label_from_answer
 from distil.prompts import prompt_text
 from distil.schema import Schema
 from distil.values import json_text
 from distil.shares import best_answer, logits_of
-from distil.space import clean
 
 def read_text(line):
     """the text of a line (data.logs.Line). ValueError(reason, what is wrong) if it has none."""
@@ -47,7 +47,11 @@ def read_text(line):
     text = line.text if line.reply is not None else record.get('text')
     if not isinstance(text, str):
         raise ValueError('bad_json', 'it has no text')
-    if not (text := clean(text)):
+    try:
+        text = options.read_text({**record, 'text': text})
+    except ValueError as error:
+        raise ValueError('bad_json', str(error)) from None
+    if not text:
         raise ValueError('empty', 'its text is empty')
     try:
         text.encode()

@@ -7,7 +7,7 @@
 
 A value begins and ends at an *edge*: where no letter or digit stands on both sides, so never within a word. Chinese,
 Japanese and Thai are written without blanks: there each letter is a word. A number or a date is one of the candidates
-that candidates.py finds. Places are characters where answers are stored, since teacher and student cut a text into
+that candidates.py finds, an option one of those behind the text (options.py). Places are characters where answers are stored, since teacher and student cut a text into
 different tokens.
 """
 import re
@@ -17,6 +17,7 @@ from functools import lru_cache
 import numpy as np
 
 from distil.candidates import find_candidates
+from distil.options import find_options, text_end
 from distil.values import json_text, plain
 
 MOST_PLACES = 8  # of a copied value that are stored
@@ -41,12 +42,15 @@ class Source:
     dates are read."""
 
     def __init__(self, text, space):
-        self.text, self.space, self.edges, self.found = text, space, find_edges(text), {}
+        self.text, self.space, self.found = text, space, {}
+        n = text_end(text) if any(part.is_option for part in space.schema.copied) else len(text)
+        self.own, self.edges = text[:n], [*find_edges(text[:n]), *[False] * (len(text) - n)]  # without the options
 
     def candidates(self, kind):
         """[(start, end, value)] of a kind of copied.Copied but 'text'."""
         if kind not in self.found:
-            self.found[kind] = find_candidates(kind, self.text, self.space.locale, self.space.reference_date)
+            self.found[kind] = find_options(self.text, kind[7:]) if kind.startswith('option:') else find_candidates(
+                kind, self.own, self.space.locale, self.space.reference_date)
         return self.found[kind]
 
     def begins(self, at):
@@ -62,7 +66,7 @@ class Source:
             return [(start, end) for start, end, other in self.candidates(part.kind)
                     if json_text(plain(other)) == json_text(plain(value))]
         for flags in (0, re.IGNORECASE):
-            found = [match.span(1) for match in re.finditer(f'(?=({re.escape(value)}))', self.text, flags)]
+            found = [match.span(1) for match in re.finditer(f'(?=({re.escape(value)}))', self.own, flags)]
             found = [(start, end) for start, end in found if self.begins(start) and self.ends(end)]
             if found:
                 return found
@@ -144,7 +148,7 @@ def place_input(V, token, is_last):
 def point(shards, i, T):
     """(what a student reads of the answer of record i, its targets, its logits (n, V + 1 + T)), as Shards.batch gives
     them: of the decisions alone, with places as tokens of a text of up to T. A token has the probability of all
-    characters in it; one that the student does not read is lost to the last token."""
+    characters in it; what the student does not read has none, or if it is the answer that of the last token."""
     outs, logits, tops = shards.answer(i).astype(np.int64), shards.logits(i), shards.answer(i, 'stats')[:, 0]
     places, weights = shards.answer(i, 'places'), shards.answer(i, 'weights').astype(np.float32)
     V, (starts, ends), is_last = logits.shape[1], shards.pages[i], False
@@ -156,7 +160,8 @@ def point(shards, i, T):
         inside = (starts <= at) & (at < ends)                   # (k, T of the text)
         token = np.where(inside.any(1), inside.argmax(1), len(starts) - 2)
         wide[n, :V] += tops[n]                                  # these are log probabilities
-        np.logaddexp.at(wide[n], V + 1 + token, weights[n][known])
+        there = inside.any(1) | (np.arange(len(token)) == 0)
+        np.logaddexp.at(wide[n], V + 1 + token[there], weights[n][known][there])
         if outs[n] >= V:
             targets[n], read[n] = V + 1 + token[0], place_input(V, token[0], is_last)
             is_last = not is_last

@@ -10,10 +10,12 @@ teacher's ids. Its architecture is BERT's: MiniLM, bge, e5.
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 from config import stop
+from distil.options import shuffle_options
 from distil.places import Page, Source
 from model import Encoder, EncoderConfig
 
@@ -27,12 +29,14 @@ def encode_texts(encoder, texts, max_tokens):
     return [cut_row(encoder, encoding.ids, max_tokens) for encoding in encoder.tokenizer.encode_batch_fast(texts)]
 
 
-def cut_row(encoder, row, max_tokens):
-    """what is kept of a list with a number, or something else, for each token of a text."""
+def cut_row(encoder, row, max_tokens, n_last=1):
+    """what is kept of a list with a number, or something else, for each token of a text. n_last: of its last ones, which
+    are kept."""
     longest = min(max_tokens, encoder.config.n_pos)
     if len(row) <= longest:
         return row
-    return row[:1] + row[1 - longest:] if encoder.keep_end else row[:longest - 1] + row[-1:]
+    n_last = n_last if n_last < longest else 1
+    return row[:1] + row[1 - longest:] if encoder.keep_end else row[:longest - n_last] + row[-n_last:]
 
 
 def count_unread(encoder, text, max_tokens):
@@ -64,10 +68,29 @@ def read_pages(student, space, texts):
 
 def encode_pages(encoder, space, texts, max_tokens):
     """(lists of ids, as encode_texts gives them, of strings; the Page of each)."""
-    encodings = encoder.tokenizer.encode_batch(texts)
-    cut = lambda row: cut_row(encoder, row, max_tokens)
-    return [cut(encoding.ids) for encoding in encodings], [
-        Page(Source(text, space), cut(encoding.offsets)) for text, encoding in zip(texts, encodings)]
+    rows, pages = [], []
+    for text, encoding in zip(texts, encoder.tokenizer.encode_batch(texts)):
+        source = Source(text, space)
+        n_last = 1 + sum(start >= len(source.own) for start, end in encoding.offsets if end)  # the options stay
+        rows.append(cut_row(encoder, encoding.ids, max_tokens, n_last))
+        pages.append(Page(source, cut_row(encoder, encoding.offsets, max_tokens, n_last)))
+    return rows, pages
+
+
+def reorder_options(student, space, shards, rows, rng):
+    """lets shards.batch give the texts of these records with their options in another order, and without some of them;
+    so a student learns neither their places nor their set. rng: a random.Random."""
+    texts, moves = space.tokenizer.decode_batch([shards.ids(i).tolist() for i in rows]), []
+    for n, i in enumerate(map(int, rows)):
+        places, weights = shards.answer(i, 'places'), shards.answer(i, 'weights')
+        texts[n], parts = shuffle_options(texts[n], rng, places[weights[:, 0] > -math.inf, 0].tolist())
+        moves.append(parts)
+    read, pages = encode_pages(student.encoder, space, texts, text_room(student, space))
+    for i, ids, page, parts in zip(map(int, rows), read, pages, moves):
+        begin, end, there = np.array(parts).T                   # its tokens, as if they stood where they stood before
+        part = np.searchsorted(begin, page.starts, 'right').clip(1) - 1
+        shift = np.where((page.starts >= begin[part]) & (page.starts < end[part]), there[part] - begin[part], -10 ** 6)
+        shards.encoded[i], shards.pages[i] = ids, (page.starts + shift, page.ends + shift)
 
 
 def count_cut(student, space, ids, max_text):

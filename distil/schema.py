@@ -15,7 +15,7 @@ import copy
 import json
 
 from distil.json_schema import is_json_schema, read_fields
-from distil.copied import EXAMPLES, Copied
+from distil.copied import Copied
 from distil.kinds import Choice, Items, Maybe, Object, Several
 from distil.values import MISSING, follow, json_text, value_names
 from distil.written import Place, Style
@@ -177,7 +177,7 @@ class Schema:
         def value_of(part):
             if not isinstance(part, Copied):
                 return choose(part)
-            return EXAMPLES[part.kind] if copies is None else copies[part.path]
+            return part.example if copies is None else copies[part.path]
         return self.tree.fill(value_of)
 
     def longest(self):
@@ -197,7 +197,7 @@ class Schema:
         for part in self.copied:
             maybe = self.by_choice.get(f'{part.path}?')
             if part.get(answer) in (None, '') and not (maybe and None in maybe.values):
-                follow(answer, part.keys[:-1])[part.keys[-1]] = EXAMPLES[part.kind]
+                follow(answer, part.keys[:-1])[part.keys[-1]] = part.example
         return answer
 
     def canonical(self, answer):
