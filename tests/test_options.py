@@ -1,0 +1,138 @@
+"""Options that come with each text: how they stand behind it, and teacher and student that point at one of them."""
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from distil.copying import answer_slowly
+from distil.decode import decode
+from distil.drafts import Drafts
+from distil.engine import Teacher, answer
+from distil.options import find_options, read_text, shuffle_options, split_options, text_end, tidy, write_options
+from distil.places import Source
+from distil.reader import cut_row, encode_pages, load_encoder
+from distil.schema import Schema
+from distil.space import OutputSpace
+from distil.teacher import encode_prompt
+from model import Student, StudentConfig
+from sample import answer_text
+from tests.conftest import PROMPT, clone_task, load_teacher, run
+from tests.test_reader import bert  # noqa: F401
+
+OPTION = {'type': 'string', 'x-options': True}
+FIELDS = {'tone': ['calm', 'angry'], 'folder': OPTION, 'name': {'type': ['string', 'null']},
+          'tags': {'type': 'array', 'maxItems': 2, 'items': OPTION}}
+OPTIONS = {'folder': ['Invoices', {'value': 'my "Travel"', 'description': 'tickets, hotels'}, 'Invoices'],
+           'tags': ['urgent', 'later', 'old stuff']}
+TEXT = 'my train ¶ leaves • at 9'
+
+
+def test_options_stand_behind_the_text_and_are_found_there():
+    text = write_options(TEXT, OPTIONS)
+    assert text == ('my train leaves · at 9 ¶ folder • Invoices • my "Travel" — tickets, hotels ¶ tags • urgent • later • '
+                    'old stuff')
+    assert [text[start:end] for start, end, _ in find_options(text, 'folder')] == ['Invoices', 'my "Travel"']
+    assert [value for *_, value in find_options(text, 'tags')] == ['urgent', 'later', 'old stuff']
+    assert find_options(text, 'other') == [] == find_options('plain', 'folder') and text_end('plain') == 5
+    assert text[:text_end(text)] == tidy(TEXT) and read_text({'text': TEXT}) == TEXT  # without options nothing changes
+    assert find_options(write_options('', {'a': ['x']}), 'a')[0][2] == 'x'
+    for wrong in ({'folder': 'x'}, {'folder': ['']}, {'folder': [3]}, {'folder': [{'description': 'x'}]}, ['x']):
+        with pytest.raises(ValueError, match='option'):
+            write_options('x', wrong)
+
+
+def test_shuffled_options_are_the_same_ones():
+    text, seen = write_options(TEXT, OPTIONS), set()
+    chosen = text.index('later')
+    for seed in range(50):
+        other, parts = shuffle_options(text, random.Random(seed), [chosen])
+        assert all(other[start:end] == text[there:there + end - start] for start, end, there in parts)
+        names = [name for name, _ in split_options(other)]
+        options = [value for *_, value in find_options(other, 'tags')]
+        assert names == ['folder', 'tags'] and 'later' in options and {*options} <= {'urgent', 'later', 'old stuff'}
+        seen.add(tuple(options))
+    assert len(seen) > 8
+
+
+def test_what_is_copied_is_not_copied_from_the_options(tokenizer):
+    schema = Schema(FIELDS)
+    assert [part.kind for part in schema.copied] == ['option:folder', 'text', 'option:tags', 'option:tags']
+    assert schema.canonical({'tone': 'calm', 'folder': ' a  • b', 'name': None, 'tags': []})['folder'] == 'a · b'
+    space = OutputSpace(tokenizer, FIELDS)
+    source, (folder, name, tag, _) = Source(write_options('Anna is late', {'tags': ['Anna', 'late']}), space), schema.copied
+    assert source.find(name, 'Anna') == [(0, 4)] and source.find(tag, 'Anna') == [(22, 26)] and not source.find(folder, 'x')
+    assert source.value(tag, 22, 26) == 'Anna' and not any(source.begins(at) for at in range(13, len(source.text)))
+
+
+def test_a_long_text_is_cut_and_its_options_stay(bert, tokenizer):
+    space, encoder = OutputSpace(tokenizer, FIELDS), load_encoder(str(bert))
+    text = write_options('the cat sat on the mat ' * 9, {'folder': ['the cat', 'the mat'], 'tags': []})
+    (whole,), _ = encode_pages(encoder, space, [text], 500)
+    (cut,), (page,) = encode_pages(encoder, space, [text], 30)
+    assert len(whole) > 40 and len(cut) == 30 and cut[:8] == whole[:8] and cut[-8:] == whole[-8:]
+    assert [value for *_, value in page.spans('option:folder')] == ['the cat', 'the mat']
+    assert cut_row(encoder, list(range(40)), 10, 40) == [*range(9), 39]  # more options than it can read
+
+
+@pytest.mark.parametrize('family', ['gemma', pytest.param('qwen', marks=pytest.mark.slow)])
+def test_the_engine_points_at_options_as_one_pass_after_another(teachers, family):
+    wrapped, model = load_teacher(teachers[family])
+    before, after, end_id = encode_prompt(wrapped, PROMPT, chat=False)
+    space = OutputSpace(wrapped.backend_tokenizer, FIELDS, None, False, end_id, range(4, 200))
+    texts = [write_options(text, OPTIONS | {'folder': folders}) for text, folders in (
+        ('the cat', ['one', 'two']), ('x', ['on', 'one', 'one more', '"', '日本']), ('the mat', []))]
+    ids = [wrapped.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    answers, _ = answer(Teacher(model, before, space.output_ids), space, Drafts(space), ids, after)
+    assert answers[2] == 'not_in_text'                          # there is no folder
+    for text, of_text, found in zip(texts, ids, answers[:2]):
+        slow = answer_slowly(model, space, before, of_text, after)
+        assert found[0] == slow[0] and (found[3] == slow[3]).all()
+        np.testing.assert_allclose(found[1], slow[1], atol=1e-3)
+        starts = {start: value for start, _, value in find_options(text, 'folder')}
+        step = next(n for n, out in enumerate(found[0]) if out >= space.V)
+        known = found[4][step] > -np.inf
+        assert {*found[3][step][known].tolist()} <= {*starts} and np.exp(found[4][step][known].astype(float)).sum() == \
+            pytest.approx(1, abs=1e-2)
+
+
+def test_a_student_decodes_options_as_one_by_one(bert, tokenizer, words):
+    torch.manual_seed(1)
+    space, encoder = OutputSpace(tokenizer, FIELDS), load_encoder(str(bert))
+    V, rng = len(space.output_ids), random.Random(0)
+    student = Student(StudentConfig(vocab_size=V + 3, output_vocab=V, block_size=160, n_layer=1, n_head=4, n_embd=16,
+                                    n_mlp=32, n_kv_head=4, start_id=V, encoder=vars(encoder.config), places=True), encoder)
+    for name, p in student.eval().named_parameters():
+        p.data *= 1 if name.startswith('encoder.') else 4
+    some = lambda: [' '.join(rng.choices(words, k=rng.randint(1, 2))) for _ in range(rng.randint(1, 5))]
+    texts = [write_options(' '.join(rng.choices(words, k=5)), {'folder': some(), 'tags': some()}) for _ in range(12)]
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    for text, of_text, (outs, _) in zip(texts, ids, decode(student, space, ids, 5)):
+        assert outs == answer_text(student, space, of_text)[0]
+        found, shown = space.to_json(outs), space.tokenizer.decode(of_text)
+        assert found['folder'] in [value for *_, value in find_options(shown, 'folder')]
+        tags = [value for *_, value in find_options(shown, 'tags')]
+        assert {*found['tags']} <= {*tags} and (len(found['tags']) < 2 or len(tags) == 1 or len({*found['tags']}) == 2)
+
+
+@pytest.mark.slow
+def test_from_labels_with_options_to_json(project, bert, tmp_path):
+    root, rng = clone_task(project, tmp_path), random.Random(0)
+    lines = [{'text': f'file the {word} now', 'options': {'folder': rng.sample([word, 'cat', 'hat', 'mat'][:3], 3)},
+              'answer': {'folder': word}} for word in ['house', 'friend', 'table'] * 30 for _ in 'ab']
+    lines = [{**line, 'text': f'{line["text"]} {n}'} for n, line in enumerate(lines)]
+    (root / 'labels.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    task = [f'--fields={ {"folder": OPTION} }', '--name=opts', '--calibrate=0', '--max_text=60']
+    done = run(root, 'extract.py', *task, '--labels=labels.jsonl')
+    assert done.returncode == 0 and '¶ folder •' in done.stdout, done.stdout + done.stderr
+    done = run(root, 'train.py', '--name=opts', f'--reader={bert}', '--init_from=scratch', '--max_epochs=2', '--block_size=90',
+               '--learning_rate=0.01', '--batch_size=16')
+    assert done.returncode == 0, done.stderr
+    ask = ['sample.py', '--name=opts', '--text=file the house now']
+    assert 'the text comes without options for folder' in run(root, *ask).stdout
+    done = run(root, *ask, "--options={'folder': ['a house', 'a boat']}", '--confidence=full')
+    found = json.loads(done.stdout)
+    assert found['folder'] in ('a house', 'a boat') and {*found['_confidence']['folder']} == {'a house', 'a boat'}, done.stderr
+    (root / 'in.jsonl').write_text(json.dumps({'text': 'the table', 'options': {'folder': ['x y']}}) + '\n')
+    assert json.loads(run(root, 'sample.py', '--name=opts', '--input=in.jsonl').stdout)['folder'] == 'x y'
