@@ -35,6 +35,11 @@ class Copied:
         return chr(MARKS + self.number)
 
     @property
+    def of(self):
+        """the name of the property whose options it is one of."""
+        return self.kind.partition(':')[2]
+
+    @property
     def is_option(self):
         return self.kind.startswith('option:')
 
@@ -45,7 +50,7 @@ class Copied:
 
     def describe(self, most=12):
         if self.is_option:
-            return f'one of the options for {self.kind[7:]}'
+            return f'one of the options for {self.of}'
         return 'words of the text' if self.kind == 'text' else (
             f'{"an" if self.kind == "integer" else "a"} {self.kind} in the text')
 

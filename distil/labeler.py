@@ -119,6 +119,19 @@ def copied_values(student, space, ids, outs, decisions, temperature=None, most=5
     return found
 
 
+def option_probabilities(student, space, part, ids, outs, decisions, temperature=None):
+    """{option: probability} of all options of a text, of a property that is answered by one of them. part: its
+    copied.Copied; ids, outs, decisions: as decode yields them for the text, with constrain."""
+    (_,), (page,) = read_pages(student, space, [ids])
+    states = space.states_before(outs)
+    asked = [state for state in states if space.decides[state]]
+    logits = next(decision[1] for state, decision in zip(asked, decisions) if space.copy_at.get(state) is part)
+    p = (logits / (temperature or {}).get(part.group, 1.0)).softmax(-1)
+    p_of = {value: p[space.V + 1 + first].item() for first, *_, value in page.spans(part.kind)}
+    total = sum(p_of.values()) or 1.0                           # it may be null
+    return {value: p / total for value, p in p_of.items()}
+
+
 def read_many(student, text, fed, n=64):
     """yields the logits of read_rows, for n rows at a time."""
     for begin in range(0, len(fed), n):

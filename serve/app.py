@@ -12,6 +12,7 @@ from prometheus_client import generate_latest
 from starlette.requests import ClientDisconnect
 
 from distil.checkpoint import problem_key
+from distil.options import write_options
 from serve.batches import MAX_FILE, Batches
 from serve.completions import read_chat, read_completion
 from serve.extraction import read_extraction
@@ -37,6 +38,11 @@ def read_texts(student, body):
     texts = ['' if text is None else text for text in texts]
     for n, text in enumerate(texts):
         require(text, str, 'a string', 'texts', n, status=400)
+    if (options := body.get('options')) is not None:            # that come with these texts
+        try:
+            texts = [write_options(text, options) if text else text for text in texts]
+        except ValueError as error:
+            raise Refusal(400, str(error), 'options') from None
 
     def reply(answers):
         records = []

@@ -70,7 +70,7 @@ def read_chat(student, body):
         choices = [{'index': k, **choice} for k in range(n)]    # a student has one answer to a text
         return head | {'object': 'chat.completion', 'choices': choices, 'usage': usage_of(answers)}
     offered = form.shape.offered(student.space)
-    return Plan([text], ('messages',), reply, logprobs or bool(offered), offered, ignored,
+    return Plan([form.shape.with_options(text)], ('messages',), reply, logprobs or bool(offered), offered, ignored,
                 student.refuses_long(True))
 
 
@@ -104,7 +104,7 @@ def read_completion(student, body):
         chunks = [{'choices': [choice]} for choice in choices]
         return write_events(head, chunks, usage_of(answers) if with_usage else None)
     offered = form.shape.offered(student.space)
-    return Plan([text for text, _, _ in found], ('prompt',), reply, with_logprobs or bool(offered), offered,
+    return Plan([form.shape.with_options(text) for text, _, _ in found], ('prompt',), reply, with_logprobs or bool(offered), offered,
                 refuse_long=student.refuses_long(True))
 
 

@@ -9,7 +9,7 @@ from distil.values import value_name
 from serve.options import loose, match_options
 from serve.request import Refusal, require
 from serve.shapes import Part, Shape, whole_shape
-from serve.trees import scalars
+from serve.trees import option_parts, scalars
 
 # parameters that would change the answer, and that a student cannot follow
 REFUSED = ('audio', 'guided_regex', 'guided_grammar', 'regex', 'ebnf', 'grammar', 'structural_tag',
@@ -146,6 +146,12 @@ def read_tools(body, is_response):
     return found
 
 
+def describe_tools(body):
+    """[(name, description)] of the functions of a body that read_tools has read."""
+    functions = [tool.get('function', tool) for tool in body.get('tools') or body['functions']]
+    return [(function['name'], function.get('description') or '') for function in functions]
+
+
 def read_tool_choice(body):
     """'none', 'auto', 'required', or a list with the name of the function that must be called."""
     key = 'tool_choice' if 'tool_choice' in body else 'function_call'
@@ -174,7 +180,10 @@ def read_tool_form(body, student, is_response=False):
         (name, parameters, where), = tools
         shape = student.shape_of(parameters, *where)
         return Form(shape, kind, tool=name, named=named, forced=choice != 'auto')
-    names = [name for name, _, _ in tools]
+    names, given = [name for name, _, _ in tools], option_parts(student.space.schema)
+    if len(given) == 1 and choice == 'required':                # the tools of this call are the options
+        shape = student.shape_of({'oneOf': [{'const': name, 'description': about} for name, about in describe_tools(body)]}, key)
+        return Form(shape, kind)
     fields = [(leaf, words) for leaf in scalars(student.space.schema).values()
               if len(words := match_options(names, leaf)) == len({*map(loose, names)}) == len(names)]
     if len(fields) != 1:

@@ -1,15 +1,18 @@
 """Typed questions: OpenAI's decisions and TypeSafe's System One. Each question is matched to one of the
-student's fields, and answered with the probabilities of all its options. A question that matches no field is
-refused by its name."""
+student's fields, and answered with the probabilities of all its options. A question that matches no field goes to the
+property whose options come with a text (distil/options.py), if the student has one: its options stand behind the text.
+Else it is refused by its name."""
 import math
 from dataclasses import dataclass
 
 from distil.kinds import Maybe
+from distil.labeler import option_probabilities
+from distil.options import tidy, write_options
 from distil.values import PRESENT, value_name, value_names
 from serve.completions import count_tokens
 from serve.prompts import read_turns
 from serve.request import Plan, Refusal, read_state, require
-from serve.trees import lists, scalars
+from serve.trees import lists, option_parts, scalars
 
 
 @dataclass
@@ -18,12 +21,39 @@ class Question:
     name: str       # the caller's, or None
     kind: str
     options: list   # in the caller's order and words; of a score, lowest first; of a yes-or-no, []
-    field: str      # path of a choice
+    field: str      # path of a choice; '' if its options stand behind the text
     numbers: list   # for each option the number of the field's value; of a yes-or-no only that of yes
+    given: list = () # what then stands there, in the order of the options, see distil/options.py
 
     def probabilities(self, rows):
-        """list of the options' probabilities. rows: {field: [probability of each value]}."""
+        """list of the options' probabilities. rows: {field, or number of the question: [probability of each value]}."""
         return [rows[self.field][n] for n in self.numbers]
+
+
+def given_question(space, name, kind, options, abouts, instructions, where):
+    """the Question about the property whose options come with a text. abouts: what each option means, or None;
+    instructions: of the question, or None. None if the student has no such property, or more than one."""
+    if len(option_parts(space.schema)) != 1:
+        return None
+    if kind == 'yes-or-no':                                     # yes is what the question says
+        options, abouts = ['yes', 'no'], [instructions, None]
+    given = [{'value': value_name(option), 'description': about if isinstance(about, str) else ''}
+             for option, about in zip(options, abouts)]
+    if len({tidy(one['value']) for one in given} - {''}) < len(given):
+        raise Refusal(422, f'the options of the {kind} question {name or where[-1]!r} must be different texts', *where)
+    is_predicate = kind == 'yes-or-no'
+    return Question(name, kind, [] if is_predicate else options, '', [0] if is_predicate else [*range(len(given))], given)
+
+
+def given_probabilities(labeler, question, answer):
+    """[probability of each] of the options of a Question that stand behind the text of an Answer."""
+    part, = option_parts(labeler.space.schema).values()
+    part = part.part if isinstance(part, Maybe) else part
+    if not answer.decisions:                                    # upstream's answer
+        return [float(part.get(answer.record) == tidy(one['value'])) for one in question.given]
+    p = option_probabilities(labeler.student, labeler.space, part, answer.ids, answer.outs, answer.decisions,
+                             labeler.temperature)
+    return [p.get(tidy(one['value']), 0.0) for one in question.given]
 
 
 def rows_of(schema, answer):
@@ -90,6 +120,16 @@ def match_question(space, name, kind, options, true_value, ordered, where):
     raise Refusal(422, f'the student cannot answer the {kind} question {name or where[-1]!r}; {why}', *where)
 
 
+def pick_question(space, name, kind, options, true_value, ordered, where, abouts, instructions):
+    """match_question, and given_question where it refuses."""
+    try:
+        return match_question(space, name, kind, options, true_value, ordered, where)
+    except Refusal:
+        if question := given_question(space, name, kind, options, abouts, instructions, where):
+            return question
+        raise
+
+
 def read_decisions(body, space, true_value, ordered):
     """the body of /v1/decisions -> list of Questions, in their order."""
     given = require(body.get('questions'), list, 'a list of 1 to 400 questions', 'questions')
@@ -99,7 +139,7 @@ def read_decisions(body, space, true_value, ordered):
     for n, question in enumerate(given):
         where = 'questions', n
         kind = require(question, dict, 'an object', *where).get('type')
-        name, options = question.get('name'), []
+        name, options, listed = question.get('name'), [], []
         if name is not None:
             require(name, str, 'a string', *where, 'name')
         if kind in ('choice', 'score'):
@@ -113,7 +153,9 @@ def read_decisions(body, space, true_value, ordered):
             raise Refusal(422, f'question {name or n!r}: its type must be choice, predicate or score',
                           *where, 'type')
         kind = 'yes-or-no' if kind == 'predicate' else kind
-        questions.append(match_question(space, name, kind, options, true_value, ordered, where))
+        abouts = [option.get('description') for option in listed] if options else []
+        questions.append(pick_question(space, name, kind, options, true_value, ordered, where, abouts,
+                                       question.get('instructions')))
     return questions
 
 
@@ -134,7 +176,9 @@ def read_system_one(body, space, true_value, ordered):
             kind, options = 'yes-or-no', []
         else:
             raise Refusal(422, f'question {name!r}: its type must be choice, noul or score', *where, 'type')
-        questions.append(match_question(space, name, kind, options, true_value, ordered, where))
+        abouts = list(criteria.values()) if isinstance(criteria, dict) else [None] * len(options)
+        questions.append(pick_question(space, name, kind, options, true_value, ordered, where, abouts,
+                                       question.get('instructions')))
     return questions
 
 
@@ -224,15 +268,23 @@ def read_questions(student, body, path):
         messages = [{'role': 'user', 'content': given}] if isinstance(given, str) else given
         text, ignored, _ = student.prompts.find_text(read_turns(messages, 'input'), 'input')
 
+    given, asks_fields = [question for question in questions if question.given], any(question.field for question in questions)
+    needed = [kind.partition(':')[2] for kind in student.space.needs[0] if kind.startswith('option:')]
+    # the fields are the same whatever else is asked
+    texts = [write_options(text, {name: ['none'] for name in needed}) if needed else text] * asks_fields
+    of = next((copied.of for copied in student.space.schema.copied if copied.is_option), '')
+    texts += [write_options(text, {of: question.given}) for question in given]  # each has its own
+
     def reply(answers):
-        answer, = answers
-        n_in, n_out = count_tokens(answer)
+        n_in, n_out = map(sum, zip(*map(count_tokens, answers)))
         usage = {'input_tokens': n_in, 'output_tokens': n_out}
         if not system_one:
             usage |= {'input_tokens_details': {'cache_write_tokens': 0, 'cached_tokens': 0},
                       'output_tokens_details': {'reasoning_tokens': 0}, 'total_tokens': n_in + n_out}
         write = system_one_answers if system_one else decisions_answers
-        rows = rows_of(student.space.schema, answer)
+        rows = rows_of(student.space.schema, answers[0]) if asks_fields else {}
+        for n, (question, answer) in enumerate(zip(given, answers[len(answers) - len(given):])):
+            question.field, rows[n] = n, given_probabilities(student.service.labeler, question, answer)
         return {'model': student.name, 'answers': write(questions, rows), 'usage': usage}
-    return Plan([text], ('state' if system_one else 'input',), reply, full=True, ignored=ignored,
+    return Plan(texts, ('state' if system_one else 'input',), reply, full=True, ignored=ignored,
                 refuse_long=student.refuses_long(not system_one))

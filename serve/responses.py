@@ -38,7 +38,7 @@ def read_response(student, body):
         response = response_body(body, student.name, output, answer)
         return response_events(response, form.kind != 'text') if stream else response
     offered = form.shape.offered(student.space)
-    return Plan([found], ('input',), reply, logprobs or bool(offered), offered, ignored,
+    return Plan([form.shape.with_options(found)], ('input',), reply, logprobs or bool(offered), offered, ignored,
                 student.refuses_long(True))
 
 

@@ -24,7 +24,7 @@ from distil.values import MISSING, group_of, path_of, value_name
 from serve.options import alternatives, find_name, loose, match_options, match_yes_and_no, read_options, resolve
 from serve.request import Refusal
 from serve.shapes import Part, Shape, Tree, whole_shape
-from serve.trees import Caller, answer_otherwise, copies, is_limit, is_scalar, lists, scalars, translate
+from serve.trees import Caller, answer_otherwise, copies, is_limit, is_scalar, lists, option_parts, scalars, translate
 
 MAX_CHECKS = 20_000  # answers times objects of the schema, for one schema
 
@@ -111,6 +111,8 @@ def make_part(name, inner, required, schema, caller):
         return Part(name, 'field', field, tuple(sorted(words.items())))
     if part is None and (copied := find_name(name, copies(schema))):
         part = copies(schema)[copied]                           # by its path
+    if part is None and options and len(given := option_parts(schema)) == 1:  # whatever its name
+        part = next(iter(given.values()))
     if part is None and 'array' in types:
         part = match_list(name, inner, schema, caller.root)
     if part is not None:
@@ -135,7 +137,7 @@ def make_shape(schema, space, true_value, fill):
     options, types, _ = read_options(root, root)
     caller = Caller(root, true_value, space.schema.paths, space.schema.describe(), fill)
     if options is not None and not properties:
-        shape = Shape((make_part('answer', root, True, space.schema, caller),), bare=True)
+        shape = Shape((make_part('answer', root, True, space.schema, caller),), bare=True, options=caller.options)
     elif 'array' in types or types - {'object'}:
         raise ValueError(f'the schema asks for {" or ".join(sorted(types))}; the student answers one object')
     elif not properties and not required:
@@ -143,7 +145,7 @@ def make_shape(schema, space, true_value, fill):
     else:
         names = [*properties, *(name for name in required if name not in properties)]
         parts = [make_part(name, properties.get(name, {}), name in required, space.schema, caller) for name in names]
-        shape = Shape(tuple(part for part in parts if part))
+        shape = Shape(tuple(part for part in parts if part), options=caller.options)
         if not any(part and part.source in ('field', 'tree') for part in parts):  # none is answered; the first says why
             make_part(names[0], properties.get(names[0], {}), None, space.schema, caller)
     check_answers(shape, space, validator, n_objects)

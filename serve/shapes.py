@@ -2,8 +2,9 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from distil.options import write_options
 from distil.schema import list_leaves
 from distil.values import MISSING, follow
 from serve.trees import examples, is_scalar
@@ -48,9 +49,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Shape:
-    """what a reply is made of. bare: it is its only value, not an object."""
+    """what a reply is made of. bare: it is its only value, not an object; options: that the caller gives, {name of a
+    property: [option]}, see distil/options.py."""
     parts: tuple
     bare: bool = False
+    options: dict = field(default_factory=dict, hash=False)
+
+    def with_options(self, text):
+        return write_options(text, self.options) if self.options else text
 
     def offered(self, space):
         """{field: JSON of the values that the caller allows}, of each field that has others too."""

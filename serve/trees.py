@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from distil.copied import EXAMPLES, Copied
 from distil.kinds import Choice, Maybe, Object, Several
+from distil.options import tidy
 from distil.schema import list_leaves
 from distil.values import MISSING, Mark, group_of, json_text, path_of, said, value_name
 from serve.options import alternatives, find_name, loose, match_options, match_yes_and_no, read_options, resolve
@@ -50,12 +51,14 @@ def is_limit(error):
 @dataclass
 class Caller:
     """a caller's JSON Schema. root: it; true_value, fill: as the settings of serve.py; paths: of the student's leaves;
-    fields: these in words."""
+    fields: these in words; options: {name: [option]} that it gives for those that come with a text, see
+    distil/options.py."""
     root: dict
     true_value: dict
     paths: list
     fields: str
     fill: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
 
 
 # -----------------------------------------------------------------------------
@@ -95,7 +98,7 @@ def examples(part, n_random=30):
     """values of a part, each once: all values of each choice, in the fullest and in the emptiest answer, and random
     ones. A choice in several items of a list has the same value in all, a copied value is one of COPIES."""
     rng, found = random.Random(0), []
-    fill = lambda choose: part.fill(lambda leaf: COPIES[leaf.kind] if isinstance(leaf, Copied) else choose(leaf))
+    fill = lambda choose: part.fill(lambda leaf: COPIES.get(leaf.kind, COPIES['text']) if isinstance(leaf, Copied) else choose(leaf))
     group = lambda choice: re.sub(r'\[\d+\]', '[]', choice.path)
     absent = lambda choice: [n for n, value in enumerate(choice.values) if value is None or value is MISSING]
     full = lambda choice: len(choice) - 1 if absent(choice) == [0] else 0
@@ -181,7 +184,32 @@ def translate_choice(part, inner, required, caller):
     return lambda value, sure: spelled[json_text(value)]
 
 
+def option_parts(schema):
+    """{path: part} of those properties whose options come with each text, in every answer; they may be null."""
+    return {path: part for path, part in copies(schema).items()
+            if (part.part if isinstance(part, Maybe) else part).is_option}
+
+
+def translate_option(part, inner, caller):
+    """what the property offers becomes the options that stand behind the text."""
+    offered = {}                                                # {a word as it stands behind the text: (it, what it means)}
+    for one in alternatives(inner, caller.root):
+        about = one.get('description') if 'const' in one and isinstance(one.get('description'), str) else ''
+        for word in one.get('enum', [one['const']] if 'const' in one else []):
+            if isinstance(word, str) and tidy(word):
+                offered.setdefault(tidy(word), (word, about))
+    if not offered:
+        raise ValueError(f'{part.group!r} is {part.describe()} in the answers of the student, and the schema offers none '
+                         '(enum)')
+    caller.options[part.of] = [
+        {'value': word, 'description': about} for word, about in offered.values()]
+    words = {tidied: word for tidied, (word, _) in offered.items()}
+    return lambda value, sure: next(iter(words.values())) if isinstance(value, ExampleText) else words.get(value, value)
+
+
 def translate_copied(part, inner, caller):
+    if part.is_option:
+        return translate_option(part, inner, caller)
     options, types, nullable = read_options(inner, caller.root)
     found = f'{part.group!r} is {part.describe()} in the answers of the student, and the schema '
     if options is not None:
