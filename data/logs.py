@@ -24,16 +24,18 @@ import io
 import json
 import zlib
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from os.path import commonprefix
 
 if __package__:
     from data.calls import is_chunk, read_prompt, split_call
+    from data.schemas import asked_schema, options_in
     from data.templates import (FEW, clean, find_changing_template, find_template, find_text, join_changing,
                                 split_changing)
 else:  # of data/prepare.py, whose files lie beside it
     from calls import is_chunk, read_prompt, split_call
+    from schemas import asked_schema, options_in
     from templates import (FEW, clean, find_changing_template, find_template, find_text, join_changing,
                            split_changing)
 
@@ -52,6 +54,7 @@ class Line:
     text: str = ''                  # what the prompt holds in place of {text}
     reply: dict | None = None       # the body of the response; None: not a line of a log
     problem: tuple | str = ''
+    options: dict = field(default_factory=dict)  # of the request's schema, for those properties that Log.given names
 
     def say(self, what):
         """'file line 3: what'."""
@@ -165,7 +168,7 @@ class Log:
     """
 
     def __init__(self, paths, template='', prompt=''):
-        self.paths, self.batches = paths, Batches()
+        self.paths, self.batches, self.given = paths, Batches(), ()
         some, telling, systems, n_calls, n_fit = {}, [], {}, 0, 0  # some: the first of the different messages
         before = after = None                                   # what all have in common
         for line, request, response in self.read_calls():
@@ -245,6 +248,8 @@ class Log:
                 request, line.reply = call
                 try:
                     line.text = self.find_text(line, request)
+                    asked = asked_schema(request, line.reply) if self.given else None
+                    line.options = {name: options_in(asked, name) for name in self.given}
                     if not line.reply and 'custom_id' in line.record:
                         line.problem = 'request', 'it is the input of a batch'
                 except ValueError as error:

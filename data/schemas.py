@@ -87,6 +87,60 @@ def asked_schema(request, response):
     return None
 
 
+def follow_ref(part, root):
+    """(a part of a JSON Schema, or what its reference leads to; the name of that definition, or '')."""
+    ref = part.get('$ref') if isinstance(part, dict) else None
+    if not isinstance(ref, str):
+        return part if isinstance(part, dict) else {}, ''
+    target = root
+    for key in ref.removeprefix('#').split('/')[1:]:
+        target = target.get(key) if isinstance(target, dict) else None
+    return target if isinstance(target, dict) else {}, ref.rpartition('/')[2]
+
+
+def options_in(schema, path):
+    """[option], see distil/options.py, that a JSON Schema lists for a property, such as customer.mood, or for the items
+    of a list; [] if it lists none."""
+    part, root = schema or {}, schema or {}
+    for name in path.split('.'):
+        part, _ = follow_ref((follow_ref(part, root)[0].get('properties') or {}).get(name), root)
+    found, todo = [], [part]
+    while todo:
+        one, _ = follow_ref(todo.pop(0), root)
+        todo += [*(one.get('anyOf') or one.get('oneOf') or ()), *([one['items']] if 'items' in one else ())]
+        values = [one['const']] if 'const' in one else one.get('enum') or ()
+        about = one.get('description') if 'const' in one else ''
+        found += [{'value': value, 'description': about} if isinstance(about, str) and about else value
+                  for value in values if isinstance(value, str) and value.strip()]
+    return found
+
+
+def with_options(schema, names):
+    """a JSON Schema in which the options of these properties come with each request: {'x-options': true}."""
+    schema = copy.deepcopy(schema)
+    for name in names:
+        part, definition = follow_ref(schema['properties'][name], schema)
+        for key in ('$defs', 'definitions'):
+            schema.get(key, {}).pop(definition, None)           # the references to it alone would differ
+        kind = ['string', 'null'] if None in (part.get('enum') or ()) else 'string'
+        about = {key: part[key] for key in ('description',) if key in part}
+        schema['properties'][name] = {'type': kind, 'x-options': True, **about}
+    return schema
+
+
+def find_changing(schemas):
+    """the names of those properties whose values differ from schema to schema: three times at least. schemas: different
+    ones."""
+    seen = {}
+    for schema in schemas:
+        for name in schema.get('properties') or {}:
+            values = tuple(json.dumps(option) for option in options_in(schema, name))
+            part, _ = follow_ref(schema['properties'][name], schema)
+            if values and 'enum' in part:
+                seen.setdefault(name, set()).add(frozenset(values))
+    return [name for name, sets in seen.items() if len(sets) >= 3]
+
+
 def find_difference(one, other, path='', of_names=False):
     """the path of a property in which two JSON Schemas differ. of_names: they are the properties of an object."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
@@ -162,7 +216,9 @@ class Fit:
         for one, owner, inner_refs in found:
             values = [one['const']] if 'const' in one else one.get('enum')
             kind = one.get('type')
-            if isinstance(values, list) and id(owner) not in self.filled:
+            if one.get('x-options'):
+                constants.append(True)
+            elif isinstance(values, list) and id(owner) not in self.filled:
                 constants += values
                 if any(map(has_object, values)) or not values:
                     return 'its values are objects'

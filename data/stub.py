@@ -9,7 +9,7 @@ from contextlib import suppress
 from calls import read_replies  # these lie beside this file
 from infer import infer
 from objects import find_object
-from schemas import Fit, asked_schema, find_difference
+from schemas import Fit, asked_schema, find_changing, find_difference, options_in, with_options
 
 WIDTH = 110  # of the fields in a config
 
@@ -19,7 +19,9 @@ def log_answers(log):
     for line in log:
         if not line.problem and line.reply is not None:
             with suppress(ValueError):                          # no answer
-                yield from ((line.text, find_object(content)[0]) for content, _ in read_replies(line.reply))
+                options = [json.dumps(option) for of_name in line.options.values() for option in of_name]
+                text = ' '.join([line.text, *options])          # options are read behind the text
+                yield from ((text, find_object(content)[0]) for content, _ in read_replies(line.reply))
 
 
 def label_answers(path):
@@ -59,11 +61,20 @@ def write_python(value, depth=0, used=0):
 
 def find_schema(log):
     """(the JSON Schema that most requests of a log ask for, a line if there are others); (None, '') if there is
-    none."""
+    none. A property whose values change from request to request has options that come with each."""
     counts = Counter(json.dumps(schema) for _, request, response in log.read_calls()
                      if (schema := asked_schema(request, response)))
     if not counts:
         return None, ''
+    if names := find_changing(map(json.loads, counts)):
+        log.given = names
+        merged = Counter()
+        for text, n in counts.items():
+            schema = json.loads(text)
+            merged[json.dumps(with_options(schema, [name for name in names if name in schema['properties']]))] += n
+        said = f'the values of {", ".join(map(repr, names))} change from request to request: they are its options'
+        schema, note = json.loads(merged.most_common(1)[0][0]), f' ({len(merged)} schemas remain)' if len(merged) > 1 else ''
+        return schema, said + note
     (text, n), *others = counts.most_common()
     schema = json.loads(text)
     where = find_difference(schema, json.loads(others[0][0])) if others else ''

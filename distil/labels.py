@@ -48,7 +48,7 @@ def read_text(line):
     if not isinstance(text, str):
         raise ValueError('bad_json', 'it has no text')
     try:
-        text = options.read_text({**record, 'text': text})
+        text = options.read_text({**record, 'text': text} | ({'options': line.options} if line.options else {}))
     except ValueError as error:
         raise ValueError('bad_json', str(error)) from None
     if not text:
@@ -71,6 +71,7 @@ class Labels:
 
     def __init__(self, paths, schema, template='', prompt=''):
         self.log, self.schema, self.problems = Log(paths, template, prompt), schema, {}
+        self.log.given = [*dict.fromkeys(part.of for part in schema.copied if part.is_option)]
         self.outcomes = []      # of each line: '', or the reason why it has no record; None for the input of a batch
         # {hash of a text: (mean probabilities of all values, labels, the first's best answer, and its copied values)}
         self.known = {}

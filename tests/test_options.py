@@ -11,6 +11,7 @@ from distil.decode import decode
 from distil.drafts import Drafts
 from distil.engine import Teacher, answer
 from distil.options import find_options, read_text, shuffle_options, split_options, text_end, tidy, write_options
+from distil.labels import Labels
 from distil.places import Source
 from distil.reader import cut_row, encode_pages, load_encoder
 from distil.schema import Schema
@@ -19,6 +20,7 @@ from distil.teacher import encode_prompt
 from model import Student, StudentConfig
 from sample import answer_text
 from tests.conftest import PROMPT, clone_task, load_teacher, run
+from tests.test_prepare import run_prepare
 from tests.test_reader import bert  # noqa: F401
 
 OPTION = {'type': 'string', 'x-options': True}
@@ -136,3 +138,32 @@ def test_from_labels_with_options_to_json(project, bert, tmp_path):
     assert found['folder'] in ('a house', 'a boat') and {*found['_confidence']['folder']} == {'a house', 'a boat'}, done.stderr
     (root / 'in.jsonl').write_text(json.dumps({'text': 'the table', 'options': {'folder': ['x y']}}) + '\n')
     assert json.loads(run(root, 'sample.py', '--name=opts', '--input=in.jsonl').stdout)['folder'] == 'x y'
+
+
+def test_a_log_whose_enums_change_becomes_a_task_with_options(tmp_path):
+    rng, path = random.Random(0), tmp_path / 'log.jsonl'
+    lines = []
+    for n in range(40):
+        folders = rng.sample(['Bills', 'Travel', 'Family', 'Work', 'News'], 3)
+        part = {'$ref': '#/$defs/Folder'} if n % 2 else {'anyOf': [
+            {'const': name, 'description': f'about {name}'} for name in folders[:2]] + [{'const': folders[2]}]}
+        schema = {'type': 'object', 'properties': {'folder': part, 'urgent': {'type': 'boolean'}}, 'required': ['folder', 'urgent'],
+                  '$defs': {'Folder': {'enum': folders, 'type': 'string'}, 'Other': {'enum': ['x']}}}
+        lines.append({'request': {'messages': [{'role': 'user', 'content': f'File this mail: the mail number {n}'}],
+                                  'response_format': {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': schema}}},
+                      'response': {'choices': [{'message': {'content': json.dumps(
+                          {'folder': folders[n % 3], 'urgent': n % 4 == 0})}}]}})
+    path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    done, _ = run_prepare(tmp_path, str(path))
+    printed = done.stdout.decode() if isinstance(done.stdout, bytes) else done.stdout
+    assert "'folder': {'type': 'string', 'x-options': True}" in printed, printed
+    assert "the values of 'folder' change from request to request: they are its options" in printed
+    schema = {'folder': OPTION, 'urgent': [True, False]}
+    labels = Labels([path], Schema(schema))
+    texts = [(text, label) for text, label, reason in labels if not reason]
+    assert len(texts) == 40
+    for line, (text, label) in zip(lines, texts):
+        answer = json.loads(line['response']['choices'][0]['message']['content'])
+        found = [value for *_, value in find_options(text, 'folder')]
+        assert label['answer']['folder'] == answer['folder'] and answer['folder'] in found and len(found) == 3
+    assert '— about' in texts[0][0] and '—' not in texts[1][0]
