@@ -70,6 +70,14 @@ def find_options(text, name):
     return found
 
 
+def check_options(schema, answer, text):
+    """ValueError if an answer has what is not among the options of its text. schema: a Schema."""
+    for part in schema.copied:
+        value = part.get(answer) if part.is_option else None
+        if isinstance(value, str) and value not in [option for *_, option in find_options(text, part.of)]:
+            raise ValueError(f'{part.path} is {value!r}, which is not among its options')
+
+
 def shuffle_options(text, rng, keep=()):
     """(the text with its options in another order, some of them left out; [(start, end, start there)] of its parts in the
     text given). rng: a random.Random; keep: characters at which values begin that must stay."""

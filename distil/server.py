@@ -25,7 +25,7 @@ from config.machine import WORLD
 from data.calls import read_reply
 from distil.answers import label_from_answer, label_from_samples
 from distil.keys import failure_text, hide_keys, hide_password, read_key
-from distil.prompts import answer_format, prompt_messages
+from distil.prompts import answer_format, offer, prompt_messages
 from distil.replies import explain_invalid, find_refusal, judge_reply
 from distil.schema import Schema
 
@@ -67,6 +67,7 @@ class Server:
     def __init__(self, urls, model, schema, prompt, in_flight=16, samples=1, sample_temperature=1.0,
                  timeout=120, patience=300, price_in=0.0, price_out=0.0, max_cost=0.0, show=print):
         self.urls, self.model, self.schema, self.prompt = [url.rstrip('/') for url in urls], model, schema, prompt
+        self.has_options = any(part.is_option for part in schema.copied)
         self.in_flight, self.samples, self.sample_temperature = in_flight, samples, sample_temperature
         self.timeout, self.patience, self.max_cost = timeout, patience, max_cost
         self.prices = price_in, price_out
@@ -94,6 +95,8 @@ class Server:
         if sampled:
             body.pop('logprobs', None)
             body['temperature'] = self.sample_temperature
+        if self.has_options and 'response_format' in body:
+            body['response_format'] = offer(body['response_format'], text)
         return body | ({'top_logprobs': 20} if 'logprobs' in body else {})
 
     def do_without(self, message, named_only=False):

@@ -11,7 +11,8 @@ import httpx
 from data.calls import read_reply
 from data.objects import find_object
 from distil.keys import failure_text, hide_password, read_key
-from distil.prompts import answer_format, prompt_messages
+from distil.options import check_options
+from distil.prompts import answer_format, offer, prompt_messages
 from distil.replies import explain_invalid, judge_reply
 from distil.values import json_text
 
@@ -39,12 +40,13 @@ class Upstream:
         try:
             reply = await asyncio.wait_for(self.client.post('chat/completions', json={
                 'model': self.model, 'messages': prompt_messages(self.prompt, text), 'temperature': 0,
-                'response_format': self.form}), self.timeout)
+                'response_format': offer(self.form, text)}), self.timeout)
             kind, value = judge_reply(reply)
             if kind == 'answer':
                 content = read_reply(value)[0]
                 with suppress(ValueError):                      # it breaks the schema
                     record = self.space.schema.canonical(find_object(content)[0])
+                    check_options(self.space.schema, record, text)
                     self.failures = 0
                     return record
                 value = explain_invalid(self.space.schema, content, value)

@@ -10,9 +10,10 @@ from distil.copying import answer_slowly
 from distil.decode import decode
 from distil.drafts import Drafts
 from distil.engine import Teacher, answer
-from distil.options import find_options, read_text, shuffle_options, split_options, text_end, tidy, write_options
+from distil.options import check_options, find_options, read_text, shuffle_options, split_options, text_end, tidy, write_options
 from distil.labels import Labels
 from distil.places import Source
+from distil.prompts import answer_format, offer
 from distil.reader import cut_row, encode_pages, load_encoder
 from distil.schema import Schema
 from distil.space import OutputSpace
@@ -167,3 +168,17 @@ def test_a_log_whose_enums_change_becomes_a_task_with_options(tmp_path):
         found = [value for *_, value in find_options(text, 'folder')]
         assert label['answer']['folder'] == answer['folder'] and answer['folder'] in found and len(found) == 3
     assert '— about' in texts[0][0] and '—' not in texts[1][0]
+
+
+def test_a_server_is_asked_with_the_options_of_each_text():
+    text = write_options('x', OPTIONS)
+    form = offer(answer_format(Schema(FIELDS)), text)['json_schema']['schema']['properties']
+    assert form['folder'] == {'type': 'string', 'enum': ['Invoices', 'my "Travel"']}
+    assert form['tags']['items'] == {'type': 'string', 'enum': ['urgent', 'later', 'old stuff']}
+    assert 'enum' not in json.dumps(form['name']) and form['tone']['enum'] == ['calm', 'angry']
+    nullable = Schema({'type': 'object', 'properties': {'folder': {'type': ['string', 'null'], 'x-options': True},
+                                                        'tone': {'enum': ['a', 'b']}}})
+    assert offer(nullable.json_schema(), text)['properties']['folder']['enum'] == ['Invoices', 'my "Travel"', None]
+    check_options(nullable, {'folder': 'Invoices'}, text), check_options(nullable, {'folder': None}, text)
+    with pytest.raises(ValueError, match='not among its options'):
+        check_options(nullable, {'folder': 'urgent'}, text)
