@@ -252,7 +252,7 @@ if __name__ == '__main__':
         began, (epoch, k) = time.time(), divmod(training.step, per_epoch)
         if k == 0 or training.step == first:
             order = batches(lengths, batch_size, seed, epoch)   # of (seed, epoch) alone: resume needs no more
-            if any(part.is_option for part in training.space.schema.copied):
+            if training.space.has_options:
                 reorder_options(student, training.space, shards, train_rows, random.Random(1000 * seed + epoch))
         torch.manual_seed((seed + training.step) * WORLD + RANK)  # and dropout is a function of the step
         lr, kl_weight, tau = schedule(training.step, n_steps, config)

@@ -56,7 +56,7 @@ config = configure(globals())
 HERE = Path(__file__).resolve().parent
 CHECK_PASSES = 8000  # forward passes, about, in which the runner's answers are compared with the student's
 RUNNERS = 'run.py', 'student.js', 'places.js', 'candidates.js', 'index.html', 'worker.js', 'package.json'
-SHARED = 'places.py', 'candidates.py', 'values.py'  # of distil/, which run.py imports
+SHARED = 'places.py', 'candidates.py', 'options.py', 'values.py'  # of distil/, which run.py imports
 
 
 def copy_runners(folder):
@@ -332,6 +332,8 @@ if __name__ == '__main__':
         stop('no task; run: python device/export.py config/demo.py')
     out = Path('out', run or name)
     checkpoint, student, space = load_checkpoint(out, 'cpu', which)
+    if space.has_options:
+        stop('the options of each text are read by sample.py and serve/ alone: a folder for devices cannot have them yet')
     try:
         lock = open(out / 'export.lock', 'w')  # until the program ends: both would write the same folder
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

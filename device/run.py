@@ -156,7 +156,8 @@ class Student:
         before, after, most = (self.task[key] for key in ('before', 'after', 'max_text'))
         part, page = slice(-most, None) if self.task['keep_end'] else slice(most), None
         if self.copied:
-            locale = SimpleNamespace(locale=self.task['locale'], reference_date=self.task['reference_date'])
+            locale = SimpleNamespace(locale=self.task['locale'], reference_date=self.task['reference_date'],
+                                     has_options=False)
             nothing = [[(0, 0)] * len(ids) for ids in (before, after)]
             page = Page(Source(text, locale), [*nothing[0], *encoding.offsets[part], *nothing[1]])
         return Text([*before, *encoding.ids[part], *after], page)

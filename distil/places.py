@@ -7,8 +7,8 @@
 
 A value begins and ends at an *edge*: where no letter or digit stands on both sides, so never within a word. Chinese,
 Japanese and Thai are written without blanks: there each letter is a word. A number or a date is one of the candidates
-that candidates.py finds, an option one of those behind the text (options.py). Places are characters where answers are stored, since teacher and student cut a text into
-different tokens.
+that candidates.py finds, an option one of those behind the text (options.py). Places are characters where answers are
+stored, since teacher and student cut a text into different tokens.
 """
 import re
 import unicodedata
@@ -38,12 +38,12 @@ def find_edges(text):
 
 
 class Source:
-    """a text, and where its values stand. space: an OutputSpace, whose locale and reference_date say how numbers and
-    dates are read."""
+    """a text, and where its values stand. space: an OutputSpace: its locale and reference_date say how numbers and
+    dates are read, has_options whether options stand behind a text."""
 
     def __init__(self, text, space):
         self.text, self.space, self.found = text, space, {}
-        n = text_end(text) if any(part.is_option for part in space.schema.copied) else len(text)
+        n = text_end(text) if space.has_options else len(text)
         self.own, self.edges = text[:n], [*find_edges(text[:n]), *[False] * (len(text) - n)]  # without the options
 
     def candidates(self, kind):

@@ -98,6 +98,7 @@ class OutputSpace(Automaton):
         self.locale, self.reference_date = locale, reference_date
         self.tokenizer, self.schema, self.end_id = tokenizer, Schema(fields, left_out).check(), end_id
         self.indent, self.fence = indent, fence
+        self.has_options = any(part.is_option for part in self.schema.copied)
         self.check_constants()
         place = self.schema.place(indent, fence, '' if end_id is not None else '\n')
         cut, end = Cutter(place, lambda text: tokenizer.encode(text, add_special_tokens=False)), end_id is not None
