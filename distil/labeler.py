@@ -16,9 +16,9 @@ from config.machine import pick_device
 import torch
 
 from distil.checkpoint import find_threshold, load_checkpoint, problem_key
-from distil.decode import begin_row, confidence_of, decode, read_rows, span_probabilities, value_probabilities
-from distil.options import find_options, text_end, write_options
-from distil.reader import count_cut, read_pages
+from distil.decode import begin_row, confidence_of, decode, generate, read_rows, span_probabilities, value_probabilities
+from distil.options import ABOUT, HEAD, find_options, split_options, text_end, write_options
+from distil.reader import count_cut, read_pages, text_room
 from distil.space import clean, kept_part
 from distil.values import json_text, value_names
 
@@ -51,6 +51,39 @@ def load_teacher_to_ask(teacher, task, space, device):
     except ImportError as error:
         stop(f'ask_teacher needs distil/cascade.py and transformers here ({error})')
     return load_answerer(teacher, task, space, device)
+
+
+# -----------------------------------------------------------------------------
+# more options than a student can read
+
+LEAST_TEXT = 32  # tokens of a text that options leave room for
+
+
+def narrow(student, space, text):
+    """a text with as many of its options as the student can read. If it has more, those of the property with the most of
+    them are asked about in groups, and what is answered of each group stays."""
+    count = lambda part: len(student.encoder.tokenizer.encode(part).ids) - 2  # without the special tokens
+    while True:
+        own, blocks = text[:text_end(text)], split_options(text)
+        free = text_room(student, space) - 2 - min(count(own), LEAST_TEXT)
+        if count(text[len(own):]) <= free:
+            return text
+        most = max(blocks, key=lambda block: len(block[1]))
+        write = lambda items: own + ''.join(f' {HEAD} {" ".join([name, *(text[start:end] for start, end in kept)])}'
+                                            for name, kept in ((block[0], items if block is most else block[1])
+                                                               for block in blocks))
+        free -= count(write([])[len(own):])
+        n_groups = -(-count(' '.join(text[start:end] for start, end in most[1])) // max(1, free)) + 1
+        size = len(most[1]) // n_groups
+        if size < 2:                                            # the others leave no room: the end of the text is cut
+            return text
+        groups = [most[1][n:n + size] for n in range(0, len(most[1]), size)]
+        ids = [space.tokenizer.encode(write(group), add_special_tokens=False).ids for group in groups]
+        best = {value for outs in generate(student, space, ids) for *_, value in outs.spans}
+        kept = [(start, end) for start, end in most[1] if text[start + 2:end].partition(f' {ABOUT} ')[0] in best]
+        if len(kept) == len(most[1]):
+            return text
+        text = write(kept)
 
 
 # -----------------------------------------------------------------------------
@@ -199,6 +232,8 @@ class Labeler:
         string = clean(line.decode('utf-8', 'replace'))         # as the teacher's texts were
         if self.options and string and text_end(string) == len(string):
             string = write_options(string, self.options)
+        if self.space.has_options:
+            string = narrow(self.student, self.space, string)
         ids = self.space.tokenizer.encode(string, add_special_tokens=False).ids  # of the whole vocabulary
         max_text = self.task['max_text']
         n_cut = count_cut(self.student, self.space, ids, max_text)
@@ -206,10 +241,12 @@ class Labeler:
             return [], 'empty text', 0
         if n_cut and self.too_long == 'refuse':
             return [], f'text has {len(ids)} tokens, {n_cut} more than the student reads', 0
-        if options := [part.kind for part in self.space.schema.copied if part.is_option]:
-            if lacking := [kind for kind in options if kind in self.space.needs[0] and not find_options(string, kind[7:])]:
-                return [], f'the text comes without options for {lacking[0][7:]}', 0
-            if len(ids) > max_text:                             # they stay
+        if self.space.has_options:
+            lacking = [part.of for part in self.space.schema.copied if part.is_option
+                       and part.kind in self.space.needs[0] and not find_options(string, part.of)]
+            if lacking:
+                return [], f'the text comes without options for {lacking[0]}', 0
+            if len(ids) > max_text:                             # the options stay
                 own = self.space.tokenizer.encode(string[:text_end(string)], add_special_tokens=False).ids
                 return own[:max(0, max_text - len(ids) + len(own))] + ids[len(own):], '', n_cut
         return ids[kept_part(self.task)], '', n_cut

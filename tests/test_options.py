@@ -11,6 +11,7 @@ from distil.decode import decode
 from distil.drafts import Drafts
 from distil.engine import Teacher, answer
 from distil.options import check_options, find_options, read_text, shuffle_options, split_options, text_end, tidy, write_options
+from distil.labeler import narrow
 from distil.labels import Labels
 from distil.places import Source
 from distil.prompts import answer_format, offer
@@ -117,6 +118,22 @@ def test_a_student_decodes_options_as_one_by_one(bert, tokenizer, words):
         assert found['folder'] in [value for *_, value in find_options(shown, 'folder')]
         tags = [value for *_, value in find_options(shown, 'tags')]
         assert {*found['tags']} <= {*tags} and (len(found['tags']) < 2 or len(tags) == 1 or len({*found['tags']}) == 2)
+
+
+def test_more_options_than_it_reads_are_asked_about_in_groups(bert, tokenizer, words):
+    torch.manual_seed(2)
+    space, encoder = OutputSpace(tokenizer, {'folder': OPTION}), load_encoder(str(bert))
+    V, rng = len(space.output_ids), random.Random(0)
+    student = Student(StudentConfig(vocab_size=V + 3, output_vocab=V, block_size=60, n_layer=1, n_head=4, n_embd=16, n_mlp=32,
+                                    n_kv_head=4, start_id=V, encoder=vars(encoder.config), places=True), encoder).eval()
+    names = [*dict.fromkeys(' '.join(rng.choices(words, k=2)) for _ in range(60))]
+    text = write_options('the cat', {'folder': names})
+    shorter = narrow(student, space, text)
+    kept = [value for *_, value in find_options(shorter, 'folder')]
+    assert 0 < len(kept) < len(names) and {*kept} <= {*names} and shorter.startswith('the cat ¶ folder • ')
+    assert len(encoder.tokenizer.encode(shorter).ids) <= 60 and narrow(student, space, shorter) == shorter
+    few = write_options('the cat', {'folder': names[:3]})
+    assert narrow(student, space, few) == few
 
 
 @pytest.mark.slow
