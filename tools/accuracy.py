@@ -7,7 +7,8 @@ fits?
 A line of `input` has a text and the true values of some fields: {"text": "...", "answer": {"intent":
 "translate"}}, or under "truth". The lines of `outside` have texts that no value fits; `auroc` tells how
 well the student's confidence parts them from the others. Of a field with two values, `recall_at_95` is the share of
-the rarer one that is found if 95 in 100 of what is found shall be right. tools/evaluate.py measures agreement
+the rarer one that is found if 95 in 100 of what is found shall be right. `ece` is how far the student's confidence is from
+the share that is right. tools/evaluate.py measures agreement
 with the teacher instead.
 """
 import sys
@@ -22,7 +23,7 @@ from config.machine import pick_device
 import numpy as np
 
 from data import read_texts
-from distil.agreement import measure_members
+from distil.agreement import calibration_error, measure_members
 from distil.records import load_records
 from distil.schema import true_value
 from distil.values import MISSING, json_text
@@ -103,6 +104,7 @@ def measure(leaf, records, answers, others, problem='error'):
     def confidence(records):
         known = [(record['_confidence'][field], said(record)) for record in records if problem not in record]
         return [p[name_of[value]] if isinstance(p, dict) else p for p, value in known]
+    figures['ece'] = calibration_error(np.array(confidence(record for record, _ in pairs)), right)
     if len(leaf) == 2 and len({*truth}) == 2:                   # the rarer one is what people look for
         rare = min(name_of, key=[*truth].count)
         scores = np.array([record['_confidence'][field][name_of[rare]] for record, _ in pairs])
