@@ -16,7 +16,8 @@ fields = {
                'SearchScreeningEvent'],
     'slots': {'type': 'array', 'maxItems': 8, 'items': {
         'type': 'object', 'required': ['slot', 'value'],
-        'properties': {'slot': {'enum': _slots.split()}, 'value': {'type': 'string'}}}}}
+        # where it is before what it is: a student that decides the kind first has to guess which words come next
+        'properties': {'value': {'type': 'string'}, 'slot': {'enum': _slots.split()}}}}}
 max_text = 48          # tokens; the longest text has 43
 # student: a pre-trained encoder reads the text, one layer writes the answer
 reader = 'data/teachers/minilm'  # python data/teachers/prepare.py minilm
