@@ -18,7 +18,7 @@ from distil.resume import Training
 from tests.conftest import ROOT, clone_task, one_line, run
 from tests.test_config import ALL
 
-DOCS = 'docs/agent.py', 'docs/demo.py', 'docs/pictures.py', 'docs/reference.py', 'docs/truth.py'
+DOCS = 'docs/agent.py', 'docs/demo.py', 'docs/options.py', 'docs/pictures.py', 'docs/reference.py', 'docs/truth.py'
 # in place of a package: says that it is being loaded, and swallows exceptions as some packages do
 SLOW = '''import os, time
 os.write(1, b'loading\\n')
