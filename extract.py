@@ -26,7 +26,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers.utils import logging
 
-from data import FORMAT, Hashes, Record, answers_from, read_texts, shard_folders, stored_hashes, write_json
+from data import FORMAT, Hashes, Record, answers_from, shard_folders, stored_hashes, write_json
+from data.lines import read_texts
 from data.texts import prefetch, read_groups
 from distil.calibrate import calibrate_teacher
 from distil.engine import Teacher

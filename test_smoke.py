@@ -17,12 +17,13 @@ import pytest
 import torch
 
 import data
+from data.lines import text_hash
 from distil.agreement import evaluate
 from distil.checkpoint import load_checkpoint
 from distil.decode import generate
 from distil.drafts import Drafts
 from distil.engine import Teacher, answer
-from distil.space import OutputSpace
+from distil.space import OutputSpace, clean
 from distil.teacher import encode_prompt
 from tests.conftest import FIELDS, SCHEMAS, clone_task, load_teacher, run, tiny_student, weights
 from train import distill_loss
@@ -81,8 +82,8 @@ def test_stored_records_are_what_the_teacher_says(project, teachers):
     meta = shards.meta
     space = OutputSpace.from_task(tokenizer.backend_tokenizer, meta)   # with the bias of the calibration
     texts = {
-        data.text_hash(t): t
-        for t in (data.clean(json.loads(line)['text']) for line in open(project / 'data/toy/input.jsonl'))
+        text_hash(t): t
+        for t in (clean(json.loads(line)['text']) for line in open(project / 'data/toy/input.jsonl'))
     }
     n_lse = 0
     for i in range(0, len(shards), 17):

@@ -30,7 +30,8 @@ from config.machine import on_stop, stop_anyway
 import torch
 import torch.nn as nn
 
-from data import held_out, read_texts, text_hash, write_json
+from data import held_out, write_json
+from data.lines import read_texts, text_hash
 from device.shrink import choose_tokens, fold_table, round_to_int8, trim_student, trim_tokenizer
 from device.task import make_task
 from distil.agreement import field_texts, same_values, teacher_forced_sums

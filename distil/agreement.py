@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from data import cut_text, read_texts, text_hash
+from data.lines import cut_text, read_texts, text_hash
 from distil.decode import decode
 from distil.reader import encode_records
 from distil.schema import members, true_value

@@ -27,7 +27,8 @@ import numpy as np
 
 from config import split_paths, stop
 from config.machine import RANK
-from data import Shards, text_hash
+from data import Shards
+from data.lines import text_hash
 from data.calls import read_replies
 from data.logs import Log
 from data.objects import find_object
@@ -62,7 +63,7 @@ def read_text(line):
 
 class Labels:
     """the labelled texts of some files. Each iteration yields (text, label, '') or ('', None, reason) for each
-    line, as data.read_texts does.
+    line, as data.lines.read_texts does.
 
     paths: files of labelled texts and of calls to an LLM. template, prompt: see data.logs.Log. The labels of a
     text that comes several times are averaged; `conflicting` counts those with another answer than the first

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 
 from config import data_line, stop
 from config.machine import whole_file
-from data import DTYPES, cut_text, text_hash
+from data import DTYPES
+from data.lines import cut_text, text_hash
 from data.logs import Log, read_lines
 from data.tables import read_part
 from distil.labels import read_text

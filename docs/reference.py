@@ -27,7 +27,8 @@ from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.initialization import no_init_weights
 
-from data import read_meta, read_texts
+from data import read_meta
+from data.lines import read_texts
 from distil.checkpoint import lower_precision
 from distil.decode import generate
 from distil.engine import peak_memory_gb

@@ -21,7 +21,8 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from data import Shards, read_texts, text_hash
+from data import Shards
+from data.lines import read_texts, text_hash
 from distil.agreement import linear_models
 from distil.records import load_records
 from distil.labeler import Labeler

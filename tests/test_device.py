@@ -25,7 +25,8 @@ for package in ('onnx', 'onnxscript', 'onnxruntime'):
 import onnx
 import onnxruntime
 
-from data import held_out, read_texts, text_hash, write_json
+from data import held_out, write_json
+from data.lines import read_texts, text_hash
 from device.export import copy_runners, describe_values, read_corpus, write_onnx
 from device.run import Student as Runner
 from device.shrink import (Int8, choose_tokens, fold_table, list_pieces, round_to_int8, trim_student,

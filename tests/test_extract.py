@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import data
+from data.lines import cut_text, read_texts, text_hash
 from data.texts import prefetch, read_groups
 from distil.extraction import print_filter
-from distil.space import OutputSpace
+from distil.space import OutputSpace, clean
 from tests.conftest import (CHILDREN, FIELDS, clone_task, free_port, load_teacher, one_line, run, run_script,
                             torchrun)
 
@@ -37,13 +38,13 @@ def test_any_texts_are_filtered_and_counted(tokenizer, tmp_path):
     (tmp_path / 'input.jsonl').write_bytes(b'\n'.join(lines))
     counts = Counter()
     read = lambda size, **limits: list(
-        read_groups(data.read_texts(tmp_path / 'input.jsonl'), tokenizer, size, 3, 60, **limits))
+        read_groups(read_texts(tmp_path / 'input.jsonl'), tokenizer, size, 3, 60, **limits))
     groups = read(3, counts=counts)
     assert counts == dict(kept=4, duplicate=1, short=1, url=1, tag=2, long=1, empty=3, bad_json=4,
                           bad_utf8=2) and [len(g) for g in groups] == [3, 1]
     assert [tokenizer.decode(ids.tolist()) for group in groups
-            for _, ids, _ in group] == [data.clean(t)
-                                        for t in good] and groups[0][0][0] == data.text_hash(good[0])
+            for _, ids, _ in group] == [clean(t)
+                                        for t in good] and groups[0][0][0] == text_hash(good[0])
     assert [len(g) for g in read(9, limit=2)] == [2] and [len(g) for g in read(2, limit=4)] == [2, 2]
     special = [('<turn>' 'cat sat', None, '')]
     assert list(read_groups(special, tokenizer, 4, 1, 60)) == []
@@ -62,7 +63,7 @@ def test_long_texts_are_cut_as_the_student_will_cut_them(tokenizer):
         assert [ids.tolist() for _, ids, _ in group] == list(
             map(list, dict.fromkeys(tuple(encode(text)[:max_text]) for text in long))) and not counts['long']
         (group, ) = read_groups([(text, None, '') for text in long], tokenizer, 9, 1, max_text, cut='last')
-        parts = {of: data.cut_text(of, tokenizer, {'max_text': max_text, 'keep_end': True}) for of in long}
+        parts = {of: cut_text(of, tokenizer, {'max_text': max_text, 'keep_end': True}) for of in long}
         for of, (ids, text) in parts.items():
             assert ids == encode(of)[-max_text:] and of.strip().endswith(text) and text == ' '.join(text.split())
         assert {tuple(ids.tolist()) for _, ids, _ in group} == {tuple(ids) for ids, _ in parts.values()}
@@ -70,7 +71,7 @@ def test_long_texts_are_cut_as_the_student_will_cut_them(tokenizer):
     text = 'the cat sat'
     ((hash_, ids, _), ), = read_groups([(f'{text} on www.cat.org', None, '')], tokenizer, 9, 1,
                                        len(encode(text)), cut='first')
-    assert hash_ == data.text_hash(text) and ids.tolist() == encode(text)  # the part cut off is not filtered
+    assert hash_ == text_hash(text) and ids.tolist() == encode(text)  # the part cut off is not filtered
 
 
 def test_texts_that_are_equal_only_because_of_the_cut_are_told_apart(tokenizer, capsys):
@@ -203,10 +204,10 @@ def test_given_answers_are_scored_and_stored_in_the_same_format(project, tmp_pat
     root, rng = clone_task(project, tmp_path), random.Random(0)
     texts = [json.loads(line)['text'] for line in open(root / 'data/toy/input.jsonl')][:50]
     given = {
-        data.text_hash(data.clean(t)): dict(tone=rng.choice(FIELDS['tone']), spam=rng.choice(FIELDS['spam']))
+        text_hash(clean(t)): dict(tone=rng.choice(FIELDS['tone']), spam=rng.choice(FIELDS['spam']))
         for t in texts
     }
-    lines = [{'text': t, 'answer': given[data.text_hash(data.clean(t))]} for t in texts]
+    lines = [{'text': t, 'answer': given[text_hash(clean(t))]} for t in texts]
     lines += [{'text': 'the cat sat there', 'answer': a}
               for a in (None, )] + [{'text': 'the dog sat there', 'answer': {'tone': 'rude', 'spam': 1}}]
     (root / 'scored.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+from data.lines import text_hash
 from config import split_paths
 from distil.cascade import load_answerer
 from distil.checkpoint import TASK
@@ -209,7 +210,7 @@ def test_no_text_with_an_answer_is_left_out_for_its_links_or_markup(project, tmp
     done = run(root, 'extract.py', f'--{kind}=given.jsonl', '--calibrate=0', '--prior={}', '--max_text=60')
     assert 'filter read=6 kept=4 long=1 special=1\n' in done.stdout, done.stderr
     hashes = data.Shards('toy', 'toy', root / 'data').hashes
-    assert {*hashes.tolist()} == {*map(data.text_hash, texts)}
+    assert {*hashes.tolist()} == {*map(text_hash, texts)}
     write_lines(root / 'data/toy/input.jsonl', [{'text': text} for text in [*texts, 'the cat sat on a mat']])
     done = run(root, 'extract.py', '--name=asked', '--calibrate=0', '--max_text=60')  # without an answer they are
     assert 'filter read=5 kept=1 short=1 tag=1 url=2\n' in done.stdout, done.stderr
@@ -247,7 +248,7 @@ def test_the_teacher_answers_the_fields_that_labels_do_not_have(project, tmp_pat
     shards = data.Shards('toy', 'part', root / 'data')
     space, (_, model) = shards.space, load_teacher(root / shards.meta['teacher'])
     assert len(shards) == 60
-    tone_of = {data.text_hash(text): tone for text, tone in zip(texts, tones)}
+    tone_of = {text_hash(text): tone for text, tone in zip(texts, tones)}
     first = space.from_json({'tone': 'neutral', 'spam': True})
     at = [state for state in space.states_before(first) if space.leaf_at[state] == 'tone'][0]
     for i in range(60):

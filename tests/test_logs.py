@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import data
+from data.lines import text_hash
 from data.calls import read_reply
 from data.logs import is_log
 from data.schemas import asked_schema
@@ -540,10 +541,10 @@ def test_a_batch_asks_what_a_server_is_asked_and_its_output_becomes_records(proj
     done = run(root, 'extract.py', '--name=batch', '--labels=output.jsonl,requests.jsonl')
     assert done.returncode == 0 and '100 requests of the batch have no output' in done.stdout, done.stderr
     shards = data.Shards('toy', 'batch', root / 'data')
-    assert {int(hash_) for hash_ in shards.hashes} == {data.text_hash(text) for text in texts[100:]}
+    assert {int(hash_) for hash_ in shards.hashes} == {text_hash(text) for text in texts[100:]}
     done = batch('--name=batch', '--logprobs=False', '--max_records=60')
     lines = [json.loads(line) for line in open(root / 'requests.jsonl')]
-    assert [line['custom_id'] for line in lines] == [f'{data.text_hash(text):016x}' for text in texts[:60]]
+    assert [line['custom_id'] for line in lines] == [f'{text_hash(text):016x}' for text in texts[:60]]
     assert not {'logprobs', 'top_logprobs', 'temperature'} & {*lines[0]['body']}
 
 

@@ -28,7 +28,7 @@ import zstandard
 from jevcompat import validate
 from jevcompat.client import Response, parse_json
 
-from data import read_texts
+from data.lines import read_texts
 from serve.app import make_app
 from serve.bench import bench_serve, post_many
 from serve.prompts import Prompts, read_turns

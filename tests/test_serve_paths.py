@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import pytest
 
-from data import read_texts
+from data.lines import read_texts
 from distil.schema import Schema
 from tests.conftest import ROOT, one_line, run
 from tests.served import (CHAT, FIELDS, MEANING, PROMPT, TEXT, TEXTS, answer_of, chat, give_service, json_schema,

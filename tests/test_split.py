@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+from data.lines import text_hash
 from data.logs import read_lines
 from distil.split import count_near, hash_texts, read_parts, split_of
 from tests.conftest import clone_task, make_shards, one_line, random_records, run
@@ -42,7 +43,7 @@ def held_out_texts(root, texts):
     """those of the texts that are held out of the records"""
     shards = data.Shards('toy', 'toy', root / 'data')
     held = {*shards.hashes[shards.split()[1]].tolist()}
-    return [text for text in texts if data.text_hash(text) in held]
+    return [text for text in texts if text_hash(text) in held]
 
 
 def test_what_a_line_says_decides_which_part_its_text_is_in(tmp_path, capsys):
@@ -62,7 +63,7 @@ def test_a_text_is_found_whole_and_cut(tokenizer):
     cut = tokenizer.decode(ids[:4]).strip()
     hashes = hash_texts([text, 'a cat', text], tokenizer, {'max_text': 4})
     assert sorted(hashes.tolist()) == hashes.tolist() and {*hashes.tolist()} == {
-        data.text_hash(of) for of in (text, cut, 'a cat')}
+        text_hash(of) for of in (text, cut, 'a cat')}
     assert len(hash_texts([], tokenizer, {'max_text': 4})) == 0
 
 
@@ -78,7 +79,7 @@ def test_own_texts_are_held_out_and_all_others_trained_on(task):
     assert f'records train={400 - len(expected)} held_out={len(expected)} ' in done.stdout, done.stderr
     assert 'chosen on the held-out records, which flatters a little' in done.stdout
     state = torch.load(root / 'out/toy/best.pt', weights_only=True)
-    assert {*split_of(state).tolist()} >= {*map(data.text_hash, expected)}
+    assert {*split_of(state).tolist()} >= {*map(text_hash, expected)}
     # confidence: fitted on one half of them and tested on the other
     shown = run(root, 'tools/evaluate.py').stdout
     n_odd = int(next(line for line in shown.splitlines() if line.startswith('reliability ')).split()[1][8:])
@@ -86,7 +87,7 @@ def test_own_texts_are_held_out_and_all_others_trained_on(task):
     assert 'trained already' in run(root, 'train.py', '--max_epochs=1').stdout
     # the records get another split: the student is measured on its own one, and no run goes on with the other
     assert 'split' not in extract(root, [label(text) for text in texts])
-    assert held_out_texts(root, texts) == [text for text in texts if data.held_out(data.text_hash(text))]
+    assert held_out_texts(root, texts) == [text for text in texts if data.held_out(text_hash(text))]
     assert run(root, 'tools/evaluate.py').stdout.splitlines()[0] == shown.splitlines()[0]
     refused = one_line(run(root, 'train.py', '--max_epochs=1'))
     assert 'out/toy holds another run (n_train 300 there' in refused and "split '100 hashes" in refused

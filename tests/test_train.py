@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+from data.lines import text_hash
 import distil.resume
 import train
 from distil.checkpoint import load_checkpoint, save_checkpoint
@@ -448,14 +449,14 @@ def test_train_on_right_trains_only_on_what_is_known_to_be_right(project, tmp_pa
     refused = run(root, 'train.py', '--train_on=right', '--run=r')
     assert refused.returncode == 1 and 'train_on = right needs texts with "truth"' in one_line(refused)
     for n, text in enumerate(texts):                            # wrong in one of three, unknown in one of ten
-        answer = dict(answer_of.get(data.text_hash(text), {}))
+        answer = dict(answer_of.get(text_hash(text), {}))
         if answer and n % 3 == 0:
             answer['spam'] = not answer['spam']
         if answer and n % 3 == 1:
             answer = {'spam': str(answer['spam']).upper(), 'note': 'x'}  # a table's way to write it, and one field
         lines.append({'text': text} | ({'truth': answer} if answer and n % 10 else {}))
     path.write_text('\n'.join(map(json.dumps, lines)))
-    known = {data.text_hash(text): n % 3 > 0 and n % 10 > 0 for n, text in enumerate(texts)}
+    known = {text_hash(text): n % 3 > 0 and n % 10 > 0 for n, text in enumerate(texts)}
     train_rows, val_rows = shards.split()
     expected = sum(known[int(shards.hashes[i])] for i in train_rows)
     done = run(root, 'train.py', '--train_on=right', '--run=r')

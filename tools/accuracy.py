@@ -22,7 +22,7 @@ from config.machine import pick_device
 
 import numpy as np
 
-from data import read_texts
+from data.lines import read_texts
 from distil.agreement import calibration_error, measure_members
 from distil.records import load_records
 from distil.schema import true_value

@@ -20,7 +20,8 @@ from config import STARTED_IN, configure, data_line, next_command, stop
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from data import Hashes, read_meta, read_texts, shard_folders, stored_hashes
+from data import Hashes, read_meta, shard_folders, stored_hashes
+from data.lines import read_texts
 from data.texts import read_groups
 from distil.extraction import check_source, read_schema_file
 from distil.prompts import prompt_text
