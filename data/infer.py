@@ -77,6 +77,12 @@ class Part:
             return {'type': 'string', 'format': 'date'} if is_date else {'type': 'string'}
         return {'type': 'integer' if all(value == int(value) for value in values) else 'number'}
 
+    def describe_copied(self):
+        """how many of its values stand in the texts, if these are many; else ''."""
+        n = sum(k for text, k in self.constants.items() if text not in ('null', '""'))
+        return f'{self.n_copied} of {n} stand in the texts: take it out of left_out to learn these' \
+            if self.n_copied > n / 2 else ''
+
     def describe_values(self, path):
         """how many different values it has, '' if none. path: where it stands."""
         counts = self.merged()
