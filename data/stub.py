@@ -73,8 +73,8 @@ def find_schema(log):
             schema = json.loads(text)
             merged[json.dumps(with_options(schema, [name for name in names if name in schema['properties']]))] += n
         said = f'the values of {", ".join(map(repr, names))} change from request to request: they are its options'
-        schema, note = json.loads(merged.most_common(1)[0][0]), f' ({len(merged)} schemas remain)' if len(merged) > 1 else ''
-        return schema, said + note
+        note = f' ({len(merged)} schemas remain)' if len(merged) > 1 else ''
+        return json.loads(merged.most_common(1)[0][0]), said + note
     (text, n), *others = counts.most_common()
     schema = json.loads(text)
     where = find_difference(schema, json.loads(others[0][0])) if others else ''

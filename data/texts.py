@@ -43,8 +43,8 @@ def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut='', kee
     """yields the texts worth labelling in groups of `size`, each a list of Texts, in the order
     of the file. Streams: it keeps only 16 bytes per text, and 8 more if cut.
 
-    texts: from data.lines.read_texts. cut: of a longer text 'first' keeps the first max_text tokens, 'last' the last ones, ''
-    refuses the text. limit: number of texts to keep; 0: all. keep_markup: as for refusal_reason. counts: a Counter that is
+    texts: from data.lines.read_texts. cut: of a longer text 'first' keeps the first max_text tokens, 'last' the last
+    ones, '' refuses the text. limit: number of texts to keep; 0: all. keep_markup: as for refusal_reason. counts: a Counter that is
     updated with the outcome of each line: `equal_once_cut` is a text that equals an earlier one only because of the
     cut.
     """

@@ -334,7 +334,7 @@ if __name__ == '__main__':
     out = Path('out', run or name)
     checkpoint, student, space = load_checkpoint(out, 'cpu', which)
     if space.has_options:
-        stop('the options of each text are read by sample.py and serve/ alone: a folder for devices cannot have them yet')
+        stop('options of each text are read by sample.py and serve/ alone: a folder for devices cannot have them yet')
     try:
         lock = open(out / 'export.lock', 'w')  # until the program ends: both would write the same folder
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,8 @@
-"""Options that come with each text: they stand behind it, and an answer points at one of them. Only the standard library.
+"""Options that come with each text: they stand behind it, and an answer points at one of them. Only the standard
+library.
 
-    write_options('my train leaves at 9', {'folder': ['Invoices', {'value': 'Travel', 'description': 'tickets, hotels'}]})
-    # 'my train leaves at 9 ¶ folder • Invoices • Travel — tickets, hotels'
+    write_options('my train leaves at 9', {'folder': ['Invoices', {'value': 'Travel', 'description': 'tickets'}]})
+    # 'my train leaves at 9 ¶ folder • Invoices • Travel — tickets'
     find_options('my train leaves at 9 ¶ folder • Invoices', 'folder')  # [(32, 40, 'Invoices')]
 
 So teacher and student read them as part of the text, and what can be answered is found in it, as a number or a date is
@@ -79,8 +80,8 @@ def check_options(schema, answer, text):
 
 
 def shuffle_options(text, rng, keep=()):
-    """(the text with its options in another order, some of them left out; [(start, end, start there)] of its parts in the
-    text given). rng: a random.Random; keep: characters at which values begin that must stay."""
+    """(the text with its options in another order, some of them left out; [(start, end, start there)] of its parts in
+    the text given). rng: a random.Random; keep: characters at which values begin that must stay."""
     at = text_end(text)
     parts, written, n = [(0, at, 0)], [text[:at]], at
     for name, items in split_options(text):

@@ -21,8 +21,8 @@ def prompt_text(prompt):
 
 
 def offer(part, text, keys=()):
-    """a JSON Schema, or a request that holds one, in which the options of a text are listed where one of them is the answer
-    (options.py). keys: of the properties that lead to the part."""
+    """a JSON Schema, or a request that holds one, in which the options of a text are listed where one of them is the
+    answer (options.py). keys: of the properties that lead to the part."""
     if isinstance(part, list):
         return [offer(inner, text, keys) for inner in part]
     if not isinstance(part, dict):

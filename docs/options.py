@@ -28,7 +28,8 @@ config = configure(globals())
 
 def ask(labeler, lines, options):
     """(records, seconds) of lines with these options each."""
-    asked, start = [write_options(line['text'], {'intent': some}) for line, some in zip(lines, options)], time.perf_counter()
+    asked = [write_options(line['text'], {'intent': some}) for line, some in zip(lines, options)]
+    start = time.perf_counter()
     return labeler(asked), time.perf_counter() - start
 
 
@@ -53,6 +54,7 @@ if __name__ == '__main__':
             few = options[:order_texts]
             again, _ = ask(labeler, lines[:order_texts], [rng.sample(some, len(some)) for some in few])
             changed = np.mean([one['intent'] != other['intent'] for one, other in zip(records, again)])
-            print(data_line('options', {'n': len(options[0]), 'of': part, 'texts': len(lines), 'right': float(hits.mean()),
-                                        'ece': calibration_error(p, hits), 'changed_by_order': float(changed),
-                                        'texts_s': len(lines) / seconds}), flush=True)
+            print(data_line('options', {
+                'n': len(options[0]), 'of': part, 'texts': len(lines), 'right': float(hits.mean()),
+                'ece': calibration_error(p, hits), 'changed_by_order': float(changed), 'texts_s': len(lines) / seconds,
+            }), flush=True)

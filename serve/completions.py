@@ -104,7 +104,8 @@ def read_completion(student, body):
         chunks = [{'choices': [choice]} for choice in choices]
         return write_events(head, chunks, usage_of(answers) if with_usage else None)
     offered = form.shape.offered(student.space)
-    return Plan([form.shape.with_options(text) for text, _, _ in found], ('prompt',), reply, with_logprobs or bool(offered), offered,
+    texts = [form.shape.with_options(text) for text, _, _ in found]
+    return Plan(texts, ('prompt',), reply, with_logprobs or bool(offered), offered,
                 refuse_long=student.refuses_long(True))
 
 

@@ -182,8 +182,8 @@ def read_tool_form(body, student, is_response=False):
         return Form(shape, kind, tool=name, named=named, forced=choice != 'auto')
     names, given = [name for name, _, _ in tools], option_parts(student.space.schema)
     if len(given) == 1 and choice == 'required':                # the tools of this call are the options
-        shape = student.shape_of({'oneOf': [{'const': name, 'description': about} for name, about in describe_tools(body)]}, key)
-        return Form(shape, kind)
+        known = [{'const': name, 'description': about} for name, about in describe_tools(body)]
+        return Form(student.shape_of({'oneOf': known}, key), kind)
     fields = [(leaf, words) for leaf in scalars(student.space.schema).values()
               if len(words := match_options(names, leaf)) == len({*map(loose, names)}) == len(names)]
     if len(fields) != 1:

@@ -43,8 +43,9 @@ def given_question(space, name, kind, options, abouts, instructions, where):
              for option, about in zip(options, abouts)]
     if len({tidy(one['value']) for one in given} - {''}) < len(given):
         raise Refusal(422, f'the options of the {kind} question {name or where[-1]!r} must be different texts', *where)
-    is_predicate = kind == 'yes-or-no'
-    return Question(name, kind, [] if is_predicate else options, '', [0] if is_predicate else [*range(len(given))], given)
+    if kind == 'yes-or-no':
+        return Question(name, kind, [], '', [0], given)
+    return Question(name, kind, options, '', [*range(len(given))], given)
 
 
 def given_probabilities(labeler, question, answer):
@@ -270,7 +271,8 @@ def read_questions(student, body, path):
         messages = [{'role': 'user', 'content': given}] if isinstance(given, str) else given
         text, ignored, _ = student.prompts.find_text(read_turns(messages, 'input'), 'input')
 
-    given, asks_fields = [question for question in questions if question.given], any(question.field for question in questions)
+    given = [question for question in questions if question.given]
+    asks_fields = len(given) < len(questions)
     needed = [kind.partition(':')[2] for kind in student.space.needs[0] if kind.startswith('option:')]
     # the fields are the same whatever else is asked
     texts = [write_options(text, {name: ['none'] for name in needed}) if needed else text] * asks_fields

@@ -98,7 +98,8 @@ def examples(part, n_random=30):
     """values of a part, each once: all values of each choice, in the fullest and in the emptiest answer, and random
     ones. A choice in several items of a list has the same value in all, a copied value is one of COPIES."""
     rng, found = random.Random(0), []
-    fill = lambda choose: part.fill(lambda leaf: COPIES.get(leaf.kind, COPIES['text']) if isinstance(leaf, Copied) else choose(leaf))
+    copy = lambda leaf: COPIES.get(leaf.kind, COPIES['text'])   # of an option, too
+    fill = lambda choose: part.fill(lambda leaf: copy(leaf) if isinstance(leaf, Copied) else choose(leaf))
     group = lambda choice: re.sub(r'\[\d+\]', '[]', choice.path)
     absent = lambda choice: [n for n, value in enumerate(choice.values) if value is None or value is MISSING]
     full = lambda choice: len(choice) - 1 if absent(choice) == [0] else 0
@@ -192,15 +193,15 @@ def option_parts(schema):
 
 def translate_option(part, inner, caller):
     """what the property offers becomes the options that stand behind the text."""
-    offered = {}                                                # {a word as it stands behind the text: (it, what it means)}
+    offered = {}                                                # {a word as it stands behind the text: (it, its meaning)}
     for one in alternatives(inner, caller.root):
         about = one.get('description') if 'const' in one and isinstance(one.get('description'), str) else ''
         for word in one.get('enum', [one['const']] if 'const' in one else []):
             if isinstance(word, str) and tidy(word):
                 offered.setdefault(tidy(word), (word, about))
     if not offered:
-        raise ValueError(f'{part.group!r} is {part.describe()} in the answers of the student, and the schema offers none '
-                         '(enum)')
+        raise ValueError(f'{part.group!r} is {part.describe()} in the answers of the student, and the schema offers '
+                         'none (enum)')
     caller.options[part.of] = [
         {'value': word, 'description': about} for word, about in offered.values()]
     words = {tidied: word for tidied, (word, _) in offered.items()}

@@ -7,8 +7,8 @@ fits?
 A line of `input` has a text and the true values of some fields: {"text": "...", "answer": {"intent":
 "translate"}}, or under "truth". The lines of `outside` have texts that no value fits; `auroc` tells how
 well the student's confidence parts them from the others. Of a field with two values, `recall_at_95` is the share of
-the rarer one that is found if 95 in 100 of what is found shall be right. `ece` is how far the student's confidence is from
-the share that is right. tools/evaluate.py measures agreement
+the rarer one that is found if 95 in 100 of what is found shall be right. `ece` is how far the student's confidence is
+from the share that is right. tools/evaluate.py measures agreement
 with the teacher instead.
 """
 import sys

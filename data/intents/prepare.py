@@ -3,9 +3,10 @@
     python data/intents/prepare.py                       # of data/clinc, which python data/clinc/prepare.py makes
     python data/intents/prepare.py --options=50
 
-An intent is named by its words: "exchange rate". 30 of the 150 are never in input.jsonl, neither as the answer nor among
-the options; it has 50 sentences of each of the others. seen.jsonl and unseen.jsonl have the sentences of val.jsonl, whose
-options are drawn from all 150, for tools/accuracy.py: what is right was learned from, or was never seen.
+An intent is named by its words: "exchange rate". 30 of the 150 are never in input.jsonl, neither as the answer nor
+among the options; it has 50 sentences of each of the others. seen.jsonl and unseen.jsonl have the sentences of
+val.jsonl, whose options are drawn from all 150, for tools/accuracy.py: what is right was learned from, or was never
+seen.
 """
 import json
 import random
