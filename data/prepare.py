@@ -26,7 +26,7 @@ first, which are left out.
 true, false, a whole number, or an object or a list as JSON is that, any other is text; an empty one beside labels is
 null. An object in a column called answer is the whole answer. --truth names columns with the truth of a field. It is
 never trained on; tools/evaluate.py compares with it. Here a cell is text: TRUE, 1.0 and none mean true, 1 and null in
-a field with these values. .json and .jsonl keep `truth`, `answer` and `probabilities`, without NaN.
+a field with these values. .json and .jsonl keep `truth`, `answer`, `probabilities` and `options`, without NaN.
 
 --split names the column (or key) that says to which part a text belongs: train, or test (val, validation, valid,
 dev, eval, held_out), which is held out from training. A key `split` of a .json or .jsonl with one of these words
@@ -63,7 +63,7 @@ from tables import DELIMITERS, by_option, csv_rows, find_value, read_part, read_
 from templates import check_template
 from typed import read_typed, xlsx_rows
 
-KEPT = 'truth', 'answer', 'probabilities', 'split'
+KEPT = 'truth', 'answer', 'probabilities', 'options', 'split'
 
 
 def is_json(value):
@@ -204,6 +204,7 @@ def write_texts(records, file, counts, split, problems):
         except ValueError as error:
             sys.exit(f'{text[:60]!r}: {error}')
         key = (text, part) if part == 'test' else text
+        key = (key, json.dumps(extra['options'])) if 'options' in extra else key
         counts['read'] += 1
         labelled = 'answer' in extra or 'probabilities' in extra  # several labels of a text are averaged by extract.py
         reason = 'empty' if not text else 'duplicate' if key in seen and not labelled else 'kept'
@@ -285,11 +286,11 @@ if __name__ == '__main__':
                 sys.exit('; '.join([f'no text has a value in {missing[0]!r}; correct --{named[missing[0]]}=, or leave '
                                     'it out', *problems[:1]]))
             labels = ','.join(os.path.relpath(path, root) for path in logs) or f'data/{name}/input.jsonl'
-            answers = log_answers(log) if logs else label_answers(file.name)
+            answers, given = (log_answers(log), {}) if logs else label_answers(file.name)
             prompt = '\n\n'.join(filter(None, (log.system, log.template)))
             if logs and not schema:
                 schema, schema_note = find_schema(log)
-            stub, notes = write_stub(name, answers, labels, counts['kept'], prompt, schema)
+            stub, notes = write_stub(name, answers, labels, counts['kept'], prompt, schema, given)
             if (config or schema) and not stub and not logs:
                 sys.exit(f'{", ".join(paths)}: no labels of a few values, so there is no use for '
                          f'--{"config" if config else "schema"}=')

@@ -25,13 +25,24 @@ def log_answers(log):
 
 
 def label_answers(path):
-    """[(text, answer as dict)] of the labels in an input.jsonl, the complete ones first, for they show the order of
-    the fields; [] if some have probabilities."""
+    """([(text, answer as dict)] of the labels in an input.jsonl, the complete ones first, for they show the order of
+    the fields, [] if some have probabilities; {name: JSON Schema} of the properties whose options come with the texts)."""
     records = [json.loads(line) for line in open(path, encoding='utf-8')]
     if any('probabilities' in record for record in records):
-        return []
-    known = [(record['text'], record['answer']) for record in records if isinstance(record.get('answer'), dict)]
-    return sorted(known, key=lambda of_text: -len(of_text[1]))
+        return [], {}
+    known, values = [], {}
+    for record in records:
+        if isinstance(answer := record.get('answer'), dict):
+            options = record.get('options') if isinstance(record.get('options'), dict) else {}
+            lists = {name: of_name for name, of_name in options.items() if isinstance(of_name, list)}
+            known.append((' '.join([record['text'], *(json.dumps(of_name) for of_name in lists.values())]), answer))
+            for name in lists:
+                values.setdefault(name, []).append(answer.get(name))
+    kind = lambda of_name: ['string', 'null'] if None in of_name else 'string'
+    given = {name: {'type': 'array', 'items': {'type': 'string', 'x-options': True}} if any(
+        isinstance(value, list) for value in of_name) else {'type': kind(of_name), 'x-options': True}
+        for name, of_name in values.items()}
+    return sorted(known, key=lambda of_text: -len(of_text[1])), given
 
 
 def quote(text):
@@ -82,11 +93,16 @@ def find_schema(log):
         f'of {n} of {counts.total()}' if others else ''
 
 
-def write_stub(name, answers, labels, n_texts, prompt, schema=None):
+def write_stub(name, answers, labels, n_texts, prompt, schema=None, given=None):
     """(the text of a config file for a task, [lines that tell what is not in it]); ('', lines) if its answers leave
     nothing to decide. answers: (text, answer as dict) each; labels: what extract.py reads; n_texts: different texts;
-    prompt: of a log, '' of labels; schema: the JSON Schema of the answers, None to infer it."""
+    prompt: of a log, '' of labels; schema: the JSON Schema of the answers, None to infer it; given: {name: JSON Schema} of
+    properties that need not be inferred."""
     found, notes = infer(answers, bool(prompt)), []
+    for path in given or ():
+        found.fields[path] = given[path]
+        found.left_out.pop(path, None)
+        found.notes.pop(path, None)
     fit = Fit(schema, found.part) if schema else None
     if fit and fit.problem:
         notes, fit = [f'the JSON Schema cannot be used: {fit.problem}'], None

@@ -40,10 +40,11 @@ def write_options(text, options):
 
 
 def read_text(record):
-    """the text of a line of a file, cleaned, with the options of its line behind it. record: {"text": ..., "options":
-    ...}. KeyError, TypeError or ValueError if it has none."""
-    text = ' '.join(record['text'].split())
-    return write_options(text, record['options']) if text and isinstance(record.get('options'), dict) else text
+    """the text of a line of a file, cleaned, with the options of its line behind it, if it has lists of them. record:
+    {"text": ..., "options": ...}. KeyError, TypeError or ValueError if it has none."""
+    text, options = ' '.join(record['text'].split()), record.get('options')
+    is_ours = isinstance(options, dict) and any(isinstance(of_name, list) for of_name in options.values())
+    return write_options(text, options) if text and is_ours else text
 
 
 def text_end(text):

@@ -199,3 +199,15 @@ def test_a_server_is_asked_with_the_options_of_each_text():
     check_options(nullable, {'folder': 'Invoices'}, text), check_options(nullable, {'folder': None}, text)
     with pytest.raises(ValueError, match='not among its options'):
         check_options(nullable, {'folder': 'urgent'}, text)
+
+
+def test_a_file_with_options_becomes_a_task(tmp_path):
+    lines = [{'text': f'mail {n % 20}', 'options': {'folder': [f'folder {n}', f'other {n}'], 'tags': ['a', 'b']},
+              'answer': {'folder': f'folder {n}', 'tags': ['a'] * (n % 2), 'urgent': n % 3 == 0}} for n in range(40)]
+    (tmp_path / 'mails.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    done, records = run_prepare(tmp_path, 'mails.jsonl')
+    assert [record['options'] for record in records] == [line['options'] for line in lines]  # of equal texts, too
+    printed = done.stdout.decode()
+    assert "'folder': {'type': 'string', 'x-options': True}" in printed and "'urgent': [" in printed, printed
+    assert "'tags': {'type': 'array', 'items': {'type': 'string', 'x-options': True}}" in printed
+    assert read_text({'text': 'a', 'options': {'A': 'x'}}) == read_text({'text': 'a', 'options': ['x']}) == 'a'  # not ours
