@@ -83,9 +83,9 @@ def draw_members(ax, leaf, student_lists, teacher_lists):
 
 
 def draw_confusion(ax, leaf, student_values, teacher_values):
-    """draws the confusion matrix of a leaf: teacher's values (rows), student's (columns), at most twelve. Both: JSON
-    texts of its value in each answer."""
-    names = leaf.texts[:12]
+    """draws the confusion matrix of a leaf: teacher's values (rows), student's (columns), at most twelve; of one that is
+    copied the commonest. Both: JSON texts of its value in each answer."""
+    names = list(leaf.texts[:12]) or [text for text, _ in Counter(teacher_values).most_common(12)]
     table = np.zeros((len(names), len(names)))
     for row, column in zip(teacher_values, student_values):
         if row in names and column in names:
@@ -95,7 +95,7 @@ def draw_confusion(ax, leaf, student_values, teacher_values):
     for i, j in np.ndindex(table.shape):
         ax.text(j, i, int(table[i, j]), ha='center', va='center', fontsize=8, color='white' if share[i, j] > 0.5 else 'black')
     ax.set(title=leaf.path, xlabel='student', ylabel='teacher')
-    shown = list(map(said, leaf.values[:12]))
+    shown = list(map(said, leaf.values[:12])) or [name[:20] for name in names]
     ax.set_xticks(range(len(shown)), shown, rotation=45, fontsize=7)
     ax.set_yticks(range(len(shown)), shown, fontsize=7)
 
