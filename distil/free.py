@@ -60,6 +60,7 @@ class FreeText:
         if space.end_id is not None:
             outs = outs[:-1]
         if space.schema.copied:                                 # up to the first value that is copied
+            text = space.start_text + ''.join(space.forks[k][n].text for k, _, n in space.walk(answer))
             text = text[:next((n for n, char in enumerate(text) if ord(char) >= MARKS), len(text))]
             outs = [*takewhile(lambda out: out < space.V, outs)]
         begun = self.encode('x",' + style.line(1) + text[len(opening):])
