@@ -66,7 +66,7 @@ def print_near_ties(shards, space):
                      if len(space.transitions[state]) > 1 and space.leaf_at[state] not in labelled]  # no places
         legal = space.next_state[[states[n] for n in decisions]] >= 0
         top = logits[decisions].masked_fill(~legal, -np.inf).topk(2).values  # (decisions, 2)
-        near.append((top[:, 0] - top[:, 1]).min().item() < below)
+        near.append(bool((top[:, 0] - top[:, 1] < below).any()))
         illegal = next((n for n, state in enumerate(states)
                         if state not in space.copy_at and best[n] not in space.transitions[state]), None)
         free.append(illegal is None)

@@ -149,6 +149,12 @@ def test_from_labels_with_options_to_json(project, bert, tmp_path):
     done = run(root, 'train.py', '--name=opts', f'--reader={bert}', '--init_from=scratch', '--max_epochs=2', '--block_size=90',
                '--learning_rate=0.01', '--batch_size=16')
     assert done.returncode == 0, done.stderr
+    (root / 'data/asked').mkdir()
+    (root / 'data/asked/input.jsonl').write_text(''.join(json.dumps(
+        {'text': line['text'], 'options': line['options'], 'truth': line['answer']}) + '\n' for line in lines[:12]))
+    done = run(root, 'extract.py', *task, '--dataset=asked')    # a teacher, and nothing but options to choose
+    assert done.returncode == 0 and 'truth name=folder records=12' in done.stdout, done.stdout + done.stderr
+    assert 'equal=1.0000' in run(root, 'extract.py', *task, '--dataset=asked', '--verify=4').stdout
     ask = ['sample.py', '--name=opts', '--text=file the house now']
     assert 'the text comes without options for folder' in run(root, *ask).stdout
     done = run(root, *ask, "--options={'folder': ['a house', 'a boat']}", '--confidence=full')
