@@ -37,8 +37,8 @@ def given_question(space, name, kind, options, abouts, instructions, where):
         return None
     if kind == 'yes-or-no':                                     # yes is what the question says
         options, abouts = ['yes', 'no'], [instructions, None]
-    if not options or not all(isinstance(option, str | bool) for option in options):
-        return None                                             # a level, or a choice, that is null
+    if not options or None in options:                          # a level that is null; others may be of any structure
+        return None
     given = [{'value': value_name(option), 'description': about if isinstance(about, str) else ''}
              for option, about in zip(options, abouts)]
     if len({tidy(one['value']) for one in given} - {''}) < len(given):

@@ -100,7 +100,7 @@ def students(tmp_path_factory, bert, tokenizer):
     return Students(lambda n: make_student(root / str(n), bert, tokenizer, *TASKS[n]))
 
 
-NUMBERS = [0, 1, pytest.param(2, marks=pytest.mark.slow)]
+NUMBERS = [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))]
 
 
 @pytest.mark.parametrize('n', NUMBERS)

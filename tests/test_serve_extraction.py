@@ -360,6 +360,7 @@ def test_places_survive_what_a_tokenizer_cannot_write():
     assert len(align('x' * 5000, 'y' * 5000)) == 5000 and map_places('a', 'a')(0, 1) == [0, 1]
 
 
+@pytest.mark.slow
 def test_null_threshold_decides_between_null_and_the_guess(service):
     for text in TEXTS:
         reply = extract(service, text, ['name', 'amount', 'due', 'buyer.city', 'seller.name'])

@@ -103,5 +103,7 @@ def test_questions_of_any_wording_are_answered(service, labeler):
         answers['pet']['probabilities'], abs=1e-3)
     assert twice.status_code == 422 and 'different texts' in twice.text
     wrong = [{'type': 'choice', 'criteria': {}}, {'type': 'score', 'criteria': ['a', None]}]
+    structured = {'x': {'type': 'score', 'criteria': [{'level': 1}, ['two']]}}
+    assert post_all(service, ('/v1/systemone', body | {'questions': structured}))[0].status_code == 200
     for reply in post_all(service, *(('/v1/systemone', body | {'questions': {'x': question}}) for question in wrong)):
         assert reply.status_code == 422, reply.text
