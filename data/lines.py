@@ -2,7 +2,7 @@
 import hashlib
 import json
 
-from distil.options import read_text
+from distil.options import read_text, split_options, text_end
 from distil.space import clean, kept_part
 
 
@@ -19,6 +19,12 @@ def cut_encoding(text, shown, encoding, task):
     if len(encoding.ids) <= task['max_text'] and len(shown) == len(text):
         return encoding.ids, text
     part = kept_part(task)
+    if len(shown) == len(text) and not part.start and split_options(text):  # they stay
+        at = text_end(text)
+        n = task['max_text'] - sum(start >= at for start, _ in encoding.offsets)
+        if n > 0:
+            n_own = sum(start < at for start, _ in encoding.offsets)
+            return [*encoding.ids[:n], *encoding.ids[n_own:]], clean(text[:encoding.offsets[n - 1][1]] + text[at:])
     (start, _), (_, end) = encoding.offsets[part][0], encoding.offsets[part][-1]
     return encoding.ids[part], clean(shown[start:] if part.start else shown[:end])
 

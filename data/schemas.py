@@ -228,7 +228,8 @@ class Fit:
                 why = why_no_number(one, kind) if kind != 'string' else f'a text of the form {one["pattern"]}' \
                     if 'pattern' in one else f'a {one["format"]}' if 'format' in one else 'free text'
                 if why and not self.fill(owner, kind, path, seen) and not is_copied(seen):
-                    known = '; '.join(filter(None, [seen.describe_values(path), seen.describe_copied()])) if seen else ''
+                    known = [seen.describe_values(path), seen.describe_copied()] if seen else []
+                    known = '; '.join(filter(None, known))
                     return f'{why} ({known})' if known else why
                 constants.append(True)
             else:

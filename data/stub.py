@@ -26,7 +26,8 @@ def log_answers(log):
 
 def label_answers(path):
     """([(text, answer as dict)] of the labels in an input.jsonl, the complete ones first, for they show the order of
-    the fields, [] if some have probabilities; {name: JSON Schema} of the properties whose options come with the texts)."""
+    the fields, [] if some have probabilities; {name: JSON Schema} of the properties whose options come with the
+    texts)."""
     records = [json.loads(line) for line in open(path, encoding='utf-8')]
     if any('probabilities' in record for record in records):
         return [], {}
@@ -96,8 +97,8 @@ def find_schema(log):
 def write_stub(name, answers, labels, n_texts, prompt, schema=None, given=None):
     """(the text of a config file for a task, [lines that tell what is not in it]); ('', lines) if its answers leave
     nothing to decide. answers: (text, answer as dict) each; labels: what extract.py reads; n_texts: different texts;
-    prompt: of a log, '' of labels; schema: the JSON Schema of the answers, None to infer it; given: {name: JSON Schema} of
-    properties that need not be inferred."""
+    prompt: of a log, '' of labels; schema: the JSON Schema of the answers, None to infer it; given: {name: JSON Schema}
+    of properties that need not be inferred."""
     found, notes = infer(answers, bool(prompt)), []
     for path in given or ():
         found.fields[path] = given[path]

@@ -5,10 +5,11 @@ the standard library.
     dict(tree.numbers({'tone': 'friendly', 'labels': ['ui']}))  # {'tone': 1, 'labels.bug': 0, 'labels.ui': 1}
     tree.fill(lambda choice: 0)                                 # {'tone': 'neutral', 'labels': []}
 
-The leaves of the tree are of two kinds: a Choice, one of some values, and Copied, what the text says. An Object has properties, a list is Several
-(some of the values, each at most once, in their order: a yes or no for each of them) or Items (any list: a yes or no
-before each item, whether there is one), and Maybe is a part that can be null or missing. So whatever the schema, an
-answer is a number for each Choice that it comes to, and a value for each Copied; everything else asks these.
+The leaves of the tree are of two kinds: a Choice, one of some values, and Copied, what the text says. An Object has
+properties, a list is Several (some of the values, each at most once, in their order: a yes or no for each of them) or
+Items (any list: a yes or no before each item, whether there is one), and Maybe is a part that can be null or missing.
+So whatever the schema, an answer is a number for each Choice that it comes to, and a value for each Copied;
+everything else asks these.
 """
 import math
 

@@ -60,8 +60,8 @@ LEAST_TEXT = 32  # tokens of a text that options leave room for
 
 
 def narrow(student, space, text):
-    """a text with as many of its options as the student can read. If it has more, those of the property with the most of
-    them are asked about in groups, and what is answered of each group stays."""
+    """a text with as many of its options as the student can read. If it has more, those of the property with the most
+    of them are asked about in groups, and what is answered of each group stays."""
     count = lambda part: len(student.encoder.tokenizer.encode(part).ids) - 2  # without the special tokens
     while True:
         own, blocks = text[:text_end(text)], split_options(text)

@@ -30,8 +30,8 @@ def encode_texts(encoder, texts, max_tokens):
 
 
 def cut_row(encoder, row, max_tokens, n_last=1):
-    """what is kept of a list with a number, or something else, for each token of a text. n_last: of its last ones, which
-    are kept."""
+    """what is kept of a list with a number, or something else, for each token of a text. n_last: of its last ones,
+    which are kept."""
     longest = min(max_tokens, encoder.config.n_pos)
     if len(row) <= longest:
         return row

@@ -83,8 +83,8 @@ def draw_members(ax, leaf, student_lists, teacher_lists):
 
 
 def draw_confusion(ax, leaf, student_values, teacher_values):
-    """draws the confusion matrix of a leaf: teacher's values (rows), student's (columns), at most twelve; of one that is
-    copied the commonest. Both: JSON texts of its value in each answer."""
+    """draws the confusion matrix of a leaf: teacher's values (rows), student's (columns), at most twelve; of one that
+    is copied the commonest. Both: JSON texts of its value in each answer."""
     names = list(leaf.texts[:12]) or [text for text, _ in Counter(teacher_values).most_common(12)]
     table = np.zeros((len(names), len(names)))
     for row, column in zip(teacher_values, student_values):

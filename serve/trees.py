@@ -193,7 +193,7 @@ def option_parts(schema):
 
 def translate_option(part, inner, caller):
     """what the property offers becomes the options that stand behind the text."""
-    offered = {}                                                # {a word as it stands behind the text: (it, its meaning)}
+    offered = {}                                                # {a word as it stands there: (it, its meaning)}
     for one in alternatives(inner, caller.root):
         about = one.get('description') if 'const' in one and isinstance(one.get('description'), str) else ''
         for word in one.get('enum', [one['const']] if 'const' in one else []):

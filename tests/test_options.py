@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.lines import cut_text
 from distil.copying import answer_slowly
 from distil.decode import decode
 from distil.drafts import Drafts
@@ -77,6 +78,9 @@ def test_a_long_text_is_cut_and_its_options_stay(bert, tokenizer):
     (cut,), (page,) = encode_pages(encoder, space, [text], 30)
     assert len(whole) > 40 and len(cut) == 30 and cut[:8] == whole[:8] and cut[-8:] == whole[-8:]
     assert [value for *_, value in page.spans('option:folder')] == ['the cat', 'the mat']
+    ids, shorter = cut_text(text, tokenizer, {'max_text': 40})  # as extract.py cuts it
+    assert len(ids) == 40 and shorter.endswith(text[text_end(text):]) and shorter.startswith('the cat sat')
+    assert len(shorter) < len(text) and find_options(shorter, 'folder') and cut_text('a b ' * 40, tokenizer, {'max_text': 5})
     assert cut_row(encoder, list(range(40)), 10, 40) == [*range(9), 39]  # more options than it can read
 
 
