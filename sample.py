@@ -22,7 +22,7 @@ import torch
 from distil.checkpoint import warn_changed_task
 from distil.decode import Row, choose, mask_illegal, pad_rows
 from distil.labeler import Labeler
-from distil.options import read_text
+from distil.options import read_text, write_options
 from distil.places import place_input
 from distil.reader import read_pages
 
@@ -147,6 +147,10 @@ if __name__ == '__main__':
     if not name and not run:
         stop('no task; run: python sample.py config/demo.py')
     device = pick_device(device)
+    try:
+        write_options('', options)
+    except ValueError as error:
+        stop(f'options: {error}')
     if input and (Path(input).is_dir() or not Path(input).exists()):
         stop(f'{input} is a directory' if Path(input).is_dir() else f'{input} does not exist')
     if Path(input).suffix.lower() in ('.csv', '.tsv', '.json', '.xlsx', '.parquet', '.gz'):

@@ -161,6 +161,7 @@ def test_from_labels_with_options_to_json(project, bert, tmp_path):
     assert 'equal=1.0000' in run(root, 'extract.py', *task, '--dataset=asked', '--verify=4').stdout
     ask = ['sample.py', '--name=opts', '--text=file the house now']
     assert 'the text comes without options for folder' in run(root, *ask).stdout
+    assert 'options: the options of folder are a list' in run(root, *ask, "--options={'folder': 'x'}").stderr
     done = run(root, *ask, "--options={'folder': ['a house', 'a boat']}", '--confidence=full')
     found = json.loads(done.stdout)
     assert found['folder'] in ('a house', 'a boat') and {*found['_confidence']['folder']} == {'a house', 'a boat'}, done.stderr

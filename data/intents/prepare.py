@@ -32,7 +32,7 @@ def read(part):
     """[(text, intent)] of a part of data/clinc."""
     path = here.parent / 'clinc' / part
     if not path.is_file():
-        sys.exit(f'{path} does not exist; run: python data/clinc/prepare.py')
+        sys.exit(f'data/clinc/{part} does not exist; run: python data/clinc/prepare.py')
     records = map(json.loads, path.read_text(encoding='utf-8').splitlines())
     return [(record['text'], record['answer']['intent'].replace('_', ' ')) for record in records]
 
