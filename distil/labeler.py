@@ -17,7 +17,7 @@ import torch
 
 from distil.checkpoint import find_threshold, load_checkpoint, problem_key
 from distil.decode import begin_row, confidence_of, decode, generate, read_rows, span_probabilities, value_probabilities
-from distil.options import ABOUT, HEAD, find_options, split_options, text_end, write_options
+from distil.options import find_options, keep_options, split_options, text_end, write_options
 from distil.reader import count_cut, read_pages, text_room
 from distil.space import clean, kept_part
 from distil.values import json_text, value_names
@@ -64,26 +64,24 @@ def narrow(student, space, text):
     of them are asked about in groups, and what is answered of each group stays."""
     count = lambda part: len(student.encoder.tokenizer.encode(part).ids) - 2  # without the special tokens
     while True:
-        own, blocks = text[:text_end(text)], split_options(text)
+        own = text[:text_end(text)]
         free = text_room(student, space) - 2 - min(count(own), LEAST_TEXT)
         if count(text[len(own):]) <= free:
             return text
-        most = max(blocks, key=lambda block: len(block[1]))
-        write = lambda items: own + ''.join(f' {HEAD} {" ".join([name, *(text[start:end] for start, end in kept)])}'
-                                            for name, kept in ((block[0], items if block is most else block[1])
-                                                               for block in blocks))
-        free -= count(write([])[len(own):])
-        n_groups = -(-count(' '.join(text[start:end] for start, end in most[1])) // max(1, free)) + 1
-        size = len(most[1]) // n_groups
+        name, _ = max(split_options(text), key=lambda block: len(block[1]))
+        values = [value for *_, value in find_options(text, name)]
+        n_others = count(keep_options(text, name, ())[len(own):])  # tokens beside those of these options
+        n_groups = -(-(count(text[len(own):]) - n_others) // max(1, free - n_others)) + 1
+        size = len(values) // n_groups
         if size < 2:                                            # the others leave no room: the end of the text is cut
             return text
-        groups = [most[1][n:n + size] for n in range(0, len(most[1]), size)]
-        ids = [space.tokenizer.encode(write(group), add_special_tokens=False).ids for group in groups]
+        groups = [keep_options(text, name, values[n:n + size]) for n in range(0, len(values), size)]
+        ids = [space.tokenizer.encode(group, add_special_tokens=False).ids for group in groups]
         best = {value for outs in generate(student, space, ids) for *_, value in outs.spans}
-        kept = [(start, end) for start, end in most[1] if text[start + 2:end].partition(f' {ABOUT} ')[0] in best]
-        if len(kept) == len(most[1]):
+        shorter = keep_options(text, name, best)
+        if shorter == text:
             return text
-        text = write(kept)
+        text = shorter
 
 
 # -----------------------------------------------------------------------------

@@ -72,6 +72,16 @@ def find_options(text, name):
     return found
 
 
+def keep_options(text, name, values):
+    """a text with these options of a property alone, and all of the others."""
+    blocks = [text[:text_end(text)]]
+    for other, items in split_options(text):
+        kept = [text[start:end] for start, end in items
+                if other != name or text[start + 2:end].partition(f' {ABOUT} ')[0] in values]
+        blocks.append(' '.join([other, *kept]))
+    return f' {HEAD} '.join(blocks)
+
+
 def check_options(schema, answer, text):
     """ValueError if an answer has what is not among the options of its text. schema: a Schema."""
     for part in schema.copied:
