@@ -50,6 +50,7 @@ class EncoderConfig:
     n_mlp: int
     n_pos: int                                              # longest text it was trained with
     norm_eps: float = 1e-12
+    marks: tuple = (-2, -2)   # the ids that begin a list of options behind a text, and an option (distil/options.py)
 
 
 # -----------------------------------------------------------------------------
@@ -131,11 +132,17 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.norm_2(x)))
 
 
-def lay_out(text, answer):
+def own_tokens(text, mark):
+    """(R,) tokens of each text (R, T) before its options: the decoder does not read these, an answer points to them.
+    mark: the id that they begin with."""
+    return ((text >= 0) & ((text == mark).cumsum(1) == 0)).sum(1)
+
+
+def lay_out(text, answer, mark=-2):
     """text (R, T), answer (B, T), padded with -1 -> the cells of B rows of text, then answer, (B, T_row) each: source,
     which of all tokens of text and then of answer it holds; used, bool, False on padding, whose source is the first
-    start token; of_text, bool. Rows from R on have no text."""
-    n_text = F.pad((text >= 0).sum(1), (0, answer.size(0) - text.size(0)))  # (B,)
+    start token; of_text, bool. Rows from R on have no text. mark: see own_tokens."""
+    n_text = F.pad(own_tokens(text, mark), (0, answer.size(0) - text.size(0)))  # (B,)
     n_row = n_text + (answer >= 0).sum(1)                   # (B,)
     # a graph for export has no size that depends on the data, so its rows may be longer than needed
     T_row = text.size(1) + answer.size(1) if torch.compiler.is_exporting() else int(n_row.max())
@@ -199,7 +206,8 @@ class Student(nn.Module):
         With a cache (decode.Cache) text and answer hold what is not in it yet: the first R rows begin, each with a
         text; the others (R <= B) go on with their answer. T is then of the longest text in the cache.
         """
-        source, used, of_text = lay_out(text, answer)       # (B, T_row) each
+        mark = self.encoder.config.marks[0] if self.encoder else -2
+        source, used, of_text = lay_out(text, answer, mark)  # (B, T_row) each
         B, n_row = used.size(0), used.sum(1)                # (B,) tokens of each row
         if cache is None:                                   # rows padded on the right
             pos = torch.arange(used.size(1), device=used.device)  # (T_row,)
@@ -301,22 +309,21 @@ class EncoderBlock(nn.Module):
         return self.norm_2(x + self.c_down(F.gelu(self.c_up(x))))
 
 
-def attend_rows(qkv, n_head, mask):
-    """attention in both directions. qkv (B, T, 3 C): queries, keys and values of rows; mask (B, T) bool, False on
-    padding -> (B, T, C)."""
+def attend_rows(qkv, n_head, sees):
+    """attention in both directions. qkv (B, T, 3 C): queries, keys and values of rows; sees (B, T, T) bool: which tokens
+    each one sees -> (B, T, C)."""
     B, T, _ = qkv.shape
     q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-    mask = mask[:, None, None].expand(-1, 1, T, -1)         # (B, 1, T, T): a token sees the whole text
     with torch.autocast(qkv.device.type, enabled=False):    # scores in the type of qkv
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(B, T, -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=sees[:, None]).transpose(1, 2).reshape(B, T, -1)
 
 
-def attend_groups(qkv, n_head, masks):
-    """the same for the tokens (K, 3 C) of groups of rows, one after the other -> (K, C). masks: of each group."""
+def attend_groups(qkv, n_head, masks, sees):
+    """the same for the tokens (K, 3 C) of groups of rows, one after the other -> (K, C). masks, sees: of each group."""
     parts = []
-    for part, mask in zip(qkv.split([int(mask.sum()) for mask in masks]), masks):
+    for part, mask, seen in zip(qkv.split([int(mask.sum()) for mask in masks]), masks, sees):
         rows = part.new_zeros(*mask.shape, part.size(-1)).index_put((mask,), part)
-        parts.append(attend_rows(rows, n_head, mask)[mask])
+        parts.append(attend_rows(rows, n_head, seen)[mask])
     return torch.cat(parts)
 
 
@@ -333,16 +340,34 @@ class Encoder(nn.Module):
 
     def forward(self, text):
         """text (B, T) ids, -1 on padding -> states (B, T, C), of no meaning on padding"""
-        pos, used = torch.arange(text.size(1), device=text.device).expand_as(text), text >= 0
+        used = text >= 0
         if torch.compiler.is_exporting():                   # no size may depend on the data
-            return self.run(text.clamp(min=0), pos, partial(attend_rows, mask=used))
+            pos, sees = self.place(text)
+            return self.run(text.clamp(min=0), pos, partial(attend_rows, sees=sees))
         # padding costs nothing: the texts in the order of their lengths n, in groups of up to 8 tokens, 16, ...
         n, order = used.sum(1).sort(stable=True)            # (B,) each
         text, used = text[order], used[order]
         sizes = ((n - 1) // 8).unique_consecutive(return_counts=True)[1].tolist()
-        masks = [mask[:, :int(of_group[-1])] for mask, of_group in zip(used.split(sizes), n.split(sizes))]
-        x = self.run(text[used], pos[used], partial(attend_groups, masks=masks))  # (K, C)
+        groups = [group[:, :int(of_group[-1])] for group, of_group in zip(text.split(sizes), n.split(sizes))]
+        masks, (pos, sees) = [group >= 0 for group in groups], zip(*map(self.place, groups))
+        ids, pos = (torch.cat([part[mask] for part, mask in zip(parts, masks)]) for parts in (groups, pos))  # (K,)
+        x = self.run(ids, pos, partial(attend_groups, masks=masks, sees=sees))  # (K, C)
         return x.new_zeros(*text.shape, x.size(-1)).index_put((used,), x)[order.argsort()]
+
+    def place(self, text):
+        """the positions (B, T) of the tokens of texts, and which tokens each of them sees (B, T, T). Positions begin anew
+        at each of the options behind a text, and an option sees the text, itself and the name of its list: so their
+        order is of no account. The text sees them all."""
+        (head, item), used, t = self.config.marks, text >= 0, torch.arange(text.size(1), device=text.device)
+        if head < 0:                                        # no text has options
+            return t.expand_as(text), used[:, None].expand(-1, len(t), -1)
+        is_head, last = text == head, used & ~F.pad(used[:, 1:], (0, 1))  # the last token is one of the text
+        start = torch.where(is_head | (text == item), t, 0).cummax(1)[0].masked_fill(last, 0)  # (B, T) of name or option
+        n, of_list, own = own_tokens(text, head)[:, None], is_head.cumsum(1), start == 0
+        pos = torch.where(own, torch.minimum(t, n), n + 1 + t - start).clamp(max=self.config.n_pos - 1)
+        of_same = (start[:, :, None] == start[:, None]) | (
+            (of_list[:, :, None] == of_list[:, None]) & is_head.gather(1, start)[:, None])
+        return pos, (own[:, :, None] | own[:, None] | of_same) & used[:, None]
 
     def run(self, ids, pos, attend):
         """the states of ids (B, T) or (K,) at positions pos; attend: see EncoderBlock."""

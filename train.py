@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from data import batches
 from distil.agreement import evaluate, linear_baseline, report_lines, update_best
-from distil.reader import encode_records, reorder_options
+from distil.reader import encode_records, leave_out_options
 from distil.records import check_data, check_sizes, note_rare_values, open_records
 from distil.report import draw_report
 from distil.resume import Meter, catch_signals, lock_folder, open_training
@@ -253,7 +253,7 @@ if __name__ == '__main__':
         if k == 0 or training.step == first:
             order = batches(lengths, batch_size, seed, epoch)   # of (seed, epoch) alone: resume needs no more
             if training.space.has_options:
-                reorder_options(student, training.space, shards, train_rows, random.Random(1000 * seed + epoch))
+                leave_out_options(student, training.space, shards, train_rows, random.Random(1000 * seed + epoch))
         torch.manual_seed((seed + training.step) * WORLD + RANK)  # and dropout is a function of the step
         lr, kl_weight, tau = schedule(training.step, n_steps, config)
         for group in training.optimizer.param_groups:

@@ -105,6 +105,7 @@ class Row:
     draft: list      # output indices that are likely to come next, or that the schema forces
     states: list     # the state before each of them, and the one after the last: there the student chooses
     page: object = None  # its Page (places.py), if values are copied from it
+    n_text: int = 0  # tokens of the text that stay in the cache; its options do not
     n_read: int = 0  # tokens read before
     outs: list = field(default_factory=list)
     places: list = field(default_factory=list)  # tokens of the text that were pointed to
@@ -142,7 +143,7 @@ class Row:
         if state < 0 or end == space.done and (constrain or not run or self.page):  # illegal, or no decision is left
             self.outs += [] if self.page else run
             return True
-        self.n_read += len(self.text) + len(accepted)
+        self.n_read += (self.n_text if self.text else 0) + len(accepted)
         self.text, self.feed = [], [last]
         self.draft_more(space, drafts, end if self.page else state)
         return False
@@ -206,6 +207,12 @@ def choose(logits, V):
     return torch.where(tokens.amax(1) >= places.logsumexp(1), tokens.argmax(1), V + places.argmax(1))
 
 
+def count_kept(student, ids):
+    """how many of the tokens of a text a student's decoder reads: those before its options."""
+    mark = student.encoder.config.marks[0] if student.encoder else -2
+    return ids.index(mark) if mark in ids else len(ids)
+
+
 FEW = 5  # so many decisions and less in an answer are not worth a draft
 
 
@@ -251,7 +258,7 @@ def decode(student, space, texts, batch_size=64, constrain=True, drafts=None, co
             room = text_room(student, space)
             assert len(ids) <= room, f'the text has {len(ids)} tokens; with an answer at most {room} fit'
             free_slot = next(slot for slot in range(batch_size) if slot not in rows)
-            rows[free_slot] = Row(n_in, ids, [V], [], [], page).begin(space, drafts)
+            rows[free_slot] = Row(n_in, ids, [V], [], [], page, count_kept(student, ids)).begin(space, drafts)
             n_in += 1
         if not rows:
             continue

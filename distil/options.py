@@ -90,18 +90,19 @@ def check_options(schema, answer, text):
             raise ValueError(f'{part.path} is {value!r}, which is not among its options')
 
 
-def shuffle_options(text, rng, keep=()):
-    """(the text with its options in another order, some of them left out; [(start, end, start there)] of its parts in
-    the text given). rng: a random.Random; keep: characters at which values begin that must stay."""
+def thin_options(text, rng, keep=()):
+    """(the text without some of its options; [(start, end, start there)] of its parts in the text given). Of n options
+    n ** (1 - u) stay, u uniform up to a half. rng: a random.Random; keep: characters at which values begin that must
+    stay."""
     at = text_end(text)
     parts, written, n = [(0, at, 0)], [text[:at]], at
     for name, items in split_options(text):
-        few = rng.random() / 2                                  # the share that is left out
-        kept = [item for item in items if item[0] + 2 in keep or rng.random() > few]
+        share = len(items) ** (-rng.random() / 2) if items else 1
         written.append(f' {HEAD} {name}')
         n += len(written[-1])
-        for start, end in rng.sample(kept, len(kept)):
-            written.append(' ' + text[start:end])
-            parts.append((n + 1, n + 1 + end - start, start))
-            n += 1 + end - start
+        for start, end in items:
+            if start + 2 in keep or rng.random() < share:
+                written.append(' ' + text[start:end])
+                parts.append((n + 1, n + 1 + end - start, start))
+                n += 1 + end - start
     return ''.join(written), parts

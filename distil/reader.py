@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from config import stop
-from distil.options import shuffle_options
+from distil.options import HEAD, ITEM, thin_options
 from distil.places import Page, Source
 from model import Encoder, EncoderConfig
 
@@ -32,7 +32,7 @@ def encode_texts(encoder, texts, max_tokens):
 def cut_row(encoder, row, max_tokens, n_last=1):
     """what is kept of a list with a number, or something else, for each token of a text. n_last: of its last ones,
     which are kept."""
-    longest = min(max_tokens, encoder.config.n_pos)
+    longest = max_tokens if encoder.config.marks[0] >= 0 else min(max_tokens, encoder.config.n_pos)
     if len(row) <= longest:
         return row
     n_last = n_last if n_last < longest else 1
@@ -77,13 +77,13 @@ def encode_pages(encoder, space, texts, max_tokens):
     return rows, pages
 
 
-def reorder_options(student, space, shards, rows, rng):
-    """lets shards.batch give the texts of these records with their options in another order, and without some of them;
-    so a student learns neither their places nor their set. rng: a random.Random."""
+def leave_out_options(student, space, shards, rows, rng):
+    """lets shards.batch give the texts of these records without some of their options, so a student learns to choose
+    among few and many. rng: a random.Random."""
     texts, moves = space.tokenizer.decode_batch([shards.ids(i).tolist() for i in rows]), []
     for n, i in enumerate(map(int, rows)):
         places, weights = shards.answer(i, 'places'), shards.answer(i, 'weights')
-        texts[n], parts = shuffle_options(texts[n], rng, places[weights[:, 0] > -math.inf, 0].tolist())
+        texts[n], parts = thin_options(texts[n], rng, places[weights[:, 0] > -math.inf, 0].tolist())
         moves.append(parts)
     read, pages = encode_pages(student.encoder, space, texts, text_room(student, space))
     for i, ids, page, parts in zip(map(int, rows), read, pages, moves):
@@ -142,6 +142,16 @@ def load_encoder(name, n_layer=0):
     encoder = Encoder(config, wrapped.backend_tokenizer)
     copy_bert(encoder, AutoModel.from_pretrained(name, add_pooling_layer=False, dtype=torch.float32))
     return encoder
+
+
+def keep_options_apart(encoder):
+    """lets an encoder read the options behind a text one by one: see Encoder.place. Exits with a message if its
+    tokenizer does not know the signs."""
+    marks = [encoder.tokenizer.encode(f'a {sign} b', add_special_tokens=False) for sign in (HEAD, ITEM)]
+    ids = [next(id for id, (start, end) in zip(mark.ids, mark.offsets) if start <= 2 < end) for mark in marks]
+    if len({*ids, encoder.tokenizer.token_to_id('[UNK]')}) < 3:
+        stop(f'the tokenizer of the reader has no token for {HEAD} or {ITEM}, which part the options of a text')
+    encoder.config.marks = tuple(ids)
 
 
 @torch.no_grad()

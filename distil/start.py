@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from config import stop
-from distil.reader import load_encoder
+from distil.reader import keep_options_apart, load_encoder
 from distil.schema import Schema
 from distil.teacher import load_model
 from model import Student, StudentConfig
@@ -29,6 +29,8 @@ def new_student(config, meta):
             print(f'loading {config["reader"]}, which reads for the student')
             encoder = load_encoder(config['reader'], config['reader_layers'])
             encoder.keep_end = bool(meta.get('keep_end'))
+            if any(part.is_option for part in copied):
+                keep_options_apart(encoder)
             # the table has the output tokens, the start token and two kinds of places
             sizes |= {'vocab_size': V + 1 + 2 * bool(copied), 'start_id': V, 'encoder': asdict(encoder.config)}
             return Student(StudentConfig(**sizes), encoder)

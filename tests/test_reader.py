@@ -31,7 +31,7 @@ def bert(tmp_path_factory, words):
     tokenizer = Tokenizer(models.WordPiece(unk_token='[UNK]'))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     special = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
-    tokenizer.train_from_iterator([' '.join(words)] * 4, trainers.WordPieceTrainer(
+    tokenizer.train_from_iterator([' '.join([*words, *'¶•—'])] * 4, trainers.WordPieceTrainer(
         vocab_size=200, special_tokens=special, show_progress=False))
     tokenizer.post_processor = processors.TemplateProcessing(
         single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])

@@ -19,7 +19,7 @@ import httpx
 from distil.candidates import read_locale
 from distil.checkpoint import CHECKPOINT
 from distil.labeler import Labeler, merge_spans
-from distil.reader import load_encoder
+from distil.reader import keep_options_apart, load_encoder
 from distil.space import OutputSpace, clean, tokenizer_hash
 from model import Student, StudentConfig
 from serve.app import Handler, make_app
@@ -49,7 +49,7 @@ def make_bert(folder, words, n_pos=1400):
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     special = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
     trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator([' '.join([*words, *'abcdefghijklmnopqrstuvwxyz0123456789.,:-'])] * 4, trainer)
+    tokenizer.train_from_iterator([' '.join([*words, *'abcdefghijklmnopqrstuvwxyz0123456789.,:-¶•—'])] * 4, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
     torch.manual_seed(0)
@@ -67,6 +67,8 @@ def save_student(folder, bert, tokenizer, fields, seed=1, max_text=1200, **more)
     torch.manual_seed(seed)
     space = OutputSpace(tokenizer, fields, end_id=2, auxiliary=range(4, 60), locale=read_locale('en_US'), **more)
     encoder, V = load_encoder(str(bert)), len(space.output_ids)
+    if space.has_options:
+        keep_options_apart(encoder)
     config = StudentConfig(vocab_size=V + 3, output_vocab=V, block_size=1400, n_layer=2, n_head=4, n_kv_head=2,
                            n_embd=16, n_mlp=32, start_id=V, encoder=vars(encoder.config), places=True)
     student = Student(config, encoder)
