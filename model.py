@@ -7,8 +7,8 @@
 A causal decoder (RMSNorm, RoPE, GeGLU) reads a text and what is written of its answer, and predicts the next
 token of the answer. The text is given as ids of a large vocabulary, the answer as *output indices*, positions in
 the small output vocabulary of V tokens (distil/space.py); index V is the start token. Without an encoder the
-text's tokens are looked up in a table, the teacher's whole vocabulary. With one, a pre-trained BERT reads the
-text in both directions, and its states take the place of the table's rows (distil/reader.py loads it).
+text's tokens are looked up in a table, the teacher's whole vocabulary. With one, a pre-trained BERT or MPNet reads the
+text in both directions, and its states take the place of the table's rows (distil/encoder.py).
 
 train.py trains it, sample.py and distil/decode.py decode with it. B rows, T tokens, C = n_embd channels,
 H = n_head heads of D = n_embd / n_head, V = output_vocab.
@@ -39,18 +39,6 @@ class StudentConfig:
     rope_base: float = 10000.0
     places: bool = False      # an answer may point to tokens of its text, which an encoder has read
     encoder: dict = None                                    # sizes of the EncoderConfig in front; None: none
-
-
-@dataclass
-class EncoderConfig:
-    vocab_size: int                                         # of its own tokenizer
-    n_layer: int
-    n_head: int
-    n_embd: int
-    n_mlp: int
-    n_pos: int                                              # longest text it was trained with
-    norm_eps: float = 1e-12
-    marks: tuple = (-2, -2)   # the ids that begin a list of options behind a text, and an option (distil/options.py)
 
 
 # -----------------------------------------------------------------------------
@@ -275,7 +263,7 @@ class Student(nn.Module):
         groups = {(of_encoder, decays): [] for of_encoder in (False, True) for decays in (True, False)}
         for name, p in self.named_parameters():
             if p.requires_grad:
-                decays = p.dim() == 2 and not name.endswith(('wte.weight', 'wpe.weight'))
+                decays = p.dim() == 2 and not name.endswith(('wte.weight', 'wpe.weight', 'wre.weight'))
                 groups[name.startswith('encoder.'), decays].append(p)
         return [{'params': params, 'weight_decay': weight_decay if decays else 0.0, 'of_encoder': of_encoder}
                 for (of_encoder, decays), params in groups.items() if self.encoder or not of_encoder]
@@ -287,91 +275,3 @@ class Student(nn.Module):
         return {part: sum(p.numel() for name, p in self.named_parameters()
                           if key in name and (part in ('total', 'encoder') or not name.startswith('encoder')))
                 for part, key in parts.items()}
-
-
-# -----------------------------------------------------------------------------
-# the encoder, if there is one: BERT, https://arxiv.org/abs/1810.04805 (MiniLM, bge, e5)
-
-
-class EncoderBlock(nn.Module):
-    """post-norm residual block: attention in both directions, then MLP"""
-
-    def __init__(self, config):
-        super().__init__()
-        self.n_head, C = config.n_head, config.n_embd
-        self.c_attn, self.c_proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
-        self.c_up, self.c_down = nn.Linear(C, config.n_mlp), nn.Linear(config.n_mlp, C)
-        self.norm_1, self.norm_2 = (nn.LayerNorm(C, eps=config.norm_eps) for _ in range(2))
-
-    def forward(self, x, attend):
-        """x (B, T, C) rows or (K, C) tokens; attend: attend_rows or attend_groups, for these texts"""
-        x = self.norm_1(x + self.c_proj(attend(self.c_attn(x), self.n_head)))
-        return self.norm_2(x + self.c_down(F.gelu(self.c_up(x))))
-
-
-def attend_rows(qkv, n_head, sees):
-    """attention in both directions. qkv (B, T, 3 C): queries, keys and values of rows; sees (B, T, T) bool: which tokens
-    each one sees -> (B, T, C)."""
-    B, T, _ = qkv.shape
-    q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-    with torch.autocast(qkv.device.type, enabled=False):    # scores in the type of qkv
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=sees[:, None]).transpose(1, 2).reshape(B, T, -1)
-
-
-def attend_groups(qkv, n_head, masks, sees):
-    """the same for the tokens (K, 3 C) of groups of rows, one after the other -> (K, C). masks, sees: of each group."""
-    parts = []
-    for part, mask, seen in zip(qkv.split([int(mask.sum()) for mask in masks]), masks, sees):
-        rows = part.new_zeros(*mask.shape, part.size(-1)).index_put((mask,), part)
-        parts.append(attend_rows(rows, n_head, seen)[mask])
-    return torch.cat(parts)
-
-
-class Encoder(nn.Module):
-    """ids of its own vocabulary -> hidden states of its last layer. tokenizer, keep_end: see distil/reader.py."""
-
-    def __init__(self, config, tokenizer=None):
-        super().__init__()
-        self.config, self.tokenizer, self.keep_end = config, tokenizer, False
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_pos, config.n_embd)
-        self.norm_e = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
-        self.h = nn.ModuleList(EncoderBlock(config) for _ in range(config.n_layer))
-
-    def forward(self, text):
-        """text (B, T) ids, -1 on padding -> states (B, T, C), of no meaning on padding"""
-        used = text >= 0
-        if torch.compiler.is_exporting():                   # no size may depend on the data
-            pos, sees = self.place(text)
-            return self.run(text.clamp(min=0), pos, partial(attend_rows, sees=sees))
-        # padding costs nothing: the texts in the order of their lengths n, in groups of up to 8 tokens, 16, ...
-        n, order = used.sum(1).sort(stable=True)            # (B,) each
-        text, used = text[order], used[order]
-        sizes = ((n - 1) // 8).unique_consecutive(return_counts=True)[1].tolist()
-        groups = [group[:, :int(of_group[-1])] for group, of_group in zip(text.split(sizes), n.split(sizes))]
-        masks, (pos, sees) = [group >= 0 for group in groups], zip(*map(self.place, groups))
-        ids, pos = (torch.cat([part[mask] for part, mask in zip(parts, masks)]) for parts in (groups, pos))  # (K,)
-        x = self.run(ids, pos, partial(attend_groups, masks=masks, sees=sees))  # (K, C)
-        return x.new_zeros(*text.shape, x.size(-1)).index_put((used,), x)[order.argsort()]
-
-    def place(self, text):
-        """the positions (B, T) of the tokens of texts, and which tokens each of them sees (B, T, T). Positions begin anew
-        at each of the options behind a text, and an option sees the text, itself and the name of its list: so their
-        order is of no account. The text sees them all."""
-        (head, item), used, t = self.config.marks, text >= 0, torch.arange(text.size(1), device=text.device)
-        if head < 0:                                        # no text has options
-            return t.expand_as(text), used[:, None].expand(-1, len(t), -1)
-        is_head, last = text == head, used & ~F.pad(used[:, 1:], (0, 1))  # the last token is one of the text
-        start = torch.where(is_head | (text == item), t, 0).cummax(1)[0].masked_fill(last, 0)  # (B, T) of name or option
-        n, of_list, own = own_tokens(text, head)[:, None], is_head.cumsum(1), start == 0
-        pos = torch.where(own, torch.minimum(t, n), n + 1 + t - start).clamp(max=self.config.n_pos - 1)
-        of_same = (start[:, :, None] == start[:, None]) | (
-            (of_list[:, :, None] == of_list[:, None]) & is_head.gather(1, start)[:, None])
-        return pos, (own[:, :, None] | own[:, None] | of_same) & used[:, None]
-
-    def run(self, ids, pos, attend):
-        """the states of ids (B, T) or (K,) at positions pos; attend: see EncoderBlock."""
-        x = self.norm_e(self.wte(ids) + self.wpe(pos))      # (B, T, C) or (K, C)
-        for block in self.h:
-            x = block(x, attend)
-        return x

@@ -50,6 +50,7 @@ freeze_table = True    # with init_from teacher: the table is not trained, so wo
 # a pre-trained encoder that reads the text in place of the student's table (distil/reader.py)
 reader = ''            # file; or a Hugging Face id; '': none
 reader_layers = 0      # 0..; its first layers alone, this many; 0: all
+reader_tokens = 0      # 0..; its likeliest tokens of the texts' letters alone, this many (distil/trim.py); 0: all
 reader_lr = 0.1        # 0..; factor on its learning rate: it is trained already
 # student
 n_layer = 16           # 1..
@@ -161,7 +162,10 @@ def hide_text(text, share, hidden_id):
 
 def mask_id(student):
     """the id that stands for a hidden token of a text: the start token, or the encoder's mask token."""
-    return student.encoder.tokenizer.token_to_id('[MASK]') if student.encoder else student.config.start_id
+    if student.encoder is None:
+        return student.config.start_id
+    found = (student.encoder.tokenizer.token_to_id(name) for name in ('[MASK]', '<mask>'))
+    return next(id for id in found if id is not None)
 
 
 def add_up(learned, sums):
@@ -205,8 +209,9 @@ def check_training(config):
     if config['reader'] and config['init_from'] == 'teacher':
         stop('init_from = teacher starts with the teacher\'s table, and a student with a reader has none; set reader = '
              "'', or init_from = 'scratch'")
-    if config['reader_layers'] and not config['reader']:
-        stop('reader_layers says how many layers of the reader are kept; set reader, too')
+    for key in ('reader_layers', 'reader_tokens'):
+        if config[key] and not config['reader']:
+            stop(f'{key} says how much of the reader is kept; set reader, too')
     if tracker and not importlib.util.find_spec(tracker):
         stop(f'tracker = {tracker}: this package is missing; run: pip install {tracker}')
     if tau < 1 and min(config['kl_start'], config['kl_end']) < 1:
@@ -222,7 +227,7 @@ if __name__ == '__main__':
     check_sizes(config, shards.meta, len(train_rows), len(val_rows))
     torch.manual_seed(seed)
     lock = lock_folder(out) if RANK == 0 else None              # held until the program ends
-    training, optimizer_state = open_training(out, config, shards, len(train_rows), device)
+    training, optimizer_state = open_training(out, config, shards, train_rows, device)
     student = training.student
     counts = student.count_params()
     print('model', *(f'{"params" if k == "total" else k}={n / 1e6:.1f}M' for k, n in counts.items()))

@@ -20,9 +20,10 @@ from tokenizers import Tokenizer
 
 from config import next_command, stop
 from config.machine import pick_dtype, whole_file
+from distil.encoder import Encoder, EncoderConfig
 from distil.space import OutputSpace, tokenizer_hash
 from distil.reader import read_tokenizer
-from model import Encoder, EncoderConfig, Student, StudentConfig
+from model import Student, StudentConfig
 
 CHECKPOINT = 5  # version of the file; 4 is read too, see upgrade
 

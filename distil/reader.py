@@ -1,11 +1,11 @@
 """The pre-trained encoder in front of a student (the setting `reader`): loading it, and its tokens.
 
-    encoder = load_encoder('data/teachers/minilm', n_layer=3)  # a model.Encoder with these weights
+    encoder = load_encoder('data/teachers/minilm', n_layer=3)  # an encoder.Encoder with these weights
     encode_texts(encoder, ['a text'], max_tokens=64)           # [[101, 1037, 3793, 102]]
 
 The encoder reads the text for the student. It is part of the student: trained with it at a lower learning rate,
 and saved in its checkpoint. It has a tokenizer of its own, so its ids are made from the text, not from the
-teacher's ids. Its architecture is BERT's: MiniLM, bge, e5.
+teacher's ids. Its architecture is BERT's, as of MiniLM, bge and e5, or MPNet's.
 """
 import math
 from pathlib import Path
@@ -15,9 +15,9 @@ import torch
 from tokenizers import Tokenizer
 
 from config import stop
+from distil.encoder import Encoder, EncoderConfig
 from distil.options import HEAD, ITEM, thin_options
 from distil.places import Page, Source
-from model import Encoder, EncoderConfig
 
 # -----------------------------------------------------------------------------
 # its tokens
@@ -119,28 +119,38 @@ def encode_records(student, space, shards, rows):
 # loading
 
 
+# the parts of a layer as transformers calls them: query, key, value, and then in the order of the layer
+PARTS = {'bert': ('attention.self.query', 'attention.self.key', 'attention.self.value', 'attention.output.dense',
+                  'attention.output.LayerNorm', 'intermediate.dense', 'output.dense', 'output.LayerNorm'),
+         'mpnet': ('attention.attn.q', 'attention.attn.k', 'attention.attn.v', 'attention.attn.o', 'attention.LayerNorm',
+                   'intermediate.dense', 'output.dense', 'output.LayerNorm')}
+
+
 def load_encoder(name, n_layer=0):
     """an Encoder with pre-trained weights. name: Hugging Face id or directory; n_layer: keep the first n layers,
-    0: all. Exits with a message if it cannot be loaded or is not of BERT's family."""
+    0: all. Exits with a message if it cannot be loaded or is neither BERT nor MPNet."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer  # a trained student needs no transformers
     try:
         c, wrapped = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        hint = '; run: python data/teachers/prepare.py minilm' if Path(name) == Path('data/teachers/minilm') else ''
+        is_ours = Path(name).parent == Path('data/teachers') and Path(name).name in ('minilm', 'e5', 'mpnet')
+        hint = f'; run: python data/teachers/prepare.py {Path(name).name}' if is_ours else ''
         is_path = name.count('/') > 1 or name.startswith(('.', '/'))  # a Hugging Face id is owner/name
         problem = 'no such directory' if is_path and not Path(name).is_dir() else str(error).strip().splitlines()[0]
         stop(f'reader = {name} cannot be loaded: {problem}{hint}')
     absolute = getattr(c, 'position_embedding_type', None) in (None, 'absolute')
-    if c.model_type != 'bert' or c.hidden_act != 'gelu' or not absolute:
-        stop(f'reader = {name} is a {c.model_type} model; it must be of BERT\'s family, such as MiniLM, bge or e5')
+    if c.model_type not in PARTS or c.hidden_act != 'gelu' or not absolute:
+        stop(f'reader = {name} is a {c.model_type} model; it must be a BERT, such as MiniLM, bge or e5, or an MPNet')
     if n_layer > c.num_hidden_layers:
         stop(f'reader_layers = {n_layer}, but {name} has {c.num_hidden_layers}')
+    n_buckets, n_pos = getattr(c, 'relative_attention_num_buckets', 0), c.max_position_embeddings
+    n_pos -= 2 if n_buckets else 0                          # the first two of MPNet stand for padding
     config = EncoderConfig(c.vocab_size, n_layer or c.num_hidden_layers, c.num_attention_heads, c.hidden_size,
-                           c.intermediate_size, c.max_position_embeddings, c.layer_norm_eps)
+                           c.intermediate_size, n_pos, c.layer_norm_eps, n_buckets)
     wrapped.backend_tokenizer.no_padding()
     wrapped.backend_tokenizer.no_truncation()               # encode_texts cuts
     encoder = Encoder(config, wrapped.backend_tokenizer)
-    copy_bert(encoder, AutoModel.from_pretrained(name, add_pooling_layer=False, dtype=torch.float32))
+    copy_weights(encoder, AutoModel.from_pretrained(name, add_pooling_layer=False, dtype=torch.float32))
     return encoder
 
 
@@ -155,22 +165,22 @@ def keep_options_apart(encoder):
 
 
 @torch.no_grad()
-def copy_bert(encoder, model):
-    """fills an Encoder with the weights of a transformers BertModel."""
+def copy_weights(encoder, model):
+    """fills an Encoder with the weights of a transformers BertModel or MPNetModel."""
     e = model.embeddings
     encoder.wte.weight.copy_(e.word_embeddings.weight)
-    encoder.wpe.weight.copy_(e.position_embeddings.weight + e.token_type_embeddings.weight[0])
+    encoder.wpe.weight.copy_(e.position_embeddings.weight[-encoder.config.n_pos:])
+    if not encoder.config.n_buckets:
+        encoder.wpe.weight += e.token_type_embeddings.weight[0]
+    else:
+        encoder.wre.weight.copy_(model.encoder.relative_attention_bias.weight)
     encoder.norm_e.load_state_dict(e.LayerNorm.state_dict())
     for block, layer in zip(encoder.h, model.encoder.layer):
-        attention = layer.attention
-        qkv = attention.self.query, attention.self.key, attention.self.value
+        *qkv, project, norm_1, up, down, norm_2 = map(layer.get_submodule, PARTS[model.config.model_type])
         block.c_attn.weight.copy_(torch.cat([part.weight for part in qkv]))
         block.c_attn.bias.copy_(torch.cat([part.bias for part in qkv]))
-        parts = ((block.c_proj, attention.output.dense), (block.norm_1, attention.output.LayerNorm),
-                 (block.c_up, layer.intermediate.dense), (block.c_down, layer.output.dense),
-                 (block.norm_2, layer.output.LayerNorm))
-        for part, of_bert in parts:
-            part.load_state_dict(of_bert.state_dict())
+        for name, part in (('c_proj', project), ('norm_1', norm_1), ('c_up', up), ('c_down', down), ('norm_2', norm_2)):
+            block.get_submodule(name).load_state_dict(part.state_dict())
 
 
 def read_tokenizer(folder):

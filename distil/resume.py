@@ -33,8 +33,7 @@ FREE = ('device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum',
         'tracker', 'held_out')                               # the split itself is compared
 
 # values of settings that older checkpoints lack, and of a setting that only older ones have
-MISSING = {'reader': '', 'reader_layers': 0, 'reader_lr': 0.1,
-            'divergence': 'forward', 'train_on': 'all'}
+MISSING = {'reader': '', 'reader_layers': 0, 'reader_tokens': 0, 'reader_lr': 0.1, 'divergence': 'forward', 'train_on': 'all'}
 
 
 @dataclass
@@ -160,20 +159,20 @@ class Meter:
 # a new training, or one that continues
 
 
-def open_training(out, config, shards, n_train, device):
+def open_training(out, config, shards, train_rows, device):
     """(Training in the folder `out`, optimizer state or None). It continues if there is a checkpoint of the
     same settings and records. Exits with a message if the training is finished or is another one.
 
-    config: the settings of train.py; shards: its records, n_train of which are trained on.
+    config: the settings of train.py; shards: its records; train_rows: those of them that are trained on.
     """
-    meta, facts = shards.meta, run_facts(config, shards, n_train)
+    facts = run_facts(config, shards, len(train_rows))
     resume = (out / 'ckpt.pt').exists() and not config['overwrite']
     if config['init_from'] == 'resume' and not resume:
         stop(f'{out}/ckpt.pt does not exist; there is nothing to resume')
     if resume:
         training, optimizer_state = resume_training(out, facts, config['freeze_table'], device)
     else:
-        student = new_student(config, meta).to(device)
+        student = new_student(config, shards, train_rows).to(device)
         training, optimizer_state = new_training(out, facts, student, shards), None
     if training.finished:
         print(f'{out} is trained already ({training.step} steps); train another beside it with --run=other, '

@@ -6,17 +6,20 @@ from dataclasses import asdict
 
 import torch
 import torch.nn as nn
+from tokenizers import Tokenizer
 
 from config import stop
 from distil.reader import keep_options_apart, load_encoder
 from distil.schema import Schema
 from distil.teacher import load_model
+from distil.trim import trim_encoder
 from model import Student, StudentConfig
 
 
-def new_student(config, meta):
-    """a Student at the start of a run, on the CPU. config: the settings of train.py; meta: the meta.json of its
-    records. Exits with a message if it cannot be made."""
+def new_student(config, shards, train_rows):
+    """a Student at the start of a run, on the CPU. config: the settings of train.py; shards: its records; train_rows:
+    those of them that are trained on. Exits with a message if it cannot be made."""
+    meta = shards.meta
     keys, V = ('block_size', 'n_layer', 'n_head', 'n_embd', 'n_mlp', 'dropout'), len(meta['output_ids'])
     sizes = {key: config[key] for key in keys}
     copied = Schema(meta['fields'], meta.get('left_out')).copied
@@ -29,6 +32,10 @@ def new_student(config, meta):
             print(f'loading {config["reader"]}, which reads for the student')
             encoder = load_encoder(config['reader'], config['reader_layers'])
             encoder.keep_end = bool(meta.get('keep_end'))
+            if config['reader_tokens']:
+                tokenizer = Tokenizer.from_file(str(shards.folder / 'tokenizer.json'))
+                texts = tokenizer.decode_batch([shards.ids(i).tolist() for i in train_rows])
+                trim_encoder(encoder, texts, config['reader_tokens'])
             if any(part.is_option for part in copied):
                 keep_options_apart(encoder)
             # the table has the output tokens, the start token and two kinds of places

