@@ -154,6 +154,7 @@ class Student(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, width)   # text and answer share it, if there is no encoder
         self.wte_proj = nn.Linear(width, C, bias=False) if width != C else nn.Identity()
         self.encoder = encoder
+        self.mark = (config.encoder or {}).get('marks', (-2,))[0]  # see own_tokens
         if encoder is not None:
             assert width == C and config.start_id == V, 'with an encoder the table has a row per output index, and V'
             assert config.vocab_size == V + (3 if config.places else 1), 'and two more for what is pointed to'
@@ -194,8 +195,7 @@ class Student(nn.Module):
         With a cache (decode.Cache) text and answer hold what is not in it yet: the first R rows begin, each with a
         text; the others (R <= B) go on with their answer. T is then of the longest text in the cache.
         """
-        mark = self.encoder.config.marks[0] if self.encoder else -2
-        source, used, of_text = lay_out(text, answer, mark)  # (B, T_row) each
+        source, used, of_text = lay_out(text, answer, self.mark)  # (B, T_row) each
         B, n_row = used.size(0), used.sum(1)                # (B,) tokens of each row
         if cache is None:                                   # rows padded on the right
             pos = torch.arange(used.size(1), device=used.device)  # (T_row,)

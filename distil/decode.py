@@ -209,8 +209,7 @@ def choose(logits, V):
 
 def count_kept(student, ids):
     """how many of the tokens of a text a student's decoder reads: those before its options."""
-    mark = student.encoder.config.marks[0] if student.encoder else -2
-    return ids.index(mark) if mark in ids else len(ids)
+    return ids.index(student.mark) if student.mark in ids else len(ids)
 
 
 FEW = 5  # so many decisions and less in an answer are not worth a draft
