@@ -100,7 +100,7 @@ class Encoder(nn.Module):
         their order is of no account. The text sees them all."""
         (head, item), used, t = self.config.marks, text >= 0, torch.arange(text.size(1), device=text.device)
         if head < 0:                                        # no text has options
-            return t.expand_as(text), self.add_bias(t[None], used[:, None].expand(-1, len(t), -1))
+            return t.expand_as(text), self.add_bias(t[None], used[:, None].expand(-1, text.size(1), -1))
         is_head, last = text == head, used & ~F.pad(used[:, 1:], (0, 1))  # the last token is one of the text
         start = torch.where(is_head | (text == item), t, 0).cummax(1)[0].masked_fill(last, 0)  # (B, T) of name or option
         n, of_list, own = own_tokens(text, head)[:, None], is_head.cumsum(1), start == 0
