@@ -16,10 +16,13 @@ answers.py         what it answers, as probabilities of values
 extraction.py      settings, shard and totals of extract.py
 teacher_report.py  is this teacher worth copying?
 start.py           a student at the start of its training
-reader.py          a pre-trained encoder that reads the text for the student: loading it, its tokens
+encoder.py         the pre-trained encoder that reads the text for a student: BERT or MPNet
+reader.py          loading it, its tokens
+trim.py            a smaller table for one of many languages
 split.py           which records are held out: those that people name, or a tenth
 records.py         the records a student is trained on, opened and checked
-decode.py          greedy decoding of the student, many texts at a time, and its confidence
+decode.py          greedy decoding of the student, many texts at a time
+confidence.py      how sure it is: of its values, of all values, of places of the text
 labeler.py         a student as a function from texts to records
 cascade.py         the teacher that answers what the student is not sure of
 checkpoint.py      the file of a student

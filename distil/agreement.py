@@ -309,7 +309,7 @@ def learn_lists(learn, train_lists, n, leaf):
 
 def fit_temperature(decisions, hits):
     """the temperature, 0.1 to 10, at which the student's confidence in its values of one field predicts the
-    hits best (cross-entropy). decisions: per record those of the field (see decode.confidence_of); hits: per
+    hits best (cross-entropy). decisions: per record those of the field (see confidence.confidence_of); hits: per
     record, True if its value is the teacher's.
 
     One number per field, after https://arxiv.org/abs/1706.04599, but fitted on free-running answers: the

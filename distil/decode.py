@@ -2,9 +2,8 @@
 
     for outs, decisions in decode(student, space, texts): ...   # texts: lists of ids; answers in their order
 
-It gives the answers of the plain loop in sample.py, many at a time. confidence_of returns the probability of each
-field's value, value_probabilities the probabilities of all its values. B rows, T tokens, H heads of D, V =
-output_vocab.
+It gives the answers of the plain loop in sample.py, many at a time; confidence.py says how sure they are. B rows, T tokens,
+H heads of D, V = output_vocab.
 """
 import math
 from dataclasses import dataclass, field
@@ -45,6 +44,11 @@ class Cache:
             self.store = torch.cat((self.store, more), 2)
         self.B, self.slots = B, torch.tensor(slots, device=device)
         self.n_read = torch.tensor(n_read, device=device)
+
+    def repeat(self, n):
+        """slot 0 in each of n slots: rows that begin alike."""
+        self.store = self.store[:, :, :1].repeat_interleave(n, 2)
+        self.texts, self.used = (part[:1].repeat_interleave(n, 0) for part in (self.texts, self.used))
 
     def keep_texts(self, states, used):
         """stores what the rows of this pass can point to: states (R, T, C) of those that begin, used (R, T) bool.
@@ -229,7 +233,7 @@ def decode(student, space, texts, batch_size=64, constrain=True, drafts=None, co
 
     texts: iterable of lists of ids. None in it means that no text is available yet: one more pass is made for
     the incomplete answers, then the iterable is read again. Yields in the order of the texts (output indices
-    with the end token, decisions: see confidence_of).
+    with the end token, decisions: see confidence.py).
 
     constrain: *guaranteed*: the student chooses only at decisions, among the legal tokens. Otherwise
     *lossless*: the forced tokens are a draft that the student reads, and each must be its own choice, so that
@@ -295,106 +299,3 @@ def decode(student, space, texts, batch_size=64, constrain=True, drafts=None, co
 def generate(student, space, texts, constrain=True, batch_size=64):
     """texts: iterable of lists of ids -> list of lists of output indices, end token included; see decode."""
     return [outs for outs, _ in decode(student, space, texts, batch_size, constrain)]
-
-
-# -----------------------------------------------------------------------------
-# confidence
-
-
-def confidence_of(paths, decisions, temperature=None):
-    """{field: probability of the chosen value}, of the student constrained to the schema, given the fields before. It is
-    the product, along the value's tokens, of the softmax over the legal tokens. paths: of all leaves, which name the
-    fields; decisions: of one answer, [(field, logits (V,), -inf where illegal, output index chosen)]. temperature:
-    {field: number that its logits are divided by}, see agreement.fit_temperature."""
-    log_p = dict.fromkeys(paths, 0.0)
-    for name, logits, choice in decisions:
-        log_p[name] += (logits / (temperature or {}).get(name, 1.0)).log_softmax(-1)[choice].item()
-    return {name: math.exp(p) for name, p in log_p.items()}
-
-
-@torch.no_grad()
-def value_probabilities(student, space, ids, outs, decisions, temperature=None):
-    """{path of a choice: [probability of each of its values, in their order]} for one answer, of the student
-    constrained to the schema, given its own answers before; of the choices that the answer comes to. The chosen value's
-    is that of confidence_of, where a field is one choice.
-
-    ids: of the text; outs, decisions: as decode yields them for it with constrain. The probability of an option of a
-    fork (space.py) is the product, along its tokens, of the softmax over the possible tokens; that of a value is the
-    sum over the options that make this choice, among those that agree with the answer in the choices before. Some
-    options have decisions that are not on the path of the answer: one more pass computes the logits of these.
-    """
-    filled = [(start, end, 1 if value in (None, '') else value) for start, end, value in getattr(outs, 'spans', ())]
-    states, answer = space.states_before(outs), space.to_json(Outs(outs, filled))  # a number that the text lacks: any
-    chosen = [n for n, state in enumerate(states) if space.decides[state]]
-    known = {states[n]: logits for n, (_, logits, _) in zip(chosen, decisions)}  # (V,) by state
-    walked, start, missing = space.walk(answer), len(space.start), {}
-    for k, entry, n in walked:
-        missing |= {state: outs[:start] + [*before] for steps in space.steps(k, entry)
-                    for state, _, _, before in steps if state not in known}
-        start += len(space.forks[k][n].tokens)
-    (text,), (page,) = read_pages(student, space, [ids])
-    if missing:
-        fed = [begin_row(space, page, outs, begun) for begun in missing.values()]
-        rows = read_rows(student, text, fed)                    # (n, V)
-        if page:                                                # a value begins at one of its places
-            rows[:, space.V + 1:][:, ~torch.from_numpy(page.begins)] = -math.inf
-        known |= dict(zip(missing, rows))
-    spread = lambda row, outs: [*(out for out in outs if out < space.V), *range(
-        space.V + 1, len(row) if max(outs) >= space.V else 0)]  # a place is any place
-    result = {choice.path: [1.0] for choice in space.schema.choices if len(choice) == 1}  # a constant is certain
-    for k, entry, n in walked:
-        p, ways = [], space.forks[k]
-        for steps in space.steps(k, entry):
-            rows = [(known[state] / (temperature or {}).get(space.leaf_at[state], 1.0), list(taken), list(possible))
-                    for state, taken, possible, _ in steps]
-            mass = lambda row, outs: row[spread(row, outs)].logsumexp(0).item()
-            p.append(math.exp(sum(mass(row, taken) - mass(row, possible) for row, taken, possible in rows)))
-        for i, (path, _) in enumerate(ways[n].made):
-            row = [0.0] * len(space.schema.by_choice[path])
-            for way, q in zip(ways, p):
-                if way.made[:i] == ways[n].made[:i]:
-                    row[way.made[i][1]] += q
-            result[path] = [q / sum(row) for q in row]
-    return {choice.path: result[choice.path] for choice in space.schema.choices if choice.path in result}
-
-
-def begin_row(space, page, outs, begun):
-    """what a student reads of the beginning of an answer, a list of output indices: the start token and these; with a
-    Page of the text the decisions alone, and places as place_input says. outs: the whole answer."""
-    if page is None:
-        return [space.V, *begun]
-    # a number that the text lacks points to token 0, see mask_illegal
-    tokens = [(0 if value is None else page.token_of(at, is_last), is_last) for start, end, value in outs.spans
-              for at, is_last in ((start, False), (end, True))]
-    places = (place_input(space.V, token, is_last) for token, is_last in tokens)
-    decided = [out for out, state in zip(begun, space.states_before(begun)) if space.decides[state]]
-    return [space.V, *(out if out < space.V else next(places) for out in decided)]
-
-
-def read_rows(student, text, fed):
-    """logits after the last token of each of several rows: (V,) each, or (V + 1 + T,) with places. text: as the student
-    reads it; fed: lists, of begin_row."""
-    device = student.lm_head.weight.device
-    return student(pad_rows([text] * len(fed), device), pad_rows(fed, device), only_last=True).float().cpu()
-
-
-@torch.no_grad()
-def span_probabilities(student, space, ids, outs, decisions, temperature=None, most=5):
-    """{path of a copied value: [(start, end, value, probability)]} of one answer, the likeliest ones first: of those
-    that begin at one of the `most` likeliest places, each with its likeliest end, given the student's answer before.
-    ids, outs, decisions: as decode yields them for it, with constrain."""
-    (text,), (page,) = read_pages(student, space, [ids])
-    states, V, tau, found = space.states_before(outs), space.V, temperature or {}, {}
-    logits_at = dict(zip([n for n, state in enumerate(states) if space.decides[state]], decisions))
-    for n in [n for n, out in enumerate(outs) if out >= V][::2]:
-        part = space.copy_at[states[n]]
-        p = (logits_at[n][1] / tau.get(part.group, 1.0)).softmax(-1)[V + 1:]  # (T,) of each first place
-        firsts = [first for first in p.topk(min(most, len(p))).indices.tolist() if p[first] > 0]
-        begun, spans = begin_row(space, page, outs, outs[:n]), []
-        fed = [[*begun, place_input(V, first, False)] for first in firsts]
-        for first, row in zip(firsts, read_rows(student, text, fed)):
-            able = page.lasts(part, first)
-            q = (row[[V + 1 + last for last in able]] / tau.get(part.group, 1.0)).softmax(-1)
-            spans.append((*page.span(part, first, able[int(q.argmax())]), (p[first] * q.max()).item()))
-        found[part.path] = sorted(spans, key=lambda span: -span[3])
-    return found

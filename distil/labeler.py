@@ -16,7 +16,8 @@ from config.machine import pick_device
 import torch
 
 from distil.checkpoint import find_threshold, load_checkpoint, problem_key
-from distil.decode import begin_row, confidence_of, decode, generate, read_rows, span_probabilities, value_probabilities
+from distil.confidence import begin_row, confidence_of, read_rows, span_probabilities, value_probabilities
+from distil.decode import decode, generate
 from distil.options import find_options, keep_options, split_options, text_end, write_options
 from distil.reader import count_cut, read_pages, text_room
 from distil.space import clean, kept_part

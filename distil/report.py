@@ -12,7 +12,7 @@ from config import read_data_line
 from config.machine import whole_file
 from distil.agreement import evaluate, field_texts, reliability_bins, same_values
 from distil.checkpoint import load_checkpoint
-from distil.decode import confidence_of
+from distil.confidence import confidence_of
 from distil.schema import members
 from distil.values import said
 

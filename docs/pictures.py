@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from data import Shards
 from distil.agreement import evaluate, field_texts, same_values
 from distil.checkpoint import load_checkpoint
-from distil.decode import confidence_of, decode
+from distil.confidence import confidence_of
+from distil.decode import decode
 from distil.report import start_drawing
 from distil.space import OutputSpace
 from train import distill_loss

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from distil.decode import confidence_of, decode, value_probabilities
+from distil.confidence import confidence_of, value_probabilities
+from distil.decode import decode
 from distil.copied import Copied
 from distil.labeler import copied_values
 from distil.values import MISSING, PRESENT, json_text, said

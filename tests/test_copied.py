@@ -10,7 +10,8 @@ from data import Record, Shards, Writer
 from distil.calibrate import find_priors, learn_bias
 from distil.candidates import read_locale
 from distil.copying import Value, answer_slowly, token_bytes
-from distil.decode import choose, confidence_of, decode, span_probabilities, value_probabilities
+from distil.confidence import confidence_of, span_probabilities, value_probabilities
+from distil.decode import choose, decode
 from distil.drafts import Drafts, Forced
 from distil.engine import Teacher, answer
 from distil.free import open_free

@@ -12,7 +12,8 @@ import torch
 from config import write_fields
 from distil.agreement import learn_lists, measure_agreement, measure_members
 from distil.answers import label_from_answer
-from distil.decode import confidence_of, decode, value_probabilities
+from distil.confidence import confidence_of, value_probabilities
+from distil.decode import decode
 from distil.drafts import Drafts, Forced
 from distil.json_schema import is_json_schema, unwrap
 from distil.schema import Schema

@@ -8,7 +8,8 @@ import torch
 
 from data.lines import cut_text
 from distil.copying import answer_slowly
-from distil.decode import decode
+from distil.confidence import begin_row, read_rows
+from distil.decode import decode, pad_rows
 from distil.drafts import Drafts
 from distil.engine import Teacher, answer
 from distil.options import check_options, find_options, read_text, split_options, text_end, thin_options, tidy, write_options
@@ -16,7 +17,7 @@ from distil.labeler import narrow
 from distil.labels import Labels
 from distil.places import Source
 from distil.prompts import answer_format, offer
-from distil.reader import cut_row, encode_pages, keep_options_apart, load_encoder
+from distil.reader import cut_row, encode_pages, keep_options_apart, load_encoder, read_pages
 from distil.schema import Schema
 from distil.space import OutputSpace
 from distil.teacher import encode_prompt
@@ -119,6 +120,11 @@ def test_a_student_decodes_options_as_one_by_one(bert, tokenizer, words):
     ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     for text, of_text, (outs, _) in zip(texts, ids, decode(student, space, ids, 5)):
         assert outs == answer_text(student, space, of_text)[0]
+        (read,), (page,) = read_pages(student, space, [of_text])  # rows that begin with this text, which is read once
+        fed = [begin_row(space, page, outs, outs[:n]) for n in (0, 1, 0, *range(2, len(outs)))]
+        with torch.no_grad():
+            slow = student(pad_rows([read] * len(fed), 'cpu'), pad_rows(fed, 'cpu'), only_last=True)
+            torch.testing.assert_close(read_rows(student, read, fed), slow, atol=1e-4, rtol=1e-4)
         found, shown = space.to_json(outs), space.tokenizer.decode(of_text)
         assert found['folder'] in [value for *_, value in find_options(shown, 'folder')]
         tags = [value for *_, value in find_options(shown, 'tags')]

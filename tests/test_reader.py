@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from data import Shards
 from device.run import Student as Runner
 from distil.checkpoint import load_checkpoint
-from distil.decode import decode, generate, pad_rows, value_probabilities
+from distil.confidence import value_probabilities
+from distil.decode import decode, generate, pad_rows
 from distil.reader import load_encoder, student_ids
 from model import Student, StudentConfig
 from sample import Labeler, answer_text

@@ -16,7 +16,8 @@ import torch
 import distil.checkpoint
 import data
 from distil.checkpoint import load_checkpoint, lower_precision
-from distil.decode import confidence_of, decode, generate, value_probabilities
+from distil.confidence import confidence_of, value_probabilities
+from distil.decode import decode, generate
 from distil.space import OutputSpace
 from sample import Labeler, answer_text
 from tests.conftest import FIELDS, ROOT, SCHEMAS, clone_task, one_line, run, tiny_student

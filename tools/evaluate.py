@@ -27,7 +27,8 @@ from distil.agreement import (calibration_error, evaluate, field_texts, read_tru
                               same_values, truth_lines)
 from distil.checkpoint import (checkpoint_path, load_checkpoint, read_checkpoint, read_work, save_checkpoint,
                                warn_changed_task)
-from distil.decode import confidence_of, decode, generate
+from distil.confidence import confidence_of
+from distil.decode import decode, generate
 from distil.records import choose_rows, load_records
 from distil.report import draw_report, save_picture, start_drawing
 from distil.resume import lock_folder

@@ -1,11 +1,11 @@
-"""CLINC150's sentences, each with ten intents to choose from -> data/intents/*.jsonl
+"""CLINC150's sentences, each with some intents to choose from -> data/intents/*.jsonl
 
     python data/intents/prepare.py                       # of data/clinc, which python data/clinc/prepare.py makes
-    python data/intents/prepare.py --options=50
+    python data/intents/prepare.py --options=10          # to learn from fewer than 50
 
 An intent is named by its words: "exchange rate". 30 of the 150 are never in input.jsonl, neither as the answer nor
-among the options; it has 50 sentences of each of the others. seen.jsonl and unseen.jsonl have the sentences of
-val.jsonl, whose options are drawn from all 150, for tools/accuracy.py: what is right was learned from, or was never
+among the 50 options; it has 50 sentences of each of the others. seen.jsonl and unseen.jsonl have the sentences of
+val.jsonl, with ten options drawn from all 150, for tools/accuracy.py: what is right was learned from, or was never
 seen.
 """
 import json
@@ -21,7 +21,7 @@ if {'-h', '--help'} & {*sys.argv}:
     sys.exit(print(__doc__))
 exit_on_stop()
 
-here, n_options = Path(__file__).parent, 10
+here, n_options = Path(__file__).parent, 50
 for argument in sys.argv[1:]:
     if not argument.startswith('--options=') or not argument[10:].isdigit() or not 2 <= int(argument[10:]) <= 150:
         sys.exit(f'{argument}: the only setting is --options=, from 2 to 150')
@@ -44,8 +44,8 @@ unseen = {*rng.sample(intents, 30)}
 seen = [intent for intent in intents if intent not in unseen]
 
 
-def write(name, rows, known):
-    """rows: (text, intent); known: the intents that options are drawn from, as many as there are."""
+def write(name, rows, known, n_options):
+    """rows: (text, intent); known: the intents that n_options are drawn from, as many as there are."""
     lines = []
     for text, intent in rows:
         others = rng.sample([other for other in known if other != intent], min(n_options, len(known)) - 1)
@@ -60,6 +60,6 @@ for text, intent in learned:
     count[intent] += 1
     if intent not in unseen and count[intent] <= 50:
         rows.append((text, intent))
-write('input.jsonl', rows, seen)
-write('seen.jsonl', [row for row in asked if row[1] not in unseen], intents)
-write('unseen.jsonl', [row for row in asked if row[1] in unseen], intents)
+write('input.jsonl', rows, seen, n_options)
+write('seen.jsonl', [row for row in asked if row[1] not in unseen], intents, 10)
+write('unseen.jsonl', [row for row in asked if row[1] in unseen], intents, 10)
