@@ -4,19 +4,22 @@
     confidence_of(space.schema.paths, decisions)                    # {'tone': 0.93}
     value_probabilities(student, space, ids, outs, decisions)       # {'tone': [0.07, 0.93]}
 
-The decisions of decode.py have the logits of what the answer comes to; where others are needed, one more pass reads the
-text once and what leads to each of them. V: output vocabulary, T: tokens of a text.
+The decisions of decode.py have the logits of what the answer comes to; where others are needed, more passes read the text
+once and what leads to each of them. V: output vocabulary, T: tokens of a text.
 """
 import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from distil.decode import Cache, count_kept, pad_rows
 from distil.places import place_input
 from distil.reader import read_pages
 from distil.space import Outs
+
+LEAST = 1e-6  # probability of coming to a decision below which it is not asked for: its values share that
 
 
 def confidence_of(paths, decisions, temperature=None):
@@ -30,7 +33,6 @@ def confidence_of(paths, decisions, temperature=None):
     return {name: math.exp(p) for name, p in log_p.items()}
 
 
-@torch.no_grad()
 def value_probabilities(student, space, ids, outs, decisions, temperature=None):
     """{path of a choice: [probability of each of its values, in their order]} for one answer, of the student
     constrained to the schema, given its own answers before; of the choices that the answer comes to. The chosen value's
@@ -38,74 +40,124 @@ def value_probabilities(student, space, ids, outs, decisions, temperature=None):
 
     ids: of the text; outs, decisions: as decode yields them for it with constrain. The probability of an option of a
     fork (space.py) is the product, along its tokens, of the softmax over the possible tokens; that of a value is the
-    sum over the options that make this choice, among those that agree with the answer in the choices before. Some
-    options have decisions that are not on the path of the answer: one more pass computes the logits of these.
+    sum over the options that make this choice, among those that agree with the answer in the choices before.
     """
-    filled = [(start, end, 1 if value in (None, '') else value) for start, end, value in getattr(outs, 'spans', ())]
-    states, answer = space.states_before(outs), space.to_json(Outs(outs, filled))  # a number that the text lacks: any
-    chosen = [n for n, state in enumerate(states) if space.decides[state]]
-    known = {states[n]: logits for n, (_, logits, _) in zip(chosen, decisions)}  # (V,) by state
-    walked, start, missing = space.walk(answer), len(space.start), {}
-    plans = [plan_fork(space, k, entry) for k, entry, _ in walked]
-    for (k, _, n), plan in zip(walked, plans):
-        missing |= {state: outs[:start] + before for state, before in plan.states.items() if state not in known}
-        start += len(space.forks[k][n].tokens)
-    (text,), (page,) = read_pages(student, space, [ids])
-    if missing:
-        fed = [begin_row(space, page, outs, begun) for begun in missing.values()]
-        rows = read_rows(student, text, fed)                    # (n, V)
-        if page:                                                # a value begins at one of its places
-            rows[:, space.V + 1:][:, ~torch.from_numpy(page.begins)] = -math.inf
-        known |= dict(zip(missing, rows))
-    result = {choice.path: [1.0] for choice in space.schema.choices if len(choice) == 1}  # a constant is certain
-    for (k, _, n), plan in zip(walked, plans):
-        p, ways = plan.measure([known[state] / (temperature or {}).get(space.leaf_at[state], 1.0) for state in plan.states],
-                               space.V), space.forks[k]
-        for i, (path, _) in enumerate(ways[n].made):
-            row = [0.0] * len(space.schema.by_choice[path])
-            for way, q in zip(ways, p):
-                if way.made[:i] == ways[n].made[:i]:
-                    row[way.made[i][1]] += q
-            result[path] = [q / sum(row) for q in row]
-    return {choice.path: result[choice.path] for choice in space.schema.choices if choice.path in result}
+    return all_probabilities(student, space, [(ids, outs, decisions)], temperature)[0]
+
+
+@torch.no_grad()
+def all_probabilities(student, space, answers, temperature=None):
+    """value_probabilities of many answers, a list of (ids, outs, decisions). Some options have decisions that are not on
+    the path of the answer: these are asked for in more passes, as far as they are likely at all; the texts are read once."""
+    asked, read = [Values(space, outs, decisions, temperature) for _, outs, decisions in answers], None
+    while missing := [(n, *state) for n, values in enumerate(asked) for state in values.missing()]:
+        if read is None:
+            texts, pages = read_pages(student, space, [ids for ids, *_ in answers])
+            read = Begun(student, texts)
+        rows = read.ask([(n, begin_row(space, pages[n], answers[n][1], begun)) for n, _, begun in missing])
+        for (n, state, _), row in zip(missing, rows):
+            if pages[n]:                                        # a value begins at one of its places
+                row[space.V + 1:][~np.pad(pages[n].begins, (0, len(row) - space.V - 1 - len(pages[n].begins)))] = -math.inf
+            asked[n].learn(state, row)
+    return [values.probabilities() for values in asked]
+
+
+class Values:
+    """the probabilities of all values of one answer, from logits of its decisions and of others that it asks for."""
+
+    def __init__(self, space, outs, decisions, temperature=None):
+        filled = [(start, end, 1 if value in (None, '') else value) for start, end, value in getattr(outs, 'spans', ())]
+        states, answer = space.states_before(outs), space.to_json(Outs(outs, filled))  # a number that the text lacks: any
+        self.space, self.temperature, self.rows = space, temperature or {}, {}
+        chosen = [state for state in states if space.decides[state]]
+        for state, (_, logits, _) in zip(chosen, decisions):
+            self.learn(state, logits.numpy())
+        self.forks, start = [], len(space.start)                # (Plan, options, the answer's one, the answer before)
+        for k, entry, n in space.walk(answer):
+            ways = space.forks[k]
+            self.forks.append((plan_fork(space, k, entry), ways, n, outs[:start]))
+            start += len(ways[n].tokens)
+
+    def learn(self, state, logits):
+        """logits (V,), or (V + 1 + T,) with places; -inf where illegal."""
+        row, V = logits / self.temperature.get(self.space.leaf_at[state], 1.0), self.space.V
+        self.rows[state] = np.append(row[:V], np.logaddexp.reduce(row[V:], initial=-np.inf))  # the last: a place, any
+
+    def missing(self):
+        """[(state, output indices that lead to it)] whose logits are needed next."""
+        found = {}
+        for plan, _, _, begun in self.forks:
+            reached = plan.reach(plan.sum_up(self.rows, self.space.V), [state in self.rows for state in plan.states])
+            found |= {state: begun + before for (state, before), p in zip(plan.states.items(), reached)
+                      if p > LEAST and state not in self.rows}
+        return list(found.items())
+
+    def probabilities(self):
+        """what value_probabilities returns."""
+        schema = self.space.schema
+        result = {choice.path: [1.0] for choice in schema.choices if len(choice) == 1}  # a constant is certain
+        for plan, ways, n, _ in self.forks:
+            p = plan.measure(plan.sum_up(self.rows, self.space.V))
+            for i, (path, _) in enumerate(ways[n].made):
+                row = [0.0] * len(schema.by_choice[path])
+                for way, q in zip(ways, p):
+                    if way.made[:i] == ways[n].made[:i]:
+                        row[way.made[i][1]] += q
+                result[path] = [q / sum(row) for q in row]
+        return {choice.path: result[choice.path] for choice in schema.choices if choice.path in result}
 
 
 @dataclass
 class Plan:
     """how the probabilities of the options of a fork follow from logits. states: {state: the option's tokens before}, S of
-    them. A sum is one of probabilities of some tokens in one state: row (P,) of which; able (P, V + 1) bool, of what:
-    column V is a place, any of them. taken, possible (options, steps): the sums by which an option's probability is
-    multiplied and divided; P where it has no more steps."""
+    them, each after that before it. A sum is one of probabilities of some tokens in one state: row (P,) of which, able (P,
+    K) of what: V is a place, any of them, V + 1 nothing. taken, possible (options, steps): the sums by which an option's
+    probability is multiplied and divided; P where it has no more steps. parents: for each state that before it, or None,
+    and the two sums that lead from there."""
     states: dict
     row: object
     able: object
     taken: object
     possible: object
+    parents: list
 
-    def measure(self, rows, V):
-        """[probability] of the options. rows: S times logits (V,), or (V + 1 + T,) with places; -inf where illegal."""
-        rows = torch.stack([torch.cat((row[:V], row[V:].logsumexp(0, keepdim=True))) for row in rows])  # (S, V + 1)
-        sums = rows[self.row].masked_fill(~self.able, -math.inf).logsumexp(1)  # (P,)
-        sums = torch.cat((sums, sums.new_zeros(1)))
-        return (sums[self.taken] - sums[self.possible]).sum(1).exp().tolist()
+    def sum_up(self, rows, V):
+        """(P + 1,) logarithms of the sums. rows: {state: (V + 1,)}; of one that lacks all are alike."""
+        table = np.stack([*(rows.get(state, np.zeros(V + 1, np.float32)) for state in self.states), np.zeros(V + 1)])
+        table = np.pad(table, ((0, 0), (0, 1)), constant_values=-np.inf)  # (S + 1, V + 2)
+        with np.errstate(invalid='ignore'):
+            return np.append(np.logaddexp.reduce(table[self.row[:, None], self.able], 1), 0.0)
+
+    def reach(self, sums, known):
+        """the probabilities of coming to each of the states; 0 behind one that is not known, a list of S bool."""
+        p = []
+        for parent, taken, possible in self.parents:
+            p.append(1.0 if parent is None else known[parent] and p[parent] * math.exp(sums[taken] - sums[possible]))
+        return p
+
+    def measure(self, sums):
+        """[probability] of the options."""
+        return np.exp((sums[self.taken] - sums[self.possible]).sum(1)).tolist()
 
 
 @lru_cache(maxsize=10_000)
 def plan_fork(space, k, entry):
     """the Plan of fork k of an OutputSpace, reached in the state `entry`."""
-    states, sums, options = {}, {}, []
+    states, sums, options, parents = {}, {}, [], {}
     for steps in space.steps(k, entry):
-        for state, *_, before in steps:
+        option, before_it = [], (None, 0, 0)
+        for state, taken, possible, before in steps:
             states.setdefault(state, [*before])
-        options.append([[sums.setdefault((state, some), len(sums)) for some in (taken, possible)]
-                        for state, taken, possible, _ in steps])
-    numbers = {state: n for n, state in enumerate(states)}
-    able = torch.zeros(len(sums), space.V + 1, dtype=torch.bool)
-    for n, (_, some) in enumerate(sums):
-        able[n, [min(out, space.V) for out in some]] = True
-    most = max(map(len, options))
-    table = torch.tensor([steps + [[len(sums)] * 2] * (most - len(steps)) for steps in options]).view(len(options), most, 2)
-    return Plan(states, torch.tensor([numbers[state] for state, _ in sums], dtype=torch.long), able, *table.unbind(2))
+            parents.setdefault(state, before_it)
+            option.append([sums.setdefault((state, some), len(sums)) for some in (taken, possible)])
+            before_it = list(states).index(state), *option[-1]
+        options.append(option)
+    numbers, most = {state: n for n, state in enumerate(states)}, max(map(len, options))
+    wide = max([len(some) for _, some in sums], default=0)
+    able = [[min(out, space.V) for out in some] + [space.V + 1] * (wide - len(some)) for _, some in sums]
+    table = np.array([steps + [[len(sums)] * 2] * (most - len(steps)) for steps in options], int).reshape(len(options), most, 2)
+    return Plan(states, np.array([numbers[state] for state, _ in sums], int), np.array(able, int).reshape(len(sums), wide),
+                table[..., 0], table[..., 1], [parents[state] for state in states])
 
 
 def begin_row(space, page, outs, begun):
@@ -121,21 +173,36 @@ def begin_row(space, page, outs, begun):
     return [space.V, *(out if out < space.V else next(places) for out in decided)]
 
 
+class Begun:
+    """texts that a student has read, and rows that begin with them. texts: lists, as the student reads them."""
+
+    def __init__(self, student, texts):
+        self.student, self.device, self.cache = student, student.lm_head.weight.device, Cache(student)
+        self.n_read = [count_kept(student, text) + 1 for text in texts]  # with the start token
+        start = [[student.config.output_vocab] for _ in texts]
+        self.cache.begin_pass(range(len(texts)), [0] * len(texts))
+        self.first = student(pad_rows(texts, self.device), pad_rows(start, self.device), self.cache, only_last=True)
+        self.T = max(map(len, texts))
+
+    def ask(self, rows, most=256):
+        """a list of arrays: the logits (V,) after the last token of each row, or (V + 1 + T,) with places. rows: (number of
+        its text, what is fed: the start token first) each."""
+        logits = [self.first[n] if len(fed) == 1 else None for n, fed in rows]
+        rest = [i for i, row in enumerate(logits) if row is None]
+        for some in (rest[start:start + most] for start in range(0, len(rest), most)):
+            texts, fed = zip(*((rows[i][0], rows[i][1][1:]) for i in some))
+            cache = self.cache.begin_from(texts, max(self.n_read) + max(map(len, fed)))
+            cache.begin_pass(range(len(some)), [self.n_read[n] for n in texts])
+            none = torch.zeros(0, self.T, dtype=torch.long, device=self.device)
+            for i, row in zip(some, self.student(none, pad_rows(fed, self.device), cache, only_last=True)):
+                logits[i] = row
+        return [row.float().cpu().numpy().copy() for row in logits]
+
+
 def read_rows(student, text, fed):
-    """logits after the last token of each of several rows: (V,) each, or (V + 1 + T,) with places. text: as the student
-    reads it, once; fed: lists, of begin_row."""
-    device, cache, start = student.lm_head.weight.device, Cache(student), fed[0][:1]
-    cache.begin_pass([0], [0])
-    first = student(pad_rows([text], device), pad_rows([start], device), cache, only_last=True)  # (1, V)
-    rest = [n for n, row in enumerate(fed) if len(row) > 1]
-    logits = first.expand(len(fed), -1)
-    if rest:
-        cache.repeat(len(rest))
-        cache.begin_pass(range(len(rest)), [count_kept(student, text) + 1] * len(rest))
-        none = torch.zeros(0, len(text), dtype=torch.long, device=device)
-        more = student(none, pad_rows([fed[n][1:] for n in rest], device), cache, only_last=True)
-        logits = logits.index_copy(0, torch.tensor(rest, device=device), more)
-    return logits.float().cpu()
+    """logits after the last token of each of several rows: (n, V), or (n, V + 1 + T) with places. text: as the student
+    reads it; fed: lists, of begin_row."""
+    return torch.from_numpy(np.stack(Begun(student, [text]).ask([(0, row) for row in fed])))
 
 
 @torch.no_grad()

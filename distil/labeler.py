@@ -16,7 +16,7 @@ from config.machine import pick_device
 import torch
 
 from distil.checkpoint import find_threshold, load_checkpoint, problem_key
-from distil.confidence import begin_row, confidence_of, read_rows, span_probabilities, value_probabilities
+from distil.confidence import all_probabilities, begin_row, confidence_of, read_rows, span_probabilities
 from distil.decode import decode, generate
 from distil.options import find_options, keep_options, split_options, text_end, write_options
 from distil.reader import count_cut, read_pages, text_room
@@ -275,21 +275,19 @@ class Labeler:
         # answers in the order of the texts: output indices, and decisions [(field, logits (V,), choice)]
         for answer in decode(self.student, self.space, encoded(), self.batch_size, self.constrain):
             results.append((*waiting.popleft(), *answer))
-            # the teacher is faster on many at once, so results are collected while more texts are coming
-            if not self.ask or drained or not waiting or len(results) >= self.batch_size:
+            # many at once are faster for the teacher and for all probabilities: collect, while more texts are coming
+            if not (self.ask or self.confidence == 'full') or drained or not waiting or len(results) >= self.batch_size:
                 yield from self.finish(results)
                 results = []
         yield from self.finish(results)                         # those of the last texts
         if not isinstance(end, StopIteration):
             raise end                                           # the caller's own exception
 
-    def confidence_in(self, ids, outs, decisions):
-        """({field: probability of its value}, what the record shows of it)."""
+    def confidence_in(self, ids, outs, decisions, p_values):
+        """({field: probability of its value}, what the record shows of it). p_values: of all_probabilities."""
         p_chosen = confidence_of(self.space.schema.paths, decisions, self.temperature)  # {field: 0..1}
         if self.confidence != 'full':
             return p_chosen, {name: round(p, 4) for name, p in p_chosen.items()}
-        # one more forward pass for the other values, from the token at which they differ from the answer
-        p_values = value_probabilities(self.student, self.space, ids, outs, decisions, self.temperature)
         rounded = {path: [round(p, 4) for p in row] for path, row in p_values.items()}
         shown = self.space.schema.write_label(rounded)['probabilities']
         if self.space.schema.copied:
@@ -297,10 +295,17 @@ class Labeler:
             shown |= show_copied(self.space.schema, found, p_values)
         return p_chosen, shown
 
+    def value_probabilities(self, results):
+        """{number of a result: the probabilities of all values} of those that are answers."""
+        known = [n for n, (_, error, _, outs, _) in enumerate(results) if not error and self.space.to_json(outs) is not None]
+        answers = [(results[n][0], *results[n][3:]) for n in known]
+        return dict(zip(known, all_probabilities(self.student, self.space, answers, self.temperature)))
+
     def finish(self, results):
         """[(record, n_cut)] of results, (ids, error, n_cut, outs, decisions) each. Records below
         min_confidence are marked, or answered by the teacher."""
         records, below = [], {}                                 # below: {number in results: ids}
+        p_values = self.value_probabilities(results) if self.confidence == 'full' else {}
         for n, (ids, error, n_cut, outs, decisions) in enumerate(results):
             answer = None if error else self.space.to_json(outs)  # dict, or None if it breaks the schema
             if error:                                           # no text, or too long
@@ -314,7 +319,7 @@ class Labeler:
             else:
                 record = dict(answer)
                 if self.confidence or self.min_confidence:      # costs time, so only if it is used
-                    p_chosen, shown = self.confidence_in(ids, outs, decisions)
+                    p_chosen, shown = self.confidence_in(ids, outs, decisions, p_values.get(n))
                     record |= {'_confidence': shown} if self.confidence else {}
                     if min(p_chosen.values()) < self.min_confidence:
                         below[n] = ids

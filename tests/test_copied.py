@@ -10,7 +10,7 @@ from data import Record, Shards, Writer
 from distil.calibrate import find_priors, learn_bias
 from distil.candidates import read_locale
 from distil.copying import Value, answer_slowly, token_bytes
-from distil.confidence import confidence_of, span_probabilities, value_probabilities
+from distil.confidence import all_probabilities, confidence_of, span_probabilities, value_probabilities
 from distil.decode import choose, decode
 from distil.drafts import Drafts, Forced
 from distil.engine import Teacher, answer
@@ -302,6 +302,11 @@ def test_the_student_reads_what_it_points_to(pointing, texts):
 
 def test_probabilities_of_values_and_spans(pointing, texts):
     student, space = pointing
+    answers = [(ids, *answer) for ids, answer in zip(texts, decode(student, space, texts))]
+    many = all_probabilities(student, space, answers)           # all at once as each alone
+    for answer, values in zip(answers, many):
+        alone = value_probabilities(student, space, *answer)
+        assert alone.keys() == values.keys() and all(values[path] == pytest.approx(alone[path], abs=1e-5) for path in alone)
     for ids in texts[:8]:
         (outs, decisions), = decode(student, space, [ids])
         p_chosen = confidence_of(space.schema.paths, decisions)

@@ -154,7 +154,7 @@ def test_tables_are_answered_as_by_a_labeler(project, tmp_path):
             if 'error' not in record:
                 assert {path: row[f'_confidence_{path}'] for path in ('tone', 'spam')} == pytest.approx(record['_confidence'], abs=1e-4)
     types = [pq.read_schema(tmp_path / 'out' / name).types[:4] for name in names]
-    assert types.count([pa.int64(), pa.string(), pa.float64(), pa.list_(pa.string())]) == 6  # of Parquet, as they were
+    assert types.count([pa.int64(), pa.string(), pa.float64(), pa.list_(pa.string())]) == 7  # of Parquet, as they were
     before = {name: (tmp_path / 'out' / name).stat().st_mtime_ns for name in names}
     done = label(project, folder, '--rows=60', '--confidence=True', f'--output={tmp_path}/out')
     assert 'pieces are answered already' in done.stdout and 'label rows=1000' in done.stdout  # nothing is written twice

@@ -195,5 +195,5 @@ def test_a_stopped_training_resumes_bit_for_bit(project, bert, tmp_path):
 def test_what_is_no_reader_ends_with_a_message(project, teachers, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     for name, message in (('nowhere/at/all', 'cannot be loaded: no such directory'),
-                          (str(teachers['llama']), "of BERT's family")):
+                          (str(teachers['llama']), 'it must be a BERT')):
         assert message in one_line(run(root, 'train.py', '--init_from=scratch', f'--reader={name}'))
