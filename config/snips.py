@@ -28,7 +28,7 @@ n_mlp = 1536
 block_size = 200       # tokens of the encoder, and those of the longest answer
 # training: the labels are certain, so the KL is the cross-entropy; but all places of a value share its probability
 kd_temperature = 1.0
-max_epochs = 4
+max_epochs = 7
 batch_size = 32
 learning_rate = 1e-3
 min_lr = 1e-4

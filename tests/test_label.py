@@ -1,4 +1,5 @@
 """tools/label.py and tools/tables.py: a student over tables; a row is neither lost nor doubled."""
+import contextlib
 import gzip
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 
 from distil.labeler import Labeler
 from distil.schema import Schema
-from tests.conftest import ROOT, one_line, run
+from tests.conftest import clone_task, one_line, run
 from tools.tables import answer_fields, arrow_type, cut_file, find_files, fit, read_piece, schema_of
 
 FULL = Schema({'type': 'object', 'properties': {
@@ -163,36 +164,40 @@ def test_tables_are_answered_as_by_a_labeler(project, tmp_path):
     assert 'holds answers of another confidence' in one_line(done)
 
 
-def workers_of(pid):
-    """process ids of the processes that answer, of Ray's that a program has started."""
-    found = subprocess.run(['ps', '-eo', 'pid,args'], capture_output=True, text=True).stdout.splitlines()
-    return [int(line.split()[0]) for line in found if 'ray::MapWorker' in line]
+def workers_in(folder):
+    """process ids of the processes of Ray that answer for a program that was started in this folder."""
+    found = []
+    for path in Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):
+            if b'ray::MapWorker' in (path / 'cmdline').read_bytes() and os.readlink(path / 'cwd') == str(folder):
+                found.append(int(path.name))
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kills', [3])
 def test_a_killed_run_goes_on_and_no_row_is_lost_or_doubled(project, tmp_path, kills):
     pytest.importorskip('ray')
+    root = clone_task(project, tmp_path, 'out')
     (tmp_path / 'in').mkdir()
     rows, rng = write_tables(tmp_path / 'in', 3000), random.Random(0)
     command = [sys.executable, 'tools/label.py', '--name=toy', f'--input={tmp_path}/in/rows.parquet', f'--output={tmp_path}/out',
                '--column=body', '--rows=30', '--processes=2']
     out = lambda: sorted(path.name for path in (tmp_path / 'out').glob('*.parquet'))
     for n in range(kills):                                      # the program, while it writes
-        before, process = len(out()), subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before, process = len(out()), subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while len(out()) < before + rng.randint(2, 8) and process.poll() is None:
             time.sleep(0.02)
         process.kill()
         process.wait()
-        while workers_of(process.pid):
+        while workers_in(root):                                 # Ray ends them when the program is gone
             time.sleep(0.1)
     assert 0 < len(out()) < 100
-    process = subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
     before = len(out())
     while len(out()) < before + 3 and process.poll() is None:   # one of the processes that answer
         time.sleep(0.02)
-    for pid in workers_of(process.pid)[:1]:
-        os.kill(pid, signal.SIGKILL)
+    os.kill(workers_in(root)[0], signal.SIGKILL)
     stdout, _ = process.communicate(timeout=200)
     assert process.returncode == 0 and 'label rows=3000' in stdout
     found = [row for name in out() for row in pq.read_table(tmp_path / 'out' / name).to_pylist()]
