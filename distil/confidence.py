@@ -4,8 +4,8 @@
     confidence_of(space.schema.paths, decisions)                    # {'tone': 0.93}
     value_probabilities(student, space, ids, outs, decisions)       # {'tone': [0.07, 0.93]}
 
-The decisions of decode.py have the logits of what the answer comes to; where others are needed, more passes read the text
-once and what leads to each of them. V: output vocabulary, T: tokens of a text.
+The decisions of decode.py have the logits of what the answer comes to; where others are needed, more passes read the
+text once and what leads to each of them. V: output vocabulary, T: tokens of a text.
 """
 import math
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ LEAST = 1e-6  # probability of coming to a decision below which it is not asked 
 
 
 def confidence_of(paths, decisions, temperature=None):
-    """{field: probability of the chosen value}, of the student constrained to the schema, given the fields before. It is
-    the product, along the value's tokens, of the softmax over the legal tokens. paths: of all leaves, which name the
+    """{field: probability of the chosen value}, of the student constrained to the schema, given the fields before. It
+    is the product, along the value's tokens, of the softmax over the legal tokens. paths: of all leaves, which name the
     fields; decisions: of one answer, [(field, logits (V,), -inf where illegal, output index chosen)]. temperature:
     {field: number that its logits are divided by}, see agreement.fit_temperature."""
     log_p = dict.fromkeys(paths, 0.0)
@@ -47,8 +47,9 @@ def value_probabilities(student, space, ids, outs, decisions, temperature=None):
 
 @torch.no_grad()
 def all_probabilities(student, space, answers, temperature=None):
-    """value_probabilities of many answers, a list of (ids, outs, decisions). Some options have decisions that are not on
-    the path of the answer: these are asked for in more passes, as far as they are likely at all; the texts are read once."""
+    """value_probabilities of many answers, a list of (ids, outs, decisions). Some options have decisions that are not
+    on the path of the answer: these are asked for in more passes, as far as they are likely at all; the texts are
+    read once."""
     asked, read = [Values(space, outs, decisions, temperature) for _, outs, decisions in answers], None
     while missing := [(n, *state) for n, values in enumerate(asked) for state in values.missing()]:
         if read is None:
@@ -57,7 +58,8 @@ def all_probabilities(student, space, answers, temperature=None):
         rows = read.ask([(n, begin_row(space, pages[n], answers[n][1], begun)) for n, _, begun in missing])
         for (n, state, _), row in zip(missing, rows):
             if pages[n]:                                        # a value begins at one of its places
-                row[space.V + 1:][~np.pad(pages[n].begins, (0, len(row) - space.V - 1 - len(pages[n].begins)))] = -math.inf
+                places, begins = row[space.V + 1:], pages[n].begins
+                places[~np.pad(begins, (0, len(places) - len(begins)))] = -math.inf
             asked[n].learn(state, row)
     return [values.probabilities() for values in asked]
 
@@ -67,7 +69,7 @@ class Values:
 
     def __init__(self, space, outs, decisions, temperature=None):
         filled = [(start, end, 1 if value in (None, '') else value) for start, end, value in getattr(outs, 'spans', ())]
-        states, answer = space.states_before(outs), space.to_json(Outs(outs, filled))  # a number that the text lacks: any
+        states, answer = space.states_before(outs), space.to_json(Outs(outs, filled))  # any number for none
         self.space, self.temperature, self.rows = space, temperature or {}, {}
         chosen = [state for state in states if space.decides[state]]
         for state, (_, logits, _) in zip(chosen, decisions):
@@ -109,11 +111,11 @@ class Values:
 
 @dataclass
 class Plan:
-    """how the probabilities of the options of a fork follow from logits. states: {state: the option's tokens before}, S of
-    them, each after that before it. A sum is one of probabilities of some tokens in one state: row (P,) of which, able (P,
-    K) of what: V is a place, any of them, V + 1 nothing. taken, possible (options, steps): the sums by which an option's
-    probability is multiplied and divided; P where it has no more steps. parents: for each state that before it, or None,
-    and the two sums that lead from there."""
+    """how the probabilities of the options of a fork follow from logits. states: {state: the option's tokens before},
+    S of them, each after that before it. A sum is one of probabilities of some tokens in one state: row (P,) of
+    which, able (P, K) of what: V is a place, any of them, V + 1 nothing. taken, possible (options, steps): the sums
+    by which an option's probability is multiplied and divided; P where it has no more steps. parents: for each state
+    that before it, or None, and the two sums that lead from there."""
     states: dict
     row: object
     able: object
@@ -155,9 +157,10 @@ def plan_fork(space, k, entry):
     numbers, most = {state: n for n, state in enumerate(states)}, max(map(len, options))
     wide = max([len(some) for _, some in sums], default=0)
     able = [[min(out, space.V) for out in some] + [space.V + 1] * (wide - len(some)) for _, some in sums]
-    table = np.array([steps + [[len(sums)] * 2] * (most - len(steps)) for steps in options], int).reshape(len(options), most, 2)
-    return Plan(states, np.array([numbers[state] for state, _ in sums], int), np.array(able, int).reshape(len(sums), wide),
-                table[..., 0], table[..., 1], [parents[state] for state in states])
+    row, able = np.array([numbers[state] for state, _ in sums], int), np.array(able, int).reshape(len(sums), wide)
+    table = [steps + [[len(sums)] * 2] * (most - len(steps)) for steps in options]
+    taken, possible = np.moveaxis(np.array(table, int).reshape(len(options), most, 2), 2, 0)
+    return Plan(states, row, able, taken, possible, [parents[state] for state in states])
 
 
 def begin_row(space, page, outs, begun):
@@ -185,8 +188,8 @@ class Begun:
         self.T = max(map(len, texts))
 
     def ask(self, rows, most=256):
-        """a list of arrays: the logits (V,) after the last token of each row, or (V + 1 + T,) with places. rows: (number of
-        its text, what is fed: the start token first) each."""
+        """a list of arrays: the logits (V,) after the last token of each row, or (V + 1 + T,) with places. rows:
+        (number of its text, what is fed: the start token first) each."""
         logits = [self.first[n] if len(fed) == 1 else None for n, fed in rows]
         rest = [i for i, row in enumerate(logits) if row is None]
         for some in (rest[start:start + most] for start in range(0, len(rest), most)):

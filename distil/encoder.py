@@ -1,5 +1,5 @@
-"""The encoder that reads a text for a student, if it has one: BERT, https://arxiv.org/abs/1810.04805 (MiniLM, bge, e5), or
-MPNet, https://arxiv.org/abs/2004.09297. reader.py loads it with pre-trained weights.
+"""The encoder that reads a text for a student, if it has one: BERT, https://arxiv.org/abs/1810.04805 (MiniLM, bge,
+e5), or MPNet, https://arxiv.org/abs/2004.09297. reader.py loads it with pre-trained weights.
 
     encoder = Encoder(EncoderConfig(vocab_size=30522, n_layer=6, n_head=12, n_embd=384, n_mlp=1536, n_pos=512))
     states = encoder(torch.tensor([[101, 7592, 102], [101, 102, -1]]))  # (2, 3, 384); -1 on padding
@@ -95,14 +95,14 @@ class Encoder(nn.Module):
         return x.new_zeros(*text.shape, x.size(-1)).index_put((used,), x)[order.argsort()]
 
     def place(self, text):
-        """the positions (B, T) of the tokens of texts, and which tokens each of them sees, see add_bias. Positions begin
-        anew at each of the options behind a text, and an option sees the text, itself and the name of its list: so
-        their order is of no account. The text sees them all."""
+        """the positions (B, T) of the tokens of texts, and which tokens each of them sees, see add_bias. Positions
+        begin anew at each of the options behind a text, and an option sees the text, itself and the name of its list:
+        so their order is of no account. The text sees them all."""
         (head, item), used, t = self.config.marks, text >= 0, torch.arange(text.size(1), device=text.device)
         if head < 0:                                        # no text has options
             return t.expand_as(text), self.add_bias(t[None], used[:, None].expand(-1, text.size(1), -1))
         is_head, last = text == head, used & ~F.pad(used[:, 1:], (0, 1))  # the last token is one of the text
-        start = torch.where(is_head | (text == item), t, 0).cummax(1)[0].masked_fill(last, 0)  # (B, T) of name or option
+        start = torch.where(is_head | (text == item), t, 0).cummax(1)[0].masked_fill(last, 0)  # (B, T) of its part
         n, of_list, own = own_tokens(text, head)[:, None], is_head.cumsum(1), start == 0
         pos = torch.where(own, torch.minimum(t, n), n + 1 + t - start).clamp(max=self.config.n_pos - 1)
         of_same = (start[:, :, None] == start[:, None]) | (
@@ -110,8 +110,9 @@ class Encoder(nn.Module):
         return pos, self.add_bias(pos, (own[:, :, None] | own[:, None] | of_same) & used[:, None])
 
     def add_bias(self, pos, sees):
-        """sees (B, T, T) bool as (B, 1, T, T), or with n_buckets what is added to the scores, (B, H, T, T): a number for
-        each head and distance, near ones exact, far ones in steps of a logarithm (T5, https://arxiv.org/abs/1910.10683)"""
+        """sees (B, T, T) bool as (B, 1, T, T), or with n_buckets what is added to the scores, (B, H, T, T): a number
+        for each head and distance, near ones exact, far ones in steps of a logarithm (T5,
+        https://arxiv.org/abs/1910.10683)"""
         if not self.config.n_buckets:
             return sees[:, None]
         back = pos[:, :, None] - pos[:, None]                   # (1 or B, T, T) how far behind it is

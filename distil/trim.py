@@ -3,8 +3,8 @@
     trim_encoder(encoder, ['A fájl nem található', ...], 32768)
 
 multilingual-e5-small has 250,037 tokens, four fifths of its weights. What stays is what the texts have, and then the
-likeliest tokens of the letters that the texts have, so also words that they lack. Another word is read in smaller pieces,
-at worst letter by letter; a letter that the texts do not have and ASCII does not is unknown.
+likeliest tokens of the letters that the texts have, so also words that they lack. Another word is read in smaller
+pieces, at worst letter by letter; a letter that the texts do not have and ASCII does not is unknown.
 """
 import json
 from collections import Counter
@@ -17,8 +17,8 @@ ASCII = {chr(n) for n in range(32, 127)}
 
 
 def choose_tokens(tokenizer, vocab, texts, n):
-    """the n numbers of the tokens that stay, in order. vocab: [(token, score)] of a Unigram tokenizer, whose scores are log
-    probabilities. ValueError if n is too small for its special tokens and letters."""
+    """the n numbers of the tokens that stay, in order. vocab: [(token, score)] of a Unigram tokenizer, whose scores
+    are log probabilities. ValueError if n is too small for its special tokens and letters."""
     counts = Counter(id for encoding in tokenizer.encode_batch_fast(texts) for id in encoding.ids)
     letters = ASCII.union(*map(tokenizer.normalizer.normalize_str, texts)) | {'▁'}
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
@@ -36,8 +36,8 @@ def trim_encoder(encoder, texts, n):
     be."""
     form = json.loads(encoder.tokenizer.to_str())
     if form['model']['type'] != 'Unigram':
-        raise ValueError(f'reader_tokens: the tokenizer of this reader is {form["model"]["type"]}; only a Unigram, as e5 '
-                         'has, can be cut')
+        raise ValueError(f'reader_tokens: the tokenizer of this reader is {form["model"]["type"]}; only a Unigram, '
+                         'as e5 has, can be cut')
     vocab = form['model']['vocab']
     kept = choose_tokens(encoder.tokenizer, vocab, texts, min(n, len(vocab)))
     new = {old: i for i, old in enumerate(kept)}

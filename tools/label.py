@@ -2,12 +2,12 @@
 
     python tools/label.py config/demo.py --input=messages.parquet --column=body --output=labelled/
     python tools/label.py config/demo.py --input='s3://bucket/2026/*.parquet' --output=s3://... --address=auto
-    python tools/label.py config/demo.py --input=messages.parquet --column=body --output=labelled/   # after a kill: goes on
+    # the same command again, after a kill: it goes on
 
-Writes a Parquet file for each piece of the input: all its columns and rows in their order, and the answer's properties as
-columns, `_error` if there is no answer. A file is there whole or not at all, so a row is neither lost nor doubled; the
-files of a table sort in the order of its rows. Needs `pip install -r requirements-cluster.txt`, and of the project only
-out/<name>/. docs/tables.md says more.
+Writes a Parquet file for each piece of the input: all its columns and rows in their order, and the answer's
+properties as columns, `_error` if there is no answer. A file is there whole or not at all, so a row is neither lost
+nor doubled; the files of a table sort in the order of its rows. Needs `pip install -r requirements-cluster.txt`, and
+of the project only out/<name>/. docs/tables.md says more.
 """
 import fcntl
 import json
@@ -134,7 +134,7 @@ def table_schema(fs, piece, column, schema, options, prefix):
             or pa.types.is_binary(kind) or pa.types.is_null(kind)):
         raise ValueError(f'its column {column!r} is {kind}, not text')
     if both := [name for name in fields.names if name in given.names]:
-        raise ValueError(f'it has a column {both[0]!r} already, as the answer does: set --prefix=, such as --prefix=new_')
+        raise ValueError(f'it has a column {both[0]!r} already, as the answer does: set --prefix=new_')
     return pa.schema([*given, *fields]), fields
 
 
@@ -181,8 +181,8 @@ def check_output(fs, base, student, wanted):
         with fs.open_input_stream(path) as file:
             before = json.loads(file.read())
         if differ := [key for key in now if now[key] != before.get(key)]:
-            stop(f'{output} holds answers of another {differ[0]} ({str(before.get(differ[0]))[:60]}): write into another '
-                 'folder, or remove it')
+            stop(f'{output} holds answers of another {differ[0]} ({str(before.get(differ[0]))[:60]}): write into '
+                 'another folder, or remove it')
     elif parts := [name for name in names if not name.startswith(('.', '_'))]:
         stop(f'{output} is not empty and holds {parts[0]}: write into a folder of its own')
     with fs.open_output_stream(path) as file:
@@ -194,8 +194,8 @@ def check_output(fs, base, student, wanted):
 
 
 def lock_output():
-    """creates the output's folder and locks it for as long as the returned file is open. Exits with a message if another
-    run has the lock."""
+    """creates the output's folder and locks it for as long as the returned file is open. Exits with a message if
+    another run has the lock."""
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
         lock = open(Path(output, '_lock'), 'w')                 # what begins so is no part of a table
@@ -214,8 +214,8 @@ def start_ray():
     environment = {'env_vars': {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}}
     local = {'include_dashboard': False, 'object_store_memory': 100 << 20, 'num_cpus': processes or os.cpu_count()}
     if address:
-        environment = {'working_dir': str(ROOT), 'excludes': ['/out', '/.git', '/.venv', '/data/*/*', '*.bin', '*.gguf'],
-                       'env_vars': {'OMP_NUM_THREADS': '1'}}
+        left_here = ['/out', '/.git', '/.venv', '/data/*/*', '*.bin', '*.gguf']
+        environment = {'working_dir': str(ROOT), 'excludes': left_here, 'env_vars': {'OMP_NUM_THREADS': '1'}}
     try:
         ray.init(address=address or 'local', runtime_env=environment, logging_level=logging.ERROR, log_to_driver=False,
                  **({} if address else local))
@@ -231,8 +231,10 @@ def answer_all(todo, fs, folder, options):
     """yields {'rows', 'failed'} of the pieces as they are done."""
     n = min(start_ray(), len(todo))
     import ray.data
-    files = 'best.pt', 'ckpt.pt', 'tokenizer.json', 'reader.json'
-    student = {file: (folder / file).read_bytes() for file in files if (folder / file).is_file()} if address else str(folder)
+    student = str(folder)
+    if address:                                                 # other machines do not have it
+        files = (folder / file for file in ('best.pt', 'ckpt.pt', 'tokenizer.json', 'reader.json'))
+        student = {file.name: file.read_bytes() for file in files if file.is_file()}
     in_fs = None if isinstance(fs, filesystems.LocalFileSystem) else fs
     items = ray.data.from_items([{'item': (piece, in_fs)} for piece in todo], override_num_blocks=len(todo))
     place = output if '://' in output else str(Path(output).absolute())
@@ -261,9 +263,9 @@ if __name__ == '__main__':
     folder = Path('out', run or name).absolute()
     checkpoint = read_checkpoint(checkpoint_path(folder, which), 'cpu')
     schema = Schema(checkpoint['task']['fields'], checkpoint['task'].get('left_out'))
-    options = {'device': 'cpu', 'which': which, 'batch_size': sample_batch, 'too_long': too_long, 'confidence': confidence,
-               'min_confidence': find_threshold(checkpoint, min_confidence), 'ask_teacher': ask_teacher,
-               'teacher': teacher, 'dtype': dtype}
+    options = {'device': 'cpu', 'which': which, 'batch_size': sample_batch, 'too_long': too_long, 'dtype': dtype,
+               'confidence': confidence, 'min_confidence': find_threshold(checkpoint, min_confidence),
+               'ask_teacher': ask_teacher, 'teacher': teacher}
     if ask_teacher and not min_confidence:
         stop('ask_teacher needs a min_confidence: the teacher answers the rows with a field below it')
     try:
@@ -302,9 +304,10 @@ if __name__ == '__main__':
         common = sorted(shares.items(), key=lambda share: -share[1])[:8]
         if common:
             print(f'{leaf.path}:', ', '.join(f'{text} {share:.3f}' for text, share in common))
-    speed = {'rows_s': answered / seconds, 'million': 1e6 / (answered / seconds) / 3600 * hour_price} if answered else {}
+    speed = {'rows_s': answered / seconds, 'million': 1e6 * seconds / answered / 3600 * hour_price} if answered else {}
     kinds = {key: total[key] for key in ('errors', 'deferred', 'by_teacher') if total[key] or key == 'errors'}
     print(data_line('label', {'rows': total['rows'], **kinds, 'files': n_files, **speed}))
     if failed:
-        stop(f'{len(failed)} of {len(paths)} files could not be read to their end, such as {next(iter(failed))}; '
-             'mend them, and the same command does the rest')
+        path, why = next(iter(failed.items()))
+        stop(f'{len(failed)} of {len(paths)} files are not answered to their end, such as {path} ({why}); mend that, '
+             'and the same command does the rest')

@@ -5,8 +5,8 @@ Parquet file of its own. The programs are tools/label.py and its workers.
     pieces = [piece for path in paths for piece in cut_file(fs, path, 20_000)]
     for table in read_piece(fs, pieces[0]): ...                 # pyarrow.Table, of up to ROWS rows
 
-A piece of Parquet is some rows of a row group; of CSV and JSON lines it is some bytes, from the end of one record to that
-of another. Values of CSV are kept as the text they are.
+A piece of Parquet is some rows of a row group; of CSV and JSON lines it is some bytes, from the end of one record to
+that of another. Values of CSV are kept as the text they are.
 """
 import csv
 import fnmatch
@@ -115,8 +115,8 @@ def cut_file(fs, path, rows):
 
 
 def find_ends(fs, path, rows, quoted):
-    """yields where each `rows` records of a file end, in bytes, and where the last one does. quoted: a line break between
-    quotes ends no record (RFC 4180, where a quote in a value is written twice, which changes nothing here)."""
+    """yields where each `rows` records of a file end, in bytes, and where the last one does. quoted: a line break
+    between quotes ends no record (RFC 4180, where a quote in a value is written twice, which changes nothing here)."""
     offset, inside, seen = 0, 0, 0
     with fs.open_input_stream(path) as file:
         while block := file.read(1 << 24):
@@ -155,8 +155,8 @@ def read_names(fs, path, packed):
 
 
 def guess_types(fs, path, packed):
-    """{name: 'string', 'bool', 'int64', 'double' or 'json'} of the columns of a file of JSON lines, by its first thousand:
-    json, a text, for objects, lists and a mixture."""
+    """{name: 'string', 'bool', 'int64', 'double' or 'json'} of the columns of a file of JSON lines, by its first
+    thousand: json, a text, for objects, lists and a mixture."""
     kinds = {}
     with open_text(fs, path, packed) as file:
         for _, line in zip(range(1000), io.TextIOWrapper(file, 'utf-8-sig', 'replace')):
@@ -187,12 +187,12 @@ def schema_of(fs, piece):
     if piece.form == 'parquet':
         with fs.open_input_file(piece.path) as file:
             return pq.ParquetFile(file).schema_arrow.remove_metadata()
-    return pa.schema([(name, pa.string()) for name in piece.fields]) if piece.form == 'csv' else arrow_fields(piece.fields)
+    return arrow_fields(dict.fromkeys(piece.fields, 'string') if piece.form == 'csv' else piece.fields)
 
 
 def read_piece(fs, piece):
-    """yields (pyarrow.Table, {number of a row in it: why it has no values}) of the rows of a piece, up to ROWS at a time.
-    ValueError if a value is of another type than in the rows before, or a record has too many values."""
+    """yields (pyarrow.Table, {number of a row in it: why it has no values}) of the rows of a piece, up to ROWS at a
+    time. ValueError if a value is of another type than in the rows before, or a record has too many values."""
     if piece.form == 'parquet':
         with fs.open_input_file(piece.path) as file:
             n = 0

@@ -1,13 +1,13 @@
 """A larger student labels texts for a smaller one: few labels, much text, and a small student at the end.
 
     python train.py config/mine.py --reader=data/teachers/mpnet --run=large --reader_lr=0.04     # learns the few labels
-    python tools/teach.py config/mine.py --run=large --input=texts.jsonl --out=taught.jsonl      # answers the other texts
+    python tools/teach.py config/mine.py --run=large --input=texts.jsonl --out=taught.jsonl     # answers other texts
     python extract.py config/mine.py --name=taught --labels=labels.jsonl,taught.jsonl
     python train.py config/mine.py --name=taught                                                 # learns both
 
-Writes a line {"text": ..., "probabilities": {...}} for each text: the large student's probabilities of all values, which
-say more than its answers alone (Hinton et al. 2015, https://arxiv.org/abs/1503.02531). Leave the texts that have labels
-out of `input`: labels of one text are averaged. docs/students.md has what it brings.
+Writes a line {"text": ..., "probabilities": {...}} for each text: the large student's probabilities of all values,
+which say more than its answers alone (Hinton et al. 2015, https://arxiv.org/abs/1503.02531). Leave the texts that
+have labels out of `input`: labels of one text are averaged. docs/students.md has what it brings.
 """
 import sys
 from itertools import islice, tee
@@ -50,17 +50,20 @@ def make_label(schema, record, problem):
 
 if __name__ == '__main__':
     if not (name or run) or not input or not out:
-        stop('no task or no file; run: python tools/teach.py config/mine.py --run=large --input=texts.jsonl --out=taught.jsonl')
+        stop('no task or no file; run: python tools/teach.py config/mine.py --run=large --input=texts.jsonl '
+             '--out=taught.jsonl')
     if not Path(input).is_file():
         stop(f'{input} does not exist')
-    labeler = Labeler(Path('out', run or name), pick_device(device), which, sample_batch, confidence='full', dtype=dtype)
+    labeler = Labeler(Path('out', run or name), pick_device(device), which, sample_batch, confidence='full',
+                      dtype=dtype)
     if labeler.space.has_options:
         stop('the options of each text are not those that a label would be read with: such a task cannot be taught')
     lines = islice(read_texts(input, None), max_records or None)
     texts = (text for text, _, reason in lines if not reason)
     asked, kept = tee(texts)
     counts = {'texts': 0, 'labels': 0, 'unsure': 0, 'errors': 0}
-    with whole_file(Path(out), 'make room, and run the same command again') as tmp, open(tmp, 'w', encoding='utf-8') as file:
+    again = 'make room, and run the same command again'
+    with whole_file(Path(out), again) as tmp, open(tmp, 'w', encoding='utf-8') as file:
         for text, (record, _) in zip(kept, tqdm(labeler.stream(asked), desc='teach', unit='text')):
             label = make_label(labeler.space.schema, record, labeler.problem)
             counts['texts'] += 1

