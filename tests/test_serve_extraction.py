@@ -135,7 +135,7 @@ def test_confidence_full_has_the_likeliest_values_and_null(labeler, truth):
                 name = value if part.kind == 'text' else json.dumps(value).strip('"')
                 assert shown[name] == pytest.approx(p, abs=3e-4) if once else shown[name] > p - 3e-4, (text, part.path, shown, p)
                 seen['value'] += 1
-    assert min(seen.values()) > 4, seen
+    assert min(seen.values()) > 3, seen
 
 
 def test_a_value_that_stands_twice_has_the_probability_of_both_places(labeler):
@@ -310,11 +310,16 @@ def test_an_extraction_has_the_students_values_and_where_they_stand(service, tru
     assert 'guess' in extract(service, TEXTS[1], ['due'])['answers']['due']  # one date, whatever the student says
 
 
+def round_numbers(answer):
+    """an answer with its numbers to five places: what is read together is equal up to the rounding of a sum."""
+    return json.loads(json.dumps(answer), parse_float=lambda text: round(float(text), 5))
+
+
 def test_an_answer_does_not_depend_on_the_other_fields(service):
     every = extract(service, TEXTS[1])['answers']
     for name in ASKED:
         alone = extract(service, TEXTS[1], [name])['answers'][name]
-        assert json.dumps(alone) == json.dumps(every[name])
+        assert json.dumps(round_numbers(alone)) == json.dumps(round_numbers(every[name]))
 
 
 @pytest.mark.parametrize('path', ['/v1/extractions', '/extraction', '/alpha/extractions', '/api/alpha/extractions',
