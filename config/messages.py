@@ -1,6 +1,6 @@
 # Another language: what kind of message is this, that a program shows its Hungarian users, and what is it about?
-# Labelled by Qwen2.5-Coder 1.5B, which is asked in English. The reader knows English only, and still learns more
-# from these labels than a student with the teacher's table does (docs/students.md).
+# Labelled by Qwen2.5-Coder 1.5B, which is asked in English. The reader knows a hundred languages; its table is cut to the
+# tokens of this one (docs/students.md).
 name = 'messages'
 dataset = 'messages'   # python data/messages/prepare.py makes its input.jsonl
 teacher = 'data/teachers/qwen2.5-coder-1.5b.gguf'  # python data/teachers/prepare.py qwen2.5-coder-1.5b
@@ -20,12 +20,14 @@ calibrate = 256
 max_text = 64
 max_records = 2500
 # student: a pre-trained encoder reads the text, one layer writes the answer
-reader = 'data/teachers/minilm'  # python data/teachers/prepare.py minilm
+reader = 'data/teachers/e5'  # python data/teachers/prepare.py e5
+reader_tokens = 32768
+reader_lr = 0.05
 n_layer = 1
 n_head = 6
 n_embd = 384
 n_mlp = 1536
-block_size = 160       # tokens of the encoder, which cuts foreign words into many, and those of the answer
+block_size = 160       # tokens of the encoder, and those of the answer
 # training
 max_epochs = 8
 batch_size = 32
