@@ -187,10 +187,14 @@ def check_output(fs, base, student, wanted):
         stop(f'{output} is not empty and holds {parts[0]}: write into a folder of its own')
     with fs.open_output_stream(path) as file:
         file.write(json.dumps(now, indent=2).encode())
-    for name in names if isinstance(fs, filesystems.LocalFileSystem) else ():
-        if name.endswith('.tmp'):                               # of a run that was killed
-            os.unlink(f'{base}/{name}')
+    remove_unfinished(fs, base)
     return {*names}
+
+
+def remove_unfinished(fs, base):
+    """removes what processes that were killed have left in a folder of this disk."""
+    for path in Path(base).glob('*.tmp') if isinstance(fs, filesystems.LocalFileSystem) else ():
+        path.unlink(missing_ok=True)
 
 
 def lock_output():
@@ -297,6 +301,7 @@ if __name__ == '__main__':
                 failed[path] = why
                 bar.write(piece['failed'], file=sys.stderr)
     seconds = time.time() - start
+    remove_unfinished(out_fs, base)
     total, n_files = summarize(out_fs, base, pieces, schema)
     for leaf in schema.leaves:
         n = max(1, total['rows'] - total['errors'])
