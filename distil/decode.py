@@ -2,8 +2,8 @@
 
     for outs, decisions in decode(student, space, texts): ...   # texts: lists of ids; answers in their order
 
-It gives the answers of the plain loop in sample.py, many at a time; confidence.py says how sure they are. B rows, T tokens,
-H heads of D, V = output_vocab.
+It gives the answers of the plain loop in sample.py, many at a time; confidence.py says how sure they are. B rows, T
+tokens, H heads of D, V = output_vocab.
 """
 import copy
 import math

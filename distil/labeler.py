@@ -297,7 +297,8 @@ class Labeler:
 
     def value_probabilities(self, results):
         """{number of a result: the probabilities of all values} of those that are answers."""
-        known = [n for n, (_, error, _, outs, _) in enumerate(results) if not error and self.space.to_json(outs) is not None]
+        known = [n for n, (_, error, _, outs, _) in enumerate(results)
+                 if not error and self.space.to_json(outs) is not None]
         answers = [(results[n][0], *results[n][3:]) for n in known]
         return dict(zip(known, all_probabilities(self.student, self.space, answers, self.temperature)))
 

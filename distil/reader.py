@@ -29,10 +29,15 @@ def encode_texts(encoder, texts, max_tokens):
     return [cut_row(encoder, encoding.ids, max_tokens) for encoding in encoder.tokenizer.encode_batch_fast(texts)]
 
 
+def most_read(encoder, max_tokens):
+    """most tokens of a text that an encoder reads; positions begin anew at each option, so they set no limit there."""
+    return max_tokens if encoder.config.marks[0] >= 0 else min(max_tokens, encoder.config.n_pos)
+
+
 def cut_row(encoder, row, max_tokens, n_last=1):
     """what is kept of a list with a number, or something else, for each token of a text. n_last: of its last ones,
     which are kept."""
-    longest = max_tokens if encoder.config.marks[0] >= 0 else min(max_tokens, encoder.config.n_pos)
+    longest = most_read(encoder, max_tokens)
     if len(row) <= longest:
         return row
     n_last = n_last if n_last < longest else 1
@@ -41,7 +46,7 @@ def cut_row(encoder, row, max_tokens, n_last=1):
 
 def count_unread(encoder, text, max_tokens):
     """how many tokens of a text encode_texts leaves out."""
-    return max(0, len(encoder.tokenizer.encode(text).ids) - min(max_tokens, encoder.config.n_pos))
+    return max(0, len(encoder.tokenizer.encode(text).ids) - most_read(encoder, max_tokens))
 
 
 def text_room(student, space):
@@ -122,8 +127,8 @@ def encode_records(student, space, shards, rows):
 # the parts of a layer as transformers calls them: query, key, value, and then in the order of the layer
 PARTS = {'bert': ('attention.self.query', 'attention.self.key', 'attention.self.value', 'attention.output.dense',
                   'attention.output.LayerNorm', 'intermediate.dense', 'output.dense', 'output.LayerNorm'),
-         'mpnet': ('attention.attn.q', 'attention.attn.k', 'attention.attn.v', 'attention.attn.o', 'attention.LayerNorm',
-                   'intermediate.dense', 'output.dense', 'output.LayerNorm')}
+         'mpnet': ('attention.attn.q', 'attention.attn.k', 'attention.attn.v', 'attention.attn.o',
+                   'attention.LayerNorm', 'intermediate.dense', 'output.dense', 'output.LayerNorm')}
 
 
 def load_encoder(name, n_layer=0):
@@ -159,7 +164,7 @@ def keep_options_apart(encoder):
     tokenizer does not know the signs."""
     marks = [encoder.tokenizer.encode(f'a {sign} b', add_special_tokens=False) for sign in (HEAD, ITEM)]
     ids = [next(id for id, (start, end) in zip(mark.ids, mark.offsets) if start <= 2 < end) for mark in marks]
-    if len({*ids, encoder.tokenizer.token_to_id('[UNK]')}) < 3:
+    if not all(sign in encoder.tokenizer.id_to_token(id) for id, sign in zip(ids, (HEAD, ITEM))):
         stop(f'the tokenizer of the reader has no token for {HEAD} or {ITEM}, which part the options of a text')
     encoder.config.marks = tuple(ids)
 

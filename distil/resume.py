@@ -243,15 +243,18 @@ def resume_training(out, facts, freeze_table, device):
 # other processes and signals
 
 
-def lock_folder(out):
-    """creates the folder of a training and locks it for as long as the returned file is open. Exits with a
-    message if another training has the lock."""
+BUSY = 'another training is writing to {}; wait for it, or train beside it with --run=other'
+
+
+def lock_folder(out, file='lock', busy=BUSY):
+    """creates a folder and locks it for as long as the returned file, of this name, is open. Exits with the message
+    `busy` if another program has the lock."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / 'lock', 'w')
+        lock = open(out / file, 'w')
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        stop(f'another training is writing to {out}; wait for it, or train beside it with --run=other')
+        stop(busy.format(out))
     except OSError as error:
         stop(f'cannot write to {out}: {error.strerror}')
     return lock

