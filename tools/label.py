@@ -74,12 +74,19 @@ class Worker:
             for file, content in student.items():
                 Path(self.folder.name, file).write_bytes(content)
             student = self.folder.name
-        self.labeler = Labeler(student, **options)
+        self.labeler, self.problem = None, ''
+        try:
+            self.labeler = Labeler(student, **options)
+        except SystemExit as error:                             # it would be started again and again
+            self.problem = str(error)
         self.fs, self.base = open_place(place)
         self.column, self.prefix, self.options = column, prefix, options
 
     def __call__(self, batch):
-        """{'item': [a Piece]} -> {'rows': [number of rows], 'failed': ['' or why there are no answers]}."""
+        """{'item': [a Piece]} -> {'rows': [number of rows], 'failed': ['' or why there are no answers]}; rows is -1 if
+        no process can answer."""
+        if self.labeler is None:
+            return {'rows': [-1], 'failed': [self.problem]}
         piece, in_fs = batch['item'][0]
         try:
             n, why = self.answer(piece, filesystems.LocalFileSystem() if in_fs is None else in_fs), ''
@@ -281,6 +288,9 @@ if __name__ == '__main__':
     answered = 0
     with tqdm(total=n_rows, desc='label', unit='row', smoothing=0.02, disable=not todo) as bar:
         for piece in answer_all(todo, fs, folder, options) if todo else ():
+            if piece['rows'] < 0:
+                bar.close()
+                stop(piece['failed'])
             answered += piece['rows']
             bar.update(piece['rows'])
             if piece['failed']:

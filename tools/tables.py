@@ -104,9 +104,9 @@ def cut_file(fs, path, rows):
         fields = read_names(fs, path, packed) if form == 'csv' else guess_types(fs, path, packed)
         found = [Piece(path, form, 0, -1)]
         if not packed:
-            ends = [0, *find_ends(fs, path, rows, form == 'csv')]
-            found = [Piece(path, form, begin, end, first=n * rows, rows=rows)
-                     for n, (begin, end) in enumerate(zip(ends, ends[1:]))]
+            ends = [(0, 0), *find_ends(fs, path, rows, form == 'csv')]
+            found = [Piece(path, form, begin, end, first=first, rows=last - first)
+                     for (begin, first), (end, last) in zip(ends, ends[1:])]
         for piece in found:
             piece.fields = fields
     for piece in found:
@@ -115,8 +115,9 @@ def cut_file(fs, path, rows):
 
 
 def find_ends(fs, path, rows, quoted):
-    """yields where each `rows` records of a file end, in bytes, and where the last one does. quoted: a line break
-    between quotes ends no record (RFC 4180, where a quote in a value is written twice, which changes nothing here)."""
+    """yields where each `rows` records of a file end, in bytes, and how many come before, and so for the last one.
+    quoted: a line break between quotes ends no record (RFC 4180, where a quote in a value is written twice, which
+    changes nothing here)."""
     offset, inside, seen = 0, 0, 0
     with fs.open_input_stream(path) as file:
         while block := file.read(1 << 24):
@@ -125,10 +126,12 @@ def find_ends(fs, path, rows, quoted):
             if quoted:
                 quotes = np.cumsum(data == 34) + inside
                 ends, inside = ends[quotes[ends] % 2 == 0], int(quotes[-1]) % 2
-            yield from (offset + ends[rows - 1 - seen % rows::rows] + 1).tolist()
+            first = rows - 1 - seen % rows
+            for n in range(first, len(ends), rows):
+                yield offset + int(ends[n]) + 1, seen + n + 1
             seen, offset, last = seen + len(ends), offset + len(block), int(ends[-1]) + 1 if len(ends) else 0
     if offset and (seen % rows or last != len(data)):           # what is left, with or without a line break at its end
-        yield offset
+        yield offset, seen + (last != len(data))
 
 
 def open_text(fs, path, packed, begin=0, end=-1):
