@@ -19,7 +19,7 @@ from distil.places import place_input
 from distil.reader import read_pages
 from distil.space import Outs
 
-LEAST = 1e-6  # probability of coming to a decision below which it is not asked for: its values share that
+LEAST = 1e-5  # probability of coming to a decision below which it is not asked for: its values share that
 
 
 def confidence_of(paths, decisions, temperature=None):
@@ -48,13 +48,14 @@ def value_probabilities(student, space, ids, outs, decisions, temperature=None):
 @torch.no_grad()
 def all_probabilities(student, space, answers, temperature=None):
     """value_probabilities of many answers, a list of (ids, outs, decisions). Some options have decisions that are not
-    on the path of the answer: these are asked for in more passes, as far as they are likely at all; the texts are
-    read once."""
+    on the path of the answer: these are asked for in more passes, as far as they are likely at all; texts and answers
+    are read once."""
     asked, read = [Values(space, outs, decisions, temperature) for _, outs, decisions in answers], None
     while missing := [(n, *state) for n, values in enumerate(asked) for state in values.missing()]:
         if read is None:
             texts, pages = read_pages(student, space, [ids for ids, *_ in answers])
-            read = Begun(student, texts)
+            read = Begun(student, texts, [begin_row(space, page, outs, outs[:-1])
+                                          for page, (_, outs, _) in zip(pages, answers)])
         rows = read.ask([(n, begin_row(space, pages[n], answers[n][1], begun)) for n, _, begun in missing])
         for (n, state, _), row in zip(missing, rows):
             if pages[n]:                                        # a value begins at one of its places
@@ -70,68 +71,80 @@ class Values:
     def __init__(self, space, outs, decisions, temperature=None):
         filled = [(start, end, 1 if value in (None, '') else value) for start, end, value in getattr(outs, 'spans', ())]
         states, answer = space.states_before(outs), space.to_json(Outs(outs, filled))  # any number for none
-        self.space, self.temperature, self.rows = space, temperature or {}, {}
+        self.space, self.temperature, self.known = space, temperature or {}, set()
+        self.forks, start = [], len(space.start)                # (Plan, sums, options, the answer's one, that before it)
+        for k, entry, n in space.walk(answer):
+            plan, ways = plan_fork(space, k, entry), space.forks[k]
+            self.forks.append((plan, plan.alike.copy(), ways, n, outs[:start]))
+            start += len(ways[n].tokens)
         chosen = [state for state in states if space.decides[state]]
         for state, (_, logits, _) in zip(chosen, decisions):
             self.learn(state, logits.numpy())
-        self.forks, start = [], len(space.start)                # (Plan, options, the answer's one, the answer before)
-        for k, entry, n in space.walk(answer):
-            ways = space.forks[k]
-            self.forks.append((plan_fork(space, k, entry), ways, n, outs[:start]))
-            start += len(ways[n].tokens)
 
     def learn(self, state, logits):
         """logits (V,), or (V + 1 + T,) with places; -inf where illegal."""
         row, V = logits / self.temperature.get(self.space.leaf_at[state], 1.0), self.space.V
-        self.rows[state] = np.append(row[:V], np.logaddexp.reduce(row[V:], initial=-np.inf))  # the last: a place, any
+        row = np.append(row[:V], (*log_sum(row[None, V:]), -np.inf))  # a place, any; nothing
+        self.known.add(state)
+        for plan, sums, *_ in self.forks:
+            if state in plan.states:
+                plan.learn(sums, state, row)
 
     def missing(self):
         """[(state, output indices that lead to it)] whose logits are needed next."""
         found = {}
-        for plan, _, _, begun in self.forks:
-            reached = plan.reach(plan.sum_up(self.rows, self.space.V), [state in self.rows for state in plan.states])
+        for plan, sums, _, _, begun in self.forks:
+            reached = plan.reach(sums, [state in self.known for state in plan.states])
             found |= {state: begun + before for (state, before), p in zip(plan.states.items(), reached)
-                      if p > LEAST and state not in self.rows}
+                      if p > LEAST and state not in self.known}
         return list(found.items())
 
     def probabilities(self):
         """what value_probabilities returns."""
         schema = self.space.schema
         result = {choice.path: [1.0] for choice in schema.choices if len(choice) == 1}  # a constant is certain
-        for plan, ways, n, _ in self.forks:
-            p = plan.measure(plan.sum_up(self.rows, self.space.V))
+        for plan, sums, ways, n, _ in self.forks:
+            p = plan.measure(sums)
             for i, (path, _) in enumerate(ways[n].made):
                 row = [0.0] * len(schema.by_choice[path])
                 for way, q in zip(ways, p):
                     if way.made[:i] == ways[n].made[:i]:
                         row[way.made[i][1]] += q
-                result[path] = [q / sum(row) for q in row]
+                total = sum(row)
+                result[path] = [q / total for q in row]
         return {choice.path: result[choice.path] for choice in schema.choices if choice.path in result}
+
+
+def log_sum(rows):
+    """logarithms (n,) of the sums of e ** rows (n, m); -inf for none."""
+    most = rows.max(1, initial=-1e30)
+    with np.errstate(divide='ignore'):
+        return most + np.log(np.exp(rows - most[:, None]).sum(1))
 
 
 @dataclass
 class Plan:
     """how the probabilities of the options of a fork follow from logits. states: {state: the option's tokens before},
-    S of them, each after that before it. A sum is one of probabilities of some tokens in one state: row (P,) of
-    which, able (P, K) of what: V is a place, any of them, V + 1 nothing. taken, possible (options, steps): the sums
-    by which an option's probability is multiplied and divided; P where it has no more steps. parents: for each state
-    that before it, or None, and the two sums that lead from there."""
+    each after that before it. A sum is one of probabilities of some tokens in one state. able (P, K): of which, the V
+    tokens, a place, any of them (V), or nothing (V + 1); of_state: {state: (the numbers of its sums)}; alike (P + 1,):
+    the logarithms of all sums where all tokens are alike. taken, possible (options, steps): the sums by which an
+    option's probability is multiplied and divided; P where it has no more steps. parents: for each state that before
+    it, or None, and the two sums that lead from there."""
     states: dict
-    row: object
     able: object
+    of_state: dict
+    alike: object
     taken: object
     possible: object
     parents: list
 
-    def sum_up(self, rows, V):
-        """(P + 1,) logarithms of the sums. rows: {state: (V + 1,)}; of one that lacks all are alike."""
-        table = np.stack([*(rows.get(state, np.zeros(V + 1, np.float32)) for state in self.states), np.zeros(V + 1)])
-        table = np.pad(table, ((0, 0), (0, 1)), constant_values=-np.inf)  # (S + 1, V + 2)
-        with np.errstate(invalid='ignore'):
-            return np.append(np.logaddexp.reduce(table[self.row[:, None], self.able], 1), 0.0)
+    def learn(self, sums, state, row):
+        """enters in sums (P + 1,) the logits (V + 2,) of a state."""
+        some = self.of_state[state]
+        sums[some] = log_sum(row[self.able[some]])
 
     def reach(self, sums, known):
-        """the probabilities of coming to each of the states; 0 behind one that is not known, a list of S bool."""
+        """the probabilities of coming to each of the states; 0 behind one that is not known, a list of bool."""
         p = []
         for parent, taken, possible in self.parents:
             p.append(1.0 if parent is None else known[parent] and p[parent] * math.exp(sums[taken] - sums[possible]))
@@ -154,13 +167,15 @@ def plan_fork(space, k, entry):
             option.append([sums.setdefault((state, some), len(sums)) for some in (taken, possible)])
             before_it = list(states).index(state), *option[-1]
         options.append(option)
-    numbers, most = {state: n for n, state in enumerate(states)}, max(map(len, options))
-    wide = max([len(some) for _, some in sums], default=0)
+    most, wide = max(map(len, options)), max([len(some) for _, some in sums], default=0)
     able = [[min(out, space.V) for out in some] + [space.V + 1] * (wide - len(some)) for _, some in sums]
-    row, able = np.array([numbers[state] for state, _ in sums], int), np.array(able, int).reshape(len(sums), wide)
+    able, of_state = np.array(able, int).reshape(len(sums), wide), {}
+    for (state, _), number in sums.items():
+        of_state.setdefault(state, []).append(number)
     table = [steps + [[len(sums)] * 2] * (most - len(steps)) for steps in options]
     taken, possible = np.moveaxis(np.array(table, int).reshape(len(options), most, 2), 2, 0)
-    return Plan(states, row, able, taken, possible, [parents[state] for state in states])
+    alike = np.append(np.log((able <= space.V).sum(1)), 0.0)
+    return Plan(states, able, of_state, alike, taken, possible, [parents[state] for state in states])
 
 
 def begin_row(space, page, outs, begun):
@@ -177,35 +192,42 @@ def begin_row(space, page, outs, begun):
 
 
 class Begun:
-    """texts that a student has read, and rows that begin with them. texts: lists, as the student reads them."""
+    """texts that a student has read, each with a row, and other rows of these texts, which may begin as that does.
+    texts: lists, as the student reads them; rows: what is fed after each of them: the start token first."""
 
-    def __init__(self, student, texts):
-        self.student, self.device, self.cache = student, student.lm_head.weight.device, Cache(student)
-        self.n_read = [count_kept(student, text) + 1 for text in texts]  # with the start token
-        start = [[student.config.output_vocab] for _ in texts]
+    def __init__(self, student, texts, rows):
+        self.student, self.device, self.cache, self.rows = student, student.lm_head.weight.device, Cache(student), rows
+        self.n_text, self.T = [count_kept(student, text) for text in texts], max(map(len, texts))
+        if student.encoder:                                     # decode has read them just now, from the second time on
+            student.encoder.keeps = True
         self.cache.begin_pass(range(len(texts)), [0] * len(texts))
-        self.first = student(pad_rows(texts, self.device), pad_rows(start, self.device), self.cache, only_last=True)
-        self.T = max(map(len, texts))
+        student(pad_rows(texts, self.device), pad_rows(rows, self.device), self.cache, only_last=True)
 
     def ask(self, rows, most=256):
         """a list of arrays: the logits (V,) after the last token of each row, or (V + 1 + T,) with places. rows:
-        (number of its text, what is fed: the start token first) each."""
-        logits = [self.first[n] if len(fed) == 1 else None for n, fed in rows]
-        rest = [i for i, row in enumerate(logits) if row is None]
-        for some in (rest[start:start + most] for start in range(0, len(rest), most)):
-            texts, fed = zip(*((rows[i][0], rows[i][1][1:]) for i in some))
-            cache = self.cache.begin_from(texts, max(self.n_read) + max(map(len, fed)))
-            cache.begin_pass(range(len(some)), [self.n_read[n] for n in texts])
+        (number of its text, what is fed) each."""
+        logits = []
+        for some in (rows[start:start + most] for start in range(0, len(rows), most)):
+            texts, fed = zip(*some)
+            kept = [count_alike(row[:-1], self.rows[n]) for n, row in some]
+            n_read = [self.n_text[n] + n_kept for n, n_kept in zip(texts, kept)]
+            fed = [row[n_kept:] for row, n_kept in zip(fed, kept)]
+            cache = self.cache.begin_from(texts, max(n + len(row) for n, row in zip(n_read, fed)))
+            cache.begin_pass(range(len(some)), n_read)
             none = torch.zeros(0, self.T, dtype=torch.long, device=self.device)
-            for i, row in zip(some, self.student(none, pad_rows(fed, self.device), cache, only_last=True)):
-                logits[i] = row
-        return [row.float().cpu().numpy().copy() for row in logits]
+            logits.extend(self.student(none, pad_rows(fed, self.device), cache, only_last=True).float().cpu().numpy())
+        return [row.copy() for row in logits]
+
+
+def count_alike(row, other):
+    """how many tokens two lists begin with alike."""
+    return next((n for n, (a, b) in enumerate(zip(row, other)) if a != b), min(len(row), len(other)))
 
 
 def read_rows(student, text, fed):
     """logits after the last token of each of several rows: (n, V), or (n, V + 1 + T) with places. text: as the student
     reads it; fed: lists, of begin_row."""
-    return torch.from_numpy(np.stack(Begun(student, [text]).ask([(0, row) for row in fed])))
+    return torch.from_numpy(np.stack(Begun(student, [text], fed[:1]).ask([(0, row) for row in fed])))
 
 
 @torch.no_grad()

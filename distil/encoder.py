@@ -7,6 +7,7 @@ e5), or MPNet, https://arxiv.org/abs/2004.09297. reader.py loads it with pre-tra
 B texts, T tokens, C = n_embd channels, H = n_head heads; K tokens of all texts, one after the other.
 """
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,12 +66,18 @@ def attend_groups(qkv, n_head, masks, sees):
     return torch.cat(parts)
 
 
+MOST_KEPT = 2 ** 16  # tokens whose states an encoder keeps, if it keeps any: 100 MB of 384 channels
+
+
 class Encoder(nn.Module):
-    """ids of its own vocabulary -> hidden states of its last layer. tokenizer, keep_end: see distil/reader.py."""
+    """ids of its own vocabulary -> hidden states of its last layer. tokenizer, keep_end: see distil/reader.py.
+    keeps: whether it keeps the states of the texts it read last, as is worth while where the same texts are asked
+    about again (confidence.py)."""
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
         self.config, self.tokenizer, self.keep_end = config, tokenizer, False
+        self.keeps, self.kept = False, OrderedDict()            # {ids: states (T, C)}, the oldest first
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_pos, config.n_embd)
         if config.n_buckets:                                    # the same in all layers
@@ -80,6 +87,26 @@ class Encoder(nn.Module):
 
     def forward(self, text):
         """text (B, T) ids, -1 on padding -> states (B, T, C), of no meaning on padding"""
+        if not self.keeps or torch.is_grad_enabled():
+            return self.read(text)
+        rows = [tuple(row[:n]) for row, n in zip(text.tolist(), (text >= 0).sum(1).tolist())]
+        new = [n for n, row in enumerate(rows) if row not in self.kept]
+        if new:
+            self.kept.update((rows[n], states[:len(rows[n])].clone()) for n, states in zip(new, self.read(text[new])))
+        states = torch.zeros(*text.shape, self.config.n_embd, dtype=self.kept[rows[0]].dtype, device=text.device)
+        for row, of_text in zip(rows, states):
+            of_text[:len(row)] = self.kept[row]
+        while sum(map(len, self.kept)) > MOST_KEPT:
+            self.kept.popitem(last=False)
+        return states
+
+    def train(self, mode=True):
+        """as a Module does; what was read with other weights is forgotten."""
+        self.kept.clear()
+        return super().train(mode)
+
+    def read(self, text):
+        """what forward returns, of texts that are read now"""
         used = text >= 0
         if torch.compiler.is_exporting():                   # no size may depend on the data
             pos, sees = self.place(text)

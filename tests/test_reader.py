@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from data import Shards
 from device.run import Student as Runner
 from distil.checkpoint import load_checkpoint
-from distil.confidence import value_probabilities
+from distil.confidence import Begun, value_probabilities
 from distil.decode import decode, generate, pad_rows
 from distil.reader import load_encoder, student_ids
 from model import Student, StudentConfig
@@ -114,6 +114,26 @@ def test_texts_of_any_length_are_read_together_as_alone(request, family):
     torch.testing.assert_close(gradient((states[rows >= 0] * weight).sum()), expected, atol=1e-3, rtol=1e-3)
 
 
+@torch.no_grad()
+def test_kept_states_are_those_of_reading_again(bert, monkeypatch):
+    encoder = load_encoder(str(bert)).eval()
+    first, other = (pad_rows([torch.randint(5, 100, (n,)).tolist() for n in lengths], 'cpu') for lengths in ([4, 9, 2], [7, 3]))
+    mixed = pad_rows([[n for n in row if n >= 0] for row in (*other.tolist(), *first.tolist())], 'cpu')
+    expected, read, n_read = [encoder(text) for text in (first, mixed)], encoder.read, []
+    monkeypatch.setattr(encoder, 'read', lambda text: n_read.append(len(text)) or read(text))
+    encoder.keeps = True
+    for _ in range(2):
+        for text, states in zip((first, mixed), expected):
+            torch.testing.assert_close(encoder(text)[text >= 0], states[text >= 0], atol=1e-5, rtol=1e-4)
+    assert n_read == [3, 2]                                     # each text once
+    monkeypatch.setattr('distil.encoder.MOST_KEPT', 20)         # the oldest goes
+    encoder(pad_rows([[7] * 5], 'cpu'))
+    encoder(first[1:2])
+    assert n_read == [3, 2, 1, 1] and sum(map(len, encoder.kept)) <= 20
+    encoder.train(False)                                        # other weights
+    assert not encoder.kept
+
+
 def test_decoding_equals_one_by_one_without_cache(student, space, texts):
     for constrain in (True, False):
         fast = generate(student, space, texts, constrain, batch_size=4)
@@ -134,6 +154,19 @@ def test_probabilities_of_all_values_sum_to_1(student, space, texts):
     for ids, (outs, decisions) in zip(texts, decode(student, space, texts, 3)):
         for row in value_probabilities(student, space, ids, outs, decisions).values():
             assert sum(row) == pytest.approx(1, abs=1e-4)
+
+
+@torch.no_grad()
+def test_rows_that_begin_as_an_answer_does_equal_rows_read_alone(student, space, texts):
+    """the cache of a text and its answer has tokens of the answer behind those that a row shares with it."""
+    read, answers = student_ids(student, space, texts[:4]), generate(student, space, texts[:4])
+    V = len(space.output_ids)
+    begun, generator = Begun(student, read, [[V, *outs[:-1]] for outs in answers]), random.Random(0)
+    rows = [(n, [V, *outs[:cut], *(generator.randrange(V) for _ in range(cut % 3))])
+            for n, outs in enumerate(answers) for cut in range(len(outs))]
+    for (n, fed), logits in zip(rows, begun.ask(rows, most=7)):
+        alone = student(torch.tensor([read[n]]), torch.tensor([fed]))[-1]
+        torch.testing.assert_close(torch.from_numpy(logits), alone, atol=1e-4, rtol=1e-4)
 
 
 def test_a_text_too_long_for_the_student_is_cut(student, space):
