@@ -2,10 +2,13 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from distil.encoder import Encoder, EncoderConfig
 from distil.space import OutputSpace
+from model import Student, StudentConfig
 from tests.conftest import FIELDS, one_line, run
-from tools.bench import is_same_answer
+from tools.bench import count_flops, is_same_answer
 
 
 def figures_of(done):
@@ -62,6 +65,17 @@ def test_a_training_step_is_compared_with_a_plain_one(project):
                               '--compile=False'))
     assert float(figures['ratio']) > 1 and 0 < float(figures['mfu']) < 1.5
     assert (project / 'out/toy/best.pt').read_bytes() == before
+
+
+def test_operations_are_those_that_torch_counts():
+    encoder = Encoder(EncoderConfig(vocab_size=99, n_layer=3, n_head=4, n_embd=64, n_mlp=256, n_pos=64))
+    for reads in (encoder, None):
+        student = Student(StudentConfig(vocab_size=51 if reads else 99, output_vocab=50, n_layer=2, n_head=4, n_kv_head=4,
+                                        n_embd=64, n_mlp=256, start_id=50, encoder=reads and vars(encoder.config)), reads)
+        with FlopCounterMode(display=False) as counter:
+            student(torch.randint(0, 99, (8, 30)), torch.randint(0, 50, (8, 10))).sum().backward()
+        n_text = np.full(8, 30)
+        assert count_flops(student, n_text + 10, n_text) == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
 def test_a_benchmark_of_a_missing_task_or_student_exits_with_a_message(project):

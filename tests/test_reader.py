@@ -198,6 +198,10 @@ def test_a_student_with_a_reader_trains_and_its_folders_answer(project, bert, tm
     line = next(line for line in baseline.stdout.splitlines() if line.startswith('encoder '))
     figures = {key: float(value) for key, value in (pair.split('=') for pair in line.split()[1:])}
     assert 0 <= figures['encoder_exact'] <= figures['encoder_field'] <= 1 and figures['minutes'] > 0
+    timed = run(root, 'tools/bench.py', '--what=train', '--batch_size=16', '--compile=False')  # and the baseline's step
+    assert timed.returncode == 0, timed.stderr
+    figures = dict(pair.split('=') for pair in timed.stdout.split()[1:])
+    assert 0 < float(figures['mfu']) < 1.5 and float(figures['ratio']) > 0
     exported = run(root, 'device/export.py', '--check_texts=20', '--which=last')
     assert exported.returncode == 0 and 'same_records=1' in exported.stdout, exported.stderr
     (root / 'data').rename(root / 'gone')                   # the folder of the run is enough

@@ -112,7 +112,7 @@ class Classifier(nn.Module):
     def forward(self, rows):
         """rows: lists of the encoder's ids -> (logits of each field, (B, its number of values) each; of the tags, (all
         tokens, number of tags))"""
-        text = pad_rows(rows, self.heads[0].weight.device)      # (B, T)
+        text = pad_rows(rows, self.tag.weight.device)      # (B, T)
         states, used = self.encoder(text), text >= 0            # (B, T, C), (B, T)
         mean = (states * used[..., None]).sum(1) / used.sum(1, keepdim=True)  # (B, C)
         return [head(mean) for head in self.heads], self.tag(states[used])

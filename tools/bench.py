@@ -1,12 +1,13 @@
 """How fast is it? This project and the usual way, timed in one run on the user's task.
 
     python tools/bench.py config/demo.py --what=extract    # the engine and transformers' generate
-    python tools/bench.py config/demo.py --what=train      # a training step and that of a Hugging Face loop
+    python tools/bench.py config/demo.py --what=train      # a training step and that of a plain loop
     python tools/bench.py config/demo.py --what=decode     # the student, one token per pass, and its teacher
 
 Needs the records that extract.py made of the task; train and decode also need the student. Timings are
 medians of alternating rounds. A ratio holds for the machine and the shapes it was measured with.
 """
+import copy
 import sys
 import time
 from collections import Counter
@@ -32,12 +33,13 @@ from distil.checkpoint import load_checkpoint, lower_precision
 from distil.decode import generate
 from distil.drafts import Drafts
 from distil.engine import Teacher, answer_batched, peak_memory_gb
+from distil.reader import encode_records
 from distil.records import open_shards
 from distil.space import OutputSpace
 from distil.start import SeenRows
 from distil.teacher import load_model, load_tokenizer, rounding_tolerance
 from model import Student, StudentConfig
-from tools.baselines import generate_constrained, stepwise
+from tools.baselines import Classifier, generate_constrained, stepwise
 from train import distill_loss
 
 name = ''            # word; data/<dataset>/<name>-* has the texts
@@ -143,20 +145,66 @@ def bench_extract(engine, space, shards, n_texts, compiled, n_generate=32):
 # training
 
 
-def bench_train(student, shards, rows, batch_size, dtype, compiled, steps=12):
-    """returns a line with the tokens/s (without padding) of a training step, its share of this machine's
-    matrix product rate, and the tokens/s of a plain loop: a Hugging Face Gemma 3 of the same width, depth and
-    batch with the usual head over the whole vocabulary."""
+def plain_decoder(student, output_ids):
+    """(a Hugging Face Gemma 3 of a student's width and depth with the usual head over the whole vocabulary, a function
+    (text, answer, targets) -> its loss). output_ids: of the output indices and the start token."""
     c, device = student.config, student.lm_head.weight.device
-    plain = Gemma3ForCausalLM(
-        Gemma3TextConfig(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_mlp,
-                         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-                         num_key_value_heads=c.n_kv_head, head_dim=c.n_embd // c.n_head,
-                         attn_implementation='sdpa')).to(device).train()
+    plain = Gemma3ForCausalLM(Gemma3TextConfig(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_mlp, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.n_embd // c.n_head,
+        attn_implementation='sdpa')).to(device).train()
+
+    def loss_of(text, answer, targets):
+        # rows of text and answer as it reads them, ids padded on the right
+        rows = [torch.cat((t[t >= 0], output_ids[a[a >= 0]])) for t, a in zip(text, answer)]
+        idx = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
+        labels = torch.full_like(idx, -100)
+        for label, t, target in zip(labels, text, targets):
+            of_target = output_ids[target[target >= 0]]
+            label[(t >= 0).sum():][:len(of_target)] = of_target
+        return F.cross_entropy(plain(idx).logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+    return plain, loss_of
+
+
+def plain_encoder(student, space):
+    """(a student's encoder with the heads of tools/baselines.py, a function as that of plain_decoder, with the first
+    value of each field as its label: which one makes no difference to the time)"""
+    counts, n_tags = [len(choice) for choice in space.schema.choices], 1 + 2 * len(space.schema.copied)
+    plain = Classifier(copy.deepcopy(student.encoder), counts, n_tags).to(student.lm_head.weight.device).train()
+
+    def loss_of(text, answer, targets):
+        fields, tags = plain([row[row >= 0].tolist() for row in text])
+        return sum(F.cross_entropy(logits.float(), logits.new_zeros(len(logits), dtype=torch.long))
+                   for logits in (*fields, tags))
+    return plain, loss_of
+
+
+def count_flops(student, lengths, n_text):
+    """floating-point operations of a step of a student: 6 a weight and token, and the attention's. lengths (B,): of the
+    rows, which are padded to the longest; n_text (B,): of their texts, which an encoder reads without padding."""
+    weights = {False: 0, True: 0}                               # of the student's own matrices, of its encoder's
+    for key, p in student.named_parameters():
+        if p.dim() == 2 and not any(part in key for part in ('wte', 'wpe', 'wre', 'lm_head')):
+            weights[key.startswith('encoder.')] += p.numel()
+    c, B, longest, flops = student.config, len(lengths), int(lengths.max()), 0
+    flops += 6 * weights[False] * B * longest + 6 * c.n_layer * c.n_embd * B * longest ** 2  # causal: half the square
+    if student.encoder:
+        e = student.encoder.config
+        flops += 6 * weights[True] * int(n_text.sum()) + 12 * e.n_layer * e.n_embd * int((n_text ** 2).sum())
+    return flops
+
+
+def bench_train(student, space, shards, rows, batch_size, dtype, compiled, steps=12):
+    """returns a line with the tokens/s (without padding) of a training step, its share of this machine's matrix product
+    rate, and the tokens/s of a plain loop in the same batches: plain_decoder, or for a student with an encoder
+    plain_encoder."""
+    c, device = student.config, student.lm_head.weight.device
     convert, output_ids = lambda text: text, torch.tensor([*shards.meta['output_ids'], c.start_id], device=device)
-    if student.wte.weight.dtype == torch.float32:  # else it is the frozen table of a teacher
+    encode_records(student, space, shards, rows)
+    plain, plain_loss = plain_encoder(student, space) if student.encoder else plain_decoder(student, output_ids)
+    if student.encoder is None and student.wte.weight.dtype == torch.float32:  # else a teacher's, which is frozen
         convert = SeenRows(student, np.unique(np.concatenate([shards.ids(i) for i in rows]))).convert
-    else:
+    elif student.encoder is None:
         student.wte.requires_grad_(False)
     optimizers = {m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-4, fused=True)
                   for m in (student, plain)}
@@ -167,41 +215,29 @@ def bench_train(student, shards, rows, batch_size, dtype, compiled, steps=12):
             block.compile(dynamic=True)
 
     def step(model, part):
-        """makes one optimizer step of either model. Returns the number of positions, padding included."""
+        """makes one optimizer step of either model."""
         text, answer, targets, teacher_logits = (x.to(device) for x in shards.batch(part))
-        # rows of text and answer as the plain model reads them, ids padded on the right
-        rows = [torch.cat((t[t >= 0], output_ids[a[a >= 0]])) for t, a in zip(text, answer)]
-        idx = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T)
+        with autocast:
+            loss = student(convert(text), answer) if model is student else plain_loss(text, answer, targets)
         if model is student:
-            with autocast:
-                logits, targets = student(convert(text), answer), targets[targets >= 0]
-            loss, *_, n = distill_loss(logits, teacher_logits, targets, 0.5)
+            loss, *_, n = distill_loss(loss, teacher_logits, targets[targets >= 0], 0.5)
             loss = loss / n
-        else:
-            labels = torch.full_like(idx, -100)
-            for label, t, target in zip(labels, text, targets):
-                of_target = output_ids[target[target >= 0]]
-                label[(t >= 0).sum():][:len(of_target)] = of_target
-            with autocast:
-                logits = plain(idx).logits
-            loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers[model].step()
         optimizers[model].zero_grad(set_to_none=True)
-        return idx.numel()
 
-    matrices = sum(p.numel() for key, p in student.named_parameters()
-                   if p.dim() == 2 and 'wte' not in key and 'lm_head' not in key)
-    shapes = [(c.n_embd, c.n_mlp), (c.n_mlp, c.n_embd), (c.n_embd, c.n_embd)]  # of the student's own products
-    lengths = np.array([len(shards.ids(i)) + len(shards.answer(i)) for i in rows])
+    sizes = student.encoder.config if student.encoder else c
+    shapes = [(sizes.n_embd, sizes.n_mlp), (sizes.n_mlp, sizes.n_embd), (sizes.n_embd, sizes.n_embd)]  # of its products
+    n_text = np.array([len(shards.encoded.get(i, shards.ids(i))) for i in rows])
+    lengths = n_text + [len(shards.steps(i)) for i in rows]
     rates = {'student': [], 'plain': [], 'products': [], 'used': []}
     order = batches(lengths, batch_size, 0, 0)
     student.train()
     for n in tqdm(range(steps + 2), desc='bench', unit='step'):  # the first two warm up
         part = order[n % len(order)]
-        n_tokens = int(lengths[part].sum())
-        seconds, n_positions = clock(lambda: step(student, rows[part]), device.type)
+        n_tokens, n_positions = int(lengths[part].sum()), len(part) * int(lengths[part].max())
+        seconds, _ = clock(lambda: step(student, rows[part]), device.type)
         plain_seconds = clock(lambda: step(plain, rows[part]), device.type)[0] if n % 3 == 0 else None
         for m, k in shapes:
             x, w = (torch.randn(size, device=device).to(dtype) for size in ((n_positions, m), (m, k)))
@@ -210,9 +246,8 @@ def bench_train(student, shards, rows, batch_size, dtype, compiled, steps=12):
             rates['products'].append(5 * 2 * n_positions * m * k / product_seconds)
         if n < 2:
             continue
-        attention = c.n_layer * c.n_embd * n_positions ** 2 / len(part)  # causal: half the square
         rates['student'].append(n_tokens / seconds)
-        rates['used'].append((6 * matrices * n_positions + 6 * attention) / seconds)
+        rates['used'].append(count_flops(student, lengths[part], n_text[part]) / seconds)
         if plain_seconds:
             rates['plain'].append(n_tokens / plain_seconds)
     student_tok_s, plain_tok_s, products, used = (float(np.median(values)) for values in rates.values())
@@ -304,11 +339,9 @@ if __name__ == '__main__':
     else:
         student_dtype = 'float32' if what == 'train' else dtype_setting
         checkpoint, student, space = load_checkpoint(Path('out', run or name), device, dtype=student_dtype)
-        if student.encoder and what == 'train':
-            stop('a step of a student with a reader has no counterpart; train one with --reader= and add its --run=')
         train_rows, val_rows = shards.split()
         if what == 'train':
-            print(bench_train(student, shards, train_rows, batch_size, dtype, compiled))
+            print(bench_train(student, space, shards, train_rows, batch_size, dtype, compiled))
         else:
             texts = [shards.ids(i).tolist() for i in val_rows[:256]]
             bench_decode(student, space, checkpoint['task'], texts, teacher, device, dtype_setting)
