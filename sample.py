@@ -44,6 +44,9 @@ min_confidence = 0.0  # 0..1 or 'target'; a record with a field below it gets "_
                       # threshold that tools/evaluate.py --target_agreement= found
 ask_teacher = False  # ... or, with this, the teacher's answer and "_teacher": true
 teacher = ''         # file; where the teacher to ask is now, or its URL; '': where it was for extract.py
+price_in = 0.0       # 0..; of a teacher behind a URL: per million tokens read ...
+price_out = 0.0      # 0..; ... and written
+max_cost = 0.0       # 0..; it is asked no more before it costs more: "_defer" again; 0: no limit
 device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of the layers of a student with many weights; auto:
                      # bfloat16 where that is faster
@@ -164,7 +167,8 @@ if __name__ == '__main__':
     if not (text is not None or input or piped or terminal):
         stop(f'no text; give one: {next_command("sample.py")} --text="...", --input=FILE, or a pipe')
     labeler = Labeler(Path('out', run or name), device, which, sample_batch, constrain, too_long, confidence,
-                      min_confidence, ask_teacher, teacher, dtype)
+                      min_confidence, ask_teacher, teacher, dtype,
+                      {'price_in': price_in, 'price_out': price_out, 'max_cost': max_cost})
     warn_changed_task(labeler.task, fields, prompt)
     labeler.options = options
     try:

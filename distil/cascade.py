@@ -16,16 +16,16 @@ from distil.drafts import Drafts
 from distil.engine import Teacher, answer_batched
 from distil.free import open_free
 from distil.shares import NotInText, record_from_label
-from distil.server import URL, Server, Stopped, check_httpx
+from distil.server import URL, Server, Stopped, check_budget, check_httpx
 from distil.teacher import fingerprint, load_model
 
 
-def load_answerer(name, task, space, device):
+def load_answerer(name, task, space, device, budget={}):
     """a function from lists of ids to the answers, lists of output indices, of the teacher that a student
-    learned from. name: where it is, '': where it was for extract.py; task: from the student's checkpoint.
-    Exits with a message if it is another teacher."""
+    learned from. name: where it is, '': where it was for extract.py; task: from the student's checkpoint; budget:
+    price_in, price_out and max_cost of a Server. Exits with a message if it is another teacher."""
     if task.get('server'):                                      # a model behind a URL
-        return ask_server(name, task, space)
+        return ask_server(name, task, space, budget)
     if task['fingerprint'] == 'labels':                         # extract.py ran without a teacher
         sys.exit('this student learned from given labels: there is no teacher to ask')
     if task.get('label_fields'):
@@ -53,15 +53,17 @@ def with_places(space, ids, outs, logits, lse, places=None, weights=None):
     return outs if places is None else with_spans(space, space.tokenizer.decode(list(map(int, ids))), outs, places)
 
 
-def ask_server(urls, task, space):
+def ask_server(urls, task, space, budget={}):
     """a function from lists of ids to the answers, lists of output indices, of the server that a student
-    learned from, now at these URLs; None for a text that it does not answer. task: from the student's
-    checkpoint. Exits with a message if there is no URL or no httpx."""
+    learned from, now at these URLs; None for a text that it does not answer, or that would cost more than the budget.
+    task: from the student's checkpoint. Exits with a message if there is no URL or no httpx."""
     check_httpx()
+    check_budget(budget)
     if not urls.startswith(URL):
         stop(f'this student learned from {task["server"]} behind a URL; say where it is now: --teacher=URL')
     server = Server(urls.split(','), task['server'], space.schema, task['prompt'], patience=30,
-                    show=partial(print, file=sys.stderr))   # stdout is JSON alone
+                    show=partial(print, file=sys.stderr), **budget)  # stdout is JSON alone
+    told = set()                                            # why it stopped, once each
 
     def answer_texts(texts):
         outs = [None] * len(texts)
@@ -74,6 +76,8 @@ def ask_server(urls, task, space):
                             answer = record_from_label(space, label, space.tokenizer.decode(texts[n]))
                             outs[n] = with_places(space, texts[n], answer[0], None, None, *answer[2:])
         except Stopped as reason:                           # the student's answers stay
-            print(reason, file=sys.stderr)
+            if str(reason) not in told:
+                print(reason, file=sys.stderr)
+            told.add(str(reason))
         return outs
     return answer_texts

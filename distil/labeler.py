@@ -44,14 +44,14 @@ def read_ahead(items):
     return ahead
 
 
-def load_teacher_to_ask(teacher, task, space, device):
+def load_teacher_to_ask(teacher, task, space, device, budget={}):
     """a function from lists of ids to the teacher's answers, lists of output indices. Exits with a message if
     this is not the teacher that the student learned from."""
     try:                                                        # it may be missing beside a copied student
         from distil.cascade import load_answerer
     except ImportError as error:
         stop(f'ask_teacher needs distil/cascade.py and transformers here ({error})')
-    return load_answerer(teacher, task, space, device)
+    return load_answerer(teacher, task, space, device, budget)
 
 
 # -----------------------------------------------------------------------------
@@ -190,14 +190,15 @@ class Labeler:
 
     folder: of a training run. confidence, which, dtype, teacher: as the settings of sample.py. too_long: 'cut', or
     'refuse' for {'error': ...} in place of an answer, or what problem_key says. min_confidence: records with a field
-    below it get '_defer': True, or, with ask_teacher, the teacher's answer and '_teacher': True. SystemExit if it
+    below it get '_defer': True, or, with ask_teacher, the teacher's answer and '_teacher': True; budget: of a teacher
+    behind a URL, {'price_in': ..., 'price_out': ..., 'max_cost': ...} as for extract.py. SystemExit if it
     cannot be loaded. It can be pickled (the copy loads the folder again), and used in a forked process (on one thread).
     """
 
     def __init__(self, folder, device='auto', which='best', batch_size=64, constrain=True, too_long='cut',
-                 confidence=True, min_confidence=0.0, ask_teacher=False, teacher='', dtype='auto'):
+                 confidence=True, min_confidence=0.0, ask_teacher=False, teacher='', dtype='auto', budget={}):
         self.arguments = (Path(folder).absolute(), device, which, batch_size, constrain, too_long, confidence,
-                          min_confidence, ask_teacher, teacher, dtype)
+                          min_confidence, ask_teacher, teacher, dtype, budget)
         assert confidence in (False, True, 'full'), f'confidence is {confidence!r}; it is False, True or \'full\''
         if ask_teacher and not min_confidence:
             stop('ask_teacher needs a min_confidence: the teacher answers the records with a field below it')
@@ -210,7 +211,7 @@ class Labeler:
         self.min_confidence = find_threshold(self.checkpoint, min_confidence)
         self.temperature = {name: of_field['temperature']       # fitted on held-out records
                             for name, of_field in (self.checkpoint['per_field'] or {}).items()}
-        self.ask = load_teacher_to_ask(teacher, self.task, self.space, device) if ask_teacher else None
+        self.ask = load_teacher_to_ask(teacher, self.task, self.space, device, budget) if ask_teacher else None
 
     def __reduce__(self):                                       # for pickle: spawned processes, joblib
         return Labeler, self.arguments

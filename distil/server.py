@@ -322,6 +322,12 @@ def check_httpx():
         stop('a teacher behind a URL needs one more package; run: pip install httpx')
 
 
+def check_budget(budget):
+    """exits with a message if a max_cost is set and no price."""
+    if budget.get('max_cost') and not (budget['price_in'] or budget['price_out']):
+        stop('max_cost needs price_in and price_out, per million tokens')
+
+
 def open_server(config):
     """the Server of extract.py's settings. Exits with a message if they do not fit together."""
     check_httpx()
@@ -333,8 +339,7 @@ def open_server(config):
     if WORLD > 1:
         stop('a server is asked by one process; raise in_flight instead')
     names = ('in_flight', 'samples', 'sample_temperature', 'patience', 'price_in', 'price_out', 'max_cost')
-    if config['max_cost'] and not (config['price_in'] or config['price_out']):
-        stop('max_cost needs price_in and price_out, per million tokens')
+    check_budget(config)
     schema = Schema(config['fields'], config['left_out'])
     return Server(config['teacher'].split(','), config['teacher_model'], schema, config['prompt'],
                   **{name: config[name] for name in names})

@@ -82,6 +82,16 @@ def test_lines_that_do_not_fit(tmp_path):
         cut_file(fs, str(tmp_path / 'twice.csv'), 9)
 
 
+def test_a_large_row_group_is_read_in_small_parts(tmp_path):
+    path, wide = str(tmp_path / 'wide.parquet'), [os.urandom(2000).hex() for _ in range(10_000)]  # 40 MB
+    pq.write_table(pa.table({'body': ['a text'] * len(wide), 'wide': wide}), path)
+    fs, (path,) = find_files(path)
+    before, most, n = pa.total_allocated_bytes(), 0, 0
+    for table, _ in read_piece(fs, cut_file(fs, path, 5000)[1]):
+        most, n = max(most, pa.total_allocated_bytes() - before), n + len(table)
+    assert n == 5000 and most < 20e6
+
+
 def test_files_are_found(tmp_path):
     write_tables(tmp_path)
     (tmp_path / 'deep').mkdir()

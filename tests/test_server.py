@@ -354,6 +354,12 @@ def test_a_cascade_asks_the_server_that_the_student_learned_from(tokenizer, word
     assert answer(ids) == [None] * 3 and 'no key' in capsys.readouterr().err  # it refuses: the student's stay
     with pytest.raises(SystemExit, match='--teacher=URL'):
         ask_server('', task, space)
+    budget, fake = {'price_in': 1e4, 'price_out': 0.0, 'max_cost': 5.0}, Fake()  # an answer costs 1.0
+    answer = ask_server(fake.url, task, space, budget)
+    assert [outs is not None for outs in answer(ids) + answer(ids) + answer(ids)] == [True] * 5 + [False] * 4
+    assert capsys.readouterr().err.count('would exceed max_cost = 5') == 1  # not at each batch of a long run
+    with pytest.raises(SystemExit, match='max_cost needs price_in'):
+        ask_server(fake.url, task, space, {**budget, 'price_in': 0.0})
 
 
 def test_of_two_servers_one_may_die(monkeypatch):

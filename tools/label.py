@@ -49,6 +49,9 @@ confidence = False   # columns _confidence_<field>
 min_confidence = 0.0  # 0..1 or 'target'; column _defer, or with ask_teacher _teacher
 ask_teacher = False  # each of the processes asks about what is below min_confidence, best an LLM behind a URL
 teacher = ''         # file; or that URL; '': where it was for extract.py
+price_in = 0.0       # 0..; of a teacher behind a URL, as in sample.py
+price_out = 0.0      # 0..
+max_cost = 0.0       # 0..; of this run: each process has its share of it
 too_long = 'cut'     # 'cut' or 'refuse'
 sample_batch = 128   # 1..
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16'
@@ -227,6 +230,7 @@ def start_ray():
 def answer_all(todo, fs, folder, options):
     """yields {'rows', 'failed'} of the pieces as they are done."""
     n = min(start_ray(), len(todo))
+    options |= {'budget': {'price_in': price_in, 'price_out': price_out, 'max_cost': max_cost / n}}
     import ray.data
     student = str(folder)
     if address:                                                 # other machines do not have it

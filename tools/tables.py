@@ -198,8 +198,8 @@ def read_piece(fs, piece):
     time. ValueError if a value is of another type than in the rows before, or a record has too many values."""
     if piece.form == 'parquet':
         with fs.open_input_file(piece.path) as file:
-            n = 0
-            for batch in pq.ParquetFile(file).iter_batches(ROWS, [piece.group]):
+            n, table = 0, pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)  # else a whole group is in memory
+            for batch in table.iter_batches(ROWS, [piece.group]):
                 begin, end = max(piece.begin - n, 0), min(piece.end - n, len(batch))
                 n += len(batch)
                 if begin < end:
