@@ -138,18 +138,25 @@ def take_rows(part, rows):
 # fewer bits
 
 
-class Int8(nn.Module):
-    """a matrix as whole numbers from -127 to 127 with one scale per row; symmetric, rounded to nearest."""
+GROUP = 32  # columns of a layer's matrix that share a scale
 
-    def __init__(self, weight):
+
+class Int8(nn.Module):
+    """a matrix as whole numbers from -127 to 127, symmetric, rounded to nearest, with one scale per row, or per `group`
+    columns of it, which then has 16 bits: a few large weights of a row leave the others their precision."""
+
+    def __init__(self, weight, group=0):
         super().__init__()
-        top = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12)
-        self.register_buffer('scale', top / 127)                # (rows, 1)
-        self.register_buffer('whole', (weight.float() / self.scale).round().to(torch.int8))
+        parts = weight.float().unflatten(1, (-1, group or weight.size(1)))  # (rows, groups, columns of one)
+        scale = parts.abs().amax(2).clamp(min=1e-5) / 127
+        self.register_buffer('scale', scale.half() if group else scale)  # (rows, groups)
+        whole = (parts / self.scale.float()[..., None]).round().clamp(-127, 127)
+        self.register_buffer('whole', whole.to(torch.int8).flatten(1))
 
     @property
     def weight(self):
-        return self.whole.float() * self.scale                  # (rows, columns)
+        parts = self.whole.float().unflatten(1, (self.scale.size(1), -1))
+        return (parts * self.scale.float()[..., None]).flatten(1)  # (rows, columns)
 
 
 class Int8Embedding(Int8):
@@ -159,11 +166,26 @@ class Int8Embedding(Int8):
 
 class Int8Linear(Int8):
     def __init__(self, linear):
-        super().__init__(linear.weight)
+        super().__init__(linear.weight, 0 if linear.in_features % GROUP else GROUP)
         self.bias = linear.bias
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias)
+
+
+class HalfEmbedding(nn.Module):
+    """a table in 16 bits"""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.register_buffer('half', weight.half())
+
+    @property
+    def weight(self):
+        return self.half.float()
+
+    def forward(self, idx):
+        return self.half[idx].float()
 
 
 @torch.no_grad()
@@ -182,13 +204,16 @@ def fold_table(student):
 @torch.no_grad()
 def round_to_int8(student):
     """a copy of the student with its table and every matrix in 8 bits; it computes in float32. The head stays
-    as it is: each of its few rows matters for the choice, and they are a thousandth of the bytes."""
+    as it is: each of its few rows matters for the choice, and they are a thousandth of the bytes. So does, in 16 bits,
+    what an encoder adds for positions and distances: it is in every state, and a few of its columns are large."""
     rounded = copy.deepcopy(student)
     for name, part in list(rounded.named_modules()):
         parent, _, key = name.rpartition('.')
         if key == 'lm_head':
             continue
-        if isinstance(part, nn.Linear):
+        if key in ('wpe', 'wre'):
+            setattr(rounded.get_submodule(parent), key, HalfEmbedding(part.weight))
+        elif isinstance(part, nn.Linear):
             setattr(rounded.get_submodule(parent), key, Int8Linear(part))
         elif isinstance(part, nn.Embedding):
             setattr(rounded.get_submodule(parent), key, Int8Embedding(part.weight))

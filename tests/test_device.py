@@ -175,6 +175,10 @@ def test_int8_rounds_by_half_a_step_at_most_and_computes_with_the_rounded_weight
     whole = Int8(torch.cat((weight, torch.zeros(1, 32))))
     step = weight.abs().amax(1, keepdim=True) / 127
     assert ((whole.weight[:20] - weight).abs() <= step * 0.5001).all() and not whole.weight[20].any()
+    grouped = Int8(weight, group=16)                            # a scale of its own for each half of a row
+    steps = weight.unflatten(1, (2, 16)).abs().amax(2).repeat_interleave(16, 1) / 127
+    assert ((grouped.weight - weight).abs() <= (steps * 0.57).clamp(min=1e-5)).all()  # the scale has 16 bits
+    assert (grouped.weight - weight).pow(2).sum() < (whole.weight[:20] - weight).pow(2).sum()
     student = fold_table(tiny_student(space, n_table=48))
     rounded, twin = round_to_int8(student), fold_table(student)
     for name, p in twin.named_parameters():
