@@ -178,14 +178,14 @@ class HalfEmbedding(nn.Module):
 
     def __init__(self, weight):
         super().__init__()
-        self.register_buffer('half', weight.half())
+        self.register_buffer('table', weight.half())
 
     @property
     def weight(self):
-        return self.half.float()
+        return self.table.float()
 
     def forward(self, idx):
-        return self.half[idx].float()
+        return self.table[idx].float()
 
 
 @torch.no_grad()
