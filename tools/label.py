@@ -210,6 +210,7 @@ def remove_unfinished(fs, base):
 def start_ray():
     """connects to the cluster, or starts Ray on this machine. Returns the number of cores."""
     os.environ.setdefault('RAY_BACKEND_LOG_LEVEL', 'fatal')     # before it is loaded
+    os.environ.setdefault('RAY_worker_niceness', '0')           # not behind everything else on this machine
     import ray
     environment = {'env_vars': {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}}
     local = {'include_dashboard': False, 'object_store_memory': 100 << 20, 'num_cpus': processes or os.cpu_count()}
