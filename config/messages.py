@@ -21,7 +21,7 @@ max_text = 64
 max_records = 2500
 # student: a pre-trained encoder reads the text, one layer writes the answer
 reader = 'data/teachers/e5'  # python data/teachers/prepare.py e5
-reader_tokens = 32768
+reader_tokens = 24576
 reader_lr = 0.05
 n_layer = 1
 n_head = 6
