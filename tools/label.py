@@ -43,7 +43,7 @@ input = ''           # text; a table, a folder with tables, or a glob; a URI tha
 column = 'text'      # text; the column with the texts
 output = ''          # text; the folder that is written, or its URI
 prefix = ''          # text; of the names of the answer's columns
-rows = 20000         # 1..; of the input for one file of the output: what a kill costs at most
+rows = 10000         # 1..; of the input for one file of the output: what a kill costs at most
 # as in sample.py
 confidence = False   # columns _confidence_<field>
 min_confidence = 0.0  # 0..1 or 'target'; column _defer, or with ask_teacher _teacher
