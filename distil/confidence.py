@@ -72,7 +72,7 @@ class Values:
         filled = [(start, end, 1 if value in (None, '') else value) for start, end, value in getattr(outs, 'spans', ())]
         states, answer = space.states_before(outs), space.to_json(Outs(outs, filled))  # any number for none
         self.space, self.temperature, self.known = space, temperature or {}, set()
-        self.forks, start = [], len(space.start)                # (Plan, sums, options, the answer's one, that before it)
+        self.forks, start = [], len(space.start)            # (Plan, sums, options, the answer's one, that before it)
         for k, entry, n in space.walk(answer):
             plan, ways = plan_fork(space, k, entry), space.forks[k]
             self.forks.append((plan, plan.alike.copy(), ways, n, outs[:start]))

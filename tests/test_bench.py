@@ -70,8 +70,9 @@ def test_a_training_step_is_compared_with_a_plain_one(project):
 def test_operations_are_those_that_torch_counts():
     encoder = Encoder(EncoderConfig(vocab_size=99, n_layer=3, n_head=4, n_embd=64, n_mlp=256, n_pos=64))
     for reads in (encoder, None):
-        student = Student(StudentConfig(vocab_size=51 if reads else 99, output_vocab=50, n_layer=2, n_head=4, n_kv_head=4,
-                                        n_embd=64, n_mlp=256, start_id=50, encoder=reads and vars(encoder.config)), reads)
+        student = Student(StudentConfig(
+            vocab_size=51 if reads else 99, output_vocab=50, n_layer=2, n_head=4, n_kv_head=4, n_embd=64, n_mlp=256,
+            start_id=50, encoder=reads and vars(encoder.config)), reads)
         with FlopCounterMode(display=False) as counter:
             student(torch.randint(0, 99, (8, 30)), torch.randint(0, 50, (8, 10))).sum().backward()
         n_text = np.full(8, 30)

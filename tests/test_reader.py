@@ -117,7 +117,8 @@ def test_texts_of_any_length_are_read_together_as_alone(request, family):
 @torch.no_grad()
 def test_kept_states_are_those_of_reading_again(bert, monkeypatch):
     encoder = load_encoder(str(bert)).eval()
-    first, other = (pad_rows([torch.randint(5, 100, (n,)).tolist() for n in lengths], 'cpu') for lengths in ([4, 9, 2], [7, 3]))
+    draw = lambda *lengths: pad_rows([torch.randint(5, 100, (n,)).tolist() for n in lengths], 'cpu')
+    first, other = draw(4, 9, 2), draw(7, 3)
     mixed = pad_rows([[n for n in row if n >= 0] for row in (*other.tolist(), *first.tolist())], 'cpu')
     expected, read, n_read = [encoder(text) for text in (first, mixed)], encoder.read, []
     monkeypatch.setattr(encoder, 'read', lambda text: n_read.append(len(text)) or read(text))
