@@ -90,13 +90,16 @@ class Encoder(nn.Module):
         if not self.keeps or torch.is_grad_enabled():
             return self.read(text)
         rows = [tuple(row[:n]) for row, n in zip(text.tolist(), (text >= 0).sum(1).tolist())]
-        new = [n for n, row in enumerate(rows) if row not in self.kept]
+        found = {row: self.kept.get(row) for row in rows}       # other threads may read, too
+        new = [n for n, row in enumerate(rows) if found[row] is None]
         if new:
-            self.kept.update((rows[n], states[:len(rows[n])].clone()) for n, states in zip(new, self.read(text[new])))
-        states = torch.zeros(*text.shape, self.config.n_embd, dtype=self.kept[rows[0]].dtype, device=text.device)
+            read = {rows[n]: of_text[:len(rows[n])].clone() for n, of_text in zip(new, self.read(text[new]))}
+            found |= read
+            self.kept.update(read)
+        states = found[rows[0]].new_zeros(*text.shape, self.config.n_embd)
         for row, of_text in zip(rows, states):
-            of_text[:len(row)] = self.kept[row]
-        while sum(map(len, self.kept)) > MOST_KEPT:
+            of_text[:len(row)] = found[row]
+        while sum(map(len, [*self.kept])) > MOST_KEPT:
             self.kept.popitem(last=False)
         return states
 
