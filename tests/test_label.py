@@ -155,6 +155,7 @@ def test_tables_are_answered_as_by_a_labeler(project, tmp_path):
     assert done.returncode == 1 and 'torn.parquet' in done.stderr and 'label rows=1000 errors=4' in done.stdout, done.stderr
     expected = Labeler(project / 'out/toy', 'cpu')([text for _, text in rows])
     names = sorted(path.name for path in (tmp_path / 'out').glob('*.parquet'))
+    assert all(pq.ParquetFile(tmp_path / 'out' / name).metadata.num_row_groups == 1 for name in names)
     for start, kind in (('packed', str), ('rows', int)):
         found = [row for name in names if name.startswith(start) for row in pq.read_table(tmp_path / 'out' / name).to_pylist()]
         assert len(found) == len(rows) * (1 if start == 'packed' else 3)

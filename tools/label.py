@@ -61,6 +61,7 @@ processes = 0        # 0..; that answer, one core each; 0: as many as there are 
 hour_price = 1.0     # 0..; of all these processes, as in tools/evaluate.py
 config = configure(globals())
 
+GROUP_BYTES = 1 << 25  # of a row group of the output, about
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -102,15 +103,20 @@ class Worker:
         schema, fields = table_schema(fs, piece, self.column, self.labeler.space.schema, self.options, self.prefix)
         counts, target = Counter(), f'{self.base}/{piece.name}'
         is_local = isinstance(self.fs, filesystems.LocalFileSystem)  # a bucket shows a file when it is whole
-        written = f'{target}.{os.getpid()}.tmp' if is_local else target
+        written, parts = f'{target}.{os.getpid()}.tmp' if is_local else target, []
         try:
             with self.fs.open_output_stream(written) as file, pq.ParquetWriter(file, schema) as writer:
                 for table, broken in read_piece(fs, piece):
                     texts = table.column(self.column).to_pylist()
                     records = self.labeler(['' if text is None else text for text in texts])
                     columns = answer_columns(records, fields, self.labeler.problem, self.prefix, broken)
-                    writer.write_table(pa.table(table.columns + columns, schema))
+                    parts.append(pa.table(table.columns + columns, schema))
                     count_answers(self.labeler.space.schema, records, self.labeler.problem, counts)
+                    if sum(part.nbytes for part in parts) > GROUP_BYTES:
+                        writer.write_table(pa.concat_tables(parts))
+                        parts = []
+                if parts:
+                    writer.write_table(pa.concat_tables(parts))
                 writer.add_key_value_metadata({'label': json.dumps(counts)})
             if is_local:
                 os.replace(written, target)
