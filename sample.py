@@ -48,8 +48,8 @@ price_in = 0.0       # 0..; of a teacher behind a URL: per million tokens read .
 price_out = 0.0      # 0..; ... and written
 max_cost = 0.0       # 0..; it is asked no more before it costs more: "_defer" again; 0: no limit
 device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
-dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of the layers of a student with many weights; auto:
-                     # bfloat16 where that is faster
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'int8'; of the layers of a student with many weights; auto:
+                     # bfloat16 or, where next to no answer changes, int8, if that is faster (docs/students.md)
 # of the config file, to warn if the student was trained with others
 fields = {}
 prompt = ''          # text or messages

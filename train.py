@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from data import batches
 from distil.agreement import evaluate, linear_baseline, report_lines, update_best
+from distil.checkpoint import store_int8
 from distil.reader import encode_records, leave_out_options
 from distil.records import check_data, check_sizes, note_rare_values, open_records
 from distil.report import draw_report
@@ -312,6 +313,7 @@ if __name__ == '__main__':
         training.tracker.finish()
     if training.step < n_steps and not enough:
         stop(f'stopped after step {training.step} of {n_steps}; the same command continues')
+    store_int8(out, shards, val_rows, device)
     draw_report(out, shards, val_rows[:500], dtype)
     if training.best['top_epoch'] == max_epochs:
         print(f'the last epoch was the best: more (max_epochs = {2 * max_epochs}) may be better still')

@@ -203,7 +203,8 @@ def pick_dtype(dtype, device):
     """'auto' -> bfloat16 where the hardware multiplies it faster, else float32; as a torch.dtype.
 
     A GPU with bfloat16 is faster with it. A CPU with bfloat16 instructions is between twice as slow and three
-    times as fast, so it is measured. A CPU without them is hundreds of times slower and is not measured.
+    times as fast, so it is measured. A CPU without them is hundreds of times slower and is not measured. 'int8' is
+    float32 but for what distil/int8.py does.
     """
     if dtype == 'auto':
         cpu, faster = torch.cpu.get_capabilities(), False
@@ -213,7 +214,7 @@ def pick_dtype(dtype, device):
             in_bfloat16, in_float32 = seconds_of_matmul([torch.bfloat16, torch.float32])
             faster = 1.3 * in_bfloat16 < in_float32
         dtype = 'bfloat16' if faster else 'float32'
-    return getattr(torch, dtype)
+    return getattr(torch, dtype.replace('int8', 'float32'))
 
 
 # -----------------------------------------------------------------------------

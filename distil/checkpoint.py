@@ -5,7 +5,8 @@ all.
 
 checkpoint is a dict: student (its StudentConfig), config (the settings it was trained with), task (TASK), n_train,
 split (distil/split.py), step, finished, best (the best epoch so far), figures and per_field (of the last
-evaluation), linear (the linear baseline), work (hours and speeds), target (if tools/evaluate.py set one), format.
+evaluation), linear (the linear baseline), work (hours and speeds), target (if tools/evaluate.py set one), int8 (of a
+best.pt whose student has an encoder, see precision.py), format.
 The file also has model (the weights), and a ckpt.pt that is not finished has optimizer. resume.py builds this dict.
 """
 import json
@@ -18,9 +19,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from config import next_command, stop
-from config.machine import pick_dtype, whole_file
+from config import data_line, next_command, stop
+from config.machine import whole_file
 from distil.encoder import Encoder, EncoderConfig
+from distil.precision import lower_precision, measure_int8
 from distil.space import OutputSpace, tokenizer_hash
 from distil.reader import read_tokenizer
 from model import Student, StudentConfig
@@ -49,25 +51,6 @@ def checkpoint_path(folder, which='best'):
     """path of best.pt, or of ckpt.pt if which is 'last' or best.pt does not exist."""
     path = Path(folder, 'best.pt')
     return Path(folder, 'ckpt.pt') if which == 'last' or not path.is_file() else path
-
-
-def is_large(student):
-    """True if matrix products take most of the decoding time; if not, lower precision would gain nothing."""
-    return bool(student.encoder) or sum(p.numel() for p in student.h.parameters()) > 1e7
-
-
-def lower_precision(student, dtype):
-    """changes a large student, in place, to compute the products of its layers in this type. dtype: as in
-    pick_dtype. Norms, a cache's attention, the residual sum and the head stay in float32."""
-    device = student.lm_head.weight.device.type
-    if not is_large(student) or pick_dtype(dtype, device) != torch.bfloat16:
-        return
-    for blocks in (student.h, student.encoder.h if student.encoder else ()):
-        for block in blocks:
-            for module in block.modules():
-                if isinstance(module, torch.nn.Linear):
-                    module.to(torch.bfloat16)
-    student.forward = torch.autocast(device, torch.bfloat16)(student.forward)
 
 
 def read_checkpoint(path, device):
@@ -128,7 +111,7 @@ def load_checkpoint(folder, device, which='best', dtype='float32'):
     if tokenizer_hash(tokenizer) != task['tokenizer_hash'] or space.output_ids != task['output_ids']:
         stop(f'{folder}/tokenizer.json is not the tokenizer that {path} was trained with; '
              'copy the one it was trained with into its folder')
-    lower_precision(student.to(device).eval(), dtype)
+    lower_precision(student.to(device).eval(), dtype, checkpoint.get('int8'))
     return checkpoint, student, space
 
 
@@ -174,3 +157,13 @@ def save_checkpoint(path, state):
     """writes the dict whole or not at all. Exits with a message if it cannot be written."""
     with whole_file(path, what_is_kept(path.parent)) as tmp, open(tmp, 'wb') as file:
         torch.save(state, file)                                 # by its name torch would not say why it fails
+
+
+def store_int8(folder, shards, rows, device):
+    """measures what 8 bits cost the best student of a folder on up to 1,000 records, and stores it in the checkpoint,
+    see precision.measure_int8. Prints a data line, if the student has an encoder."""
+    _, student, space = load_checkpoint(folder, device)
+    if found := measure_int8(student, space, [shards.ids(i).tolist() for i in rows[:1000]]):
+        path = checkpoint_path(folder)
+        save_checkpoint(path, read_checkpoint(path, 'cpu') | {'int8': found})
+        print(data_line('int8', {key: value for key, value in found.items() if key != 'peaks'}))

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from config import data_line, stop
 from config.machine import RANK, can_compile, on_stop, pick_dtype, run_in_first, whole_file
 from data import answers_from
-from distil.checkpoint import CHECKPOINT, TASK, is_large, load_checkpoint, save_checkpoint, what_is_kept
+from distil.checkpoint import CHECKPOINT, TASK, load_checkpoint, save_checkpoint, what_is_kept
+from distil.precision import is_large
 from distil.space import OutputSpace
 from distil.split import describe_split, pack_split
 from distil.start import SeenRows, new_student

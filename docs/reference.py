@@ -29,7 +29,7 @@ from transformers.initialization import no_init_weights
 
 from data import read_meta
 from data.lines import read_texts
-from distil.checkpoint import lower_precision
+from distil.precision import lower_precision
 from distil.decode import generate
 from distil.engine import peak_memory_gb
 from distil.space import OutputSpace

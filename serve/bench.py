@@ -36,7 +36,7 @@ dataset = ''         # word
 run = ''             # word; out/<run> is the student; '': out/<name>
 teacher = ''         # file; loaded as extract.py does; '': the one the student learned from
 device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
-dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; as in the other programs
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'int8'; as in the other programs
 config = configure(globals())
 
 

@@ -64,7 +64,7 @@ too_long = 'auto'    # 'auto', 'cut' or 'refuse'; what happens to texts longer t
                      # refused, but cut at /v1/label and /v1/systemone, which have no prompts
 cors = ''            # text; origins of the web pages that may call it, separated by commas, or *; '': none
 device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
-dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of a large student's layers, as in sample.py
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'int8'; of a large student's layers, as in sample.py
 # where the text is
 templates = []       # prompts around a text, with {text} in its place (the last one counts); the training
                      # prompt is one already

@@ -15,7 +15,8 @@ import torch
 
 import distil.checkpoint
 import data
-from distil.checkpoint import load_checkpoint, lower_precision
+from distil.checkpoint import load_checkpoint
+from distil.precision import lower_precision
 from distil.confidence import confidence_of, value_probabilities
 from distil.decode import decode, generate
 from distil.space import OutputSpace
@@ -80,7 +81,7 @@ def test_in_bfloat16_the_answers_equal_those_of_float32_except_for_rounding(spac
     lower_precision(model, 'bfloat16')  # without effect: the student is too small to gain
     (before, p_before), layer = answers(), model.h[0].attn.c_attn
     assert layer.weight.dtype == torch.float32 == before[0][1][0][1].dtype
-    monkeypatch.setattr(distil.checkpoint, 'is_large', lambda student: True)
+    monkeypatch.setattr(distil.precision, 'is_large', lambda student: True)
     lower_precision(model, 'bfloat16')
     after, p_after = answers()
     assert layer.weight.dtype == torch.bfloat16 and after[0][1][0][1].dtype == torch.float32

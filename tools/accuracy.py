@@ -37,7 +37,7 @@ outside = ''         # file; texts without
 which = 'best'       # 'best' or 'last'; the epoch to use
 sample_batch = 128   # 1..; texts decoded together
 device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
-dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of a large student's layers, as in sample.py
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'int8'; of a large student's layers, as in sample.py
 config = configure(globals())
 
 

@@ -29,7 +29,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.utils import logging
 
 from data import batches
-from distil.checkpoint import load_checkpoint, lower_precision
+from distil.checkpoint import load_checkpoint
+from distil.precision import lower_precision
 from distil.decode import generate
 from distil.drafts import Drafts
 from distil.engine import Teacher, answer_batched, peak_memory_gb
@@ -48,7 +49,7 @@ run = ''             # word; out/<run> is the student; '': out/<name>
 what = 'extract'     # 'extract', 'train', 'decode'; what is timed, see above
 teacher = ''         # file; loaded as extract.py does
 device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
-dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; as in the other programs
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'int8'; as in the other programs
 extract_batch = 128  # 1..; texts answered together
 compile = 'auto'     # 'auto', 'True', 'False', 'true', 'false'; auto: as in a long run
 batch_size = 64      # 1..; records per training step
@@ -289,7 +290,7 @@ def bench_decode(student, space, task, texts, teacher, device, dtype, n_generate
     shape = asdict(student.config) | {'output_vocab': V, 'block_size': student.config.block_size + longer}
     shape |= {'vocab_size': V + 1, 'start_id': V} if student.encoder else {'output_ids': fenced.output_ids}
     random_student = Student(StudentConfig(**shape), student.encoder).to(device).eval()
-    lower_precision(random_student, dtype)
+    lower_precision(random_student, student.precision.replace('int8', 'float32'))  # the encoder is in 8 bits already
     for style, of_style, its_space in (('own', student, space), ('fenced', random_student, fenced)):
         for batch_size in (1, 64):
             print(bench_style(style, of_style, its_space, texts, device, batch_size))

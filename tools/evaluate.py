@@ -26,7 +26,7 @@ from data import answers_from
 from distil.agreement import (calibration_error, evaluate, field_texts, read_truth, report_lines,
                               same_values, truth_lines)
 from distil.checkpoint import (checkpoint_path, load_checkpoint, read_checkpoint, read_work, save_checkpoint,
-                               warn_changed_task)
+                               store_int8,                               warn_changed_task)
 from distil.confidence import confidence_of
 from distil.decode import decode, generate
 from distil.records import choose_rows, load_records
@@ -53,7 +53,7 @@ calls_per_day = 100_000  # 1..
 compare = ''         # folders of runs, separated by commas: a table of them, and out/compare.png
 # machine
 device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
-dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; of a large student's layers, as in sample.py
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'int8'; of a large student's layers, as in sample.py
 # of the config file, to warn if the student was trained with others
 fields = {}
 prompt = ''          # text or messages
@@ -325,5 +325,7 @@ if __name__ == '__main__':
         set_target(out, which, confidence, hits, target_agreement)
     print_examples(space, shards, rows, answers, examples, source)
     print_summary(figures, checkpoint['linear'], cost, source)
+    if student.encoder and which == 'best' and 'int8' not in checkpoint:  # trained by an earlier version
+        store_int8(out, shards, rows, device)
     if picture := draw_report(out, shards, rows[:500], dtype, which):
         print(f'{picture} shows the training, the fields, the confidence and the confusions')

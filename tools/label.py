@@ -54,7 +54,7 @@ price_out = 0.0      # 0..
 max_cost = 0.0       # 0..; of this run: each process has its share of it
 too_long = 'cut'     # 'cut' or 'refuse'
 sample_batch = 128   # 1..
-dtype = 'auto'       # 'auto', 'float32', 'bfloat16'
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'int8'; as in sample.py
 # machines
 address = ''         # text; of a Ray cluster; 'auto': the one that this machine belongs to; '': this machine alone
 processes = 0        # 0..; that answer, one core each; 0: as many as there are cores

@@ -32,7 +32,7 @@ min_confidence = 0.0  # 0..1; texts with a field below it are left out
 max_records = 0      # 0..; of the first texts alone, this many; 0: all
 sample_batch = 128   # 1..; texts answered together
 device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
-dtype = 'auto'       # 'auto', 'float32', 'bfloat16'; as in sample.py
+dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'int8'; as in sample.py
 config = configure(globals())
 
 

@@ -1,0 +1,130 @@
+"""8-bit products in a student's encoder, on a CPU: reading a text is one large product after another, and processors
+multiply whole numbers of 8 bits several times faster than floats.
+
+    peaks = find_peaks(student, answer)      # what answer() did is where the layers' inputs were measured
+    if is_exact():
+        to_int8(student, peaks)              # in place
+
+A product of tokens x (M, K) with a weight (N, K) becomes one of whole numbers. A weight has a scale for each of its rows,
+a token a lowest value and a scale, found anew at each product; a few channels far larger than all others stay floats
+(https://arxiv.org/abs/2208.07339), and the others are evened out between tokens and weight (SmoothQuant, equation 4,
+https://arxiv.org/abs/2211.10438). Norms, attention, residual sums and the layers behind the encoder stay as they are.
+"""
+import time
+from functools import cache, partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+LEAST_EQUAL = 0.995  # share of a student's held-out fields that must stay equal before dtype = 'auto' takes 8 bits
+IN_FLOATS = 8        # channels of a layer's input that are far larger than all others
+
+
+@cache
+def weight_bits():
+    """8, or 7 where the processor lacks VNNI or AMX: it then adds two products in 16 bits, where 2 * 255 * 127 does not
+    fit and 2 * 255 * 63 does."""
+    cpu = torch.cpu.get_capabilities()
+    return 8 if any(cpu.get(name) for name in ('avx512_vnni', 'avx_vnni', 'amx_int8')) else 7
+
+
+class Int8Linear(nn.Module):
+    """the layer `linear` in 8 bits. peak: (K,) the largest size of each channel of its input; bits: of its weights, see
+    weight_bits; kernel: compute with oneDNN's product, else in floats, which gives the same numbers on any device."""
+
+    def __init__(self, linear, peak, bits, kernel=True):
+        super().__init__()
+        weight, peak = linear.weight.detach().float(), peak.clamp(min=1e-5).to(linear.weight.device)
+        self.apart = peak.topk(IN_FLOATS).indices            # channels
+        evened = (weight.abs().amax(0).clamp(min=1e-5) / peak).sqrt()  # (K,) input times this, weight by it
+        self.factor = evened.index_fill(0, self.apart, 0.0)  # what stays in floats is zero among the codes
+        top = 2 ** (bits - 1) - 1
+        weight_ = weight / evened
+        self.scale = weight_.abs().amax(1).clamp(min=1e-9) / top  # (N,)
+        codes = (weight_ / self.scale[:, None]).round()      # (N, K)
+        # (1 + IN_FLOATS, N): what a token's lowest value is multiplied by, and the channels in floats are
+        self.beside = torch.cat(((codes.sum(1) * self.scale)[None], weight[:, self.apart].T))
+        self.bias = torch.zeros_like(self.scale) if linear.bias is None else linear.bias.detach().float()
+        self.zero = torch.zeros(len(codes), dtype=torch.int32)
+        self.weight = torch.ops.onednn.qlinear_prepack(codes.to(torch.int8), None) if kernel else codes
+        self.multiply = self.multiply_bytes if kernel else self.multiply_floats
+
+    def multiply_bytes(self, codes):
+        codes = codes.to(torch.int8).view(torch.uint8).bitwise_xor_(128)  # -127..127 as 1..255
+        return torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, self.weight, self.scale, self.zero, None, 1.0, 0,
+                                                  torch.float32, 'none', [], '')
+
+    def multiply_floats(self, codes):
+        return F.linear(codes, self.weight) * self.scale
+
+    def forward(self, x):
+        """x (..., K) -> (..., N) in float32"""
+        rows = x.flatten(0, -2).float()                      # (M, K)
+        even = rows * self.factor
+        high, low = even.amax(1, keepdim=True), even.amin(1, keepdim=True)  # (M, 1) each; aminmax is ten times slower
+        middle, step = (high + low) / 2, (high - low).clamp_(min=1e-9) / 254
+        codes = even.sub_(middle).mul_(1 / step).round_()    # (M, K), -127..127
+        y = torch.addmm(self.bias, torch.cat((middle, rows[:, self.apart]), 1), self.beside)  # (M, N)
+        return y.addcmul_(self.multiply(codes), step).view(*x.shape[:-1], -1)
+
+
+@cache
+def is_exact():
+    """True if oneDNN's product gives here what whole numbers give, also the largest ones."""
+    try:
+        linear = nn.Linear(256, 32)
+        linear.weight.data = torch.randint(-1, 2, (32, 256)).float()
+        x = torch.randint(-1, 2, (33, 256)).float()          # as whole numbers -127, 0 or 127
+        fast, slow = (Int8Linear(linear, torch.ones(256), weight_bits(), kernel)(x) for kernel in (True, False))
+        return torch.allclose(fast, slow, atol=1e-3)
+    except (RuntimeError, AttributeError):                   # a build of torch without it
+        return False
+
+
+def linears(student):
+    """{name: (the block's module that has it, its attribute, the layer)} of the encoder's products."""
+    return {f'{n}.{name}': (block, name, module) for n, block in enumerate(student.encoder.h)
+            for name, module in block.named_children() if isinstance(module, nn.Linear)}
+
+
+def find_peaks(student, answer):
+    """calls answer() -> {name of a layer: (K,) the largest size of each channel of what it was given}."""
+    peaks = {}
+
+    def look(name, module, inputs):
+        peak = inputs[0].detach().flatten(0, -2).abs().amax(0).float().cpu()
+        peaks[name] = torch.maximum(peaks.get(name, peak), peak)
+    hooks = [layer.register_forward_pre_hook(partial(look, name)) for name, (_, _, layer) in linears(student).items()]
+    answer()
+    for hook in hooks:
+        hook.remove()
+    return peaks
+
+
+def to_int8(student, peaks, bits=None, kernel=True):
+    """changes a student with an encoder in place. peaks: of find_peaks; bits, kernel: see Int8Linear."""
+    for name, (block, attribute, layer) in linears(student).items():
+        setattr(block, attribute, Int8Linear(layer, peaks[name], bits or weight_bits(), kernel))
+
+
+@torch.no_grad()
+def is_faster(student, peaks, dtype, rounds=10):
+    """True if the encoder's widest product is clearly faster in 8 bits than in dtype, with the tokens of a short text
+    and with those of many. The best of some rounds, in turns, because other programs run beside."""
+    name, (_, _, layer) = max(linears(student).items(), key=lambda item: item[1][2].weight.numel())
+    plain = nn.Linear(layer.in_features, layer.out_features, dtype=dtype)
+    ways = (Int8Linear(layer, peaks[name], weight_bits()), torch.float32), (plain, dtype)
+    for n_tokens in (16, 512):
+        times = []
+        for _ in range(rounds):
+            times.append([])
+            for module, of_input in ways:
+                x = torch.ones(n_tokens, layer.in_features, dtype=of_input)
+                start = time.perf_counter()
+                module(x)
+                times[-1].append(time.perf_counter() - start)
+        in_8_bits, in_dtype = (min(of_way) for of_way in zip(*times))
+        if 1.3 * in_8_bits > in_dtype:
+            return False
+    return True

@@ -1,0 +1,62 @@
+"""The precision in which a student answers, and how much of its answers it would lose in 8 bits.
+
+    lower_precision(student, 'auto', checkpoint.get('int8'))
+    checkpoint['int8'] = measure_int8(student, space, texts)   # train.py, at its end
+"""
+import torch
+
+from config import stop
+from config.machine import pick_dtype
+from distil.agreement import field_texts, same_values
+from distil.decode import generate
+from distil.int8 import LEAST_EQUAL, find_peaks, is_exact, is_faster, linears, to_int8, weight_bits
+
+
+def is_large(student):
+    """True if matrix products take most of the decoding time; if not, lower precision would gain nothing."""
+    return bool(student.encoder) or sum(p.numel() for p in student.h.parameters()) > 1e7
+
+
+def lower_precision(student, dtype, int8=None):
+    """changes a large student, in place, to compute the products of its layers in another type. dtype: as in
+    pick_dtype, or 'int8'; int8: what measure_int8 found, or None. 'auto' takes 8 bits on a CPU that has instructions
+    for them, if they are faster and lose next to nothing. What it has become is student.precision. Norms, a cache's attention, the residual sum and the head
+    stay in float32. Exits with a message if there are no 8 bits here."""
+    device, student.precision = student.lm_head.weight.device.type, 'float32'
+    if dtype == 'int8':
+        if not (int8 and student.encoder):
+            stop('dtype = int8 needs a student with a reader that was measured in 8 bits; run: tools/evaluate.py'
+                 if student.encoder else 'dtype = int8 is for a student with a reader')
+        if device != 'cpu' or not is_exact():
+            stop('dtype = int8 needs a CPU and a torch with oneDNN')
+    wanted = pick_dtype(dtype, device)
+    able = dtype == 'auto' and device == 'cpu' and int8 and weight_bits() == 8 and int8['equal_8'] >= LEAST_EQUAL
+    if dtype == 'int8' or able and is_exact() and is_faster(student, int8['peaks'], wanted):
+        to_int8(student, int8['peaks'])
+        student.precision = 'int8'
+    elif is_large(student) and wanted == torch.bfloat16:
+        for blocks in (student.h, student.encoder.h if student.encoder else ()):
+            for block in blocks:
+                for module in block.modules():
+                    if isinstance(module, torch.nn.Linear):
+                        module.to(torch.bfloat16)
+        student.forward = torch.autocast(device, torch.bfloat16)(student.forward)
+        student.precision = 'bfloat16'
+
+
+def measure_int8(student, space, texts):
+    """answers texts, lists of ids, in float32 and in 8 bits -> {records: how many, equal_8: share of the fields that
+    stay the same, equal_7: with weights of 7 bits, peaks: of find_peaks}; None for a student without an encoder. The
+    student is as before."""
+    if not (student.encoder and texts):
+        return None
+    answers, plain = [], linears(student)
+    peaks = find_peaks(student, lambda: answers.extend(generate(student, space, texts)))
+    values, found = field_texts(space, answers), {'records': len(texts)}
+    for bits in (8, 7):
+        to_int8(student, peaks, bits, kernel=False)
+        changed = field_texts(space, generate(student, space, texts))
+        found[f'equal_{bits}'] = float(same_values(values, changed).mean())
+        for block, attribute, layer in plain.values():
+            setattr(block, attribute, layer)
+    return found | {'peaks': peaks}
