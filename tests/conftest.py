@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 from collections import defaultdict
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,20 +57,24 @@ def words():
 
 @pytest.fixture(scope='session')
 def teachers(tmp_path_factory, words):
-    """{family: directory of a teacher}; made once for all processes of pytest."""
-    root = tmp_path_factory.getbasetemp()
+    """{family: directory of a teacher}; each made by one of the processes of pytest for all of them."""
+    root, worker = tmp_path_factory.getbasetemp(), os.environ.get('PYTEST_XDIST_WORKER', 'gw0')
     root = root.parent if 'PYTEST_XDIST_WORKER' in os.environ else root
-    with open(root / 'lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (root / 'teachers').exists():
-            train_teachers(root / 'unfinished', words)
-            (root / 'unfinished').rename(root / 'teachers')
-    return {folder.name: folder for folder in (root / 'teachers').iterdir()}
+    families = ['gemma', 'llama', 'qwen', 'plain']
+    for block in (False, True):                                 # first those that no other one makes
+        for family in families[::-1 if int(worker[2:]) % 2 else 1]:
+            with open(root / f'lock_{family}', 'w') as lock, suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if block else fcntl.LOCK_NB))
+                if not (root / 'teachers' / family).exists():
+                    train_teacher(family, root / 'unfinished' / family, words)
+                    (root / 'teachers').mkdir(exist_ok=True)
+                    (root / 'unfinished' / family).rename(root / 'teachers' / family)
+    return {family: root / 'teachers' / family for family in families}
 
 
-def train_teachers(root, words):
-    """trains a tiny teacher of each family and writes it to root/<family>; 'plain' is a Qwen whose tokenizer adds no
-    begin token and has no chat template."""
+def train_teacher(family, folder, words):
+    """trains a tiny teacher of a family and writes it to the folder; 'plain' is a Qwen whose tokenizer adds no begin
+    token and has no chat template."""
     rng = random.Random(0)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -88,34 +93,32 @@ def train_teachers(root, words):
     sizes = dict(vocab_size=len(wrapped), hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
                  num_key_value_heads=2, intermediate_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
                  initializer_range=0.1)
-    gemma = transformers.Gemma3TextConfig(
-        **sizes, head_dim=8, sliding_window=24, query_pre_attn_scalar=8,
-        layer_types=['sliding_attention', 'sliding_attention', 'full_attention'])
-    qwen = transformers.Qwen2Config(**sizes)
-    for family, cls, cfg in (('gemma', transformers.Gemma3ForCausalLM, gemma),
-                             ('llama', transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes)),
-                             ('qwen', transformers.Qwen2ForCausalLM, qwen),
-                             ('plain', transformers.Qwen2ForCausalLM, qwen)):
-        if family == 'plain':                                   # adds no begin token, as the tokenizer of Qwen
-            tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-            wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<eos>',
-                                                           pad_token='<pad>')
-        torch.manual_seed(1)
-        model = cls(cfg)
-        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-        for step in range(200):  # then most answers have the right form, and labels that depend on the text
-            rows = []
-            for _ in range(16):
-                text = rng.choices(words, k=rng.randint(3, 9))
-                tone = 'friendly' if {'hello', 'friend', 'good'} & {*text} else 'neutral'
-                answer = write_object({'tone': tone, 'spam': bool({'buy', 'spam'} & {*text})})
-                rows.append(wrapped(PROMPT.replace('{text}', ' '.join(text)) + answer + '\n')['input_ids'])
-            idx = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
-            model(idx, labels=idx.masked_fill(idx == 0, -100)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        model.eval().save_pretrained(root / family)
-        wrapped.save_pretrained(root / family)
+    if family == 'plain':                                       # adds no begin token, as the tokenizer of Qwen
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='<eos>',
+                                                       pad_token='<pad>')
+    cls, cfg = {
+        'gemma': (transformers.Gemma3ForCausalLM, lambda: transformers.Gemma3TextConfig(
+            **sizes, head_dim=8, sliding_window=24, query_pre_attn_scalar=8,
+            layer_types=['sliding_attention', 'sliding_attention', 'full_attention'])),
+        'llama': (transformers.LlamaForCausalLM, lambda: transformers.LlamaConfig(**sizes))
+    }.get(family, (transformers.Qwen2ForCausalLM, lambda: transformers.Qwen2Config(**sizes)))
+    torch.manual_seed(1)
+    model = cls(cfg())
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(200):  # then most answers have the right form, and labels that depend on the text
+        rows = []
+        for _ in range(16):
+            text = rng.choices(words, k=rng.randint(3, 9))
+            tone = 'friendly' if {'hello', 'friend', 'good'} & {*text} else 'neutral'
+            answer = write_object({'tone': tone, 'spam': bool({'buy', 'spam'} & {*text})})
+            rows.append(wrapped(PROMPT.replace('{text}', ' '.join(text)) + answer + '\n')['input_ids'])
+        idx = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
+        model(idx, labels=idx.masked_fill(idx == 0, -100)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(folder)
+    wrapped.save_pretrained(folder)
 
 
 @pytest.fixture(scope='session')

@@ -43,7 +43,8 @@ def learn_bias_text_by_text(model, space, prompts, priors, min_texts):
             answers[i].append(legal[row.argmax()])
 
 
-@pytest.mark.parametrize('fields, indent, fence', SCHEMAS)
+@pytest.mark.parametrize('fields, indent, fence', [*SCHEMAS[:2], *(pytest.param(*style, marks=pytest.mark.slow)
+                                                                  for style in SCHEMAS[2:])])
 @pytest.mark.parametrize('only, prior, min_texts', [
     ([], {}, 1), (['spam', 'n', 'a', 'v'], {'spam': {True: 0.2}}, 3)])
 def test_the_bias_equals_that_of_the_slow_twin(teachers, fields, indent, fence, only, prior, min_texts):

@@ -126,14 +126,13 @@ def test_help_prints_the_settings_block(settings, capsys):
 @pytest.mark.parametrize('script', ALL)
 def test_shipped_configs_fit_every_script(script, monkeypatch):
     names, _ = configure_module.settings_block(ROOT / script)
+    read = runpy.run_path(str(ROOT / script), run_name='imported')
     for path in CONFIGS:
-        g = dict(runpy.run_path(str(ROOT / script), run_name='imported'), __name__='__main__',
-                 __file__=str(ROOT / script))
+        g = {**read, '__name__': '__main__', '__file__': str(ROOT / script)}
         monkeypatch.setattr(sys, 'argv', [script, str(path)])
         assert configure_module.configure(g)['name'] == path.stem
     monkeypatch.setattr(sys, 'argv', [script, 'config/demo.py', 'config/small.py'])
-    g = dict(runpy.run_path(str(ROOT / script), run_name='imported'), __name__='__main__', __file__=str(ROOT / script))
-    settings = configure_module.configure(g)
+    settings = configure_module.configure({**read, '__name__': '__main__', '__file__': str(ROOT / script)})
     assert settings['name'] == 'demo' and not settings.get('reader')
 
 
@@ -272,8 +271,8 @@ def test_ctrl_c_prints_one_line_and_an_error_its_traceback(tmp_path):
 NARROW = {'LC_ALL': 'POSIX', 'PYTHONUTF8': '0', 'PYTHONIOENCODING': 'ascii'}
 
 
-@pytest.mark.parametrize('env', [NARROW, {**NARROW, 'PYTHONIOENCODING': ''}, {'PYTHONIOENCODING': 'latin-1'},
-                                 {'PYTHONIOENCODING': 'utf-8'}])
+@pytest.mark.parametrize('env', [NARROW, *(pytest.param(env, marks=pytest.mark.slow) for env in (
+    {**NARROW, 'PYTHONIOENCODING': ''}, {'PYTHONIOENCODING': 'latin-1'}, {'PYTHONIOENCODING': 'utf-8'}))])
 def test_no_program_fails_at_a_character_that_a_stream_cannot_encode(tmp_path, env):
     """texts and values are printed as escapes, JSON stays JSON, and what is typed is UTF-8 in any locale."""
     program = tmp_path / 'extract.py'

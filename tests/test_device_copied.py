@@ -30,7 +30,7 @@ from sample import Labeler, label_text
 from tests import test_candidates as tables
 from tests.conftest import PROMPT, ROOT
 from tests.test_copied import FIELDS
-from tests.test_device import as_lines, npm, page, same_records  # noqa: F401
+from tests.test_device import Students, as_lines, npm, page, same_records  # noqa: F401
 from tests.test_reader import bert  # noqa: F401
 
 DATED = {'title': {'type': 'string'}, 'due': {'type': 'string', 'format': 'date'},
@@ -83,27 +83,14 @@ def make_student(folder, bert, tokenizer, fields, locale, today, int8=False):
     return folder
 
 
-class Students(dict):
-    """{n: folder of a student of TASKS[n]}, made when it is asked for."""
-
-    def __init__(self, make):
-        self.make = make
-
-    def __missing__(self, n):
-        self[n] = self.make(n)
-        return self[n]
-
-
 @pytest.fixture(scope='module')
 def students(tmp_path_factory, bert, tokenizer):
     root = tmp_path_factory.mktemp('device')
     return Students(lambda n: make_student(root / str(n), bert, tokenizer, *TASKS[n]))
 
 
-NUMBERS = [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))]
-
-
-@pytest.mark.parametrize('n', NUMBERS)
+@pytest.mark.slow
+@pytest.mark.parametrize('n', range(len(TASKS)))
 def test_run_py_gives_the_answers_of_answer_text(students, words, n):
     texts = make_texts(words)
     assert len(texts) > 60
@@ -118,7 +105,8 @@ def test_run_py_gives_the_answers_of_answer_text(students, words, n):
     assert len({json.dumps(record) for record in records}) > 40  # they are not all equal
 
 
-@pytest.mark.parametrize('n', NUMBERS)
+@pytest.mark.slow
+@pytest.mark.parametrize('n', range(len(TASKS)))
 def test_student_js_gives_the_answers_of_run_py(students, npm, words, n):
     device, texts = students[n] / 'device', make_texts(words)
     shutil.copytree(npm, device / 'npm', dirs_exist_ok=True)

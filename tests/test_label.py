@@ -186,7 +186,7 @@ def workers_in(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kills', [3])
+@pytest.mark.parametrize('kills', [1])
 def test_a_killed_run_goes_on_and_no_row_is_lost_or_doubled(project, tmp_path, kills):
     pytest.importorskip('ray')
     root = clone_task(project, tmp_path, 'out')

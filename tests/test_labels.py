@@ -216,8 +216,9 @@ def test_no_text_with_an_answer_is_left_out_for_its_links_or_markup(project, tmp
     assert 'filter read=5 kept=1 short=1 tag=1 url=2\n' in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize('family', ['gemma', 'plain'])
-@pytest.mark.parametrize('prompt', ['', '{text} is', PROMPT])
+@pytest.mark.parametrize('family, prompt', [('plain', ''), *(
+    pytest.param(*pair, marks=pytest.mark.slow) for pair in (
+        ('gemma', ''), ('gemma', '{text} is'), ('plain', '{text} is'), ('gemma', PROMPT), ('plain', PROMPT)))])
 def test_given_labels_need_no_begin_token_and_no_prompt(project, teachers, tmp_path, family, prompt):
     root = clone_task(project, tmp_path)
     texts = [json.loads(line)['text'] for line in open(root / 'data/toy/input.jsonl')]

@@ -477,6 +477,7 @@ def test_a_student_that_copies_nothing_refuses_extractions(tmp_path, teachers, t
     assert 'plain copies nothing from a text; its fields are choices: tone (calm, angry)' in error['message']
 
 
+@pytest.mark.slow
 def test_many_requests_at_once_have_the_answers_of_each_alone(service):
     texts, days = (*TEXTS, 'by May 3', 'tomorrow at 14:30'), (None, '2026-05-01', '2024-12-31')
     bodies = [{'state': text, 'fields': ASKED, 'reference_date': day} for text in texts for day in days]

@@ -214,6 +214,7 @@ class Fake(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True                          # headers and body are two packets
 
     def log_message(self, *_):
         """silent"""

@@ -67,6 +67,7 @@ def test_a_text_is_found_whole_and_cut(tokenizer):
     assert len(hash_texts([], tokenizer, {'max_text': 4})) == 0
 
 
+@pytest.mark.slow
 def test_own_texts_are_held_out_and_all_others_trained_on(task):
     root, texts = task
     tests = texts[5:400:4]                                      # among the records they are all odd ones
