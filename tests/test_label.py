@@ -17,6 +17,7 @@ import pytest
 from distil.labeler import Labeler
 from distil.schema import Schema
 from tests.conftest import clone_task, one_line, run
+from tools.label import Worker
 from tools.tables import answer_fields, arrow_type, cut_file, find_files, fit, read_piece, schema_of
 
 FULL = Schema({'type': 'object', 'properties': {
@@ -142,6 +143,42 @@ def test_what_is_no_table_ends_with_a_sentence(project, tmp_path):
     (tmp_path / 'full/mine.txt').write_text('x')
     done = run(project, 'tools/label.py', '--name=toy', f'--input={tmp_path}/rows.csv', f'--output={tmp_path}/full', '--column=body')
     assert 'is not empty and holds mine.txt' in one_line(done) and (tmp_path / 'full/mine.txt').read_text() == 'x'
+
+
+def test_tables_in_a_bucket_are_read_and_answered_in_a_bucket(project, tmp_path, monkeypatch):
+    moto, boto3 = pytest.importorskip('moto.server'), pytest.importorskip('boto3')  # a server of S3, for tests
+    for key, value in (('AWS_ACCESS_KEY_ID', 'a'), ('AWS_SECRET_ACCESS_KEY', 'b'), ('AWS_DEFAULT_REGION', 'us-east-1')):
+        monkeypatch.setenv(key, value)
+    server = moto.ThreadedMotoServer('127.0.0.1', port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        settings, rows = f'?endpoint_override={host}:{port}&scheme=http', write_tables(tmp_path)
+        bucket = boto3.resource('s3', endpoint_url=f'http://{host}:{port}').create_bucket(Bucket='texts')
+        for key in ('2025/rows.csv', '2026/rows.csv', '2026/rows.parquet', '2026/packed.csv.gz', '2026/notes.txt'):
+            bucket.upload_file(str(tmp_path / key[5:]) if 'notes' not in key else __file__, key)
+        names = lambda place: find_files(f's3://texts/{place}{settings}')[1]
+        assert names('2026') == names('2026/*') == ['texts/2026/packed.csv.gz', 'texts/2026/rows.csv', 'texts/2026/rows.parquet']
+        assert names('*/rows.c*') == ['texts/2025/rows.csv', 'texts/2026/rows.csv'] and names('2026/rows.csv') == ['texts/2026/rows.csv']
+        for wrong in ('2027', '2027/*.csv'):
+            with pytest.raises(FileNotFoundError, match='does not exist'):
+                names(wrong)
+        options = {'device': 'cpu', 'confidence': False, 'min_confidence': 0.0}
+        worker = Worker(str(project / 'out/toy'), options, f's3://texts/answers{settings}', 'body', '')
+        fs, paths = find_files(f's3://texts/2026{settings}')
+        for piece in (piece for path in paths for piece in cut_file(fs, path, 100)):
+            assert worker({'item': [(piece, fs)]})['failed'] == ['']
+        expected = Labeler(project / 'out/toy', 'cpu', confidence=False)([text for _, text in rows])
+        for start in ('packed', 'rows'):
+            found = [row for path in names('answers') if path.startswith(f'texts/answers/{start}')
+                     for row in pq.read_table(path, filesystem=fs).to_pylist()]
+            assert len(found) == len(rows) * (2 if start == 'rows' else 1)
+            assert all(row['tone'] == expected[int(row['id'])].get('tone') for row in found)
+        done = run(project, 'tools/label.py', '--name=toy', f'--input=s3://a:b@texts/2026{settings}', '--column=body',
+                   f'--output=s3://a:b@nowhere/out{settings}')
+        assert 'cannot be written: Bucket' in one_line(done)
+    finally:
+        server.stop()
 
 
 @pytest.mark.slow

@@ -217,6 +217,7 @@ def start_ray():
     """connects to the cluster, or starts Ray on this machine. Returns the number of cores."""
     os.environ.setdefault('RAY_BACKEND_LOG_LEVEL', 'fatal')     # before it is loaded
     os.environ.setdefault('RAY_worker_niceness', '0')           # not behind everything else on this machine
+    os.environ.setdefault('MALLOC_ARENA_MAX', '1')              # 50 MB less in each process
     import ray
     environment = {'env_vars': {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}}
     local = {'include_dashboard': False, 'object_store_memory': 100 << 20, 'num_cpus': processes or os.cpu_count()}
@@ -291,7 +292,10 @@ if __name__ == '__main__':
     wanted = {'column': column, 'prefix': prefix, 'confidence': confidence, 'min_confidence': options['min_confidence'],
               'ask_teacher': ask_teacher, 'too_long': too_long, 'rows': rows}
     student = f'{folder.name} {which} {checkpoint["step"]} {checkpoint["task"]["fingerprint"]}'
-    there = check_output(out_fs, base, student, wanted)
+    try:
+        there = check_output(out_fs, base, student, wanted)
+    except OSError as error:                                    # no such bucket, no right to write
+        stop(f'{output} cannot be written: {str(error).strip().splitlines()[0]}')
     todo = [piece for piece in pieces if piece.name not in there]
     n_rows, start = sum(max(0, piece.rows) for piece in todo), time.time()
     if len(todo) < len(pieces):

@@ -64,8 +64,9 @@ def find_files(place):
             sorted(map(str, Path(one).rglob('*'))) if Path(one).is_dir() else [one])]
         missing = not found or not Path(found[0]).exists()
     else:
+        place, mark, settings = place.partition('?')            # such as of the server
         start = place.partition('*')[0].rpartition('/')[0] if '*' in place else place
-        fs, base = filesystems.FileSystem.from_uri(start)
+        fs, base = filesystems.FileSystem.from_uri(start + mark + settings)
         info = fs.get_file_info(base)
         missing = info.type == filesystems.FileType.NotFound
         inside = [] if missing or info.is_file else fs.get_file_info(filesystems.FileSelector(base, recursive=True))
