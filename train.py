@@ -28,10 +28,9 @@ from tqdm import tqdm
 
 from data import batches
 from distil.agreement import evaluate, linear_baseline, report_lines, update_best
-from distil.checkpoint import store_int8
 from distil.reader import encode_records, leave_out_options
 from distil.records import check_data, check_sizes, note_rare_values, open_records
-from distil.report import draw_report
+from distil.report import draw_report, store_int8
 from distil.resume import Meter, catch_signals, lock_folder, open_training
 from distil.start import SeenRows
 

@@ -6,7 +6,7 @@ all.
 checkpoint is a dict: student (its StudentConfig), config (the settings it was trained with), task (TASK), n_train,
 split (distil/split.py), step, finished, best (the best epoch so far), figures and per_field (of the last
 evaluation), linear (the linear baseline), work (hours and speeds), target (if tools/evaluate.py set one), int8 (of a
-best.pt whose student has an encoder, see precision.py), format.
+best.pt whose student has an encoder, see report.py), format.
 The file also has model (the weights), and a ckpt.pt that is not finished has optimizer. resume.py builds this dict.
 """
 import json
@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from config import data_line, next_command, stop
+from config import next_command, stop
 from config.machine import whole_file
 from distil.encoder import Encoder, EncoderConfig
-from distil.precision import lower_precision, measure_int8
+from distil.precision import lower_precision
 from distil.space import OutputSpace, tokenizer_hash
 from distil.reader import read_tokenizer
 from model import Student, StudentConfig
@@ -157,13 +157,3 @@ def save_checkpoint(path, state):
     """writes the dict whole or not at all. Exits with a message if it cannot be written."""
     with whole_file(path, what_is_kept(path.parent)) as tmp, open(tmp, 'wb') as file:
         torch.save(state, file)                                 # by its name torch would not say why it fails
-
-
-def store_int8(folder, shards, rows, device):
-    """measures what 8 bits cost the best student of a folder on up to 1,000 records, and stores it in the checkpoint,
-    see precision.measure_int8. Prints a data line, if the student has an encoder."""
-    _, student, space = load_checkpoint(folder, device)
-    if found := measure_int8(student, space, [shards.ids(i).tolist() for i in rows[:1000]]):
-        path = checkpoint_path(folder)
-        save_checkpoint(path, read_checkpoint(path, 'cpu') | {'int8': found})
-        print(data_line('int8', {key: value for key, value in found.items() if key != 'peaks'}))

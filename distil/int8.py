@@ -39,10 +39,9 @@ class Int8Linear(nn.Module):
         self.apart = peak.topk(IN_FLOATS).indices            # channels
         evened = (weight.abs().amax(0).clamp(min=1e-5) / peak).sqrt()  # (K,) input times this, weight by it
         self.factor = evened.index_fill(0, self.apart, 0.0)  # what stays in floats is zero among the codes
-        top = 2 ** (bits - 1) - 1
-        weight_ = weight / evened
-        self.scale = weight_.abs().amax(1).clamp(min=1e-9) / top  # (N,)
-        codes = (weight_ / self.scale[:, None]).round()      # (N, K)
+        even = (weight / evened).index_fill(1, self.apart, 0.0)  # (N, K)
+        self.scale = even.abs().amax(1).clamp(min=1e-9) / (2 ** (bits - 1) - 1)  # (N,)
+        codes = (even / self.scale[:, None]).round()         # (N, K)
         # (1 + IN_FLOATS, N): what a token's lowest value is multiplied by, and the channels in floats are
         self.beside = torch.cat(((codes.sum(1) * self.scale)[None], weight[:, self.apart].T))
         self.bias = torch.zeros_like(self.scale) if linear.bias is None else linear.bias.detach().float()

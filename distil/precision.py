@@ -1,15 +1,9 @@
-"""The precision in which a student answers, and how much of its answers it would lose in 8 bits.
-
-    lower_precision(student, 'auto', checkpoint.get('int8'))
-    checkpoint['int8'] = measure_int8(student, space, texts)   # train.py, at its end
-"""
+"""The precision in which a student answers: lower_precision(student, 'auto', checkpoint.get('int8'))."""
 import torch
 
-from config import stop
+from config import next_command, stop
 from config.machine import pick_dtype
-from distil.agreement import field_texts, same_values
-from distil.decode import generate
-from distil.int8 import LEAST_EQUAL, find_peaks, is_exact, is_faster, linears, to_int8, weight_bits
+from distil.int8 import LEAST_EQUAL, is_exact, is_faster, to_int8, weight_bits
 
 
 def is_large(student):
@@ -19,14 +13,15 @@ def is_large(student):
 
 def lower_precision(student, dtype, int8=None):
     """changes a large student, in place, to compute the products of its layers in another type. dtype: as in
-    pick_dtype, or 'int8'; int8: what measure_int8 found, or None. 'auto' takes 8 bits on a CPU that has instructions
+    pick_dtype, or 'int8'; int8: what report.measure_int8 found, or None. 'auto' takes 8 bits on a CPU that has instructions
     for them, if they are faster and lose next to nothing. What it has become is student.precision. Norms, a cache's attention, the residual sum and the head
     stay in float32. Exits with a message if there are no 8 bits here."""
     device, student.precision = student.lm_head.weight.device.type, 'float32'
     if dtype == 'int8':
         if not (int8 and student.encoder):
-            stop('dtype = int8 needs a student with a reader that was measured in 8 bits; run: tools/evaluate.py'
-                 if student.encoder else 'dtype = int8 is for a student with a reader')
+            stop('dtype = int8 needs a student that was measured in 8 bits; run: '
+                 f'{next_command("tools/evaluate.py")} --dtype=int8' if student.encoder else
+                 'dtype = int8 is for a student with a reader')
         if device != 'cpu' or not is_exact():
             stop('dtype = int8 needs a CPU and a torch with oneDNN')
     wanted = pick_dtype(dtype, device)
@@ -42,21 +37,3 @@ def lower_precision(student, dtype, int8=None):
                         module.to(torch.bfloat16)
         student.forward = torch.autocast(device, torch.bfloat16)(student.forward)
         student.precision = 'bfloat16'
-
-
-def measure_int8(student, space, texts):
-    """answers texts, lists of ids, in float32 and in 8 bits -> {records: how many, equal_8: share of the fields that
-    stay the same, equal_7: with weights of 7 bits, peaks: of find_peaks}; None for a student without an encoder. The
-    student is as before."""
-    if not (student.encoder and texts):
-        return None
-    answers, plain = [], linears(student)
-    peaks = find_peaks(student, lambda: answers.extend(generate(student, space, texts)))
-    values, found = field_texts(space, answers), {'records': len(texts)}
-    for bits in (8, 7):
-        to_int8(student, peaks, bits, kernel=False)
-        changed = field_texts(space, generate(student, space, texts))
-        found[f'equal_{bits}'] = float(same_values(values, changed).mean())
-        for block, attribute, layer in plain.values():
-            setattr(block, attribute, layer)
-    return found | {'peaks': peaks}

@@ -81,7 +81,7 @@ def test_the_bias_equals_that_of_the_slow_twin(teachers, fields, indent, fence, 
 
 
 def test_calibration_brings_the_mean_near_the_prior(teachers):
-    tokenizer, model = load_teacher(teachers['llama'])
+    tokenizer, model = load_teacher(teachers['gemma'])
     before, after, end_id = encode_prompt(tokenizer, 'the cat {text}\n', chat=False)
     space = OutputSpace(tokenizer.backend_tokenizer, FIELDS, auxiliary=range(4, 300))
     rng = np.random.default_rng(0)

@@ -26,11 +26,11 @@ from data import answers_from
 from distil.agreement import (calibration_error, evaluate, field_texts, read_truth, report_lines,
                               same_values, truth_lines)
 from distil.checkpoint import (checkpoint_path, load_checkpoint, read_checkpoint, read_work, save_checkpoint,
-                               store_int8,                               warn_changed_task)
+                               warn_changed_task)
 from distil.confidence import confidence_of
 from distil.decode import decode, generate
 from distil.records import choose_rows, load_records
-from distil.report import draw_report, save_picture, start_drawing
+from distil.report import draw_report, save_picture, start_drawing, store_int8
 from distil.resume import lock_folder
 
 name = ''            # word; data/<dataset>/<name>-* has the held-out records
@@ -186,6 +186,15 @@ def set_target(folder, which, confidence, hits, target_agreement):
               'records, a lower target or a better student')
 
 
+def measure_again(folder, device):
+    """what train.py measures at its end (report.store_int8), for a student that an earlier version trained."""
+    checkpoint = read_checkpoint(checkpoint_path(folder), 'cpu')
+    shards = 'int8' not in checkpoint and load_records(dataset, name, checkpoint)
+    if shards:
+        lock = lock_folder(folder)                              # a training could write the same file
+        store_int8(folder, shards, shards.split()[1], device)
+
+
 # -----------------------------------------------------------------------------
 # examples and summary
 
@@ -292,6 +301,8 @@ if __name__ == '__main__':
     if compare:
         sys.exit(compare_runs([Path(folder) for folder in compare.split(',')], device, dtype))
     out = Path('out', run or name)
+    if dtype == 'int8':
+        measure_again(out, device)
     checkpoint, student, space = load_checkpoint(out, device, which, dtype)
     warn_changed_task(checkpoint['task'], fields, prompt)
     shards = load_records(dataset, name, checkpoint)
@@ -325,7 +336,5 @@ if __name__ == '__main__':
         set_target(out, which, confidence, hits, target_agreement)
     print_examples(space, shards, rows, answers, examples, source)
     print_summary(figures, checkpoint['linear'], cost, source)
-    if student.encoder and which == 'best' and 'int8' not in checkpoint:  # trained by an earlier version
-        store_int8(out, shards, rows, device)
     if picture := draw_report(out, shards, rows[:500], dtype, which):
         print(f'{picture} shows the training, the fields, the confidence and the confusions')
