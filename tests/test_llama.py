@@ -25,7 +25,7 @@ server = xllamacpp.Server(params)
 while True:
     time.sleep(1)
 '''
-N = 32  # texts
+N = 20  # texts
 
 
 @pytest.fixture(scope='module')
