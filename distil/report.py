@@ -1,5 +1,5 @@
-"""The picture of a training, out/<run>/report.png: losses, curriculum, agreement, reliability, confusion.
-Without matplotlib nothing is drawn.
+"""What a training tells at its end: the picture out/<run>/report.png (losses, curriculum, agreement, reliability,
+confusion; without matplotlib nothing is drawn), and what 8 bits would cost its student.
 """
 import importlib.util
 import logging
@@ -168,6 +168,7 @@ def measure_int8(student, space, texts):
         for block, attribute, layer in plain.values():
             setattr(block, attribute, layer)
     return found | {'peaks': peaks}
+
 
 def store_int8(folder, shards, rows, device):
     """measures what 8 bits cost the best student of a folder on up to 1,000 records, and stores it in the checkpoint,
