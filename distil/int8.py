@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-LEAST_EQUAL = 0.995  # share of a student's held-out fields that must stay equal before dtype = 'auto' takes 8 bits
+LEAST_EQUAL = 0.995  # share of a student's fields that must stay equal before dtype = 'auto' takes 8 bits
 IN_FLOATS = 8        # channels of a layer's input that are far larger than all others
 
 

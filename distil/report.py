@@ -5,17 +5,21 @@ import importlib.util
 import logging
 import warnings
 from collections import Counter
+from itertools import islice
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from config import data_line, read_data_line
 from config.machine import whole_file
+from data.lines import cut_text, read_texts, text_hash
 from distil.agreement import evaluate, field_texts, reliability_bins, same_values
 from distil.checkpoint import checkpoint_path, load_checkpoint, read_checkpoint, save_checkpoint
 from distil.confidence import confidence_of
 from distil.decode import generate
 from distil.int8 import find_peaks, linears, to_int8
 from distil.schema import members
+from distil.space import clean
 from distil.values import said
 
 
@@ -153,14 +157,14 @@ def draw_report(out, shards, rows, dtype='float32', which='best'):
 
 
 def measure_int8(student, space, texts):
-    """answers texts, lists of ids, in float32 and in 8 bits -> {records: how many, equal_8: share of the fields that
+    """answers texts, lists of ids, in float32 and in 8 bits -> {texts: how many, equal_8: share of the fields that
     stay the same, equal_7: with weights of 7 bits, peaks: of find_peaks}; None for a student without an encoder. The
     student is as before."""
     if not (student.encoder and texts):
         return None
     answers, plain = [], linears(student)
     peaks = find_peaks(student, lambda: answers.extend(generate(student, space, texts)))
-    values, found = field_texts(space, answers), {'records': len(texts)}
+    values, found = field_texts(space, answers), {'texts': len(texts)}
     for bits in (8, 7):
         to_int8(student, peaks, bits, kernel=False)
         changed = field_texts(space, generate(student, space, texts))
@@ -170,11 +174,22 @@ def measure_int8(student, space, texts):
     return found | {'peaks': peaks}
 
 
-def store_int8(folder, shards, rows, device):
-    """measures what 8 bits cost the best student of a folder on up to 1,000 records, and stores it in the checkpoint,
-    see measure_int8. Prints a data line, if the student has an encoder."""
+def unlabelled(path, shards):
+    """yields the texts, as lists of ids, of the .jsonl at path that no record has."""
+    tokenizer, known = Tokenizer.from_file(str(shards.folder / 'tokenizer.json')), {*shards.hashes.tolist()}
+    for text, *_ in read_texts(path) if path.is_file() else ():
+        ids, text = cut_text(clean(text), tokenizer, shards.meta)
+        if ids and text_hash(text) not in known:
+            yield ids
+
+
+def store_int8(folder, shards, rows, device, n=1000):
+    """measures what 8 bits cost the best student of a folder on n texts, held-out records and then texts without
+    labels, and stores it in the checkpoint, see measure_int8. Prints a data line, if the student has an encoder."""
     _, student, space = load_checkpoint(folder, device)
-    if found := measure_int8(student, space, [shards.ids(i).tolist() for i in rows[:1000]]):
+    texts = [shards.ids(i).tolist() for i in rows[:n]]
+    texts += islice(unlabelled(shards.folder.parent / 'input.jsonl', shards), n - len(texts))
+    if found := measure_int8(student, space, texts):
         path = checkpoint_path(folder)
         save_checkpoint(path, read_checkpoint(path, 'cpu') | {'int8': found})
         print(data_line('int8', {key: value for key, value in found.items() if key != 'peaks'}))

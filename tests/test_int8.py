@@ -113,7 +113,7 @@ def test_what_8_bits_cost_is_measured_and_the_student_stays_as_it_was(student, s
     modules = [(name, id(module)) for name, module in student.named_modules()]
     found = measure_int8(student, space, all_texts)
     assert [(name, id(module)) for name, module in student.named_modules()] == modules
-    assert field_texts(space, generate(student, space, all_texts)) == before and found['records'] == len(all_texts)
+    assert field_texts(space, generate(student, space, all_texts)) == before and found['texts'] == len(all_texts)
     assert not any(module._forward_pre_hooks for module in student.modules())
     for bits in (7, 8):
         changed = copy.deepcopy(student)
