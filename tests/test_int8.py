@@ -1,5 +1,6 @@
 """8 bits in the encoder's products: the fast one against the slow one, what is measured, and when it is chosen."""
 import copy
+import json
 import platform
 from types import SimpleNamespace
 
@@ -7,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from tokenizers import Tokenizer
 
 import distil.int8
+from data import Shards
 from distil.agreement import field_texts
 from distil.decode import decode, generate
 from distil.int8 import IN_FLOATS, Int8Linear, find_peaks, is_exact, is_faster, linears, to_int8, weight_bits
 from distil.precision import lower_precision
-from distil.report import measure_int8
-from tests.conftest import tiny_student
+from distil.report import measure_int8, unlabelled
+from tests.conftest import clone_task, tiny_student
 from tests.test_reader import bert, mpnet, student, texts  # noqa: F401
 from tools.baselines import stepwise
 
@@ -162,3 +165,14 @@ def test_the_faster_way_is_found_by_timing_both(student, space, texts, monkeypat
     assert is_faster(student, peaks, torch.float32)
     seconds[nn.Linear] = 1.29
     assert not is_faster(student, peaks, torch.float32)
+
+
+def test_texts_without_labels_are_those_that_no_record_has(project, tmp_path):
+    root = clone_task(project, tmp_path, 'toy-00')
+    shards, path = Shards('toy', 'toy', root / 'data'), root / 'data/toy/input.jsonl'
+    assert list(unlabelled(path, shards)) == list(unlabelled(path.parent / 'gone.jsonl', shards)) == []
+    with open(path, 'a') as file:
+        file.write('{"text": "a new one "}\n{"text": ""}\nno JSON\n' + json.dumps({'text': 'the cat ' * 500}) + '\n')
+    new, long = unlabelled(path, shards)
+    tokenizer = Tokenizer.from_file(str(shards.folder / 'tokenizer.json'))
+    assert tokenizer.decode(new) == 'a new one' and len(long) == shards.meta['max_text']
