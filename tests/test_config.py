@@ -123,7 +123,7 @@ def test_help_prints_the_settings_block(settings, capsys):
     assert 'a = 1  # why' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('script', ALL)
+@pytest.mark.parametrize('script', [pytest.param(script, marks=[pytest.mark.slow] * (script not in PROGRAMS)) for script in ALL])
 def test_shipped_configs_fit_every_script(script, monkeypatch):
     names, _ = configure_module.settings_block(ROOT / script)
     read = runpy.run_path(str(ROOT / script), run_name='imported')
@@ -226,6 +226,7 @@ def test_settings_out_of_range_exit_with_a_message_that_names_them(project, prog
                                                       or 'a head needs' in line), line
 
 
+@pytest.mark.slow
 def test_from_another_folder_typed_paths_belong_to_it_and_data_to_the_project(project, tmp_path):
     (tmp_path / 'with spaces').mkdir()
     (tmp_path / 'with spaces' / 'my texts.txt').write_text('hello my friend\n')
@@ -258,6 +259,7 @@ def test_no_program_raises_a_warning(project, tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_prints_one_line_and_an_error_its_traceback(tmp_path):
     for raised, last_word in (('KeyboardInterrupt', 'stopped'), ('ZeroDivisionError', 'ZeroDivisionError')):
         program = tmp_path / 'extract.py'

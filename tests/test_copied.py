@@ -97,6 +97,7 @@ def test_the_engine_copies_as_one_pass_after_another(teachers, family, indent):
     assert any(out >= space.V for found in answers if not isinstance(found, str) for out in found[0])
 
 
+@pytest.mark.slow
 def test_a_reason_first_calibration_and_labels_beside_copied_values(teachers):
     wrapped, model = load_teacher(teachers['gemma'])
     before, after, end_id = encode_prompt(wrapped, PROMPT, chat=False)

@@ -118,7 +118,7 @@ def students(tmp_path_factory, tokenizer):
     return Students(lambda n: make_student(root / str(n), tokenizer, *TASKS[n], seed=n))
 
 
-NUMBERS = [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, len(SCHEMAS))), len(SCHEMAS)]
+NUMBERS = [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, len(TASKS)))]
 
 
 @pytest.fixture(scope='module')

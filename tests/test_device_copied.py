@@ -128,6 +128,7 @@ def test_of_the_same_weights_in_8_bits_the_graph_gives_the_answers(tmp_path, ber
     assert Runner(folder / 'device')(texts) == labeler(texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('B, T, A', [(1, 2, 2), (3, 7, 5), (9, 20, 2)])
 def test_the_graphs_compute_the_students_logits(students, B, T, A):
     labeler = Labeler(students[0], 'cpu', dtype='float32')

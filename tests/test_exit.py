@@ -191,6 +191,7 @@ def test_on_a_full_disk_the_log_and_the_last_checkpoint_are_kept(tmp_path):
         Training(tmp_path, {}, None, None).log('train', {'step': 1})
 
 
+@pytest.mark.slow
 def test_a_line_that_does_not_fit_is_not_left_in_half(tmp_path):
     done = subprocess.run([sys.executable, '-c', f'''
 import resource, sys
@@ -204,6 +205,7 @@ append_whole(path, b'two and more\\n')'''], capture_output=True, text=True)
     assert 'OSError' in done.stderr and (tmp_path / 'log.txt').read_text() == 'one\n'
 
 
+@pytest.mark.slow
 def test_programs_on_a_full_disk_name_the_file_and_continue_with_the_same_command(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     size = (root / 'data/toy/toy-00/tokenizer.json').stat().st_size

@@ -573,6 +573,7 @@ def test_the_names_of_class_labels_are_the_values_and_minus_one_is_none(tmp_path
     assert 'a class label is 1, but there are 1 names' in line
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_data_set_are_its_split(tmp_path):
     from pyarrow.parquet import write_table
     texts = {'train': ['a', 'b'], 'validation': ['c'], 'test': ['d', 'a']}
@@ -720,6 +721,7 @@ def test_a_sheet_is_scanned_in_pieces(monkeypatch):
         assert scan_sheet(Slow(sheet)) == (['B2:B3'] * 9, {'B': 9})
 
 
+@pytest.mark.slow
 def test_dots_name_nested_keys(tmp_path):
     pyarrow = pytest.importorskip('pyarrow')
     from pyarrow.parquet import write_table
@@ -965,6 +967,7 @@ def start_pipe(folder, *command, n_bytes=2_000_000):
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_exits_with_one_line_and_leaves_the_earlier_texts(tmp_path, number):
     _, before = run_prepare(tmp_path, '-', stdin=b'earlier\n')
@@ -982,6 +985,7 @@ def run_limited(folder, *command):
     return subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, preexec_fn=limit)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_with_the_name_of_the_file_that_cannot_be_written(tmp_path):
     (tmp_path / 'many.txt').write_text(''.join(f'{n} a text\n' for n in range(20_000)))
     call = {'messages': [{'role': 'user', 'content': 'say: a'}, {'role': 'assistant', 'content': '{}'}]}

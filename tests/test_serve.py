@@ -419,6 +419,7 @@ def test_a_disconnected_client_leaves_no_work_and_sigterm_finishes_requests(root
 
 @pytest.mark.parametrize('args, why', [
     (['--name=nix'], 'out/nix/ckpt.pt does not exist'), (['--audit=0.1'], 'an audit needs an upstream'),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
     (['--upstream=http://x', '--audit_min=0.5'], 'audit_min needs an audit'), (['--keep=True'], 'keep needs'),
     (['--true_value={"tone": "friend"}'], "true_value: there is no field 'tone' with two values"),
     (['--ordered=["size"]'], "ordered: there is no field 'size'"), (['--host=256.0.0.1'], 'cannot listen'),
@@ -426,7 +427,7 @@ def test_a_disconnected_client_leaves_no_work_and_sigterm_finishes_requests(root
     (['--upstream=http://x', '--audit=0.1'], 'upstream needs upstream_model'),
     (['--upstream=localhost:9000/v1'], 'is no URL: it starts with http:// or https://'),
     (['--template=x'], 'must be a text with {text}'),
-    (['--upstream=http://[::1', '--upstream_model=x', '--audit=0.1'], 'upstream: ')])
+    (['--upstream=http://[::1', '--upstream_model=x', '--audit=0.1'], 'upstream: ')])])
 def test_a_wrong_setting_exits_with_a_message(root, args, why):
     assert why in one_line(run(root, 'serve/serve.py', *args))
 

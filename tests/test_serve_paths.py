@@ -389,6 +389,7 @@ def start_serve(root, *args, **environ):
                             env={**os.environ, **environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_no_failure_of_upstream_shows_the_key_to_callers_or_in_the_log(root):
     process = start_serve(root, f'--upstream={start_failing()}', '--upstream_model=x', '--audit=1',
                           UPSTREAM_API_KEY=f'{UP_KEY}\r\n', SERVE_API_KEY=' a-key-of-callers\n')
@@ -418,6 +419,7 @@ def test_no_way_to_miss_upstream_shows_the_key_to_callers(send, service, monkeyp
     assert UP_KEY not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, value, message', [
     ('UPSTREAM_API_KEY', 'sk-\u201clive\u201d', 'UPSTREAM_API_KEY: character 4 is U+201C'),
     ('SERVE_API_KEY', '\n', 'SERVE_API_KEY is set, but there is only white space in it')])

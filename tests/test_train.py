@@ -240,6 +240,7 @@ def test_a_student_that_never_sees_the_text_agrees_less(project, tmp_path):
     assert field[0] < field[1]
 
 
+@pytest.mark.slow
 def test_a_run_shorter_than_its_log_steps_ends_without_error(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     done = run(root, 'train.py', '--max_epochs=1', '--log_steps=1000')
@@ -300,6 +301,7 @@ def test_the_check_line_has_the_cross_entropy_of_the_teacher(project):
                                                          rel=1e-3) and figures['stored_tokens'] == '1'
 
 
+@pytest.mark.slow
 def test_train_lines_have_the_share_of_correct_tokens(project, tmp_path):
     """compared with a slow computation. The learning rate is nearly 0, so the student hardly changes in the
     run."""
@@ -409,6 +411,7 @@ def test_on_a_full_disk_the_previous_checkpoint_is_intact(tmp_path):
         assert torch.load(path, weights_only=True) == {'step': 1} and not os.path.lexists(tmp)
 
 
+@pytest.mark.slow
 def test_near_duplicates_across_the_split_are_pointed_out(project, tmp_path):
     root = clone_task(project, tmp_path)
     rng, words = random.Random(0), 'cat sat on a mat hello my friend was there early today'.split()
