@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,18 +186,22 @@ def pick_device(device):
     return device
 
 
-def seconds_of_matmul(dtypes, size=512, rounds=20):
-    """seconds of a product (size, size) @ (size, size) on the CPU in each type: the best of some rounds, in turns,
-    because other programs run beside."""
-    squares = [torch.ones(size, size, dtype=dtype) for dtype in dtypes]
+def best_seconds(calls, rounds):
+    """seconds of each of some functions: the best of some rounds, in turns, because other programs run beside."""
     times = []
     for _ in range(rounds):
         times.append([])
-        for a in squares:
+        for call in calls:
             start = time.perf_counter()
-            a @ a
+            call()
             times[-1].append(time.perf_counter() - start)
-    return [min(of_dtype) for of_dtype in zip(*times)]
+    return [min(of_call) for of_call in zip(*times)]
+
+
+def seconds_of_matmul(dtypes, size=512, rounds=20):
+    """seconds of a product (size, size) @ (size, size) on the CPU in each type."""
+    squares = [torch.ones(size, size, dtype=dtype) for dtype in dtypes]
+    return best_seconds([partial(torch.matmul, a, a) for a in squares], rounds)
 
 
 def pick_dtype(dtype, device):

@@ -5,17 +5,18 @@ multiply whole numbers of 8 bits several times faster than floats.
     if is_exact():
         to_int8(student, peaks)              # in place
 
-A product of tokens x (M, K) with a weight (N, K) becomes one of whole numbers. A weight has a scale for each of its rows,
-a token a lowest value and a scale, found anew at each product; a few channels far larger than all others stay floats
+A product of tokens x (M, K) with a weight (N, K) becomes one of whole numbers. A weight has a scale for each of its
+rows, a token a middle and a scale, found anew at each product; a few channels far larger than all others stay floats
 (https://arxiv.org/abs/2208.07339), and the others are evened out between tokens and weight (SmoothQuant, equation 4,
 https://arxiv.org/abs/2211.10438). Norms, attention, residual sums and the layers behind the encoder stay as they are.
 """
-import time
 from functools import cache, partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from config.machine import best_seconds
 
 LEAST_EQUAL = 0.995  # share of a student's fields that must stay equal before dtype = 'auto' takes 8 bits
 IN_FLOATS = 8        # channels of a layer's input that are far larger than all others
@@ -42,7 +43,7 @@ class Int8Linear(nn.Module):
         even = (weight / evened).index_fill(1, self.apart, 0.0)  # (N, K)
         self.scale = even.abs().amax(1).clamp(min=1e-9) / (2 ** (bits - 1) - 1)  # (N,)
         codes = (even / self.scale[:, None]).round()         # (N, K)
-        # (1 + IN_FLOATS, N): what a token's lowest value is multiplied by, and the channels in floats are
+        # (1 + IN_FLOATS, N): what a token's middle is multiplied by, and the channels in floats are
         self.beside = torch.cat(((codes.sum(1) * self.scale)[None], weight[:, self.apart].T))
         self.bias = torch.zeros_like(self.scale) if linear.bias is None else linear.bias.detach().float()
         self.zero = torch.zeros(len(codes), dtype=torch.int32)
@@ -110,20 +111,13 @@ def to_int8(student, peaks, bits=None, kernel=True):
 @torch.no_grad()
 def is_faster(student, peaks, dtype, rounds=10):
     """True if the encoder's widest product is clearly faster in 8 bits than in dtype, with the tokens of a short text
-    and with those of many. The best of some rounds, in turns, because other programs run beside."""
+    and with those of many."""
     name, (_, _, layer) = max(linears(student).items(), key=lambda item: item[1][2].weight.numel())
     plain = nn.Linear(layer.in_features, layer.out_features, dtype=dtype)
-    ways = (Int8Linear(layer, peaks[name], weight_bits()), torch.float32), (plain, dtype)
+    whole = Int8Linear(layer, peaks[name], weight_bits())
     for n_tokens in (16, 512):
-        times = []
-        for _ in range(rounds):
-            times.append([])
-            for module, of_input in ways:
-                x = torch.ones(n_tokens, layer.in_features, dtype=of_input)
-                start = time.perf_counter()
-                module(x)
-                times[-1].append(time.perf_counter() - start)
-        in_8_bits, in_dtype = (min(of_way) for of_way in zip(*times))
+        x = torch.ones(n_tokens, layer.in_features)
+        in_8_bits, in_dtype = best_seconds([partial(whole, x), partial(plain, x.to(dtype))], rounds)
         if 1.3 * in_8_bits > in_dtype:
             return False
     return True

@@ -13,13 +13,14 @@ def is_large(student):
 
 def lower_precision(student, dtype, int8=None):
     """changes a large student, in place, to compute the products of its layers in another type. dtype: as in
-    pick_dtype, or 'int8'; int8: what report.measure_int8 found, or None. 'auto' takes 8 bits on a CPU that has instructions
-    for them, if they are faster and lose next to nothing. What it has become is student.precision. Norms, a cache's attention, the residual sum and the head
-    stay in float32. Exits with a message if there are no 8 bits here."""
+    pick_dtype, or 'int8'; int8: what report.measure_int8 found, or None. 'auto' takes 8 bits on a CPU that has
+    instructions for them, if they are faster and lose next to nothing. What it has become is student.precision. Norms,
+    a cache's attention, the residual sum and the head stay in float32. Exits with a message if there are no 8 bits
+    here."""
     device, student.precision = student.lm_head.weight.device.type, 'float32'
     if dtype == 'int8':
         if not (int8 and student.encoder):
-            stop('dtype = int8 needs a student that was measured in 8 bits; run: '
+            stop('dtype = int8 needs a student whose best epoch was measured in 8 bits; where its held-out records are, run: '
                  f'{next_command("tools/evaluate.py")} --dtype=int8' if student.encoder else
                  'dtype = int8 is for a student with a reader')
         if device != 'cpu' or not is_exact():

@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from tokenizers import Tokenizer
 
+import config.machine
 import distil.int8
 from data import Shards
 from distil.agreement import field_texts
@@ -148,7 +149,7 @@ def test_8_bits_are_chosen_where_they_are_faster_and_lose_nothing(student, space
         with monkeypatch.context() as changed:
             changed.setattr(f'distil.precision.{name}', value)
             assert choose('auto', good) == 'float32'
-    for of, int8, message in ((student, None, 'was measured in 8 bits'), (tiny_student(space), good, 'with a reader')):
+    for of, int8, message in ((student, None, 'measured in 8 bits'), (tiny_student(space), good, 'with a reader')):
         with pytest.raises(SystemExit, match=message):
             choose('int8', int8, of)
 
@@ -157,7 +158,7 @@ def test_8_bits_are_chosen_where_they_are_faster_and_lose_nothing(student, space
 def test_the_faster_way_is_found_by_timing_both(student, space, texts, monkeypatch):  # noqa: F811
     _, peaks = strings(student, space, texts)
     clock, seconds = SimpleNamespace(now=0.0), {Int8Linear: 1.0, nn.Linear: 1.31}
-    monkeypatch.setattr(distil.int8.time, 'perf_counter', lambda: clock.now)
+    monkeypatch.setattr(config.machine.time, 'perf_counter', lambda: clock.now)
     for kind in (Int8Linear, nn.Linear):
         def forward(self, x, kind=kind):
             clock.now += seconds[kind]

@@ -290,7 +290,8 @@ def bench_decode(student, space, task, texts, teacher, device, dtype, n_generate
     shape = asdict(student.config) | {'output_vocab': V, 'block_size': student.config.block_size + longer}
     shape |= {'vocab_size': V + 1, 'start_id': V} if student.encoder else {'output_ids': fenced.output_ids}
     random_student = Student(StudentConfig(**shape), student.encoder).to(device).eval()
-    lower_precision(random_student, student.precision.replace('int8', 'float32'))  # the encoder is in 8 bits already
+    # an encoder that is in 8 bits is so already
+    lower_precision(random_student, student.precision.replace('int8', 'float32'))
     for style, of_style, its_space in (('own', student, space), ('fenced', random_student, fenced)):
         for batch_size in (1, 64):
             print(bench_style(style, of_style, its_space, texts, device, batch_size))

@@ -240,7 +240,7 @@ def answer_all(todo, fs, folder, options):
     n = min(start_ray(), len(todo))
     options |= {'budget': {'price_in': price_in, 'price_out': price_out, 'max_cost': max_cost / n}}
     import ray.data
-    student = str(folder)
+    student = str(folder.absolute())
     if address:                                                 # other machines do not have it
         files = (folder / file for file in ('best.pt', 'ckpt.pt', 'tokenizer.json', 'reader.json'))
         student = {file.name: file.read_bytes() for file in files if file.is_file()}
@@ -269,7 +269,7 @@ if __name__ == '__main__':
              '--output=labelled/')
     if not find_spec('ray'):
         stop('this needs Ray; run: pip install -r requirements-cluster.txt')
-    folder = Path('out', run or name).absolute()
+    folder = Path('out', run or name)
     checkpoint = read_checkpoint(checkpoint_path(folder, which), 'cpu')
     schema = Schema(checkpoint['task']['fields'], checkpoint['task'].get('left_out'))
     options = {'device': 'cpu', 'which': which, 'batch_size': sample_batch, 'too_long': too_long, 'dtype': dtype,
