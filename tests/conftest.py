@@ -183,7 +183,8 @@ CHILDREN.set_forkserver_preload([  # modules that are not installed are skipped
     'torch._dynamo', 'tests.conftest', 'distil.engine', 'transformers.models.gemma3.modeling_gemma3',
     'transformers.models.llama.modeling_llama', 'transformers.models.qwen2.modeling_qwen2',
     'sklearn.linear_model', 'sklearn.pipeline',
-    'sklearn.feature_extraction.text', 'matplotlib.pyplot'])
+    'sklearn.feature_extraction.text', 'matplotlib.pyplot', 'torch.onnx._internal.exporter._core', 'onnxscript',
+    'onnxruntime'])
 
 
 def run_script(root, script, args, files, file_limit):

@@ -661,7 +661,7 @@ def test_answers_that_were_dropped_are_counted_apart_and_asked_for_again(project
     broken = one_line(run(root, 'extract.py', *arguments(fake, teachers)))
     assert 'tone is "Friendly", "friendly" in another case' in broken and '0 records are safe, and ' in broken
     n_dropped = int(broken.partition('safe, and ')[2].split()[0])
-    assert 0 < n_dropped < 40 and '--ask_again=True' in broken
+    assert 0 < n_dropped < 200 and '--ask_again=True' in broken  # of 400; how many are under way depends on the machine
     mood['content'] = None                                  # repaired
     plain = run(root, 'extract.py', *arguments(fake, teachers))
     n_answered = len(stored_answers(root))

