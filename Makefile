@@ -1,10 +1,10 @@
 # make demo: teacher -> logits -> student -> JSON, for real, on two CPU cores.  make test: the behaviour tests;
-# make slow: those that take long.
+# make slow: those that take long; make all-tests: both at once, which prepares what they share once.
 # make web, after make demo: the student as a page in a browser.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo web test slow clean
+.PHONY: demo web test slow all-tests clean
 
 demo: .venv/installed
 	python data/chitchat/prepare.py
@@ -22,6 +22,9 @@ test: .venv/installed
 
 slow: .venv/installed
 	python -m pytest -q -n 2 --dist worksteal -m slow
+
+all-tests: .venv/installed
+	python -m pytest -q -n 2 --dist worksteal
 
 .venv/installed: requirements.txt requirements-serve.txt requirements-device.txt
 	$(PYTHON) -m venv .venv

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from config import stop
 from distil.reader import keep_options_apart, load_encoder
 from distil.schema import Schema
-from distil.teacher import load_model
+from distil.teacher import load_table
 from distil.trim import trim_encoder
 from model import Student, StudentConfig
 
@@ -45,19 +45,18 @@ def new_student(config, shards, train_rows):
         if config['init_from'] != 'teacher':
             return Student(StudentConfig(**sizes))
         print(f'loading {meta["teacher"]} for its table')
-        return student_from_teacher(load_model(meta['teacher']), sizes, config['freeze_table'])
+        return student_from_table(load_table(meta['teacher']), sizes, config['freeze_table'])
     except ValueError as error:
         stop(str(error))
 
 
 @torch.no_grad()
-def student_from_teacher(teacher, sizes, freeze=True):
-    """a Student with the input table of a transformers model, with the scale that the model multiplies it by; a
-    matrix projects its rows to n_embd. sizes: dict of StudentConfig fields. freeze: the table is not trained."""
-    embed = teacher.get_input_embeddings()                      # weight (all ids, width)
-    student = Student(StudentConfig(**sizes, n_table=embed.weight.size(1)))
-    rows = embed.weight[:len(student.wte.weight)]  # it may be padded, or lack a token that no text has
-    student.wte.weight[:len(rows)].copy_(rows * getattr(embed, 'embed_scale', 1.0))
+def student_from_table(table, sizes, freeze=True):
+    """a Student with the input table of a teacher (ids, width); a matrix projects its rows to n_embd. sizes: dict of
+    StudentConfig fields. freeze: the table is not trained."""
+    student = Student(StudentConfig(**sizes, n_table=table.size(1)))
+    rows = table[:len(student.wte.weight)]  # it may be padded, or lack a token that no text has
+    student.wte.weight[:len(rows)].copy_(rows)
     if freeze:  # it never changes, so fp16 is enough: half the memory and a smaller checkpoint
         student.wte.requires_grad_(False).half()
     return student

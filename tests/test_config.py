@@ -313,7 +313,7 @@ def test_a_task_beyond_ascii_works_in_a_posix_locale(project, tmp_path):
         assert b'gr\\xf6\\xdfe' in run_narrow(program)
     assert b'gr\\xf6\\xdfe' in run_narrow('tools/accuracy.py', '--input=labels.jsonl')
     answers = [list(map(json.loads, run_narrow('sample.py', env=env).splitlines()))
-               for env in (NARROW, {'PYTHONIOENCODING': 'latin-1'}, {'PYTHONIOENCODING': 'utf-8'})]
-    assert answers[0] == answers[1] == answers[2] and all(answer['größe'] in fields['größe'] for answer in answers[0])
+               for env in (NARROW, {'PYTHONIOENCODING': 'latin-1'})]
+    assert answers[0] == answers[1] and all(answer['größe'] in fields['größe'] for answer in answers[0])
     typed = [run_narrow('sample.py', '--confidence=True', f'--text={texts[1]}', env=env) for env in (NARROW, {})]
     assert json.loads(typed[0]) == json.loads(typed[1]) and typed[0] != typed[1]  # the same text was read

@@ -25,7 +25,7 @@ server = xllamacpp.Server(params)
 while True:
     time.sleep(1)
 '''
-N = 20  # texts
+N = 16  # texts
 
 
 @pytest.fixture(scope='module')

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from distil.decode import Cache, pad_rows
-from distil.start import student_from_teacher
+from distil.start import student_from_table
+from distil.teacher import load_table
 from model import Student, StudentConfig
 from tests.conftest import load_teacher, tiny_student
 
@@ -87,7 +88,7 @@ def test_a_student_gets_the_table_of_its_teacher(teachers, family, freeze):
     _, teacher = load_teacher(teachers[family])
     sizes = dict(vocab_size=teacher.config.vocab_size - 2, output_vocab=45, output_ids=range(5, 50), block_size=64,
                  n_layer=1, n_embd=16, n_head=2, n_kv_head=2, n_mlp=8)
-    student = student_from_teacher(teacher, sizes, freeze)
+    student = student_from_table(load_table(str(teachers[family])), sizes, freeze)
     idx = torch.tensor([4, 9, 77])
     expected = teacher.get_input_embeddings()(idx)              # with its scale
     torch.testing.assert_close(student.wte(idx).float(), expected, atol=1e-3 if freeze else 1e-6, rtol=1e-3)

@@ -10,7 +10,7 @@ import config.machine as machine
 from distil.drafts import Drafts
 from distil.engine import Teacher, answer, answer_batched, attend_with_lse
 from distil.space import OutputSpace
-from distil.teacher import encode_prompt, fingerprint, load_model, load_tokenizer, locate
+from distil.teacher import encode_prompt, fingerprint, load_model, load_table, load_tokenizer, locate
 from tests.conftest import FIELDS, PROMPT, clone_task, load_teacher, one_line, run
 from test_smoke import step_by_step
 
@@ -96,6 +96,31 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved(teachers):
     engine.allocate = lambda R, S: 1 / 0  # other errors are not hidden
     with pytest.raises(ZeroDivisionError):
         answer_batched(engine, space, drafts, texts, after)
+
+
+@pytest.mark.parametrize('architecture, scale', [('gemma3', 8), ('qwen2', 1)])
+def test_the_table_of_a_packed_file_is_that_of_the_whole_model(tmp_path, architecture, scale):
+    gguf = pytest.importorskip('gguf')
+    writer, path = gguf.GGUFWriter(tmp_path / 't.gguf', architecture), str(tmp_path / 't.gguf')
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_tokenizer_model('gpt2')
+    writer.add_token_list([f'token{i}' for i in range(40)])
+    table = np.random.default_rng(0).normal(size=(40, 64)).astype(np.float32)
+    packed = gguf.quants.quantize(table, gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor('token_embd.weight', packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = load_table(path)
+    assert torch.equal(found, load_model(path).get_input_embeddings()(torch.arange(40)))
+    torch.testing.assert_close(found, scale * torch.from_numpy(table), atol=0.02 * scale, rtol=0)
 
 
 @pytest.mark.parametrize('family', ['gemma', 'llama'])
