@@ -345,7 +345,7 @@ DELIMITERS = {'comma': ',', 'semicolon': ';', 'tab': '\t', 'pipe': '|'}
 @pytest.mark.slow
 @pytest.mark.parametrize('delimiter', DELIMITERS.values(), ids=DELIMITERS)
 def test_the_header_decides_which_delimiter_a_table_has(tmp_path, delimiter):
-    for n, quoting, names in itertools.product((1, 2, 3, 40), (csv.QUOTE_MINIMAL, csv.QUOTE_ALL),
+    for n, quoting, names in itertools.product((1, 3), (csv.QUOTE_MINIMAL, csv.QUOTE_ALL),
                                                (['id', 'Text'], ['TEXT', 'ok', 'id'])):
         texts = [f'plain {i}' if i else 'say "a" , b; c | d' for i in range(n)]
         with open(tmp_path / 'a.csv', 'w', encoding='utf-8-sig', newline='') as file:

@@ -371,13 +371,13 @@ def test_places_survive_what_a_tokenizer_cannot_write():
 def test_null_threshold_decides_between_null_and_the_guess(service):
     for text in TEXTS:
         reply = extract(service, text, ['name', 'amount', 'due', 'buyer.city', 'seller.name'])
-        for name, answer in reply['answers'].items():
-            p = answer['p_null']
-            for threshold in (0.0, p * 0.9, min(1.0, p * 1.1 + 0.01), 1):
-                fields = {name: {**ASKED[name], 'null_threshold': threshold}}
-                other = extract(service, text, fields)['answers'][name]
-                assert other['p_null'] == pytest.approx(p, abs=1e-3) and other.get('guess') == answer.get('guess')
-                assert other['value'] == (None if p > threshold else answer.get('guess'))
+        for pick in (lambda p: 0.0, lambda p: p * 0.9, lambda p: min(1.0, p * 1.1 + 0.01), lambda p: 1):
+            fields = {name: {**ASKED[name], 'null_threshold': pick(answer['p_null'])}
+                      for name, answer in reply['answers'].items()}
+            for name, other in extract(service, text, fields)['answers'].items():
+                p, guess = reply['answers'][name]['p_null'], reply['answers'][name].get('guess')
+                assert other['p_null'] == pytest.approx(p, abs=1e-3) and other.get('guess') == guess
+                assert other['value'] == (None if p > fields[name]['null_threshold'] else guess)
                 assert ('span' in other) == (other['value'] is not None)
                 if other['value'] is not None:
                     check_places(text, {name: other})
