@@ -58,18 +58,26 @@ def words():
 @pytest.fixture(scope='session')
 def teachers(tmp_path_factory, words):
     """{family: directory of a teacher}; each made by one of the processes of pytest for all of them."""
-    root, worker = tmp_path_factory.getbasetemp(), os.environ.get('PYTEST_XDIST_WORKER', 'gw0')
-    root = root.parent if 'PYTEST_XDIST_WORKER' in os.environ else root
-    families = ['gemma', 'llama', 'qwen', 'plain']
+    worker, families = os.environ.get('PYTEST_XDIST_WORKER', 'gw0'), ['gemma', 'llama', 'qwen', 'plain']
     for block in (False, True):                                 # first those that no other one makes
         for family in families[::-1 if int(worker[2:]) % 2 else 1]:
-            with open(root / f'lock_{family}', 'w') as lock, suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if block else fcntl.LOCK_NB))
-                if not (root / 'teachers' / family).exists():
-                    train_teacher(family, root / 'unfinished' / family, words)
-                    (root / 'teachers').mkdir(exist_ok=True)
-                    (root / 'unfinished' / family).rename(root / 'teachers' / family)
-    return {family: root / 'teachers' / family for family in families}
+            with suppress(BlockingIOError):
+                make_once(tmp_path_factory, family, lambda folder: train_teacher(family, folder, words), block)
+    return {family: make_once(tmp_path_factory, family) for family in families}
+
+
+def make_once(tmp_path_factory, name, make=None, block=True):
+    """a folder that all processes of pytest share. make: writes it, if no other process has done so. Raises
+    BlockingIOError if another one is doing so now and block is False."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if 'PYTEST_XDIST_WORKER' in os.environ else root
+    (root / 'unfinished').mkdir(exist_ok=True)
+    with open(root / f'lock_{name}', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if block else fcntl.LOCK_NB))
+        if not (root / name).exists():
+            make(root / 'unfinished' / name)
+            (root / 'unfinished' / name).rename(root / name)
+    return root / name
 
 
 def train_teacher(family, folder, words):

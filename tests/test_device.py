@@ -38,7 +38,7 @@ from distil.schema import Schema
 from distil.space import OutputSpace, tokenizer_hash
 from distil.values import plain, value_name
 from sample import Labeler
-from tests.conftest import FIELDS, PROMPT, ROOT, SCHEMAS, one_line, run, tiny_student
+from tests.conftest import FIELDS, PROMPT, ROOT, SCHEMAS, make_once, one_line, run, tiny_student
 
 HOSTILE = ['', '  ', '\t\x1c\x85\xa0', 'hello ' * 20_000, 'x' * 100_000, 'a\0b \x01', '\ud800 half',
            'é日本 😀👩‍👩‍👧', 'שלום مرحبا',
@@ -102,20 +102,19 @@ def make_student(folder, tokenizer, fields, indent=None, fence=False, left_out=(
 
 
 class Students(dict):
-    """{n: folder of the student of TASKS[n]}, made when it is asked for."""
+    """{n: folder of the student of TASKS[n]}, made when it is asked for. make(folder, n) writes it."""
 
-    def __init__(self, make):
-        self.make = make
+    def __init__(self, tmp_path_factory, name, make):
+        self.once = lambda n: make_once(tmp_path_factory, f'{name}_{n}', lambda folder: make(folder, n))
 
     def __missing__(self, n):
-        self[n] = self.make(n)
+        self[n] = self.once(n)
         return self[n]
 
 
 @pytest.fixture(scope='module')
 def students(tmp_path_factory, tokenizer):
-    root = tmp_path_factory.mktemp('device')
-    return Students(lambda n: make_student(root / str(n), tokenizer, *TASKS[n], seed=n))
+    return Students(tmp_path_factory, 'student', lambda folder, n: make_student(folder, tokenizer, *TASKS[n], seed=n))
 
 
 NUMBERS = [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, len(TASKS)))]

@@ -85,8 +85,7 @@ def make_student(folder, bert, tokenizer, fields, locale, today, int8=False):
 
 @pytest.fixture(scope='module')
 def students(tmp_path_factory, bert, tokenizer):
-    root = tmp_path_factory.mktemp('device')
-    return Students(lambda n: make_student(root / str(n), bert, tokenizer, *TASKS[n]))
+    return Students(tmp_path_factory, 'copying', lambda folder, n: make_student(folder, bert, tokenizer, *TASKS[n]))
 
 
 @pytest.mark.slow
