@@ -536,6 +536,7 @@ def test_the_card_says_what_a_list_is_made_of():
     assert shown['order?'] == 'present, null'
 
 
+@pytest.mark.slow
 def test_wrong_settings_exit_with_a_message(exported):
     root, _ = exported
     assert 'no task' in one_line(run(root, 'device/export.py', '--name='))

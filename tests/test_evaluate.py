@@ -177,6 +177,7 @@ def test_the_lower_bound_of_a_share_is_that_of_clopper_and_pearson():
     assert share_lower_bound(59, 59) == pytest.approx(0.05 ** (1 / 59), abs=1e-6)  # p ** n = 0.05
 
 
+@pytest.mark.slow
 def test_the_lowest_threshold_that_reaches_the_target_is_stored(project, tmp_path):
     confidence = np.linspace(0.3, 1, 400)[:, None].repeat(2, 1)
     hits = np.ones((400, 2), bool)

@@ -232,6 +232,7 @@ def test_given_labels_need_no_begin_token_and_no_prompt(project, teachers, tmp_p
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_teacher_answers_the_fields_that_labels_do_not_have(project, tmp_path):
     """each answer is what one-step-at-a-time decoding gives if the labelled field is written for the teacher; the
     stored logits of that field are the label's."""

@@ -142,6 +142,7 @@ def test_system_messages_beside_a_text_are_named_as_not_read(chat, truth):
     assert 'x-ignored' not in chat.headers
 
 
+@pytest.mark.slow
 def test_templates_are_learned_from_logged_requests(root, words, tmp_path):
     texts = [' '.join(words[n % 20:n % 20 + 1 + n % 5]) + f' {n}' for n in range(60)]
     templates = ['Rate this: {text}', 'Rate that: {text} Answer in JSON.', 'A tone. What is it? {text}']

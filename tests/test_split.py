@@ -109,6 +109,7 @@ def test_a_split_without_one_of_its_parts_ends_with_one_line(task):
     assert "labels.jsonl line 2: its split is '3', neither train nor one of test" in wrong
 
 
+@pytest.mark.slow
 def test_the_teacher_s_texts_and_given_answers_have_a_split_too(task):
     root, texts = task
     write_lines(root / 'data/toy/input.jsonl', [{'text': text, 'split': 'test'} if n < 30 else {'text': text}

@@ -250,6 +250,7 @@ def test_a_run_shorter_than_its_log_steps_ends_without_error(project, tmp_path):
         assert (root / 'out/toy/report.png').stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_hints_name_the_task_and_the_run_of_the_command(project, tmp_path):
     root = clone_task(project, tmp_path, 'toy-00')
     done = run(root, 'train.py', '--max_epochs=1', '--run=other', '--name=toy')
