@@ -50,45 +50,37 @@ def all_probabilities(student, space, answers, temperature=None):
     """value_probabilities of many answers, a list of (ids, outs, decisions). Some options have decisions that are not
     on the path of the answer: these are asked for in more passes, as far as they are likely at all; texts and answers
     are read once."""
-    asked, read = [Values(space, outs, decisions, temperature) for _, outs, decisions in answers], None
+    asked, read = [Values(space, outs) for _, outs, _ in answers], None
+    learn(asked, [(n, state, logits.numpy()) for n, (_, _, decisions) in enumerate(answers)
+                  for state, (_, logits, _) in zip(asked[n].decided, decisions)], temperature or {})
     while missing := [(n, *state) for n, values in enumerate(asked) for state in values.missing()]:
         if read is None:
             texts, pages = read_pages(student, space, [ids for ids, *_ in answers])
             read = Begun(student, texts, [begin_row(space, page, outs, outs[:-1])
                                           for page, (_, outs, _) in zip(pages, answers)])
         rows = read.ask([(n, begin_row(space, pages[n], answers[n][1], begun)) for n, _, begun in missing])
-        for (n, state, _), row in zip(missing, rows):
+        for (n, _, _), row in zip(missing, rows):
             if pages[n]:                                        # a value begins at one of its places
                 places, begins = row[space.V + 1:], pages[n].begins
                 places[~np.pad(begins, (0, len(places) - len(begins)))] = -math.inf
-            asked[n].learn(state, row)
+        learn(asked, [(n, state, row) for (n, state, _), row in zip(missing, rows)], temperature or {})
     return [values.probabilities() for values in asked]
 
 
 class Values:
-    """the probabilities of all values of one answer, from logits of its decisions and of others that it asks for."""
+    """the probabilities of all values of one answer, from logits of its decisions and of others that it asks for.
+    decided: the states of its decisions."""
 
-    def __init__(self, space, outs, decisions, temperature=None):
+    def __init__(self, space, outs):
         filled = [(start, end, 1 if value in (None, '') else value) for start, end, value in getattr(outs, 'spans', ())]
         states, answer = space.states_before(outs), space.to_json(Outs(outs, filled))  # any number for none
-        self.space, self.temperature, self.known = space, temperature or {}, set()
+        self.space, self.known = space, set()
+        self.decided = [state for state in states if space.decides[state]]
         self.forks, start = [], len(space.start)            # (Plan, sums, options, the answer's one, that before it)
         for k, entry, n in space.walk(answer):
             plan, ways = plan_fork(space, k, entry), space.forks[k]
             self.forks.append((plan, plan.alike.copy(), ways, n, outs[:start]))
             start += len(ways[n].tokens)
-        chosen = [state for state in states if space.decides[state]]
-        for state, (_, logits, _) in zip(chosen, decisions):
-            self.learn(state, logits.numpy())
-
-    def learn(self, state, logits):
-        """logits (V,), or (V + 1 + T,) with places; -inf where illegal."""
-        row, V = logits / self.temperature.get(self.space.leaf_at[state], 1.0), self.space.V
-        row = np.append(row[:V], (*log_sum(row[None, V:]), -np.inf))  # a place, any; nothing
-        self.known.add(state)
-        for plan, sums, *_ in self.forks:
-            if state in plan.states:
-                plan.learn(sums, state, row)
 
     def missing(self):
         """[(state, output indices that lead to it)] whose logits are needed next."""
@@ -115,11 +107,30 @@ class Values:
         return {choice.path: result[choice.path] for choice in schema.choices if choice.path in result}
 
 
+def learn(asked, found, temperature):
+    """enters logits in the sums of answers, those of one state at once. asked: a list of Values; found: (number of one of
+    them, state, logits (V,), or (V + 1 + T,) with places, -inf where illegal) each; temperature: {field: number}."""
+    alike = {}
+    for n, state, row in found:
+        asked[n].known.add(state)
+        for plan, sums, *_ in asked[n].forks:
+            if state in plan.states:
+                some = alike.setdefault((id(plan), state, len(row)), (plan, asked[n].space, [], []))
+                some[2].append(sums)
+                some[3].append(row)
+    for (_, state, _), (plan, space, sums, rows) in alike.items():
+        rows, numbers = np.stack(rows) / temperature.get(space.leaf_at[state], 1.0), plan.of_state[state]
+        nothing = np.full(len(rows), -np.inf)
+        rows = np.column_stack((rows[:, :space.V], log_sum(rows[:, space.V:]), nothing))  # a place, any; nothing
+        for one, new in zip(sums, log_sum(rows[:, plan.able[numbers]])):
+            one[numbers] = new
+
+
 def log_sum(rows):
-    """logarithms (n,) of the sums of e ** rows (n, m); -inf for none."""
-    most = rows.max(1, initial=-1e30)
+    """logarithms (...,) of the sums of e ** rows (..., m); -inf for none."""
+    most = rows.max(-1, initial=-1e30)
     with np.errstate(divide='ignore'):
-        return most + np.log(np.exp(rows - most[:, None]).sum(1))
+        return most + np.log(np.exp(rows - most[..., None]).sum(-1))
 
 
 @dataclass
@@ -137,11 +148,6 @@ class Plan:
     taken: object
     possible: object
     parents: list
-
-    def learn(self, sums, state, row):
-        """enters in sums (P + 1,) the logits (V + 2,) of a state."""
-        some = self.of_state[state]
-        sums[some] = log_sum(row[self.able[some]])
 
     def reach(self, sums, known):
         """the probabilities of coming to each of the states; 0 behind one that is not known, a list of bool."""
