@@ -108,8 +108,8 @@ class Values:
 
 
 def learn(asked, found, temperature):
-    """enters logits in the sums of answers, those of one state at once. asked: a list of Values; found: (number of one of
-    them, state, logits (V,), or (V + 1 + T,) with places, -inf where illegal) each; temperature: {field: number}."""
+    """enters logits in the sums of answers, those of one state at once. asked: a list of Values; found: (number of one
+    of them, state, logits (V,), or (V + 1 + T,) with places, -inf where illegal) each; temperature: {field: number}."""
     alike = {}
     for n, state, row in found:
         asked[n].known.add(state)

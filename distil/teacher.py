@@ -83,15 +83,18 @@ def load_tokenizer(teacher):
 def load_model(teacher, dtype=torch.float32, device='cpu'):
     """the transformers model of a teacher, in evaluation mode. teacher: as for `locate`. The packed weights
     of a .gguf become plain matrices: packed, they are slow on a CPU."""
-    options = {'dtype': dtype}
-    if 'gguf_file' in locate(teacher) and hasattr(transformers, 'GgufConfig'):  # older versions always unpack
+    options, is_packed = {'dtype': dtype}, 'gguf_file' in locate(teacher)
+    if is_packed and hasattr(transformers, 'GgufConfig'):  # older versions always unpack
         options['quantization_config'] = transformers.GgufConfig(dequantize=True)
-    return from_pretrained(AutoModelForCausalLM, teacher, **options).to(device).eval()
+    model = from_pretrained(AutoModelForCausalLM, teacher, **options).to(device).eval()
+    if is_packed:
+        sys.modules['gguf'].GGUFReader.cache_clear()            # all words of the file, which nobody asks for again
+    return model
 
 
 def load_table(teacher):
     """the input table of a teacher's model (ids, width), times the scale with which the model reads it. teacher: as for
-    `locate`. Of a .gguf only the table is unpacked, which takes a tenth of the time and memory."""
+    `locate`. Of a .gguf nothing else is unpacked."""
     where = locate(teacher)
     if 'gguf_file' not in where:
         embed = load_model(teacher).get_input_embeddings()
