@@ -9,7 +9,7 @@ from contextlib import suppress
 from calls import read_replies  # these lie beside this file
 from infer import infer
 from objects import find_object
-from schemas import Fit, asked_schema, find_changing, find_difference, options_in, with_options
+from schemas import Fit, asked_schema, find_changing, find_difference, with_options
 
 WIDTH = 110  # of the fields in a config
 

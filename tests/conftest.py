@@ -24,7 +24,7 @@ import pytest
 os.environ.setdefault('GOMP_SPINCOUNT', '2000')  # before torch, as in config/machine.py
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data
 from distil.schema import write_object
@@ -127,6 +127,26 @@ def train_teacher(family, folder, words):
         optimizer.zero_grad()
     model.eval().save_pretrained(folder)
     wrapped.save_pretrained(folder)
+
+
+def save_bert(folder, words, letters, layers, n_pos):
+    """writes a BERT with random weights, and its tokenizer: these words, the long ones in two pieces, and all
+    strings of their letters and these. Always the same one: tokenizers never trains WordPiece twice alike."""
+    special = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
+    letters = sorted({*letters, *''.join(words)})
+    pieces = dict.fromkeys(piece for word in words for piece in (word[:6], *(['##' + word[6:]] if word[6:] else [])))
+    vocab = dict.fromkeys([*special, *letters, *('##' + letter for letter in letters), *pieces])
+    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(vocab)}, unk_token='[UNK]'))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(
+        vocab_size=len(vocab), hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=n_pos, initializer_range=0.2)).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token='[UNK]', pad_token='[PAD]', cls_token='[CLS]', sep_token='[SEP]',
+        mask_token='[MASK]').save_pretrained(folder)
 
 
 @pytest.fixture(scope='session')

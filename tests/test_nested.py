@@ -320,7 +320,7 @@ def test_figures_of_lists_count_their_members():
 @pytest.mark.slow
 def test_a_nested_task_runs_from_texts_to_answers(project, tmp_path, teachers):
     """extract.py with a teacher and with labels, --verify, train.py, sample.py, tools/evaluate.py."""
-    root, rng = clone_task(project, tmp_path), np.random.default_rng(0)
+    root = clone_task(project, tmp_path)
     fields = {'spam': [True, False], 'labels': LABELS, 'c': OF(tone={'enum': ['neutral', 'friendly', None]})}
     texts = [json.loads(line)['text'] for line in (root / 'data/toy/input.jsonl').read_text().splitlines()]
     with open(root / 'labels.jsonl', 'w') as file:

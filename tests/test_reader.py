@@ -10,7 +10,6 @@ import time
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from data import Shards
 from device.run import Student as Runner
@@ -20,7 +19,7 @@ from distil.decode import decode, generate, pad_rows
 from distil.reader import load_encoder, student_ids
 from model import Student, StudentConfig
 from sample import Labeler, answer_text
-from tests.conftest import FIELDS, clone_task, one_line, run, weights
+from tests.conftest import FIELDS, clone_task, one_line, run, save_bert, weights
 from tools.baselines import stepwise
 
 SETTINGS = '--init_from=scratch', '--reader={}', '--max_epochs=3', '--batch_size=16', '--block_size=60'
@@ -28,23 +27,9 @@ SETTINGS = '--init_from=scratch', '--reader={}', '--max_epochs=3', '--batch_size
 
 @pytest.fixture(scope='session')
 def bert(tmp_path_factory, words):
-    """folder of a small BERT with random weights, and a WordPiece tokenizer trained on the words."""
+    """folder of a small BERT with random weights."""
     folder = tmp_path_factory.mktemp('bert')
-    tokenizer = Tokenizer(models.WordPiece(unk_token='[UNK]'))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    special = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
-    tokenizer.train_from_iterator([' '.join([*words, *'¶•—'])] * 4, trainers.WordPieceTrainer(
-        vocab_size=200, special_tokens=special, show_progress=False))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
-    torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=32, num_hidden_layers=3,
-                                     num_attention_heads=4, intermediate_size=64, max_position_embeddings=48,
-                                     initializer_range=0.2)
-    transformers.BertModel(config).save_pretrained(folder)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token='[UNK]', pad_token='[PAD]', cls_token='[CLS]', sep_token='[SEP]',
-        mask_token='[MASK]').save_pretrained(folder)
+    save_bert(folder, words, '¶•—', layers=3, n_pos=48)
     return folder
 
 
@@ -84,13 +69,13 @@ def mpnet(tmp_path_factory, bert):
 def test_an_encoder_computes_what_transformers_does(request, family, n_layer):
     folder = request.getfixturevalue(family)
     encoder, model = load_encoder(str(folder), n_layer).eval(), transformers.AutoModel.from_pretrained(folder).eval()
-    ids = torch.randint(5, 100, (5, 17))
+    ids = torch.randint(5, 80, (5, 17))
     used = torch.arange(17) < torch.tensor([17, 3, 9, 1, 16])[:, None]
     with torch.no_grad():
         states = model(ids, attention_mask=used.long(), output_hidden_states=True).hidden_states
         torch.testing.assert_close(encoder(ids.where(used, -1))[used], states[n_layer or -1][used], atol=1e-5, rtol=1e-4)
         if family == 'mpnet':                                   # distances of all buckets
-            ids = torch.randint(5, 100, (2, 400))
+            ids = torch.randint(5, 80, (2, 400))
             torch.testing.assert_close(load_encoder(str(folder)).eval()(ids), model(ids).last_hidden_state, atol=1e-4, rtol=1e-3)
 
 
@@ -99,7 +84,7 @@ def test_texts_of_any_length_are_read_together_as_alone(request, family):
     """texts of about one length share a group, and each token gets its own state back; gradients, too."""
     encoder = load_encoder(str(request.getfixturevalue(family))).eval()
     lengths = 4, 1, 17, 8, 9, 2, 30, 7                          # of four groups, in no order
-    texts = [torch.randint(5, 100, (n,)) for n in lengths]
+    texts = [torch.randint(5, 80, (n,)) for n in lengths]
 
     def gradient(loss):
         encoder.zero_grad()
@@ -117,7 +102,7 @@ def test_texts_of_any_length_are_read_together_as_alone(request, family):
 @torch.no_grad()
 def test_kept_states_are_those_of_reading_again(bert, monkeypatch):
     encoder = load_encoder(str(bert)).eval()
-    draw = lambda *lengths: pad_rows([torch.randint(5, 100, (n,)).tolist() for n in lengths], 'cpu')
+    draw = lambda *lengths: pad_rows([torch.randint(5, 80, (n,)).tolist() for n in lengths], 'cpu')
     first, other = draw(4, 9, 2), draw(7, 3)
     mixed = pad_rows([[n for n in row if n >= 0] for row in (*other.tolist(), *first.tolist())], 'cpu')
     expected, read, n_read = [encoder(text) for text in (first, mixed)], encoder.read, []

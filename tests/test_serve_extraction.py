@@ -8,10 +8,8 @@ import random
 
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, save_bert
 from tests.served import PROMPT, json_schema, of, post_all, serving
 
 import httpx
@@ -43,25 +41,6 @@ TEXTS = ['Anna sent 3 cups and 12.5 plates to Bob', 'on 2026-03-05 at 14:30 we m
          'no  numbers\n\there, friend 😀', 'the cat 7', 'Bob and 5 May 2026 9:15 and then 4', '😀 日本 said hello to the cat']
 
 
-def make_bert(folder, words, n_pos=1400):
-    """writes a small BERT with random weights, and its tokenizer, which knows all letters."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token='[UNK]'))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    special = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
-    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator([' '.join([*words, *'abcdefghijklmnopqrstuvwxyz0123456789.,:-¶•—'])] * 4, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
-    torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=tokenizer.get_vocab_size(), hidden_size=32, num_hidden_layers=2,
-                                     num_attention_heads=4, intermediate_size=64, max_position_embeddings=n_pos,
-                                     initializer_range=0.2)
-    transformers.BertModel(config).save_pretrained(folder)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token='[UNK]', pad_token='[PAD]', cls_token='[CLS]', sep_token='[SEP]',
-        mask_token='[MASK]').save_pretrained(folder)
-
-
 def save_student(folder, bert, tokenizer, fields, seed=1, max_text=1200, **more):
     """writes a tiny student of these fields, with random weights, as train.py does."""
     torch.manual_seed(seed)
@@ -88,7 +67,7 @@ def save_student(folder, bert, tokenizer, fields, seed=1, max_text=1200, **more)
 @pytest.fixture(scope='module')
 def bert(tmp_path_factory, words):
     folder = tmp_path_factory.mktemp('bert')
-    make_bert(folder, words)
+    save_bert(folder, words, 'abcdefghijklmnopqrstuvwxyz0123456789.,:-¶•—', layers=2, n_pos=1400)
     return folder
 
 
@@ -135,7 +114,7 @@ def test_confidence_full_has_the_likeliest_values_and_null(labeler, truth):
                 name = value if part.kind == 'text' else json.dumps(value).strip('"')
                 assert shown[name] == pytest.approx(p, abs=3e-4) if once else shown[name] > p - 3e-4, (text, part.path, shown, p)
                 seen['value'] += 1
-    assert seen['value'] > 3 and seen['null'], seen             # WordPiece is never trained twice alike: students vary
+    assert seen['value'] > 3 and seen['null'], seen
 
 
 def test_a_value_that_stands_twice_has_the_probability_of_both_places(labeler):
@@ -394,7 +373,7 @@ def test_numbers_are_rounded_and_whole_if_asked(service, truth):
     answer = extract(service, text, {'amount': {**spec, 'integer': True}})['answers']['amount']
     assert answer.get('guess', 3) == 3 and answer['value'] in ((3, None) if own in (3, None) else (None,))
     answer = extract(service, 'he paid 4.25', {'amount': {**spec, 'integer': True}})['answers']['amount']
-    assert answer['value'] is None and 'guess' not in answer and answer['confidence'] == 1
+    assert answer['value'] is None and 'guess' not in answer and answer['confidence'] in (answer['p_null'], 1)
     reply, = post_all(service, ('/v1/extraction', {'state': text, 'fields': {'amount': {**spec, 'unit': 'EUR'}}}))
     assert reply.headers['x-ignored'] == 'fields.amount.unit' and reply.headers['x-answered-by'] == 'student'
     fields = {'sums': {'type': 'list', 'items': 'number', 'decimals': 1}}
