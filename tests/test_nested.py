@@ -5,7 +5,6 @@ import random
 from collections import Counter
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 
