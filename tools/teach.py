@@ -1,13 +1,14 @@
 """A larger student labels texts for a smaller one: few labels, much text, and a small student at the end.
 
     python train.py config/mine.py --reader=data/teachers/mpnet --run=large --reader_lr=0.04     # learns the few labels
-    python tools/teach.py config/mine.py --run=large --input=texts.jsonl --out=taught.jsonl     # answers other texts
-    python extract.py config/mine.py --name=taught --labels=labels.jsonl,taught.jsonl
-    python train.py config/mine.py --name=taught                                                 # learns both
+    python tools/teach.py config/mine.py --run=large --input=texts.jsonl --out=taught.jsonl
+    python extract.py config/mine.py --name=taught --labels=taught.jsonl
+    python train.py config/mine.py --name=taught                                                 # learns all of them
 
-Writes a line {"text": ..., "probabilities": {...}} for each text: the large student's probabilities of all values,
-which say more than its answers alone (Hinton et al. 2015, https://arxiv.org/abs/1503.02531). Leave the texts that
-have labels out of `input`: labels of one text are averaged. docs/students.md has what it brings.
+Writes a line {"text": ..., "probabilities": {...}} for each record that the large student has learned from, as its
+teacher labelled it, and then for each other text, with the large student's probabilities of all values, which say more
+than its answers alone (Hinton et al. 2015, https://arxiv.org/abs/1503.02531). What is held out stays held out, and none
+of the other texts joins it: what train.py measures is agreement with the teacher. docs/students.md has what it brings.
 """
 import sys
 from itertools import islice, tee
@@ -18,10 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's ro
 from config import configure, data_line, json_line, stop
 from config.machine import pick_device, whole_file
 
+import numpy as np
 from tqdm import tqdm
 
-from data.lines import read_texts
+from data import held_out
+from data.lines import read_texts, text_hash
+from distil.confidence import Values, learn, log_sum
 from distil.labeler import Labeler
+from distil.records import choose_rows, load_records
 
 name = ''            # word; out/<name> is the student ...
 run = ''             # word; ... or out/<run>
@@ -29,7 +34,7 @@ which = 'best'       # 'best' or 'last'; the epoch to use
 input = ''           # file; .jsonl of {"text": ...}
 out = ''             # file; .jsonl that is written
 min_confidence = 0.0  # 0..1; texts with a field below it are left out
-max_records = 0      # 0..; of the first texts alone, this many; 0: all
+max_records = 0      # 0..; of the first lines alone, this many; 0: all
 sample_batch = 128   # 1..; texts answered together
 device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'int8'; as in sample.py
@@ -48,6 +53,27 @@ def make_label(schema, record, problem):
     return {'probabilities': given} | ({'answer': answer} if schema.copied else {}), least
 
 
+def stored_label(shards, space, i):
+    """the line of record i, without its text: its teacher's probabilities. Values that differ after a token which the
+    teacher did not choose share that token's probability."""
+    outs, logits, decided = shards.outs(i), shards.logits(i), space.decides
+    if shards.has_places:                                       # and that of all places, as one
+        places = log_sum(shards.answer(i, 'weights').astype(np.float32))
+        logits = np.column_stack((logits + shards.answer(i, 'stats')[:, :1], places))
+    values, states = Values(space, outs), space.states_before(outs)
+    learn([values], [(0, state, row) for state, row in zip(states, logits) if decided[state]], {})
+    return space.schema.write_label(values.probabilities(), space.to_json(outs) if space.schema.copied else None)
+
+
+def write_records(file, shards, space, rows):
+    """writes the lines of the records `rows`."""
+    for i in rows:
+        text = space.tokenizer.decode(shards.ids(i).tolist())
+        is_test = shards.own_split is not None and bool(held_out(shards.hashes[i], shards.own_split))
+        file.write(json_line({'text': text} | ({'split': 'test'} if is_test else {})
+                             | stored_label(shards, space, i)) + '\n')
+
+
 if __name__ == '__main__':
     if not (name or run) or not input or not out:
         stop('no task or no file; run: python tools/teach.py config/mine.py --run=large --input=texts.jsonl '
@@ -56,17 +82,36 @@ if __name__ == '__main__':
         stop(f'{input} does not exist')
     labeler = Labeler(Path('out', run or name), pick_device(device), which, sample_batch, confidence='full',
                       dtype=dtype)
-    if labeler.space.has_options:
+    learned, space = labeler.checkpoint['config'], labeler.space
+    if space.has_options:
         stop('the options of each text are not those that a label would be read with: such a task cannot be taught')
-    lines = islice(read_texts(input, None), max_records or None)
-    texts = (text for text, _, reason in lines if not reason)
-    asked, kept = tee(texts)
-    counts = {'texts': 0, 'labels': 0, 'unsure': 0, 'errors': 0}
+    shards = load_records(learned['dataset'], learned['name'], labeler.checkpoint)
+    if not shards:
+        stop(f'data/{learned["dataset"]} does not have the records of {learned["name"]}, which this student learned from; '
+             'their labels are written, too')
+    rows = np.sort(np.concatenate(choose_rows(shards, learned['max_records'], 0, 'all')))
+    known = {*shards.hashes[rows].tolist()}
+    counts = {'records': len(rows), 'texts': 0, 'labels': 0, 'unsure': 0, 'held_out': 0, 'errors': 0}
+
+    def list_texts():
+        """yields the texts that have no record and are not held out."""
+        for text, _, reason in islice(read_texts(input, None), max_records or None):
+            hash_ = text_hash(text)
+            if reason or hash_ in known:
+                continue
+            known.add(hash_)
+            counts['texts'] += 1
+            if shards.own_split is None and held_out(hash_):
+                counts['held_out'] += 1
+            else:
+                yield text
+
+    asked, kept = tee(list_texts())
     again = 'make room, and run the same command again'
     with whole_file(Path(out), again) as tmp, open(tmp, 'w', encoding='utf-8') as file:
+        write_records(file, shards, space, rows)
         for text, (record, _) in zip(kept, tqdm(labeler.stream(asked), desc='teach', unit='text')):
-            label = make_label(labeler.space.schema, record, labeler.problem)
-            counts['texts'] += 1
+            label = make_label(space.schema, record, labeler.problem)
             if label is None or label[1] < min_confidence:
                 counts['errors' if label is None else 'unsure'] += 1
                 continue
