@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from distil.decode import Cache, count_kept, pad_rows
 from distil.places import place_input
@@ -212,17 +213,58 @@ class Begun:
     def ask(self, rows, most=256):
         """a list of arrays: the logits (V,) after the last token of each row, or (V + 1 + T,) with places. rows:
         (number of its text, what is fed) each."""
-        logits = []
+        logits, none = [], torch.zeros(0, self.T, dtype=torch.long, device=self.device)
         for some in (rows[start:start + most] for start in range(0, len(rows), most)):
             texts, fed = zip(*some)
             kept = [count_alike(row[:-1], self.rows[n]) for n, row in some]
-            n_read = [self.n_text[n] + n_kept for n, n_kept in zip(texts, kept)]
-            fed = [row[n_kept:] for row, n_kept in zip(fed, kept)]
-            cache = self.cache.begin_from(texts, max(n + len(row) for n, row in zip(n_read, fed)))
-            cache.begin_pass(range(len(some)), n_read)
-            none = torch.zeros(0, self.T, dtype=torch.long, device=self.device)
-            logits.extend(self.student(none, pad_rows(fed, self.device), cache, only_last=True).float().cpu().numpy())
+            branches = Branches(self.cache, texts, [self.n_text[n] + n_kept for n, n_kept in zip(texts, kept)])
+            fed = pad_rows([row[n_kept:] for row, n_kept in zip(fed, kept)], self.device)
+            logits.extend(self.student(none, fed, branches, only_last=True).float().cpu().numpy())
         return [row.copy() for row in logits]
+
+
+class Branches:
+    """rows that begin as rows of a Cache, several of one of them, for one forward pass: the tokens that are new see
+    the keys and values of that beginning where they lie, and those of their own row. texts: slots of the cache; n_read:
+    how many of its tokens each row begins with."""
+
+    def __init__(self, cache, texts, n_read):
+        device = cache.store.device
+        self.slots, self.of_row = torch.tensor(texts, device=device).unique(return_inverse=True)
+        self.n_read = torch.tensor(n_read, device=device)
+        self.store, self.gqa = cache.store[:, :, :, :max(n_read)].index_select(2, self.slots), cache.gqa
+        self.texts, self.used = cache.texts, cache.used
+
+    def keep_texts(self, states, used):
+        """what the rows can point to: (B, T, C), and bool (B, T). No row begins in this pass."""
+        slots = self.slots[self.of_row]
+        return self.texts[slots], self.used[slots]
+
+    def place_tokens(self, used, keep):
+        """as Cache.place_tokens does. A slot has a grid of the new tokens of all its rows, in their order."""
+        row, col = used.nonzero(as_tuple=True)                  # (N,) each
+        slot, B, S = self.of_row[row], len(self.slots), self.store.size(3)
+        rank = F.one_hot(slot, B).cumsum(0).gather(1, slot[:, None])[:, 0] - 1
+        self.T = int(rank.max()) + 1
+        self.cell = slot * self.T + rank                        # of B x T
+        lay = lambda value, empty: value.new_full((B * self.T,), empty).index_put((self.cell,), value).view(B, self.T)
+        row_of, col_of, n_seen = lay(row, -1), lay(col, 0), lay(self.n_read[row], 0)
+        own = (row_of[:, :, None] == row_of[:, None]) & (col_of[:, :, None] >= col_of[:, None])  # (B, T, T)
+        begun = torch.arange(S, device=slot.device) < n_seen[..., None]  # (B, T, S)
+        self.mask = torch.cat((begun, own), -1)[:, None]        # (B, 1, T, S + T)
+        return self.n_read[row] + col
+
+    def attend(self, layer, q, k, v, keep):
+        """as Cache.attend does; nothing is stored."""
+        lay = lambda x, cell: x.new_zeros(len(self.slots) * self.T, *x.shape[1:]).index_put((cell,), x).unflatten(
+            0, (-1, self.T))                                    # (N, H, D) -> (B, T, H, D)
+        k, v = (torch.cat((begun, lay(new[0].transpose(0, 1).to(begun.dtype), self.cell)), 1).transpose(1, 2)
+                for begun, new in zip(self.store[layer], (k, v)))  # (B, n_kv_head, S + T, D) each
+        cell, q = (self.cell, q[0]) if keep is None else (self.cell[keep], q[0][:, keep])
+        with torch.autocast(q.device.type, enabled=False):
+            y = F.scaled_dot_product_attention(lay(q.transpose(0, 1), cell).transpose(1, 2).to(k.dtype), k, v,
+                                               attn_mask=self.mask, enable_gqa=self.gqa)
+        return y.transpose(1, 2).flatten(0, 1)[cell].transpose(0, 1)[None]
 
 
 def count_alike(row, other):

@@ -5,7 +5,6 @@
 It gives the answers of the plain loop in sample.py, many at a time; confidence.py says how sure they are. B rows, T
 tokens, H heads of D, V = output_vocab.
 """
-import copy
 import math
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -45,14 +44,6 @@ class Cache:
             self.store = torch.cat((self.store, more), 2)
         self.B, self.slots = B, torch.tensor(slots, device=device)
         self.n_read = torch.tensor(n_read, device=device)
-
-    def begin_from(self, slots, longest):
-        """a Cache whose rows begin as those in these slots, a list, and have up to `longest` tokens."""
-        other = copy.copy(self)
-        other.store = self.store[:, :, :, :longest].index_select(2, torch.tensor(slots, device=self.store.device))
-        if self.used.numel():
-            other.texts, other.used = self.texts[slots, :], self.used[slots, :]
-        return other
 
     def keep_texts(self, states, used):
         """stores what the rows of this pass can point to: states (R, T, C) of those that begin, used (R, T) bool.
