@@ -21,7 +21,8 @@ def test_a_student_teaches_another_one_what_it_knows_and_what_it_has_learned(pro
     root = clone_task(project, tmp_path, 'toy-00', 'out')
     own = [text for text, *_ in read_texts(root / 'data/toy/input.jsonl')]
     others = [f'{a} {b} to the {c}' for a in words[:6] for b in words[6:12] for c in words[12:16]]
-    (root / 'texts.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in [own[0], '', *others, others[0]]))
+    lines = [json.dumps({'text': text}) for text in [own[0], '', *others, others[0]]]
+    (root / 'texts.jsonl').write_text('\n'.join(lines))
     command = 'tools/teach.py', '--input=texts.jsonl', '--out=taught.jsonl'
     counts = counts_of(run(root, *command))
     stored = data.Shards('toy', 'toy', root / 'data')
@@ -60,4 +61,4 @@ def test_a_student_teaches_another_one_what_it_knows_and_what_it_has_learned(pro
     assert counts_of(run(root, *command, '--max_records=50'))['texts'] == 48
     assert 'does not exist' in one_line(run(root, command[0], '--input=none.jsonl', '--out=taught.jsonl'))
     shutil.rmtree(root / 'data/toy/toy-00')
-    assert 'does not have the records of toy' in one_line(run(root, *command))
+    assert 'does not have the records of toy, from' in one_line(run(root, *command))
