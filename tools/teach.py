@@ -87,8 +87,8 @@ if __name__ == '__main__':
         stop('the options of each text are not those that a label would be read with: such a task cannot be taught')
     shards = load_records(learned['dataset'], learned['name'], labeler.checkpoint)
     if not shards:
-        stop(f'data/{learned["dataset"]} does not have the records of {learned["name"]}, from which this student learned: '
-             'their labels are written, too')
+        stop(f'data/{learned["dataset"]} does not have the records of {learned["name"]}, from which this student '
+             'learned: their labels are written, too')
     rows = np.sort(np.concatenate(choose_rows(shards, learned['max_records'], 0, 'all')))
     known = {*shards.hashes[rows].tolist()}
     counts = {'records': len(rows), 'texts': 0, 'labels': 0, 'unsure': 0, 'held_out': 0, 'errors': 0}
