@@ -228,7 +228,8 @@ def extract(source, server, groups, writer, meta, n_todo, may_compile):
             pending = disk.submit(writer.append, records if source.is_costly else answered)
             totals.update(records=len(texts), read=n_read, asking=seconds,
                           steps=sum(len(record.outs) for record in answered),
-                          needed=sum(len(record.ids) + len(meta['after']) + len(record.outs) - 1 for record in answered))
+                          needed=sum(len(record.ids) + len(meta['after']) + len(record.outs) - 1
+                                     for record in answered))
             reasons = [answer for answer in answers if isinstance(answer, str)]
             totals.update(f'dropped_{reason}' for reason in reasons)  # of this run
             meta['dropped'].update(reasons)                     # of the shard

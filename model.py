@@ -210,7 +210,7 @@ class Student(nn.Module):
         cos, sin = angle.cos(), angle.sin()
         x, texts = self.embed(text, answer, source, cache)
         x = self.drop(x)                                    # (B, T, C), or (1, N, C)
-        narrow = cache is not None or only_last             # behind its attention the last layer has the kept cells only
+        narrow = cache is not None or only_last  # behind its attention the last layer has the kept cells only
         for i, block in enumerate(self.h):
             attend = None if cache is None else partial(cache.attend, i)
             x = block(x, cos, sin, attend, kept if narrow and i == len(self.h) - 1 else None)
@@ -251,7 +251,8 @@ class Student(nn.Module):
         which = torch.stack((~after_first, after_first), -1)  # (B, Ta, 2), or (B, 1, 2)
         which = which[:, 0] if only_last else which[asked]  # (n, 2)
         query = (self.point_query(x).unflatten(-1, (2, -1)) * which[..., None]).flatten(1)  # (n, 2 C)
-        query = query[:, None] if only_last else query.new_zeros(*asked.shape, query.size(-1)).index_put((asked,), query)
+        query = (query[:, None] if only_last else
+                 query.new_zeros(*asked.shape, query.size(-1)).index_put((asked,), query))
         scores = query @ self.point_key(states.float()).mT / math.sqrt(x.size(-1))  # (B, Ta, T), or (B, 1, T)
         scores = scores.masked_fill(~used[:, None], -1e4)
         scores = scores[:, 0] if only_last else scores[asked]  # (n, T)

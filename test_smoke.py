@@ -52,7 +52,8 @@ def step_by_step(model, space, ids, constrain):
     return outs, torch.stack(logits), torch.stack(lses)
 
 
-@pytest.mark.parametrize('family', ['gemma', *(pytest.param(name, marks=pytest.mark.slow) for name in ('llama', 'qwen'))])
+@pytest.mark.parametrize(
+    'family', ['gemma', *(pytest.param(name, marks=pytest.mark.slow) for name in ('llama', 'qwen'))])
 @pytest.mark.parametrize('fields, indent, fence', SCHEMAS)
 def test_drafting_equals_step_by_step_decoding(teachers, family, fields, indent, fence):
     tokenizer, model = load_teacher(teachers[family])

@@ -270,7 +270,8 @@ if __name__ == '__main__':
         for part in np.array_split(rows, grad_accum * WORLD)[RANK::WORLD]:
             if not len(part):
                 continue
-            # text (B, T) ids; answer, targets (B, T) output indices, -1 on padding; teacher_logits (n, V), a row a target
+            # text (B, T) ids; answer, targets (B, T) output indices, -1 on padding;
+            # teacher_logits (n, V), a row a target
             text, answer, targets, teacher_logits = (x.to(device) for x in shards.batch(part))
             targets = targets[targets >= 0]                     # (n,)
             if token_dropout:

@@ -5,8 +5,8 @@
       output.bin   uint16    the teacher's answers as output-vocabulary indices, concatenated
       logits.bin   float16   (steps, V) raw logit minus the row's maximum over V: fp16 is exact enough near 0
       stats.bin    float32   (steps, 2) that maximum, and logsumexp over all tokens (nan if not computed)
-      places.bin   uint16    (steps, 8) only where answers have copied values: at a step at which a place of the text may
-                             come (an index from V on), the likeliest ones, the answer's first: the character at
+      places.bin   uint16    (steps, 8) only where answers have copied values: at a step at which a place of the text
+                             may come (an index from V on), the likeliest ones, the answer's first: the character at
                              which the value begins or, at the second of its two steps, ends
       weights.bin  float16   (steps, 8) the log probability of each, -inf where there are fewer; at these steps
                              logits.bin has log probabilities, too, once the maximum of stats.bin is added
@@ -66,8 +66,8 @@ def read_meta(folder):
 
 
 def answers_from(meta):
-    """where the answers of a shard come from, by its meta.json: 'teacher', a model that ran here; 'score', given answers
-    with that model's logits; 'server', a model behind a URL; 'labels', people or a log."""
+    """where the answers of a shard come from, by its meta.json: 'teacher', a model that ran here; 'score', given
+    answers with that model's logits; 'server', a model behind a URL; 'labels', people or a log."""
     if 'server' in meta:
         return 'server'
     return {'labels': 'labels', True: 'score'}.get(meta.get('score'), 'teacher')

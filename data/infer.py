@@ -21,8 +21,8 @@ ISO_DATE = re.compile(r'\d{4}-\d\d-(\d\d)')
 
 
 def stands_in(value, text):
-    """True if a text or number is to be read in a text, in small letters. Of a date its day, since 2026-05-03 is written
-    in many ways."""
+    """True if a text or number is to be read in a text, in small letters. Of a date its day, since 2026-05-03 is
+    written in many ways."""
     if isinstance(value, str):
         date = ISO_DATE.fullmatch(value)
         return bool(value.strip()) and value.casefold().strip() in text or bool(date) and stands_in(int(date[1]), text)

@@ -235,8 +235,8 @@ class Log:
             after = after if len(after) < 300 else f'{after[:200]} ...'
             print(f'template: {before}{{text}}{after}'.replace('\n', '\\n'))
         if '{*}' in self.template:
-            print('{*} stands for what changes beside the text, such as a date or an id, and is not read; if it is a part '
-                  "of the text, name the prompt: --template='... {text} ...'")
+            print('{*} stands for what changes beside the text, such as a date or an id, and is not read; '
+                  "if it is a part of the text, name the prompt: --template='... {text} ...'")
         if self.template == '{text}':
             print('the prompts have no common beginning or end, so a text is a whole prompt; if that is wrong, '
                   "add --template='... {text} ...'")

@@ -44,9 +44,9 @@ def read_groups(texts, tokenizer, size, min_text, max_text, limit=0, cut='', kee
     of the file. Streams: it keeps only 16 bytes per text, and 8 more if cut.
 
     texts: from data.lines.read_texts. cut: of a longer text 'first' keeps the first max_text tokens, 'last' the last
-    ones, '' refuses the text. limit: number of texts to keep; 0: all. keep_markup: as for refusal_reason. counts: a Counter that is
-    updated with the outcome of each line: `equal_once_cut` is a text that equals an earlier one only because of the
-    cut.
+    ones, '' refuses the text. limit: number of texts to keep; 0: all. keep_markup: as for refusal_reason. counts: a
+    Counter that is updated with the outcome of each line: `equal_once_cut` is a text that equals an earlier one only
+    because of the cut.
     """
     special, seen, pairs, wholes, group = special_ids(tokenizer), Hashes(), Hashes(), Hashes(), []
     counts, texts = Counter() if counts is None else counts, iter(texts)

@@ -114,7 +114,8 @@ def trim_student(student, space, kept, tokenizer):
     small._modules, small._buffers = dict(student._modules), dict(student._buffers)
     small.wte = take_rows(student.wte, kept)
     small.lm_head = take_rows(student.lm_head, range(space.n_required))
-    output_ids, start_id = [new_id[i] for i in space.output_ids[:space.n_required]], new_id.get(student.config.start_id, 0)
+    output_ids, start_id = ([new_id[i] for i in space.output_ids[:space.n_required]],
+                            new_id.get(student.config.start_id, 0))
     small.config = StudentConfig(**asdict(student.config) | {
         'vocab_size': len(kept), 'output_vocab': space.n_required, 'output_ids': output_ids, 'start_id': start_id})
     small.answer_row = torch.tensor([*output_ids, start_id])

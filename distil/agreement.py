@@ -60,9 +60,9 @@ def measure_agreement(student_values, teacher_values):
 
 
 def measure_members(student_lists, teacher_lists):
-    """values of a field that is a list, two lists of N JSON texts -> {micro_f1, f1} over their members: of all together,
-    and averaged over the members that either of them uses. A member that comes twice counts twice. 1 if there is
-    none."""
+    """values of a field that is a list, two lists of N JSON texts -> {micro_f1, f1} over their members: of all
+    together, and averaged over the members that either of them uses. A member that comes twice counts twice. 1 if
+    there is none."""
     hits, both = Counter(), Counter()
     for ours, theirs in zip(student_lists, teacher_lists):
         ours, theirs = Counter(members(ours)), Counter(members(theirs))

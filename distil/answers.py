@@ -2,7 +2,8 @@
 probabilities.
 
     answer, spans = find_object('Sure! {"tone": "friendly"}')        # {'tone': 'friendly'}, where its value stands
-    p, outside = probabilities_from_tokens(values, tokens, *spans['tone',])  # (number of values,), mass of other answers
+    p, outside = probabilities_from_tokens(values, tokens,
+                                           *spans['tone',])  # (number of values,), mass of other answers
 
 The server's tokens are those of an unknown tokenizer, so all of this works on bytes: an alternative to a
 token counts for the values that the text with it could still become.
@@ -244,9 +245,9 @@ def label_from_answer(schema, content, tokens):
 
 
 def label_from_samples(schema, contents):
-    """the label of several answers to one text, drawn at a temperature: the share of each value, with one
-    answer more spread over all of them (so that no value is impossible), or, with copied values, the commonest. None if none of them fits the
-    schema."""
+    """the label of several answers to one text, drawn at a temperature: the share of each value, with one answer more
+    spread over all of them (so that no value is impossible), or, with copied values, the commonest. None if none of
+    them fits the schema."""
     labels = [label for content in contents if (label := label_from_answer(schema, content, [])[0])]
     if not labels:
         return None

@@ -1,6 +1,7 @@
 """A finite automaton over tokens: what may come next, and where only one token may. It knows no schema.
 
-    automaton = Automaton([[((0,), 1, None)], [((1,), 2, 'neutral'), ((2, 3), 2, 'friendly')], [((4,), None, None)]], V=5)
+    automaton = Automaton([[((0,), 1, None)], [((1,), 2, 'neutral'), ((2, 3), 2, 'friendly')],
+                           [((4,), None, None)]], V=5)
     automaton.state_after([0, 2, 3, 4]) == automaton.done
 
 A *forced* token is the only legal one, at a *decision* several are legal. Tokens are output indices, numbers of a
@@ -15,9 +16,9 @@ MOST_STATES = 30_000
 
 
 class Automaton:
-    """Sequences of tokens through parts, from part 0 on. A part is a list of alternatives, each (tuple of tokens, number
-    of the next part or None at the end, label). No sequence is endless. V: size of the vocabulary. ValueError if there
-    are too many states.
+    """Sequences of tokens through parts, from part 0 on. A part is a list of alternatives, each (tuple of tokens,
+    number of the next part or None at the end, label). No sequence is endless. V: size of the vocabulary. ValueError
+    if there are too many states.
 
     transitions  (S,) list    {legal token: state after it}; sequences start in state 0
     next_state   (S, V) long  the same as a table, without places, -1 for an illegal token
@@ -49,9 +50,9 @@ class Automaton:
         return frozenset(closed)
 
     def compile(self):
-        """subset construction (https://en.wikipedia.org/wiki/Powerset_construction). A state is the set of points (part,
-        alternative, position) that the tokens so far allow. So values that are prefixes of other values need no special
-        case."""
+        """subset construction (https://en.wikipedia.org/wiki/Powerset_construction). A state is the set of points
+        (part, alternative, position) that the tokens so far allow. So values that are prefixes of other values need no
+        special case."""
         start = self.close((0, n, 0) for n in range(len(self.parts[0])))
         number, rows, todo = {start: 0}, {}, [start]            # number: {set of points: state}
         while todo:

@@ -41,10 +41,10 @@ def find_priors(schema, prior, only):
     """{path of a choice: probabilities of its values, in their order} of the fields to calibrate. Values that the
     prior does not name share the rest of the probability evenly; without a prior all are equal.
 
-    schema: a Schema; a field is the path of one of its leaves. prior: {field: {value: probability}}; of a list of values
-    {field: {value: share of the texts that have it}}, with all values. only: the fields to calibrate, [] for all that
-    are no lists of values, and those with a prior. ValueError if a field or a value is not in the schema, or if the
-    probabilities cannot sum to 1.
+    schema: a Schema; a field is the path of one of its leaves. prior: {field: {value: probability}}; of a list of
+    values {field: {value: share of the texts that have it}}, with all values. only: the fields to calibrate, [] for
+    all that are no lists of values, and those with a prior. ValueError if a field or a value is not in the schema, or
+    if the probabilities cannot sum to 1.
     """
     priors = {}
     for leaf in map(schema.leaf, {**prior, **dict.fromkeys(only)}):
@@ -72,8 +72,8 @@ def list_priors(leaf, known):
     given = {json_text(value): p for value, p in known.items()} if isinstance(known, dict) else {}
     missing = [name for name, text in zip(leaf.names, leaf.texts) if not 0 < given.get(text, 0) < 1]
     if missing or len(given) > len(leaf) or not leaf.values:
-        raise ValueError(f'{leaf.path!r} is a list: its prior needs {{value: share of the texts that have it, between 0 '
-                         f'and 1}} for each of its values, so also for {", ".join(missing[:3]) or "no other value"}')
+        raise ValueError(f'{leaf.path!r} is a list: its prior needs {{value: share of the texts that have it, between '
+                         f'0 and 1}} for each of its values, so also for {", ".join(missing[:3]) or "no other value"}')
     return {choice.path: [1 - given[text], given[text]] for choice, text in zip(leaf.choices, leaf.texts)}
 
 

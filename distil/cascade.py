@@ -49,7 +49,8 @@ def load_answerer(name, task, space, device, budget={}):
 
 
 def with_places(space, ids, outs, logits, lse, places=None, weights=None):
-    """the output indices of an answer, with the spans of its copied values if there are any (Outs). ids: of the text."""
+    """the output indices of an answer, with the spans of its copied values if there are any (Outs). ids: of the
+    text."""
     return outs if places is None else with_spans(space, space.tokenizer.decode(list(map(int, ids))), outs, places)
 
 

@@ -31,8 +31,8 @@ CHECKPOINT = 5  # version of the file; 4 is read too, see upgrade
 
 # keys of meta.json that a checkpoint keeps: all that is needed to answer, and to defer to the teacher
 TASK = ('teacher', 'prompt', 'fields', 'indent', 'fence', 'end_id', 'output_ids', 'tokenizer_hash',
-        'max_text', 'before', 'after', 'fingerprint', 'bias', 'server', 'value_bias', 'label_fields', 'keep_end', 'left_out',
-        'free_tokens', 'locale', 'reference_date')
+        'max_text', 'before', 'after', 'fingerprint', 'bias', 'server', 'value_bias', 'label_fields', 'keep_end',
+        'left_out', 'free_tokens', 'locale', 'reference_date')
 
 # what torch.load and the use of its result raise if a file is incomplete or not a checkpoint
 LOAD_ERRORS = RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, TypeError

@@ -89,8 +89,8 @@ class Value:
 
     def step(self, logits, closing, instead):
         """chooses the next token: an id, or (output index,) of one that closes the value, or that comes in its place;
-        None if there is none. logits: of the whole vocabulary, an array; closing, instead: {output index: logit} of what
-        may follow the value, or be written instead of it, such as null."""
+        None if there is none. logits: of the whole vocabulary, an array; closing, instead: {output index: logit} of
+        what may follow the value, or be written instead of it, such as null."""
         going, closed = self.legal(), self.closed()
         other = closing if closed else {} if self.ids else instead
         keys = [*going, *((out,) for out in other)]
@@ -163,8 +163,8 @@ class Copier:
         self.open[i] = Value(self.sources[i], part, self.vocabulary, taken)
 
     def step(self, i, state, logits, kept, bias):
-        """one token of the value of text i: an id; or a list of output indices, two places and what closes the value, or
-        what is written in its place; or None if it cannot be written. state: before its first place; logits: of the
+        """one token of the value of text i: an id; or a list of output indices, two places and what closes the value,
+        or what is written in its place; or None if it cannot be written. state: before its first place; logits: of the
         whole vocabulary; kept (V,): of the output vocabulary; bias (S, V): of the space."""
         place = self.space.place_symbol(state)
         after = self.space.state_after([place, place], state)

@@ -71,7 +71,8 @@ class Cutter:
     """
 
     def __init__(self, place, encode):
-        self.encode, self.endings, self.number = lru_cache(maxsize=100_000)(partial(encode_pieces, encode=encode)), {}, {}
+        self.encode, self.endings, self.number = (
+            lru_cache(maxsize=100_000)(partial(encode_pieces, encode=encode)), {}, {})
         first = place.fork
         if first is None:
             if not MARKED.search(place.text):
@@ -120,20 +121,21 @@ class Cutter:
                     self.refuse(fork)
 
     def refuse(self, fork):
-        raise ValueError(f'the tokens of field {fork.options[0].made[0][0]!r} merge with those of the field before; use '
-                         'indent = 2')
+        raise ValueError(f'the tokens of field {fork.options[0].made[0][0]!r} merge with those of the field before; '
+                         'use indent = 2')
 
     def ending(self, fork):
         """the shortest text of an answer from a fork on."""
         stack = [fork]
         while stack:
             at = stack[-1]
-            todo = [] if at is None else [o.fork for o in at.options if o.fork is not None and o.fork not in self.endings]
+            todo = [] if at is None else [
+                o.fork for o in at.options if o.fork is not None and o.fork not in self.endings]
             stack += todo
             if not todo:
                 stack.pop()
-                self.endings[at] = '' if at is None else min((o.text + self.endings.get(o.fork, '') for o in at.options),
-                                                             key=len)
+                self.endings[at] = '' if at is None else min(
+                    (o.text + self.endings.get(o.fork, '') for o in at.options), key=len)
         return self.endings[fork]
 
     def begins(self, before, edge, option):
@@ -181,7 +183,8 @@ class Cutter:
 
 def make_parts(start, forks):
     """the parts of an Automaton. What all options of a fork begin with is a part of its own, and so is what those end
-    with that lead to the same fork; the labels of the options between are (number of the fork, number of the option)."""
+    with that lead to the same fork; the labels of the options between are (number of the fork, number of the
+    option)."""
     parts, first = [[(start, ('fork', 0) if forks else None, None)]], {}  # first: {what a part is: its number}
     for k, ways in enumerate(forks):
         shared = common_prefix([way.tokens for way in ways])

@@ -21,7 +21,8 @@ from distil.space import Outs
 def pad_rows(rows, device):
     """lists of ids -> (rows, longest) long, padded on the right with -1, as model.Student reads them."""
     T = max(map(len, rows), default=0)
-    return torch.tensor([[*row, *[-1] * (T - len(row))] for row in rows], dtype=torch.long, device=device).view(len(rows), T)
+    return torch.tensor(
+        [[*row, *[-1] * (T - len(row))] for row in rows], dtype=torch.long, device=device).view(len(rows), T)
 
 
 class Cache:

@@ -49,7 +49,8 @@ class Drafts:
     def propose(self, outs, known=(), state=None):
         """the draft after outs, as output indices, and the state before each of them. A draft stops at the
         end of the answer, or after a choice too uncertain for the tokens behind it to be worth their cost.
-        known: {state: logits (V,)} at decisions that are given, see engine.answer; state: after outs, if it is known."""
+        known: {state: logits (V,)} at decisions that are given, see engine.answer; state: after outs, if it is
+        known."""
         state = self.space.state_after(outs) if state is None else state
         outs, states, n, confidence = list(outs), [], len(outs), 1.0
         while state != self.space.done:

@@ -263,8 +263,8 @@ def print_plan(totals, V, n_todo, seconds, server):
 
 
 def check_records(model, shards, space, n):
-    """compares n stored records with plain forward passes of the teacher, prints how they differ, and exits: with status
-    1 if they do."""
+    """compares n stored records with plain forward passes of the teacher, prints how they differ, and exits: with
+    status 1 if they do."""
     rows = np.random.default_rng().choice(len(shards), min(n, len(shards)), replace=False)
     equal, line = verify_records(model, shards, space, rows)
     print(line)

@@ -218,7 +218,8 @@ class Reader:
         """the tree of a list: Several if its items are texts that come once each, else Items."""
         items, least, most = part.get('items'), part.get('minItems', 0), part.get('maxItems')
         if not isinstance(items, dict) or items == {}:
-            refuse(keys, 'is a list of several kinds of items' if isinstance(items, list) else 'is a list of any values',
+            refuse(keys,
+                   'is a list of several kinds of items' if isinstance(items, list) else 'is a list of any values',
                    'say what its items are')
         item, unique = self.read(items, (*keys, 0)), part.get('uniqueItems')
         if most is not None and not 0 <= least <= most:

@@ -1,7 +1,8 @@
 """What an answer is made of: a tree of a few kinds, each of which reads, builds and writes its part of an answer. Only
 the standard library.
 
-    tree = Object((), {'tone': Choice(('tone',), ['neutral', 'friendly']), 'labels': Several(('labels',), ['bug', 'ui'])})
+    tree = Object((), {'tone': Choice(('tone',), ['neutral', 'friendly']),
+                       'labels': Several(('labels',), ['bug', 'ui'])})
     dict(tree.numbers({'tone': 'friendly', 'labels': ['ui']}))  # {'tone': 1, 'labels.bug': 0, 'labels.ui': 1}
     tree.fill(lambda choice: 0)                                 # {'tone': 'neutral', 'labels': []}
 

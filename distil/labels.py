@@ -117,8 +117,8 @@ class Labels:
         return self.schema.write_label(probabilities, self.known[hash_][3])
 
     def read_labels(self, line):
-        """[({path of a choice: probabilities}, see add_label)] of a line: one, or one for each of the answers to a request
-        with n > 1. ValueError(reason, what is wrong) if it has none."""
+        """[({path of a choice: probabilities}, see add_label)] of a line: one, or one for each of the answers to a
+        request with n > 1. ValueError(reason, what is wrong) if it has none."""
         try:
             answers = None if line.reply is None else read_replies(line.reply)
         except ValueError as error:                             # such as an error of the server

@@ -60,8 +60,8 @@ class Source:
         return self.edges[at] and at > 0 and not self.text[at - 1].isspace()
 
     def find(self, part, value):
-        """[(start, end)]: all places of a copied value, a copied.Copied; first as it is written, else in another case. []
-        if it is not in the text."""
+        """[(start, end)]: all places of a copied value, a copied.Copied; first as it is written, else in another case.
+        [] if it is not in the text."""
         if part.kind != 'text':
             return [(start, end) for start, end, other in self.candidates(part.kind)
                     if json_text(plain(other)) == json_text(plain(value))]
@@ -136,8 +136,9 @@ class Page:
         if part.kind == 'text':
             start, end = int(self.starts[first]), int(self.ends[last])
             return start, end, self.source.text[start:end]
-        return next(((start, end, value) for a, b, start, end, value in self.spans(part.kind) if (a, b) == (first, last)),
-                    (0, 0, None))
+        return next(
+            ((start, end, value) for a, b, start, end, value in self.spans(part.kind) if (a, b) == (first, last)),
+            (0, 0, None))
 
 
 def place_input(V, token, is_last):

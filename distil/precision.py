@@ -20,8 +20,8 @@ def lower_precision(student, dtype, int8=None):
     device, student.precision = student.lm_head.weight.device.type, 'float32'
     if dtype == 'int8':
         if not (int8 and student.encoder):
-            stop('dtype = int8 needs a student whose best epoch was measured in 8 bits; where its held-out records are, run: '
-                 f'{next_command("tools/evaluate.py")} --dtype=int8' if student.encoder else
+            stop('dtype = int8 needs a student whose best epoch was measured in 8 bits; where its held-out records '
+                 f'are, run: {next_command("tools/evaluate.py")} --dtype=int8' if student.encoder else
                  'dtype = int8 is for a student with a reader')
         if device != 'cpu' or not is_exact():
             stop('dtype = int8 needs a CPU and a torch with oneDNN')

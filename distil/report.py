@@ -82,7 +82,8 @@ def draw_members(ax, leaf, student_lists, teacher_lists):
     counts = [Counter(text for value in lists for text in members(value)) for lists in (teacher_lists, student_lists)]
     names = [text for text, _ in counts[0].most_common(12)][::-1]
     for count, label, shift in zip(counts, ('teacher', 'student'), (0.2, -0.2)):
-        ax.barh(np.arange(len(names)) + shift, [count[name] / max(1, len(teacher_lists)) for name in names], 0.4, label=label)
+        ax.barh(np.arange(len(names)) + shift, [count[name] / max(1, len(teacher_lists)) for name in names], 0.4,
+                label=label)
     ax.set_yticks(range(len(names)), [name[:30] for name in names], fontsize=7)
     ax.set(title=leaf.path, xlabel='members per text')
     ax.legend(fontsize=7)
@@ -99,7 +100,8 @@ def draw_confusion(ax, leaf, student_values, teacher_values):
     share = table / np.maximum(table.sum(1, keepdims=True), 1)
     ax.imshow(share, vmin=0, vmax=1, cmap='Blues')
     for i, j in np.ndindex(table.shape):
-        ax.text(j, i, int(table[i, j]), ha='center', va='center', fontsize=8, color='white' if share[i, j] > 0.5 else 'black')
+        ax.text(j, i, int(table[i, j]), ha='center', va='center', fontsize=8,
+                color='white' if share[i, j] > 0.5 else 'black')
     ax.set(title=leaf.path, xlabel='student', ylabel='teacher')
     shown = list(map(said, leaf.values[:12])) or [name[:20] for name in names]
     ax.set_xticks(range(len(shown)), shown, rotation=45, fontsize=7)

@@ -34,7 +34,8 @@ FREE = ('device', 'dtype', 'compile', 'eval_records', 'log_steps', 'grad_accum',
         'tracker', 'held_out')                               # the split itself is compared
 
 # values of settings that older checkpoints lack, and of a setting that only older ones have
-MISSING = {'reader': '', 'reader_layers': 0, 'reader_tokens': 0, 'reader_lr': 0.1, 'divergence': 'forward', 'train_on': 'all'}
+MISSING = {'reader': '', 'reader_layers': 0, 'reader_tokens': 0, 'reader_lr': 0.1, 'divergence': 'forward',
+           'train_on': 'all'}
 
 
 @dataclass
@@ -151,7 +152,8 @@ class Meter:
         """({loss, kl, ce, teacher_forced}, {ms, tok_s, eta_min}) since the last call."""
         means = dict(zip(('loss', 'kl', 'ce', 'teacher_forced'), (self.sums[:4] / self.sums[4]).tolist()))
         step_s = self.seconds / self.n
-        speed = {'ms': step_s * 1e3, 'tok_s': self.n_read / self.seconds, 'eta_min': step_s * (self.n_steps - step) / 60}
+        speed = {'ms': step_s * 1e3, 'tok_s': self.n_read / self.seconds,
+                 'eta_min': step_s * (self.n_steps - step) / 60}
         self.clear()
         return means, speed
 

@@ -96,10 +96,11 @@ def copied_in(part):
 
 
 class Schema:
-    """fields: as in a config: {name: list of JSON constants, or JSON Schema}, or the JSON Schema of an object. left_out:
-    paths of properties that are not answered. ValueError if it is no schema.
+    """fields: as in a config: {name: list of JSON constants, or JSON Schema}, or the JSON Schema of an object.
+    left_out: paths of properties that are not answered. ValueError if it is no schema.
 
-    tree: of kinds.py; choices, copied and leaves: in the order of the answer; decided: the leaves that are not constant.
+    tree: of kinds.py; choices, copied and leaves: in the order of the answer; decided: the leaves that are not
+    constant.
     """
 
     def __init__(self, fields, left_out=(), tree=None):
@@ -172,8 +173,8 @@ class Schema:
     # answers
 
     def fill(self, choose, copies=None):
-        """the answer whose choices are these. choose: function of a Choice that returns the number of its value. copies:
-        {path: copied value}; None for examples. KeyError if one is not among them."""
+        """the answer whose choices are these. choose: function of a Choice that returns the number of its value.
+        copies: {path: copied value}; None for examples. KeyError if one is not among them."""
         def value_of(part):
             if not isinstance(part, Copied):
                 return choose(part)
@@ -185,9 +186,9 @@ class Schema:
         return self.fill(lambda choice: max(range(len(choice)), key=lambda n: len(choice.texts[n])))
 
     def numbers(self, answer):
-        """{path of a choice: the number of its value} for each choice that an answer comes to, and {path: value} for each
-        copied value. ValueError, which names it, if the answer lacks one or has another value. A key that is missing
-        means null, where that is a value."""
+        """{path of a choice: the number of its value} for each choice that an answer comes to, and {path: value} for
+        each copied value. ValueError, which names it, if the answer lacks one or has another value. A key that is
+        missing means null, where that is a value."""
         return dict(self.tree.numbers(answer))
 
     def with_examples(self, answer):
@@ -249,8 +250,8 @@ class Schema:
             if leaf is not None and leaf.is_list and isinstance(row, dict) and leaf.path not in self.by_choice:
                 row = {f'{path}.{name}': p for name, p in row.items()}
                 if unknown := row.keys() - self.by_choice.keys():
-                    raise ValueError(f'{path} has a probability of {min(unknown)[len(path) + 1:]!r}, which is not one of '
-                                     f'{", ".join(leaf.names)[:200]}')
+                    raise ValueError(f'{path} has a probability of {min(unknown)[len(path) + 1:]!r}, which is not one '
+                                     f'of {", ".join(leaf.names)[:200]}')
                 if wrong := [p for p in row.values() if type(p) not in (int, float) or not 0 <= p <= 1]:
                     raise ValueError(f'{path}: {wrong[0]!r} is not the probability that a value is in the list')
                 known |= {choice.path: [1 - row.get(choice.path, 0.0), row.get(choice.path, 0.0)]

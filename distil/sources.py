@@ -1,5 +1,5 @@
-"""Where the answers of extract.py come from. Each source has answer(texts), which returns for each text (outs (n,) output
-indices, logits (n, V), lse (n,)), or in one word the reason why there is no answer.
+"""Where the answers of extract.py come from. Each source has answer(texts), which returns for each text (outs (n,)
+output indices, logits (n, V), lse (n,)), or in one word the reason why there is no answer.
 """
 import sys
 from functools import partial

@@ -9,8 +9,8 @@ An answer is a sequence of tokens. A *forced* token is the only legal one, at a 
     forced      decision             forced      decision       forced
 
 An *id* is a row of the teacher's vocabulary: the tokenizer returns ids and the student reads texts as them. An
-*output index* is a position in space.output_ids: answers are output indices, and output.bin stores them. An index from V
-on stands for a place of the text, the first or the last one of a copied value (places.py). The schema
+*output index* is a position in space.output_ids: answers are output indices, and output.bin stores them. An index
+from V on stands for a place of the text, the first or the last one of a copied value (places.py). The schema
 (schema.py) says what the answers are and how they are written, the automaton (automaton.py) which token may come next.
 """
 import hashlib
@@ -304,8 +304,8 @@ class OutputSpace(Automaton):
         return outs, [numbers[part.path] for part in copied]
 
     def from_json(self, answer):
-        """dict -> list of the output indices of that answer, or None if the schema does not allow it. Copied values have
-        no place in it: see places.py."""
+        """dict -> list of the output indices of that answer, or None if the schema does not allow it. Copied values
+        have no place in it: see places.py."""
         if not self.schema.is_answer(answer):
             return None
         return self.write_outs(answer)[0] if self.schema.copied else [self.output_index[i] for i in self.encode(answer)]

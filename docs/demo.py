@@ -41,7 +41,8 @@ if __name__ == '__main__':
     for y, (label, value) in enumerate(bars.items()):
         left.text(0, y - 0.34, label, fontsize=9)                # above its bar
         left.text(value + 0.02, y, f'{value:.2f}', va='center')
-    left.set(xlim=(0, 1.12), ylim=(-0.7, 2.4), yticks=[], title=f'fields as the teacher says ({figures["records"]} held out)')
+    left.set(xlim=(0, 1.12), ylim=(-0.7, 2.4), yticks=[],
+             title=f'fields as the teacher says ({figures["records"]} held out)')
     left.title.set_size(10)
     left.invert_yaxis()
     right.axis('off')

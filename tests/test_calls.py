@@ -187,7 +187,8 @@ def test_a_token_of_the_answer_without_a_log_probability():
     reply = soft_response(0.7)
     for token in reply['choices'][0]['logprobs']['content']:
         token['logprob'] = None
-    assert label_from_answer(Schema(FIELDS), *read_reply(reply))[0]['probabilities']['tone']['friendly'] == pytest.approx(0.7)
+    assert label_from_answer(
+        Schema(FIELDS), *read_reply(reply))[0]['probabilities']['tone']['friendly'] == pytest.approx(0.7)
     reply['choices'][0]['logprobs']['content'][0]['top_logprobs'] = [None]
     assert label_from_answer(Schema(FIELDS), *read_reply(reply))[0] == {'answer': {'tone': 'friendly', 'spam': True}}
     for logprobs in (None, 3, {'content': 3}, {'content': None}, {'tokens': ['a']}):
@@ -219,7 +220,8 @@ def test_whole_numbers_are_one_value_however_they_are_written(written, values, e
 
 def test_the_probability_of_a_number_counts_for_both_spellings():
     token = lambda text, p, *others: (text.encode(), math.log(p), [(o.encode(), math.log(q)) for o, q in others])
-    tokens = [token('{"n":', 1.0), token('1', 0.6, ('1', 0.6), ('2', 0.4)), token('.', 1.0), token('0', 1.0), token('}', 1.0)]
+    tokens = [token('{"n":', 1.0), token('1', 0.6, ('1', 0.6), ('2', 0.4)), token('.', 1.0), token('0', 1.0),
+              token('}', 1.0)]
     assert probabilities_from_tokens([1, 2, 3], tokens, 5, 8)[0] == pytest.approx(np.array([0.6, 0.4, 0]), abs=1e-6)
 
 

@@ -17,8 +17,9 @@ GONE = dict(after=(), n_prompt=0, head_size=0, activation='gelu', qk_norm=False,
 
 
 def write_student(folder, student, space, config, model, **more):
-    task = {'fields': space.schema.fields, 'indent': None, 'fence': False, 'end_id': None, 'output_ids': space.output_ids,
-            'tokenizer_hash': tokenizer_hash(space.tokenizer), 'prompt': '{text}', 'max_text': 18}
+    task = {'fields': space.schema.fields, 'indent': None, 'fence': False, 'end_id': None,
+            'output_ids': space.output_ids, 'tokenizer_hash': tokenizer_hash(space.tokenizer),
+            'prompt': '{text}', 'max_text': 18}
     space.tokenizer.save(str(folder / 'tokenizer.json'))
     if student.encoder:
         student.encoder.tokenizer.save(str(folder / 'reader.json'))

@@ -37,7 +37,8 @@ def test_a_data_line_is_one_line_that_gives_back_every_text(figures):
 
 
 def test_a_data_line_quotes_only_what_cannot_be_read_otherwise():
-    plain = {'step': 200, 'lr': 3e-4, 'kl': 0.123456, 'ok': True, 'name': 'größe', 'mood': '😀', 'file': 'C:\\a', 'n': -1}
+    plain = {'step': 200, 'lr': 3e-4, 'kl': 0.123456, 'ok': True, 'name': 'größe', 'mood': '😀', 'file': 'C:\\a',
+             'n': -1}
     line = 'train step=200 lr=0.0003 kl=0.1235 ok=True name=größe mood=😀 file=C:\\a n=-1'
     assert data_line('train', plain) == line
     assert read_data_line(line) == ('train', dict(f.split('=') for f in line.split()[1:]))
@@ -123,7 +124,8 @@ def test_help_prints_the_settings_block(settings, capsys):
     assert 'a = 1  # why' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('script', [pytest.param(script, marks=[pytest.mark.slow] * (script not in PROGRAMS)) for script in ALL])
+@pytest.mark.parametrize('script', [
+    pytest.param(script, marks=[pytest.mark.slow] * (script not in PROGRAMS)) for script in ALL])
 def test_shipped_configs_fit_every_script(script, monkeypatch):
     names, _ = configure_module.settings_block(ROOT / script)
     read = runpy.run_path(str(ROOT / script), run_name='imported')

@@ -43,8 +43,9 @@ def open_space(tokenizer, fields=FIELDS, indent=None, end_id=None):
 
 
 def test_the_schema_knows_what_is_copied():
-    schema = Schema({**FIELDS, 'due': {'type': 'string', 'format': 'date'}, 'mail': {'type': 'string', 'format': 'email'},
-                     'price': {'type': 'number', 'minimum': 0}, 'stars': {'type': 'integer', 'minimum': 1, 'maximum': 5}})
+    schema = Schema({**FIELDS, 'due': {'type': 'string', 'format': 'date'},
+                     'mail': {'type': 'string', 'format': 'email'}, 'price': {'type': 'number', 'minimum': 0},
+                     'stars': {'type': 'integer', 'minimum': 1, 'maximum': 5}})
     kinds = {part.path: part.kind for part in schema.copied}
     assert kinds == {'name': 'text', 'amount': 'number', 'people[0]': 'text', 'people[1]': 'text', 'people[2]': 'text',
                      'lines[0].item': 'text', 'lines[0].qty': 'integer', 'lines[1].item': 'text',
@@ -58,8 +59,8 @@ def test_the_schema_knows_what_is_copied():
             schema.canonical({**given, path: value})
 
 
-@pytest.mark.parametrize('text, edges', [('ab c', '10111'), ("Anna's", '1000111'), ('日本ab', '11101'), ('e\u0301a', '1001'),
-                                         ('', '1')])
+@pytest.mark.parametrize('text, edges', [
+    ('ab c', '10111'), ("Anna's", '1000111'), ('日本ab', '11101'), ('e\u0301a', '1001'), ('', '1')])
 def test_values_begin_and_end_at_words(text, edges):
     assert ''.join(map(str, map(int, find_edges(text)))) == edges
 
@@ -104,7 +105,8 @@ def test_a_reason_first_calibration_and_labels_beside_copied_values(teachers):
     fields = {'why': {'type': 'string'}, 'name': {'type': 'string'}, 'tone': ['calm', 'angry'],
               'amount': {'type': ['number', 'null']}, 'mood': ['good', 'bad', 'odd']}
     task = {'fields': fields, 'left_out': ['why'], 'free_tokens': 5}
-    space = OutputSpace(wrapped.backend_tokenizer, fields, None, False, end_id, range(4, 200), left_out=['why'], locale=LOCALE)
+    space = OutputSpace(wrapped.backend_tokenizer, fields, None, False, end_id, range(4, 200), left_out=['why'],
+                        locale=LOCALE)
     texts = [wrapped.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in TEXTS]
     engine, free = Teacher(model, before, space.output_ids), open_free(space, task)
     assert free.state in space.copy_at                          # a copied value is the first that is answered
@@ -123,7 +125,7 @@ def test_a_reason_first_calibration_and_labels_beside_copied_values(teachers):
     for known in None, [labels] * len(texts):
         answers, _ = answer(engine, space, Drafts(space), texts, after, free=free, known=known)
         for ids, found in zip(texts, answers):
-            slow = answer_slowly(model, space, before, ids, after, free, 
+            slow = answer_slowly(model, space, before, ids, after, free,
                                  {state: row.numpy() for state, row in labels.items()} if known else ())
             assert found[0] == slow[0] and (found[3] == slow[3]).all()
             np.testing.assert_allclose(found[1], slow[1], atol=1e-3)
@@ -163,7 +165,8 @@ def test_the_probability_of_a_place_is_that_of_all_that_begins_there(tokenizer):
 # records
 
 
-LABEL = {'tone': 'calm', 'name': 'Anna', 'amount': 12, 'people': ['Anna', 'Anna'], 'lines': [{'item': 'cups', 'qty': 3}]}
+LABEL = {'tone': 'calm', 'name': 'Anna', 'amount': 12, 'people': ['Anna', 'Anna'],
+         'lines': [{'item': 'cups', 'qty': 3}]}
 WORDS = 'Anna sent Anna 3 cups and 12 plates'
 
 
@@ -230,7 +233,8 @@ def pointing(bert, tokenizer):
     space = open_space(tokenizer)
     encoder, V = load_encoder(str(bert)), len(space.output_ids)
     student = Student(StudentConfig(vocab_size=V + 3, output_vocab=V, block_size=160, n_layer=2, n_head=4, n_kv_head=2,
-                                    n_embd=16, n_mlp=32, start_id=V, encoder=vars(encoder.config), places=True), encoder)
+                                    n_embd=16, n_mlp=32, start_id=V, encoder=vars(encoder.config), places=True),
+                      encoder)
     for name, p in student.named_parameters():
         p.data *= 1 if name.startswith('encoder.') else 4    # decisions that are not near ties
     return student.eval(), space
@@ -260,7 +264,8 @@ def test_decoding_equals_one_by_one_without_cache(pointing, texts):
             for start, end, value in outs.spans:
                 assert value is None or str(value) in words or words[start:end]
                 count['spans'] += value is not None
-            members = [span[:2] for part, span in zip(parts_of(space, outs), outs.spans) if part.path.startswith('people')]
+            members = [span[:2] for part, span in zip(parts_of(space, outs), outs.spans)
+                       if part.path.startswith('people')]
             firsts = [first for first, _ in members]
             assert len({*firsts}) == len(firsts) or len({*firsts}) == len(words.split())
             assert space.schema.is_answer(answer) or None in [value for *_, value in outs.spans]
@@ -307,7 +312,8 @@ def test_probabilities_of_values_and_spans(pointing, texts):
     many = all_probabilities(student, space, answers)           # all at once as each alone
     for answer, values in zip(answers, many):
         alone = value_probabilities(student, space, *answer)
-        assert alone.keys() == values.keys() and all(values[path] == pytest.approx(alone[path], abs=1e-5) for path in alone)
+        assert alone.keys() == values.keys() and all(
+            values[path] == pytest.approx(alone[path], abs=1e-5) for path in alone)
     for ids in texts[:8]:
         (outs, decisions), = decode(student, space, [ids])
         p_chosen = confidence_of(space.schema.paths, decisions)
@@ -329,19 +335,22 @@ def test_probabilities_of_values_and_spans(pointing, texts):
 @pytest.mark.slow
 def test_from_a_teacher_to_json(project, bert, tmp_path):
     root = clone_task(project, tmp_path)
-    fields = {'tone': ['neutral', 'friendly'], 'name': {'type': ['string', 'null']}, 'amount': {'type': ['number', 'null']},
+    fields = {'tone': ['neutral', 'friendly'], 'name': {'type': ['string', 'null']},
+              'amount': {'type': ['number', 'null']},
               'words': {'type': 'array', 'maxItems': 2, 'items': {'type': 'string'}}}
     written = {'why': {'type': 'string'}, **fields}
-    task = [f'--fields={written}', "--left_out=['why']", '--free_tokens=4', '--name=copied', '--calibrate=9', '--max_records=60']
+    task = [f'--fields={written}', "--left_out=['why']", '--free_tokens=4', '--name=copied', '--calibrate=9',
+            '--max_records=60']
     for wrong, message in (('--constrain=False', 'constrain = False does not go with values that are copied'),
-                           ("--label_fields=['name'] --labels=data/toy/input.jsonl", 'name is copied'), ('--locale=xx', 'locale = xx')):
+                           ("--label_fields=['name'] --labels=data/toy/input.jsonl", 'name is copied'),
+                           ('--locale=xx', 'locale = xx')):
         assert message in one_line(run(root, 'extract.py', *task, '--calibrate=0', *wrong.split(' ')))
     done = run(root, 'extract.py', *task)
     assert done.returncode == 0 and 'extract records=60' in done.stdout, done.stdout + done.stderr
     assert 'equal=1.0000' in run(root, 'extract.py', *task, '--verify=6').stdout
     assert 'without a reader' in one_line(run(root, 'train.py', '--name=copied', '--reader=', '--init_from=scratch'))
-    done = run(root, 'train.py', '--name=copied', f'--reader={bert}', '--init_from=scratch', '--max_epochs=2', '--batch_size=8',
-               '--block_size=80')
+    done = run(root, 'train.py', '--name=copied', f'--reader={bert}', '--init_from=scratch', '--max_epochs=2',
+               '--batch_size=8', '--block_size=80')
     assert done.returncode == 0 and 'token_f1' in done.stdout, done.stdout + done.stderr
     done = run(root, 'sample.py', '--name=copied', '--text=my friend paid 12 or 13', '--confidence=full')
     answer = json.loads(done.stdout)
@@ -360,14 +369,15 @@ def test_labels_that_are_not_in_the_text_are_counted_and_shown(project, tmp_path
     (root / 'labels.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     fields = {'name': {'type': 'string'}, 'n': {'type': 'integer'}}
     done = run(root, 'extract.py', f'--fields={fields}', '--name=told', '--calibrate=0', '--labels=labels.jsonl')
-    assert 'dropped_not_in_text=8' in done.stdout and 'not_in_text: 8 labels say what is not in the text at name' in done.stdout
+    assert ('dropped_not_in_text=8' in done.stdout
+            and 'not_in_text: 8 labels say what is not in the text at name' in done.stdout)
     assert '  "Nobody" of: Anna is here, number 0' in done.stdout, done.stdout + done.stderr
     shards = Shards('toy', 'told', root / 'data')
     assert len(shards) == 16 and shards.task_space.to_json(shards.outs(0)) == {'name': 'Bob', 'n': 1}
 
 
 def test_whether_a_value_is_copied_is_decided_before_where():
-    rows = torch.tensor([[0.0, 1.0, -np.inf, 0.5, 0.6], [0.0, 1.0, -np.inf, -1.0, -1.2], [-np.inf, -np.inf, -np.inf, 0.1, 0.0],
-                         [0.0, 1.0, -np.inf, -np.inf, -np.inf]])
-    assert choose(rows, 2).tolist() == [4, 1, 3, 1]             # two places at 0.5 and 0.6 are together likelier than 1.0
+    rows = torch.tensor([[0.0, 1.0, -np.inf, 0.5, 0.6], [0.0, 1.0, -np.inf, -1.0, -1.2],
+                         [-np.inf, -np.inf, -np.inf, 0.1, 0.0], [0.0, 1.0, -np.inf, -np.inf, -np.inf]])
+    assert choose(rows, 2).tolist() == [4, 1, 3, 1]  # two places at 0.5 and 0.6 are together likelier than 1.0
     assert choose(rows[:, :2], 2).tolist() == [1, 1, 0, 1]

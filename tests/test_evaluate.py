@@ -140,7 +140,8 @@ def test_the_report_shows_teacher_and_student_side_by_side(project):
 @pytest.mark.slow
 def test_names_and_values_may_have_any_character(project, tmp_path):
     root = clone_task(project, tmp_path)
-    fields = {'order status': ['on hold', 'a=b'], '=': ['"', "it's"], '😀 mood': ['😀', ''], 'x\u2028y\n': ['$\\frac', '$']}
+    fields = {'order status': ['on hold', 'a=b'], '=': ['"', "it's"], '😀 mood': ['😀', ''],
+              'x\u2028y\n': ['$\\frac', '$']}
     lines = [{'text': json.loads(line)['text'], 'answer': {name: values[n % 2] for name, values in fields.items()}}
              for n, line in enumerate(open(root / 'data/toy/input.jsonl'))]
     (root / 'labels.jsonl').write_text('\n'.join(map(json.dumps, lines)))

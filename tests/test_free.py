@@ -26,7 +26,8 @@ def test_texts_before_the_first_answer_are_written_and_no_others():
 def test_the_engine_writes_and_decides_as_one_pass_after_another(teachers, words, family, indent):
     tokenizer, model = load_teacher(teachers[family])
     before, after, end_id = encode_prompt(tokenizer, PROMPT, chat=False)
-    space = OutputSpace(tokenizer.backend_tokenizer, WITH_REASON, indent, False, end_id, range(4, 300), left_out=LEFT_OUT)
+    space = OutputSpace(tokenizer.backend_tokenizer, WITH_REASON, indent, False, end_id, range(4, 300),
+                        left_out=LEFT_OUT)
     free = open_free(space, {'fields': WITH_REASON, 'left_out': LEFT_OUT, 'free_tokens': 7})
     encode = lambda text: tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     texts = [encode(' '.join(random.Random(i).choices(words, k=i % 5 + 1))) for i in range(6)]

@@ -61,7 +61,8 @@ def test_a_layer_in_8_bits_is_what_the_formula_says_and_near_the_layer(K, N, M, 
     # a number half way between two whole ones may be rounded either way in 32 bits
     assert (y - expected).norm() < 2e-3 * expected.norm() and (y - expected).abs().median() < 1e-4
     assert (y - exact).norm() < (0.02 if bits == 8 else 0.04) * exact.norm()
-    assert torch.allclose(Int8Linear(linear, peak, bits, False)(x[None, :, None]), y[None, :, None], atol=1e-5)  # any shape
+    assert torch.allclose(
+        Int8Linear(linear, peak, bits, False)(x[None, :, None]), y[None, :, None], atol=1e-5)  # any shape
     plain = Int8Linear(linear, torch.ones(K), bits, kernel=False)  # whose large channels are not known
     assert (plain(x) - exact).norm() > 2 * (y - exact).norm()
 
@@ -99,7 +100,8 @@ def strings(encoder_student, space, all_texts):
 def test_a_student_in_8_bits_decodes_as_one_by_one(student, space, texts, kernel):  # noqa: F811
     all_texts, peaks = strings(student, space, texts)
     assert {name: len(peak) for name, peak in peaks.items()} == {
-        f'{n}.{name}': width for n in range(3) for name, width in (('c_attn', 32), ('c_proj', 32), ('c_up', 32), ('c_down', 64))}
+        f'{n}.{name}': width for n in range(3)
+        for name, width in (('c_attn', 32), ('c_proj', 32), ('c_up', 32), ('c_down', 64))}
     before = [decisions[0][1] for _, decisions in decode(student, space, all_texts)]
     to_int8(student, peaks, kernel=kernel)
     assert not linears(student) and isinstance(student.h[0].attn.c_attn, nn.Linear)

@@ -31,13 +31,15 @@ FULL = Schema({'type': 'object', 'properties': {
 def write_tables(folder, n=250):
     """the same rows in three forms, some of them odd. Returns [(id, text)]."""
     rng = random.Random(1)
-    texts = [' '.join(rng.choices(['the cat', 'said, "hello"', 'to\nmy', 'friend 😀', '日本', 'a;b'], k=4)) for _ in range(n)]
+    texts = [' '.join(rng.choices(['the cat', 'said, "hello"', 'to\nmy', 'friend 😀', '日本', 'a;b'], k=4))
+             for _ in range(n)]
     texts[3], texts[4] = '', '"'
     ids = list(range(n))
     table = pa.table({'id': ids, 'body': texts, 'x': [i / 8 for i in ids], 'tags': [['a', str(i)] for i in ids]})
     pq.write_table(table, folder / 'rows.parquet', row_group_size=70)
     with open(folder / 'rows.jsonl', 'w', encoding='utf-8') as file:
-        file.writelines(json.dumps({'id': i, 'body': text, 'x': i / 8, 'tags': ['a', str(i)]}) + '\n' for i, text in zip(ids, texts))
+        file.writelines(json.dumps({'id': i, 'body': text, 'x': i / 8, 'tags': ['a', str(i)]}) + '\n'
+                        for i, text in zip(ids, texts))
     quote = lambda text: '"' + text.replace('"', '""') + '"'
     content = '\ufeffid,body\r\n' + ''.join(f'{i},{quote(text)}\r\n' for i, text in zip(ids, texts))
     (folder / 'rows.csv').write_bytes(content.encode())
@@ -51,7 +53,8 @@ def test_the_pieces_of_a_table_are_its_rows(tmp_path, n):
     for name in ('rows.parquet', 'rows.csv', 'rows.jsonl', 'packed.csv.gz'):
         fs, (path,) = find_files(str(tmp_path / name))
         pieces = cut_file(fs, path, n)
-        assert len({piece.name for piece in pieces}) == len(pieces) and sorted(pieces, key=lambda piece: piece.name) == pieces
+        assert (len({piece.name for piece in pieces}) == len(pieces)
+                and sorted(pieces, key=lambda piece: piece.name) == pieces)
         tables = [table for piece in pieces for table, _ in read_piece(fs, piece)]
         assert all(table.schema == schema_of(fs, pieces[0]) for table in tables)
         found = [(int(row['id']), row['body']) for table in tables for row in table.to_pylist()]
@@ -116,32 +119,39 @@ def test_answers_have_the_types_of_their_schema():
     assert dict(zip(fields.names, fields.types)) == {
         'new_tone': pa.string(), 'new_n': pa.int64(), 'new_mixed': pa.string(), 'new_labels': pa.list_(pa.string()),
         'new_who': pa.struct([('name', pa.string()), ('age', pa.int64()), ('x', pa.float64())]),
-        'new_lines': pa.list_(pa.struct([('ok', pa.bool_())])), '_defer': pa.bool_(), '_teacher': pa.bool_(), '_error': pa.string()}
+        'new_lines': pa.list_(pa.struct([('ok', pa.bool_())])),
+        '_defer': pa.bool_(), '_teacher': pa.bool_(), '_error': pa.string()}
     kind = arrow_type({'enum': [1, 'a', None]})
     assert [fit(value, kind) for value in (1, 'a', None)] == ['1', 'a', None]
     assert fit({'name': 'x'}, fields.field('new_who').type) == {'name': 'x', 'age': None, 'x': None}
 
 
 def label(root, folder, *args, **more):
-    return run(root, 'tools/label.py', '--name=toy', f'--input={folder}', f'--output={folder}/out', '--column=body', *args, **more)
+    return run(root, 'tools/label.py', '--name=toy', f'--input={folder}', f'--output={folder}/out', '--column=body',
+               *args, **more)
 
 
 def test_what_is_no_table_ends_with_a_sentence(project, tmp_path):
     pytest.importorskip('ray')
     write_tables(tmp_path)
     assert 'no task or no table' in one_line(run(project, 'tools/label.py'))
-    assert 'does not exist' in one_line(run(project, 'tools/label.py', '--name=toy', '--input=nowhere.csv', '--output=x'))
-    done = run(project, 'tools/label.py', '--name=toy', f'--input={tmp_path}/rows.csv', f'--output={tmp_path}/out', '--column=bdy')
+    assert 'does not exist' in one_line(
+        run(project, 'tools/label.py', '--name=toy', '--input=nowhere.csv', '--output=x'))
+    done = run(project, 'tools/label.py', '--name=toy', f'--input={tmp_path}/rows.csv', f'--output={tmp_path}/out',
+               '--column=bdy')
     assert "it has no column 'bdy'; did you mean 'body'?" in done.stderr and done.returncode == 1
-    done = run(project, 'tools/label.py', '--name=toy', f'--input={tmp_path}/rows.parquet', f'--output={tmp_path}/out', '--column=x')
+    done = run(project, 'tools/label.py', '--name=toy', f'--input={tmp_path}/rows.parquet',
+               f'--output={tmp_path}/out', '--column=x')
     assert "its column 'x' is double, not text" in done.stderr and done.returncode == 1
     table = pa.table({'body': ['a'], 'tone': ['x']})
     pq.write_table(table, tmp_path / 'tone.parquet')
-    done = run(project, 'tools/label.py', '--name=toy', f'--input={tmp_path}/tone.parquet', f'--output={tmp_path}/out', '--column=body')
+    done = run(project, 'tools/label.py', '--name=toy', f'--input={tmp_path}/tone.parquet',
+               f'--output={tmp_path}/out', '--column=body')
     assert "it has a column 'tone' already" in done.stderr and '--prefix=' in done.stderr
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full/mine.txt').write_text('x')
-    done = run(project, 'tools/label.py', '--name=toy', f'--input={tmp_path}/rows.csv', f'--output={tmp_path}/full', '--column=body')
+    done = run(project, 'tools/label.py', '--name=toy', f'--input={tmp_path}/rows.csv', f'--output={tmp_path}/full',
+               '--column=body')
     assert 'is not empty and holds mine.txt' in one_line(done) and (tmp_path / 'full/mine.txt').read_text() == 'x'
 
 
@@ -158,8 +168,10 @@ def test_tables_in_a_bucket_are_read_and_answered_in_a_bucket(project, tmp_path,
         for key in ('2025/rows.csv', '2026/rows.csv', '2026/rows.parquet', '2026/packed.csv.gz', '2026/notes.txt'):
             bucket.upload_file(str(tmp_path / key[5:]) if 'notes' not in key else __file__, key)
         names = lambda place: find_files(f's3://texts/{place}{settings}')[1]
-        assert names('2026') == names('2026/*') == ['texts/2026/packed.csv.gz', 'texts/2026/rows.csv', 'texts/2026/rows.parquet']
-        assert names('*/rows.c*') == ['texts/2025/rows.csv', 'texts/2026/rows.csv'] and names('2026/rows.csv') == ['texts/2026/rows.csv']
+        assert names('2026') == names('2026/*') == [
+            'texts/2026/packed.csv.gz', 'texts/2026/rows.csv', 'texts/2026/rows.parquet']
+        assert (names('*/rows.c*') == ['texts/2025/rows.csv', 'texts/2026/rows.csv']
+                and names('2026/rows.csv') == ['texts/2026/rows.csv'])
         for wrong in ('2027', '2027/*.csv'):
             with pytest.raises(FileNotFoundError, match='does not exist'):
                 names(wrong)
@@ -189,19 +201,23 @@ def test_tables_are_answered_as_by_a_labeler(project, tmp_path):
     rows = write_tables(folder)
     (folder / 'torn.parquet').write_bytes((folder / 'rows.parquet').read_bytes()[:900])
     done = label(project, folder, '--rows=60', '--confidence=True', f'--output={tmp_path}/out')
-    assert done.returncode == 1 and 'torn.parquet' in done.stderr and 'label rows=1000 errors=4' in done.stdout, done.stderr
+    assert (done.returncode == 1 and 'torn.parquet' in done.stderr
+            and 'label rows=1000 errors=4' in done.stdout), done.stderr
     expected = Labeler(project / 'out/toy', 'cpu')([text for _, text in rows])
     names = sorted(path.name for path in (tmp_path / 'out').glob('*.parquet'))
     assert all(pq.ParquetFile(tmp_path / 'out' / name).metadata.num_row_groups == 1 for name in names)
     for start, kind in (('packed', str), ('rows', int)):
-        found = [row for name in names if name.startswith(start) for row in pq.read_table(tmp_path / 'out' / name).to_pylist()]
+        found = [row for name in names if name.startswith(start)
+                 for row in pq.read_table(tmp_path / 'out' / name).to_pylist()]
         assert len(found) == len(rows) * (1 if start == 'packed' else 3)
         for row in found:
             record = expected[int(row['id'])]
             assert row['body'] == rows[int(row['id'])][1] and row['_error'] == record.get('error')
-            assert {name: row[name] for name in ('tone', 'spam')} == {name: record.get(name) for name in ('tone', 'spam')}
+            assert {name: row[name] for name in ('tone', 'spam')} == {
+                name: record.get(name) for name in ('tone', 'spam')}
             if 'error' not in record:
-                assert {path: row[f'_confidence_{path}'] for path in ('tone', 'spam')} == pytest.approx(record['_confidence'], abs=1e-4)
+                assert {path: row[f'_confidence_{path}'] for path in ('tone', 'spam')} == pytest.approx(
+                    record['_confidence'], abs=1e-4)
     types = [pq.read_schema(tmp_path / 'out' / name).types[:4] for name in names]
     assert types.count([pa.int64(), pa.string(), pa.float64(), pa.list_(pa.string())]) == 7  # of Parquet, as they were
     before = {name: (tmp_path / 'out' / name).stat().st_mtime_ns for name in names}
@@ -229,11 +245,12 @@ def test_a_killed_run_goes_on_and_no_row_is_lost_or_doubled(project, tmp_path, k
     root = clone_task(project, tmp_path, 'out')
     (tmp_path / 'in').mkdir()
     rows, rng = write_tables(tmp_path / 'in', 3000), random.Random(0)
-    command = [sys.executable, 'tools/label.py', '--name=toy', f'--input={tmp_path}/in/rows.parquet', f'--output={tmp_path}/out',
-               '--column=body', '--rows=30', '--processes=2']
+    command = [sys.executable, 'tools/label.py', '--name=toy', f'--input={tmp_path}/in/rows.parquet',
+               f'--output={tmp_path}/out', '--column=body', '--rows=30', '--processes=2']
     out = lambda: sorted(path.name for path in (tmp_path / 'out').glob('*.parquet'))
     for n in range(kills):                                      # the program, while it writes
-        before, process = len(out()), subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before, process = len(out()), subprocess.Popen(
+            command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while len(out()) < before + rng.randint(2, 8) and process.poll() is None:
             time.sleep(0.02)
         process.kill()

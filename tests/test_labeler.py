@@ -70,7 +70,8 @@ def test_a_field_called_error_is_not_taken_for_a_problem(tokenizer, tmp_path):
     assert empty == {'_error': 'empty text'} and no_text == {'_error': 'not a text but NoneType'}
     assert [*long] == ['_error'] and labeler.problem == '_error'
     known = [{'error': 'none'}] * 4
-    figures = measure(Choice(('error',), ['none', 'timeout']), [answered, empty, no_text, long], known, [], labeler.problem)
+    figures = measure(Choice(('error',), ['none', 'timeout']), [answered, empty, no_text, long], known, [],
+                      labeler.problem)
     assert figures['texts'] == 1
 
 

@@ -172,7 +172,8 @@ def test_a_path_with_a_comma_is_one_of_several_files(tmp_path):
         write_lines(path, [{'text': path.name, 'answer': {'tone': 'neutral', 'spam': True}}])
     assert split_paths(f'{one},{three},{two}') == [str(one), str(three), str(two)]
     assert split_paths(f'{two}') == [str(two)] and split_paths('x,y') == ['x', 'y'] and split_paths('') == ['']
-    config = {'labels': f'{one},{two}', 'template': '', 'prompt': '', 'fields': FIELDS, 'label_fields': [], 'left_out': []}
+    config = {'labels': f'{one},{two}', 'template': '', 'prompt': '', 'fields': FIELDS, 'label_fields': [],
+              'left_out': []}
     assert [line[0] for line in open_labels(config)] == ['c.jsonl', 'd,e,f.jsonl']
 
 

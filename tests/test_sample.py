@@ -239,10 +239,9 @@ def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
     done = run(root, 'sample.py', '--text=hello my friend')
     assert list(json.loads(done.stdout)) == list(FIELDS) and done.stdout.count('\n') == 1
     copy = tmp_path / 'elsewhere'
-    parts = ('values', 'written', 'copied', 'kinds', 'json_schema', 'schema', 'automaton', 'cutter', 'space', 'candidates',
-             'int8', 'precision',
-             'options', 'places', 'drafts', 'encoder', 'reader', 'decode', 'confidence', 'checkpoint',
-             'labeler')                                         # as docs/device.md lists them
+    parts = ('values', 'written', 'copied', 'kinds', 'json_schema', 'schema', 'automaton', 'cutter', 'space',
+             'candidates', 'int8', 'precision', 'options', 'places', 'drafts', 'encoder', 'reader', 'decode',
+             'confidence', 'checkpoint', 'labeler')             # as docs/device.md lists them
     for path in ('sample.py', 'model.py', *(f'distil/{part}.py' for part in parts), 'config/__init__.py',
                  'config/machine.py', 'config/toy.py', 'out/toy/best.pt', 'out/toy/tokenizer.json'):
         (copy / path).parent.mkdir(parents=True, exist_ok=True)

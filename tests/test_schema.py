@@ -67,8 +67,10 @@ def test_a_cell_of_a_table_means_the_usual_value():
         True, True, None, 3, 'no', 'odd', False]
 
 
-@hypothesis.given(st.dictionaries(st.text(max_size=4), st.lists(CONSTANTS, min_size=1, max_size=4, unique_by=json.dumps),
-                                  min_size=1, max_size=4), st.sampled_from([None, 0, 2, 4]), st.booleans(), st.data())
+@hypothesis.given(st.dictionaries(st.text(max_size=4),
+                                  st.lists(CONSTANTS, min_size=1, max_size=4, unique_by=json.dumps),
+                                  min_size=1, max_size=4),
+                  st.sampled_from([None, 0, 2, 4]), st.booleans(), st.data())
 @hypothesis.settings(max_examples=80, deadline=None, derandomize=True)
 def test_the_texts_of_the_options_that_are_taken_are_the_json_of_the_answer(fields, indent, fence, data):
     schema = Schema(fields)
@@ -87,7 +89,8 @@ def test_the_texts_of_the_options_that_are_taken_are_the_json_of_the_answer(fiel
 
 def test_an_object_without_properties_and_nested_lists_are_written():
     assert write_object({}) == '{}' and write_gaps([]) == ['{}']
-    assert write_value([1, [2]], 2) == '[\n    1,\n    [\n      2\n    ]\n  ]' and plain([1.0, {'a': 2.0}]) == [1, {'a': 2}]
+    assert (write_value([1, [2]], 2) == '[\n    1,\n    [\n      2\n    ]\n  ]'
+            and plain([1.0, {'a': 2.0}]) == [1, {'a': 2}])
 
 
 def test_the_json_schema_allows_the_answers_and_nothing_else():

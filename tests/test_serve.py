@@ -291,7 +291,8 @@ def test_a_text_without_an_answer_has_an_error_of_its_own(url, truth, labeler):
     service = Service(labeler, 'toy')
     found = post_all(service, ('/v1/label', {'texts': ['a', 'the cat ' * 50, '']}), too_long='refuse')
     first, long, empty = found[0].json()['answers']
-    assert 'tone' in first and 'tokens more than the student reads' in long['error'] and empty == {'error': 'empty text'}
+    assert ('tone' in first and 'tokens more than the student reads' in long['error']
+            and empty == {'error': 'empty text'})
     service.space = type('Space', (), {'schema': Schema(FIELDS | {'error': [True]})})()  # a field of that name
     reply = post_all(service, ('/v1/label', {'texts': ['']}))
     assert reply[0].json()['answers'] == [{'_error': 'empty text'}]
@@ -515,7 +516,8 @@ def test_what_upstream_answers_is_read_in_each_form_or_named(labeler, caplog, me
         if isinstance(message, bytes):
             return httpx.Response(200, content=message)
         body = {'error': {'code': 429, 'message': 'slow'}} if message is None else {
-            'choices': [{'message': json.loads(json.dumps(message).replace('%s', json.dumps(json.dumps(record))[1:-1]))}]}
+            'choices': [{'message': json.loads(
+                json.dumps(message).replace('%s', json.dumps(json.dumps(record))[1:-1]))}]}
         return httpx.Response(200, json=body)
     upstream = Upstream('http://up/v1', 'x', 5.0, labeler.space, PROMPT)
     upstream.client._transport = httpx.MockTransport(reply)

@@ -43,7 +43,8 @@ def test_an_enum_becomes_the_options(labeler, service):
         service, chat(named), chat(other), chat(of({'folder': {'type': 'string'}})), chat({'enum': FOLDERS}))]
     answer = json.loads(plain['choices'][0]['message']['content'])
     record, = labeler([write_options(TEXT, {'folder': FOLDERS})])
-    assert answer['folder'] in FOLDERS and answer['folder'].replace('•', '·') == record['folder']  # in the caller's words
+    assert (answer['folder'] in FOLDERS                         # in the caller's words
+            and answer['folder'].replace('•', '·') == record['folder'])
     assert answer['tone'] == record['tone']
     about = {'folder': [{'value': name, 'description': f'about {name}'} for name in FOLDERS]}
     record, = labeler([write_options(TEXT, about)])
@@ -59,7 +60,8 @@ def test_the_tools_of_a_call_are_the_options(service):
     for choice in ('required', 'auto'):
         reply, = post_all(service, chat(tools=tools, tool_choice=choice))
         if choice == 'required':
-            assert reply.json()['choices'][0]['message']['tool_calls'][0]['function']['name'] in ('open_file', 'send_mail')
+            assert reply.json()['choices'][0]['message']['tool_calls'][0]['function']['name'] in (
+                'open_file', 'send_mail')
         else:
             assert reply.status_code == 400                     # it cannot write the message that none of them needs
 
@@ -92,7 +94,8 @@ def test_questions_of_any_wording_are_answered(service, labeler):
     assert max(answers['pet']['probabilities'], key=answers['pet']['probabilities'].get) == record['folder']
     assert answers['pet']['probabilities'][record['folder']] == pytest.approx(
         record['_confidence']['folder'][record['folder']], abs=1e-3)
-    assert answers['pet']['choice'] == record['folder'] and sum(answers['pet']['probabilities'].values()) == pytest.approx(1)
+    assert (answers['pet']['choice'] == record['folder']
+            and sum(answers['pet']['probabilities'].values()) == pytest.approx(1))
     decisions = {'model': 'files', 'input': TEXT, 'questions': [
         {'type': 'predicate', 'name': 'kind', 'instructions': 'is it kind?'},
         {'type': 'choice', 'name': 'pet', 'choices': [{'value': 'cat', 'description': 'it purrs'}, {'value': 'dog'},

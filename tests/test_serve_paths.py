@@ -217,8 +217,8 @@ def test_lines_of_a_batch_that_was_cancelled_or_failed_keep_their_answers_and_re
 
 def test_a_disk_that_cannot_be_written_is_an_error_in_the_contracts_form(send, service, tmp_path):
     (tmp_path / 'file').write_text('')                      # no folder can be made below it
-    form = (b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--x\r\nContent-Disposition: form-data; '
-            b'name="file"; filename="a"\r\n\r\n{}\r\n--x--\r\n')
+    form = (b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+            b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n{}\r\n--x--\r\n')
     for proxy in (None, Proxy('http://127.0.0.1:9/v1', 1.0, service.metrics)):
         reply = send('POST', '/v1/files', form, {'content-type': 'multipart/form-data; boundary=x'},
                      batches_folder=tmp_path / 'file/batches', proxy=proxy)
@@ -357,8 +357,10 @@ def test_an_upstream_that_repeats_its_key_does_not_give_it_to_the_caller(pass_on
 
 UP_KEY, ECHO = 'sk-live-of-upstream-77', b'Authorization: Bearer sk-live-of-upstream-77'
 FAILURES = {  # path: what an upstream sends, which repeats the key wherever it can
-    'nonsense': ECHO, 'nothing': b'', 'moved': b'HTTP/1.1 308 Moved\r\nconnection: close\r\ncontent-length: 0\r\nlocation: /?' + ECHO + b'\r\n\r\n',
-    'header': b'HTTP/1.1 200 OK\r\n' + ECHO + b'\0 x\r\n\r\n', 'cut': b'HTTP/1.1 500 No\r\ncontent-length: 999\r\n\r\n' + ECHO,
+    'nonsense': ECHO, 'nothing': b'',
+    'moved': b'HTTP/1.1 308 Moved\r\nconnection: close\r\ncontent-length: 0\r\nlocation: /?' + ECHO + b'\r\n\r\n',
+    'header': b'HTTP/1.1 200 OK\r\n' + ECHO + b'\0 x\r\n\r\n',
+    'cut': b'HTTP/1.1 500 No\r\ncontent-length: 999\r\n\r\n' + ECHO,
     'key': b'HTTP/1.1 401 No\r\nconnection: close\r\ncontent-length: 70\r\n\r\n{"error": {"message": "%s"}}' % ECHO,
     'chat': b'HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 70\r\n\r\n{"error": {"message": "%s"}}' % ECHO}
 

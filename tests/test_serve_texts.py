@@ -158,7 +158,8 @@ def test_templates_are_learned_from_logged_requests(root, words, tmp_path):
         assert prompts.unwrap(templates[n % 2].replace('{text}', text)) == text
     assert learn_templates(texts) == []
     (tmp_path / 'log.jsonl').write_text('\n'.join(map(json.dumps, logged)))
-    assert 'no.jsonl cannot be read: No such file' in one_line(run(root, 'serve/serve.py', '--learn_templates=no.jsonl'))
+    assert 'no.jsonl cannot be read: No such file' in one_line(
+        run(root, 'serve/serve.py', '--learn_templates=no.jsonl'))
     done = run(root, 'serve/serve.py', f'--learn_templates={tmp_path}/log.jsonl')
     assert done.returncode == 0 and '# 60 requests' in done.stdout
     printed = {}

@@ -110,10 +110,12 @@ def test_a_value_in_an_unusual_spelling_or_without_any_probability_is_a_bare_lab
 
 def test_an_answer_without_log_probabilities_is_a_bare_label_and_samples_are_shares():
     fields = {'a': ['x', 'y'], 'b': [True, False]}
-    assert label_from_answer(Schema(fields), 'so: {"b": true, "a": "x"}', []) == ({'answer': {'a': 'x', 'b': True}}, 0.0)
+    assert label_from_answer(Schema(fields), 'so: {"b": true, "a": "x"}', []) == (
+        {'answer': {'a': 'x', 'b': True}}, 0.0)
     for wrong in ('{"a": "x"}', '{"a": "z", "b": true}', '{"a": "x", "b": 1}', '[]', ''):
         assert label_from_answer(Schema(fields), wrong, []) == (None, 0.0)
-    label = label_from_samples(Schema(fields), ['{"a":"x","b":true}', '{"a":"x","b":false}', 'hm', '{"a":"y","b":true}'])
+    label = label_from_samples(
+        Schema(fields), ['{"a":"x","b":true}', '{"a":"x","b":false}', 'hm', '{"a":"y","b":true}'])
     assert label['probabilities'] == {'a': {'x': pytest.approx(2.5 / 4), 'y': pytest.approx(1.5 / 4)},
                                       'b': {'true': pytest.approx(2.5 / 4), 'false': pytest.approx(1.5 / 4)}}
     assert label_from_samples(Schema(fields), ['hm']) is None
@@ -439,7 +441,8 @@ def test_an_error_in_a_reply_with_status_200_is_no_answer(error):
 
 def test_the_code_of_an_error_in_a_reply_counts():
     flagged = {'error': {'code': 400, 'message': 'content_filter'}}
-    assert ask([Fake(lambda n, body: flagged if asked_text(body) == 'text 3' else None)], numbered(9))[1][3] == 'refused'
+    assert ask([Fake(lambda n, body: flagged if asked_text(body) == 'text 3' else None)],
+               numbered(9))[1][3] == 'refused'
     with pytest.raises(Stopped, match='says 401 .*no key'):
         ask([Fake(lambda n, body: {'error': {'code': 401, 'message': 'no key'}})], numbered(9))
 
@@ -454,7 +457,8 @@ def test_a_text_that_fails_for_ever_does_not_hold_up_the_others(monkeypatch, cap
 
 
 @pytest.mark.parametrize('reply, named', [
-    ((402, 'buy credits', {}), 'says 402 buy credits'), ((308, 'moved', {'location': 'https://x/v1'}), 'says 308 and points to https://x/v1'),
+    ((402, 'buy credits', {}), 'says 402 buy credits'),
+    ((308, 'moved', {'location': 'https://x/v1'}), 'says 308 and points to https://x/v1'),
     ((429, {'error': {'message': 'You exceeded it', 'code': 'insufficient_quota'}}, {}), 'says 429 You exceeded it'),
     (b'<!DOCTYPE html><html>Sign in', 'a page for people, status 200'),
     ((404, b'<html>nginx', {'content-type': 'text/html'}), 'a page for people, status 404'),
@@ -505,8 +509,8 @@ def test_a_key_is_read_without_the_white_space_around_it(monkeypatch, value, key
 
 
 @pytest.mark.parametrize('value, named', [
-    ('sk-\u201cquoted-77', 'character 4 is U+201C'), ('sk-\nlive-secret', 'character 4 is U+000A'), ('\ufeffsk-77', 'U+FEFF'),
-    ('  \n', 'only white space'), ('sk-caf\xe9', 'U+00E9'), ('\udcff-live', 'U+DCFF')])
+    ('sk-\u201cquoted-77', 'character 4 is U+201C'), ('sk-\nlive-secret', 'character 4 is U+000A'),
+    ('\ufeffsk-77', 'U+FEFF'), ('  \n', 'only white space'), ('sk-caf\xe9', 'U+00E9'), ('\udcff-live', 'U+DCFF')])
 def test_a_key_that_no_header_takes_is_refused_by_the_name_of_its_variable(monkeypatch, value, named):
     monkeypatch.setenv('TEACHER_API_KEY', value)
     with pytest.raises(SystemExit) as stopped:
@@ -517,7 +521,8 @@ def test_a_key_that_no_header_takes_is_refused_by_the_name_of_its_variable(monke
 
 def test_keys_are_hidden_in_whatever_way_they_are_written():
     key = check_key('sk/a+"77\\x=', 'KEY')
-    for text in (key, f'Illegal {key.encode()!r}', json.dumps({'a': key}), quote(key), quote(key, safe=''), f'é{key}\n'):
+    for text in (key, f'Illegal {key.encode()!r}', json.dumps({'a': key}), quote(key), quote(key, safe=''),
+                 f'é{key}\n'):
         assert '77' not in hide_keys(text) and len(hide_keys(text)) == len(text), text
         assert b'77' not in hide_keys(text.encode())
 
@@ -541,8 +546,9 @@ def test_no_failure_shows_the_key(monkeypatch, capsys):
         (308, echo, {'location': f'https://x/v1?key={KEY}'}), {'error': {'message': echo}}, {'error': echo}, echo,
         (500, echo.encode(), {}), echo.encode(), odd_choice(echo), odd_choice(None, refusal=echo), 'hang', 'cut',
         (200, {}, {f'x {KEY}': 'an illegal header'}))]
-    for url in [fake.url for fake in fakes] + [free, fakes[0].url.replace('http:', 'https:'), 'http://nowhere.invalid/v1',
-                                               'http://[::1', 'http://', f'http://u:{KEY}@127.0.0.1:9/v1']:
+    for url in [fake.url for fake in fakes] + [free, fakes[0].url.replace('http:', 'https:'),
+                                               'http://nowhere.invalid/v1', 'http://[::1', 'http://',
+                                               f'http://u:{KEY}@127.0.0.1:9/v1']:
         server = Server([url], 'm', Schema(FIELDS), '{text}', in_flight=1, patience=0.3, timeout=0.5)
         with pytest.raises(Stopped) as stopped:
             [*server.answered([[(n, [n], None)] for n in range(25)], lambda ids: f'text {ids[0]}')]
@@ -675,7 +681,8 @@ def test_answers_that_were_dropped_are_counted_apart_and_asked_for_again(project
     again = run(root, 'extract.py', *arguments(fake, teachers), '--ask_again=True')
     assert again.returncode == 0, again.stderr
     answers = stored_answers(root)
-    assert len(answers) == n_answered + n_dropped and 'dropped' not in again.stdout.partition('extract ')[2].partition('\n')[0]
+    assert (len(answers) == n_answered + n_dropped
+            and 'dropped' not in again.stdout.partition('extract ')[2].partition('\n')[0])
     last = run(root, 'extract.py', *arguments(fake, teachers), '--ask_again=True')
     assert f'holds {len(answers)} texts, 0 are to do' in last.stdout and stored_answers(root) == answers
     meta = json.loads((root / 'data/toy/toy-00/meta.json').read_text())

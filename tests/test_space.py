@@ -43,8 +43,8 @@ def test_examples_in_the_prompt_with_another_form_than_the_answer_are_reported(t
     assert messages == ['must be written', 'is not an answe', 'must be written', 'is not an answe']
     for path in CONFIGS:
         task = runpy.run_path(str(path))
-        style = SimpleNamespace(schema=Schema(task['fields'], task.get('left_out')), indent=task.get('indent'), fence=task.get('fence'),
-                                end_id=1)
+        style = SimpleNamespace(schema=Schema(task['fields'], task.get('left_out')), indent=task.get('indent'),
+                                fence=task.get('fence'), end_id=1)
         style.text = lambda answer: OutputSpace.text(style, answer)
         assert not list(OutputSpace.prompt_mismatches(style, task.get('prompt', ''))), path
 

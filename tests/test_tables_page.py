@@ -27,8 +27,10 @@ def test_a_program_of_the_page_answers_a_table(project, tmp_path, package):
     pd.DataFrame({'id': range(21), 'body': texts}).to_parquet(tmp_path / 'messages.parquet')
     (tmp_path / 'out').symlink_to(project / 'out')
     program = program.replace('out/demo', 'out/toy').replace("('sentiment', 'topic')", "('tone', 'spam')")
-    environment = {'PYTHONPATH': str(ROOT), 'PATH': f'{sys.prefix}/bin:/usr/bin:/bin', 'HOME': str(tmp_path), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    environment = {'PYTHONPATH': str(ROOT), 'PATH': f'{sys.prefix}/bin:/usr/bin:/bin', 'HOME': str(tmp_path),
+                   'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, env=environment, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (written,) = tmp_path.glob('labelled*')
     table = pd.read_parquet(written)

@@ -96,7 +96,8 @@ if __name__ == '__main__':
     longest = schema.longest()
     n_around, n_answer = count(prompt_text(prompt)) - count('{text}'), count(json.dumps(longest))
     n = n_in = size = 0
-    filters = 3 if min_text < 0 else min_text, max_text, 0, ('last' if keep_end else 'first') if too_long == 'cut' else ''
+    filters = (3 if min_text < 0 else min_text, max_text, 0,
+               ('last' if keep_end else 'first') if too_long == 'cut' else '')
     groups = read_groups(read_texts(source), counter, 1024, *filters)
     texts = (text for group in groups for text in group if text[0] not in done)
     try:

@@ -4,8 +4,8 @@ data/goemotions/input.jsonl
     python data/goemotions/prepare.py train.tsv dev.tsv         # the files of the paper, or those that end in .tsv
 
 A line is a text, the numbers of its emotions with commas between them, and an id. Neutral is the empty list. Texts of
-a file whose name begins with dev or test are held out. (Demszky et al. 2020, https://arxiv.org/abs/2005.00547; CC BY 4.0;
-https://github.com/google-research/google-research/tree/master/goemotions/data)
+a file whose name begins with dev or test are held out. (Demszky et al. 2020, https://arxiv.org/abs/2005.00547;
+CC BY 4.0; https://github.com/google-research/google-research/tree/master/goemotions/data)
 """
 import csv
 import os
@@ -15,13 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/
 from output import exit_on_stop, write_lines
 
-EMOTIONS = ('admiration amusement anger annoyance approval caring confusion curiosity desire disappointment disapproval '
-            'disgust embarrassment excitement fear gratitude grief joy love nervousness optimism pride realization relief '
-            'remorse sadness surprise').split()                 # 0 to 26; 27 is neutral
+EMOTIONS = ('admiration amusement anger annoyance approval caring confusion curiosity desire disappointment '
+            'disapproval disgust embarrassment excitement fear gratitude grief joy love nervousness optimism '
+            'pride realization relief remorse sadness surprise').split()  # 0 to 26; 27 is neutral
 
 
 def read_tsv(path):
-    """yields {"text", "answer", "split" of a held-out one} of the lines of a file. ValueError if one has another form."""
+    """yields {"text", "answer", "split" of a held-out one} of the lines of a file. ValueError if one has another
+    form."""
     part = {'split': 'test'} if Path(path).name.lower().startswith(('dev', 'test')) else {}
     with open(path, encoding='utf-8', newline='') as file:
         for n, row in enumerate(csv.reader(file, delimiter='\t', quoting=csv.QUOTE_NONE), 1):
