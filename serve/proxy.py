@@ -117,6 +117,16 @@ class Proxy:
             log.warning('%s: %s', self.kept_folder, error.strerror)
 
 
+def shorten(record):
+    """a filter of log records: that upstream cut off a reply is said in a line, without the server's traceback."""
+    error = record.exc_info and record.exc_info[1]
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, ConnectionError):
+        record.msg, record.args, record.exc_info = 'a reply was cut off: %s', (error,), None
+    return True
+
+
 def find_schema(body):
     """the JSON Schema that a request asks for, or None: of a response_format, of the format of a response, or
     of its only tool."""

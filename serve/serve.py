@@ -42,7 +42,7 @@ try:
     from serve.learn import print_templates
     from serve.metrics import Metrics
     from serve.prompts import Prompts
-    from serve.proxy import Proxy
+    from serve.proxy import Proxy, shorten
     from serve.service import Service
     from serve.students import ServedStudent
     from serve.upstream import Upstream
@@ -175,6 +175,7 @@ if __name__ == '__main__':
     on_stop(end_at_once)                                        # until it listens there is nothing to finish
     logging.basicConfig(level=logging.INFO)
     logging.getLogger().handlers[0].setFormatter(Formatter('%(asctime)s %(message)s'))
+    logging.getLogger().handlers[0].addFilter(shorten)
     logging.getLogger('httpx').setLevel(logging.WARNING)
     metrics, proxy = Metrics(), None
     api_key = check_key(api_key, 'api_key') or read_key('SERVE_API_KEY')

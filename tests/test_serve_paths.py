@@ -406,6 +406,7 @@ def test_no_failure_of_upstream_shows_the_key_to_callers_or_in_the_log(root):
     process.terminate()
     _, log = process.communicate(timeout=30)
     assert codes == {'nonsense': 502, 'nothing': 502, 'moved': 308, 'header': 502, 'key': 401, 'chat': 200}
+    assert 'a reply was cut off: upstream: ' in log and 'Traceback' not in log, log
     assert UP_KEY not in log and 'upstream: says 500 (in a reply with status 200) Authorization: Bearer ***' in log, log
 
 
