@@ -24,7 +24,9 @@ def test_a_student_teaches_another_one_what_it_knows_and_what_it_has_learned(pro
     lines = [json.dumps({'text': text}) for text in [own[0], '', *others, others[0]]]
     (root / 'texts.jsonl').write_text('\n'.join(lines))
     command = 'tools/teach.py', '--input=texts.jsonl', '--out=taught.jsonl'
-    counts = counts_of(run(root, *command))
+    done = run(root, *command)
+    counts = counts_of(done)
+    assert 'python extract.py config/toy.py --name=taught --labels=taught.jsonl --max_records=0\n' in done.stdout
     stored = data.Shards('toy', 'toy', root / 'data')
     n_held = sum(text_hash(text) % 10 == 0 for text in others)
     assert counts == {'records': len(stored), 'texts': len(others), 'labels': len(others) - n_held, 'unsure': 0,
@@ -37,7 +39,7 @@ def test_a_student_teaches_another_one_what_it_knows_and_what_it_has_learned(pro
     for line in lines[len(stored):]:
         assert line['probabilities'] == answers[line['text']]
 
-    done = run(root, 'extract.py', '--name=taught', '--labels=taught.jsonl')
+    done = run(root, 'extract.py', '--name=taught', '--labels=taught.jsonl', '--max_records=0')
     assert done.returncode == 0 and 'conflicting=0' not in done.stdout, done.stderr
     taught = data.Shards('toy', 'taught', root / 'data')
     space, names = stored.open_space(), taught.open_space()
@@ -58,7 +60,7 @@ def test_a_student_teaches_another_one_what_it_knows_and_what_it_has_learned(pro
     sure = [min(max(row.values()) for row in line['probabilities'].values()) for line in lines[len(stored):]]
     counts = counts_of(run(root, *command, f'--min_confidence={np.median(sure)}'))
     assert counts['labels'] == sum(p >= np.median(sure) for p in sure) == len(sure) - counts['unsure'] < len(sure)
-    assert counts_of(run(root, *command, '--max_records=50'))['texts'] == 48
+    assert counts_of(run(root, *command, '--max_texts=50'))['texts'] == 48
     assert 'does not exist' in one_line(run(root, command[0], '--input=none.jsonl', '--out=taught.jsonl'))
     shutil.rmtree(root / 'data/toy/toy-00')
     assert 'does not have the records of toy, from' in one_line(run(root, *command))

@@ -2,7 +2,7 @@
 
     python train.py config/mine.py --reader=data/teachers/mpnet --run=large --reader_lr=0.04     # learns the few labels
     python tools/teach.py config/mine.py --run=large --input=texts.jsonl --out=taught.jsonl
-    python extract.py config/mine.py --name=taught --labels=taught.jsonl
+    python extract.py config/mine.py --name=taught --labels=taught.jsonl --max_records=0
     python train.py config/mine.py --name=taught                                                 # learns all of them
 
 Writes a line {"text": ..., "probabilities": {...}} for each record that the large student has learned from, as its
@@ -10,13 +10,15 @@ teacher labelled it, and then for each other text, with the large student's prob
 than its answers alone (Hinton et al. 2015, https://arxiv.org/abs/1503.02531). What is held out stays held out, and none
 of the other texts joins it: what train.py measures is agreement with the teacher. docs/students.md has what it brings.
 """
+import os
+import shlex
 import sys
 from itertools import islice, tee
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 # before the slow imports, see config/machine.py
-from config import configure, data_line, json_line, stop
+from config import STARTED_IN, configure, data_line, json_line, stop
 from config.machine import pick_device, whole_file
 
 import numpy as np
@@ -34,7 +36,7 @@ which = 'best'       # 'best' or 'last'; the epoch to use
 input = ''           # file; .jsonl of {"text": ...}
 out = ''             # file; .jsonl that is written
 min_confidence = 0.0  # 0..1; texts with a field below it are left out
-max_records = 0      # 0..; of the first lines alone, this many; 0: all
+max_texts = 0        # 0..; of the first lines alone, this many; 0: all
 sample_batch = 128   # 1..; texts answered together
 device = 'auto'      # auto: cuda, mps or cpu, the fastest there is
 dtype = 'auto'       # 'auto', 'float32', 'bfloat16', 'int8'; as in sample.py
@@ -95,7 +97,7 @@ if __name__ == '__main__':
 
     def list_texts():
         """yields the texts that have no record and are not held out."""
-        for text, _, reason in islice(read_texts(input, None), max_records or None):
+        for text, _, reason in islice(read_texts(input, None), max_texts or None):
             hash_ = text_hash(text)
             if reason or hash_ in known:
                 continue
@@ -107,8 +109,8 @@ if __name__ == '__main__':
                 yield text
 
     asked, kept = tee(list_texts())
-    again = 'make room, and run the same command again'
-    with whole_file(Path(out), again) as tmp, open(tmp, 'w', encoding='utf-8') as file:
+    target, again = Path(STARTED_IN, out), 'make room, and run the same command again'  # typed in the user's folder
+    with whole_file(target, again) as tmp, open(tmp, 'w', encoding='utf-8') as file:
         write_records(file, shards, space, rows)
         for text, (record, _) in zip(kept, tqdm(labeler.stream(asked), desc='teach', unit='text')):
             label = make_label(space.schema, record, labeler.problem)
@@ -117,4 +119,7 @@ if __name__ == '__main__':
                 continue
             file.write(json_line({'text': text, **label[0]}) + '\n')
             counts['labels'] += 1
+    task = shlex.join(arg for arg in sys.argv[1:] if arg.endswith('.py'))
+    print(f'Now: python extract.py {task} --name=taught --labels={shlex.quote(os.path.relpath(target, STARTED_IN))} --max_records=0\n'
+          f'     python train.py {task} --name=taught')
     print(data_line('teach', counts))
