@@ -119,7 +119,7 @@ if __name__ == '__main__':
                 continue
             file.write(json_line({'text': text, **label[0]}) + '\n')
             counts['labels'] += 1
-    task = shlex.join(arg for arg in sys.argv[1:] if arg.endswith('.py'))
-    print(f'Now: python extract.py {task} --name=taught --labels={shlex.quote(os.path.relpath(target, STARTED_IN))} --max_records=0\n'
+    task, labels = shlex.join(arg for arg in sys.argv[1:] if arg.endswith('.py')), os.path.relpath(target, STARTED_IN)
+    print(f'Now: python extract.py {task} --name=taught --labels={shlex.quote(labels)} --max_records=0\n'
           f'     python train.py {task} --name=taught')
     print(data_line('teach', counts))
