@@ -3,7 +3,7 @@
     python train.py config/mine.py --reader=data/teachers/mpnet --run=large --reader_lr=0.04     # learns the few labels
     python tools/teach.py config/mine.py --run=large --input=texts.jsonl --out=taught.jsonl
     python extract.py config/mine.py --name=taught --labels=taught.jsonl --max_records=0
-    python train.py config/mine.py --name=taught                                                 # learns all of them
+    python train.py config/mine.py --name=taught --max_records=0                                # learns all of them
 
 Writes a line {"text": ..., "probabilities": {...}} for each record that the large student has learned from, as its
 teacher labelled it, and then for each other text, with the large student's probabilities of all values, which say more
@@ -121,5 +121,5 @@ if __name__ == '__main__':
             counts['labels'] += 1
     task, labels = shlex.join(arg for arg in sys.argv[1:] if arg.endswith('.py')), os.path.relpath(target, STARTED_IN)
     print(f'Now: python extract.py {task} --name=taught --labels={shlex.quote(labels)} --max_records=0\n'
-          f'     python train.py {task} --name=taught')
+          f'     python train.py {task} --name=taught --max_records=0')
     print(data_line('teach', counts))
