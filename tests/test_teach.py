@@ -29,8 +29,8 @@ def test_a_student_teaches_another_one_what_it_knows_and_what_it_has_learned(pro
     assert 'python extract.py config/toy.py --name=taught --labels=taught.jsonl --max_records=0\n' in done.stdout
     stored = data.Shards('toy', 'toy', root / 'data')
     n_held = sum(text_hash(text) % 10 == 0 for text in others)
-    assert counts == {'records': len(stored), 'texts': len(others), 'labels': len(others) - n_held, 'unsure': 0,
-                      'held_out': n_held, 'errors': 0} and n_held
+    assert counts == {'records': len(stored), 'texts': len(others), 'labels': len(others) - n_held, 'cut': 0,
+                      'unsure': 0, 'held_out': n_held, 'errors': 0} and n_held
     lines = [json.loads(line) for line in open(root / 'taught.jsonl')]
     assert [line['text'] for line in lines[:len(stored)]] == own[:len(stored)]
     answers = run(root, 'sample.py', '--input=texts.jsonl', '--confidence=full').stdout.splitlines()

@@ -93,7 +93,7 @@ if __name__ == '__main__':
              'learned: their labels are written, too')
     rows = np.sort(np.concatenate(choose_rows(shards, learned['max_records'], 0, 'all')))
     known = {*shards.hashes[rows].tolist()}
-    counts = {'records': len(rows), 'texts': 0, 'labels': 0, 'unsure': 0, 'held_out': 0, 'errors': 0}
+    counts = {'records': len(rows)} | dict.fromkeys(('texts', 'labels', 'cut', 'unsure', 'held_out', 'errors'), 0)
 
     def list_texts():
         """yields the texts that have no record and are not held out."""
@@ -112,13 +112,14 @@ if __name__ == '__main__':
     target, again = Path(STARTED_IN, out), 'make room, and run the same command again'  # typed in the user's folder
     with whole_file(target, again) as tmp, open(tmp, 'w', encoding='utf-8') as file:
         write_records(file, shards, space, rows)
-        for text, (record, _) in zip(kept, tqdm(labeler.stream(asked), desc='teach', unit='text')):
+        for text, (record, n_cut) in zip(kept, tqdm(labeler.stream(asked), desc='teach', unit='text')):
             label = make_label(space.schema, record, labeler.problem)
             if label is None or label[1] < min_confidence:
                 counts['errors' if label is None else 'unsure'] += 1
                 continue
             file.write(json_line({'text': text, **label[0]}) + '\n')
             counts['labels'] += 1
+            counts['cut'] += n_cut > 0                          # left out by extract.py, if too_long = 'refuse'
     task, labels = shlex.join(arg for arg in sys.argv[1:] if arg.endswith('.py')), os.path.relpath(target, STARTED_IN)
     print(f'Now: python extract.py {task} --name=taught --labels={shlex.quote(labels)} --max_records=0\n'
           f'     python train.py {task} --name=taught --max_records=0')
