@@ -188,6 +188,8 @@ def scan_texts(task, path, labelled, filters, config):
         if n_sample:  # the texts of lowest hash: the same ones in whatever order the file is
             sample = sorted([*sample, *group], key=lambda text: text.hash)[:n_sample]
     print_filter(counts, task)
+    if labelled and 0 < counts['kept'] == filters[2]:
+        print(f'max_records = {filters[2]}: labels after these texts are not read; --max_records=0 reads all')
     if not counts['kept']:
         sys.exit(f'no text of {path} passes the filter; see the filter line')
     if not folders:

@@ -37,7 +37,11 @@ def open_records(config):
         stop(f'{len(shards)} records, none of them held out: the texts of the test part have no record yet; extract '
              'more' if n_train else f'all {n_val} records are held out, none is left to train on; extract more, or '
              'correct the split')
-    return shards, *choose_rows(shards, config['max_records'], config['eval_records'], config['train_on'])
+    most = config['max_records']
+    if most and (n_left := int((shards.split()[0] >= most).sum())):
+        print(f'max_records = {most}: {n_left} records after the first {most} are not trained on; --max_records=0 takes '
+              'all')
+    return shards, *choose_rows(shards, most, config['eval_records'], config['train_on'])
 
 
 def choose_rows(shards, max_records, eval_records, train_on):

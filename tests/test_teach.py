@@ -39,6 +39,11 @@ def test_a_student_teaches_another_one_what_it_knows_and_what_it_has_learned(pro
     for line in lines[len(stored):]:
         assert line['probabilities'] == answers[line['text']]
 
+    done = run(root, 'extract.py', '--name=few', '--labels=taught.jsonl', '--max_records=90')
+    assert done.returncode == 0 and 'max_records = 90: labels after these texts are not read' in done.stdout
+    done = run(root, 'train.py', '--name=few', '--max_records=60', '--max_epochs=1')
+    n_left = sum(text_hash(text) % 10 > 0 for text in own[60:90])
+    assert f'max_records = 60: {n_left} records after the first 60 are not trained on' in done.stdout, done.stderr
     done = run(root, 'extract.py', '--name=taught', '--labels=taught.jsonl', '--max_records=0')
     assert done.returncode == 0 and 'conflicting=0' not in done.stdout, done.stderr
     taught = data.Shards('toy', 'taught', root / 'data')
