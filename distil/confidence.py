@@ -225,8 +225,8 @@ class Begun:
 
 class Branches:
     """rows that begin as rows of a Cache, several of one of them, for one forward pass: the tokens that are new see
-    the keys and values of that beginning where they lie, and those of their own row. texts: slots of the cache; n_read:
-    how many of its tokens each row begins with."""
+    the keys and values of that beginning, which are there once, and those of their own row. texts: slots of the cache;
+    n_read: how many of its tokens each row begins with."""
 
     def __init__(self, cache, texts, n_read):
         device = cache.store.device

@@ -32,15 +32,16 @@ def open_records(config):
     shards = open_shards(config['dataset'], config['name'])
     if config['held_out']:
         hold_out_file(config['held_out'], shards)
-    n_train, n_val = map(len, shards.split())
+    train_rows, val_rows = shards.split()
+    n_train, n_val = len(train_rows), len(val_rows)
     if shards.own_split is not None and not (n_train and n_val):
         stop(f'{len(shards)} records, none of them held out: the texts of the test part have no record yet; extract '
              'more' if n_train else f'all {n_val} records are held out, none is left to train on; extract more, or '
              'correct the split')
     most = config['max_records']
-    if most and (n_left := int((shards.split()[0] >= most).sum())):
-        print(f'max_records = {most}: {n_left} records after the first {most} are not trained on; --max_records=0 takes '
-              'all')
+    if most and (n_left := int((train_rows >= most).sum())):
+        print(f'max_records = {most}: {n_left} records after the first {most} are not trained on; --max_records=0 '
+              'takes all')
     return shards, *choose_rows(shards, most, config['eval_records'], config['train_on'])
 
 

@@ -20,6 +20,10 @@ MAX_KEPT = 1 << 20  # bytes of a reply that is kept
 log = logging.getLogger('serve')
 
 
+class CutOff(ConnectionError):
+    """upstream ended a reply before it was whole."""
+
+
 class Proxy:
     """passes requests on to an OpenAI-compatible server.
 
@@ -86,7 +90,7 @@ class Proxy:
                 if schema:
                     self.keep(body, schema, read_answer(reply, b''.join(copy)))
             except httpx.HTTPError as error:                    # the caller's reply is cut off, too
-                raise ConnectionError(f'upstream: {failure_text(error)}') from None
+                raise CutOff(f'upstream: {failure_text(error)}') from None
             finally:
                 await reply.aclose()
         response = StreamingResponse(stream(), reply.status_code)
@@ -122,7 +126,7 @@ def shorten(record):
     error = record.exc_info and record.exc_info[1]
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    if isinstance(error, ConnectionError):
+    if isinstance(error, CutOff):
         record.msg, record.args, record.exc_info = 'a reply was cut off: %s', (error,), None
     return True
 

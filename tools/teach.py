@@ -91,7 +91,8 @@ if __name__ == '__main__':
     if not shards:
         stop(f'data/{learned["dataset"]} does not have the records of {learned["name"]}, from which this student '
              'learned: their labels are written, too')
-    rows = np.sort(np.concatenate(choose_rows(shards, learned['max_records'], 0, 'all')))
+    parts = choose_rows(shards, learned['max_records'], 0, learned.get('train_on', 'all'))
+    rows = np.sort(np.concatenate(parts))
     known = {*shards.hashes[rows].tolist()}
     counts = {'records': len(rows)} | dict.fromkeys(('texts', 'labels', 'cut', 'unsure', 'held_out', 'errors'), 0)
 
@@ -103,7 +104,7 @@ if __name__ == '__main__':
                 continue
             known.add(hash_)
             counts['texts'] += 1
-            if shards.own_split is None and held_out(hash_):
+            if held_out(hash_, shards.own_split):
                 counts['held_out'] += 1
             else:
                 yield text
