@@ -141,8 +141,12 @@ def make_optimizer(training, shards, train_rows, config, state):
     """gives the training its AdamW, with the state of a checkpoint if there is one. A table that is trained is
     cut down to the tokens that occur, see SeenRows."""
     student = training.student
-    if student.wte.weight.requires_grad and not student.encoder:
-        training.seen = SeenRows(student, np.unique(np.concatenate([shards.ids(i) for i in train_rows])))
+    if student.encoder and not training.space.has_options:      # the texts of these change from epoch to epoch
+        ids = [id for i in train_rows for id in shards.encoded[i]] + [mask_id(student)]
+        training.seen = SeenRows(student.encoder, torch.tensor(ids))
+    elif not student.encoder and student.wte.weight.requires_grad:
+        ids = torch.from_numpy(np.unique(np.concatenate([shards.ids(i) for i in train_rows])).astype(np.int64))
+        training.seen = SeenRows(student, torch.cat((ids.to(student.answer_row), student.answer_row)))
     groups = student.param_groups(config['weight_decay'])
     learned = [p for group in groups for p in group['params']]
     trainable = [p for p in student.parameters() if p.requires_grad]
@@ -151,6 +155,8 @@ def make_optimizer(training, shards, train_rows, config, state):
     training.optimizer = torch.optim.AdamW(groups, lr=config['learning_rate'], betas=betas, fused=True)
     if state:
         training.optimizer.load_state_dict(state)
+        if training.seen:
+            training.seen.cut_state(training.optimizer)         # of an earlier version
     return learned
 
 
@@ -234,6 +240,9 @@ if __name__ == '__main__':
     checked = check_data(shards, training.space, train_rows, val_rows, np.random.default_rng(seed))
     print(data_line('check', checked))
     note_rare_values(shards, training.space, train_rows, val_rows, max_epochs)
+    n_cut = encode_records(student, training.space, shards, [*train_rows, *val_rows])
+    if n_cut:
+        print(f'note: {n_cut} texts do not fit into block_size = {block_size} with their answers: their ends are lost')
     learned = make_optimizer(training, shards, train_rows, config, optimizer_state)
     if training.linear is None and RANK == 0:                   # the yardstick: counts of words, of letters
         training.linear = linear_baseline(shards, training.space, train_rows, val_rows)
@@ -241,9 +250,6 @@ if __name__ == '__main__':
         training.tracker = importlib.import_module(tracker)
         training.tracker.init(project='distillation', name=out.name, config=training.facts['config'])
 
-    n_cut = encode_records(student, training.space, shards, [*train_rows, *val_rows])
-    if n_cut:
-        print(f'note: {n_cut} texts do not fit into block_size = {block_size} with their answers: their ends are lost')
     lengths = np.array([len(shards.encoded.get(i, shards.ids(i))) + len(shards.steps(i)) for i in train_rows])
     per_epoch = math.ceil(len(train_rows) / batch_size)
     n_steps, first = max_epochs * per_epoch, training.step
@@ -277,7 +283,7 @@ if __name__ == '__main__':
             if token_dropout:
                 hide_text(text, token_dropout, mask_id(student))
             with autocast:
-                logits = student(training.seen.convert(text) if training.seen else text, answer)  # (n, V)
+                logits = student(text, answer)  # (n, V)
             loss, kl, ce, n = distill_loss(logits, teacher_logits, targets, kl_weight, tau)
             (loss / n_tokens).backward()
             hits = (logits.argmax(-1) == targets).sum()

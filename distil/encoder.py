@@ -10,6 +10,7 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn as nn
@@ -52,20 +53,46 @@ def attend_rows(qkv, n_head, sees):
     returns, for these rows -> (B, T, C)."""
     B, T, _ = qkv.shape
     q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-    with torch.autocast(qkv.device.type, enabled=False):    # scores in the type of qkv
-        sees = sees if sees.dtype == torch.bool else sees.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=sees).transpose(1, 2).reshape(B, T, -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees).transpose(1, 2).reshape(B, T, -1)
 
 
-def attend_groups(qkv, n_head, masks, sees):
-    """the same for the tokens (K, 3 C) of groups of rows, one after the other -> (K, C). masks, sees: of each group."""
-    parts = []
-    for part, mask, seen in zip(qkv.split([int(mask.sum()) for mask in masks]), masks, sees):
-        rows = part.new_zeros(*mask.shape, part.size(-1)).index_put((mask,), part)
-        parts.append(attend_rows(rows, n_head, seen)[mask])
-    return torch.cat(parts)
+def attend_groups(qkv, n_head, groups):
+    """the same for the tokens (K, 3 C) of Groups of rows, one after the other -> (K, C)."""
+    with torch.autocast(qkv.device.type, enabled=False):    # in the type of qkv
+        heads = qkv.view(len(qkv) * 3 * n_head, -1)
+        return torch.cat([group.attend(heads) for group in groups]).view(len(qkv), -1)
 
 
+class Group:
+    """rows that are about as long, and where their tokens are among all. used (B, T): where they have one; sees: what
+    Encoder.place returns; first: the number of their first token; n_head."""
+
+    def __init__(self, used, sees, first, n_head):
+        (B, T), H, device = used.shape, n_head, used.device
+        token = (first + used.flatten().cumsum(0) - 1).clamp(min=0).view(1, B, 1, T)  # padding is the token before it
+        part = torch.arange(3 * H, device=device).view(3, 1, H, 1)
+        cell = torch.arange(B, device=device)[:, None] * H * T + torch.arange(T, device=device)  # (B, T)
+        self.shape, self.sees, self.scores = (3, B * H, T), sees.expand(B, H, T, T), None
+        self.spread = (3 * H * token + part).flatten()      # (3 B H T) queries, keys and values of rows
+        self.gather = (cell[used][:, None] + T * part[0, 0, :, 0]).flatten()  # (k H) of the k tokens, from (B H T)
+
+    def attend(self, heads):
+        """heads (K 3 H, D): queries, keys and values of all tokens, each part by heads -> (k H, D)"""
+        q, k, v = heads.index_select(0, self.spread).view(*self.shape, -1)  # (B H, T, D) each
+        if self.scores is None:                             # in the first layer
+            sees = self.sees if self.sees.dtype != torch.bool else torch.where(self.sees, 0.0, UNSEEN)
+            self.scores = sees.to(q.dtype).flatten(0, 1)    # (B H, T, T)
+        if heads.device.type == 'cpu' and q.size(1) * q.itemsize <= MOST_BYTES:
+            scores = torch.baddbmm(self.scores, q, k.mT, alpha=q.size(-1) ** -0.5)
+            y = scores.float().softmax(-1).to(v.dtype) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.scores)
+        return y.flatten(0, 1).index_select(0, self.gather)
+
+
+UNSEEN = -1e4     # the score of what a token does not see: none sees nothing, so no row is all of these
+MOST_BYTES = 256  # scores of a token whose attention a CPU computes faster as plain products: for 16 to 64 tokens its
+                  # fused kernel takes two to three times as long, and a gradient in bfloat16 five times
 MOST_KEPT = 2 ** 16  # tokens whose states an encoder keeps, if it keeps any: 100 MB of 384 channels
 
 
@@ -114,15 +141,17 @@ class Encoder(nn.Module):
         if torch.compiler.is_exporting():                   # no size may depend on the data
             pos, sees = self.place(text)
             return self.run(text.clamp(min=0), pos, partial(attend_rows, sees=sees))
-        # padding costs nothing: the texts in the order of their lengths n, in groups of up to 8 tokens, 16, ...
-        n, order = used.sum(1).sort(stable=True)            # (B,) each
-        text, used = text[order], used[order]
-        sizes = ((n - 1) // 8).unique_consecutive(return_counts=True)[1].tolist()
-        groups = [group[:, :int(of_group[-1])] for group, of_group in zip(text.split(sizes), n.split(sizes))]
-        masks, (pos, sees) = [group >= 0 for group in groups], zip(*map(self.place, groups))
-        ids, pos = (torch.cat([part[mask] for part, mask in zip(parts, masks)]) for parts in (groups, pos))  # (K,)
-        x = self.run(ids, pos, partial(attend_groups, masks=masks, sees=sees))  # (K, C)
-        return x.new_zeros(*text.shape, x.size(-1)).index_put((used,), x)[order.argsort()]
+        # padding costs nothing: the texts in the order of their lengths, in groups of up to 16 tokens, 32, ...
+        n, order = used.sum(1).clamp(min=1).sort(stable=True)  # (B,) each
+        text = F.pad(text, (0, -text.size(1) % 16), value=-1)[order]
+        widths, sizes = (16 * ((n + 15) // 16)).unique_consecutive(return_counts=True)
+        parts = [part[:, :T] for part, T in zip(text.split(sizes.tolist()), widths.tolist())]
+        masks, (pos, sees) = [part >= 0 for part in parts], zip(*map(self.place, parts))
+        first = [0, *accumulate(int(mask.sum()) for mask in masks)]
+        groups = [Group(*group, self.config.n_head) for group in zip(masks, sees, first)]
+        ids, pos = (torch.cat([part[mask] for part, mask in zip(whole, masks)]) for whole in (parts, pos))  # (K,)
+        x = self.run(ids, pos, partial(attend_groups, groups=groups))  # (K, C)
+        return x.new_zeros(*used.shape, x.size(-1)).index_put((used[order],), x)[order.argsort()]
 
     def place(self, text):
         """the positions (B, T) of the tokens of texts, and which tokens each of them sees, see add_bias. Positions
@@ -150,7 +179,7 @@ class Encoder(nn.Module):
         near = half // 2
         far = near + ((n.clamp(min=near) / near).log() / math.log(128 / near) * (half - near)).long()
         bucket = torch.where(n < near, n, far.clamp(max=half - 1)) + half * (back < 0)
-        return self.wre(bucket).permute(0, 3, 1, 2).masked_fill(~sees[:, None], -math.inf)
+        return self.wre(bucket).permute(0, 3, 1, 2).masked_fill(~sees[:, None], UNSEEN)
 
     def run(self, ids, pos, attend):
         """the states of ids (B, T) or (K,) at positions pos; attend: see EncoderBlock."""

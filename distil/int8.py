@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from config.machine import best_seconds
 
 LEAST_EQUAL = 0.995  # share of a student's fields that must stay equal before dtype = 'auto' takes 8 bits
+ROUND = 1.5 * 2 ** 23  # a float32 of this size has no digits behind the point
 IN_FLOATS = 8        # channels of a layer's input that are far larger than all others
 
 
@@ -43,30 +44,32 @@ class Int8Linear(nn.Module):
         even = (weight / evened).index_fill(1, self.apart, 0.0)  # (N, K)
         self.scale = even.abs().amax(1).clamp(min=1e-9) / (2 ** (bits - 1) - 1)  # (N,)
         codes = (even / self.scale[:, None]).round()         # (N, K)
-        # (1 + IN_FLOATS, N): what a token's middle is multiplied by, and the channels in floats are
-        self.beside = torch.cat(((codes.sum(1) * self.scale)[None], weight[:, self.apart].T))
-        self.bias = torch.zeros_like(self.scale) if linear.bias is None else linear.bias.detach().float()
+        # (2 + IN_FLOATS, N): the bias, what a token's middle is multiplied by, and the channels in floats are
+        bias = torch.zeros_like(self.scale) if linear.bias is None else linear.bias.detach().float()
+        self.beside = torch.cat((bias[None], (codes.sum(1) * self.scale)[None], weight[:, self.apart].T))
         self.zero = torch.zeros(len(codes), dtype=torch.int32)
         self.weight = torch.ops.onednn.qlinear_prepack(codes.to(torch.int8), None) if kernel else codes
         self.multiply = self.multiply_bytes if kernel else self.multiply_floats
 
     def multiply_bytes(self, codes):
-        codes = codes.to(torch.int8).view(torch.uint8).bitwise_xor_(128)  # -127..127 as 1..255
         return torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, self.weight, self.scale, self.zero, None, 1.0, 0,
                                                   torch.float32, 'none', [], '')
 
     def multiply_floats(self, codes):
-        return F.linear(codes, self.weight) * self.scale
+        return F.linear(codes.float() - 128, self.weight) * self.scale
 
     def forward(self, x):
         """x (..., K) -> (..., N) in float32"""
-        rows = x.flatten(0, -2).float()                      # (M, K)
-        even = rows * self.factor
-        high, low = even.amax(1, keepdim=True), even.amin(1, keepdim=True)  # (M, 1) each; aminmax is ten times slower
-        middle, step = (high + low) / 2, (high - low).clamp_(min=1e-9) / 254
-        codes = even.sub_(middle).mul_(1 / step).round_()    # (M, K), -127..127
-        y = torch.addmm(self.bias, torch.cat((middle, rows[:, self.apart]), 1), self.beside)  # (M, N)
-        return y.addcmul_(self.multiply(codes), step).view(*x.shape[:-1], -1)
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.flatten(0, -2).float()                  # (M, K)
+            apart, even = rows[:, self.apart], rows * self.factor
+            high, low = even.amax(1, keepdim=True), even.amin(1, keepdim=True)  # (M, 1); aminmax is ten times slower
+            step = (high - low).clamp_(min=1e-9) / 254
+            middle = ((high + low) / (2 * step)).round_()    # in steps; 0 lies between low and high
+            # even / step - middle + 128, rounded, 1..255: floats near ROUND have no fraction, their lowest byte is it
+            codes = even.mul_(1 / step).add_(ROUND + 128 - middle).view(torch.int32).to(torch.uint8)  # (M, K)
+            beside = torch.cat((torch.ones_like(step), middle * step, apart), 1) @ self.beside  # (M, N)
+            return self.multiply(codes).mul_(step).add_(beside).view(*x.shape[:-1], -1)
 
 
 @cache

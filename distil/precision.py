@@ -25,16 +25,16 @@ def lower_precision(student, dtype, int8=None):
                  'dtype = int8 is for a student with a reader')
         if device != 'cpu' or not is_exact():
             stop('dtype = int8 needs a CPU and a torch with oneDNN')
-    wanted = pick_dtype(dtype, device)
+    wanted = pick_dtype('auto' if dtype == 'int8' else dtype, device)
     able = dtype == 'auto' and device == 'cpu' and int8 and weight_bits() == 8 and int8['equal_8'] >= LEAST_EQUAL
+    if wanted == torch.bfloat16 and is_large(student):
+        student.precision = 'bfloat16'
+        student.forward = torch.autocast(device, torch.bfloat16)(student.forward)
     if dtype == 'int8' or able and is_exact() and is_faster(student, int8['peaks'], wanted):
         to_int8(student, int8['peaks'])
         student.precision = 'int8'
-    elif is_large(student) and wanted == torch.bfloat16:
+    if wanted == torch.bfloat16 and is_large(student):          # what is not in 8 bits
         for blocks in (student.h, student.encoder.h if student.encoder else ()):
-            for block in blocks:
-                for module in block.modules():
-                    if isinstance(module, torch.nn.Linear):
-                        module.to(torch.bfloat16)
-        student.forward = torch.autocast(device, torch.bfloat16)(student.forward)
-        student.precision = 'bfloat16'
+            for module in (module for block in blocks for module in block.modules()):
+                if isinstance(module, torch.nn.Linear):
+                    module.to(torch.bfloat16)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from config import stop
@@ -62,36 +63,42 @@ def student_from_table(table, sizes, freeze=True):
     return student
 
 
+class PartTable(nn.Module):
+    """some rows of an embedding table, looked up by the ids they have in it; an id of another row is an IndexError."""
+
+    def __init__(self, table, ids):
+        super().__init__()
+        self.ids = torch.unique(ids.to(table.weight.device))    # (seen,)
+        self.row_of = torch.full((len(table.weight),), -1, device=self.ids.device)
+        self.row_of[self.ids] = torch.arange(len(self.ids), device=self.ids.device)
+        self.weight = nn.Parameter(table.weight.detach()[self.ids])
+
+    def forward(self, ids):
+        return F.embedding(self.row_of[ids], self.weight)
+
+
 class SeenRows:
-    """The input table, cut down to the tokens that occur in training while it is trained.
+    """An input table, cut down to the tokens that occur in training while it is trained.
 
     AdamW leaves a row alone that never has a gradient (the table has no weight decay), so the others need not
-    be given to it: the result is the same and a step no longer costs 262,144 rows.
+    be given to it: the result is the same and a step no longer costs 262,144 rows, or 30,522.
     """
 
-    def __init__(self, student, ids):
-        """ids: of the texts; those of the answers are added."""
-        self.student, self.table, self.answer_row = student, student.wte, student.answer_row
-        weight = self.table.weight                              # (all ids, C)
-        ids = torch.tensor(ids, dtype=torch.long, device=weight.device)
-        self.ids = torch.unique(torch.cat((ids, self.answer_row)))  # (seen,)
-        self.row_of = torch.zeros(len(weight), dtype=torch.long, device=weight.device)
-        self.row_of[self.ids] = torch.arange(len(self.ids), device=weight.device)
-        self.part = nn.Embedding(len(self.ids), weight.size(1), device=weight.device)
-        self.part.weight.data.copy_(weight[self.ids])
-        self.use_part()
-
-    def use_part(self):
-        self.student.wte, self.student.answer_row = self.part, self.row_of[self.answer_row]
-
-    def convert(self, text):
-        """ids (B, T), -1 on padding -> their rows in the part, -1 on padding."""
-        return torch.where(text < 0, -1, self.row_of[text])
+    def __init__(self, owner, ids):
+        """owner: a Student without an encoder, or an Encoder; ids: tensor of all that it will look up."""
+        self.owner, self.table, self.part = owner, owner.wte, PartTable(owner.wte, ids)
+        owner.wte = self.part
 
     @contextmanager
     def whole(self):
-        """the student with its whole table, what was learned in it: to evaluate, to save."""
-        self.table.weight.data[self.ids] = self.part.weight.data
-        self.student.wte, self.student.answer_row = self.table, self.answer_row
+        """the owner with its whole table, what was learned in it: to evaluate, to save."""
+        self.table.weight.data[self.part.ids] = self.part.weight.data
+        self.owner.wte = self.table
         yield
-        self.use_part()
+        self.owner.wte = self.part
+
+    def cut_state(self, optimizer):
+        """cuts what an optimizer keeps of the table, if it was saved when all rows were trained."""
+        for key, rows in optimizer.state[self.part.weight].items():
+            if rows.dim() and len(rows) == len(self.table.weight):
+                optimizer.state[self.part.weight][key] = rows[self.part.ids]

@@ -47,8 +47,9 @@ def formula(linear, x, peak, bits):
     of_weight = np.round(of_weight / scale) * scale
     for m, token in enumerate(x[:, rest] * evened):
         low, high = min(token.min(), 0), max(token.max(), 0)
-        middle, step = (low + high) / 2, (high - low) / 254
-        y[m] += (np.round((token - middle) / step) * step + middle) @ of_weight.T
+        step = (high - low) / 254
+        middle = np.round((low + high) / 2 / step)
+        y[m] += (np.round(token / step - middle) + middle) * step @ of_weight.T
     return y + (0 if linear.bias is None else linear.bias.detach().numpy())
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from device.run import Student as Runner
 from distil.checkpoint import load_checkpoint
 from distil.confidence import Begun, value_probabilities
 from distil.decode import decode, generate, pad_rows
+from distil.encoder import attend_rows
 from distil.reader import load_encoder, student_ids
 from model import Student, StudentConfig
 from sample import Labeler, answer_text
@@ -100,6 +102,27 @@ def test_texts_of_any_length_are_read_together_as_alone(request, family):
     states = encoder(rows)
     torch.testing.assert_close(states[rows >= 0], alone, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(gradient((states[rows >= 0] * weight).sum()), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize('family', ['bert', 'mpnet'])
+def test_attention_in_groups_is_that_of_padded_rows(request, family, monkeypatch):
+    """as plain products and as the fused kernel; all gradients, too"""
+    encoder = load_encoder(str(request.getfixturevalue(family))).eval()
+    rows = pad_rows([torch.randint(5, 80, (n,)).tolist() for n in (4, 1, 17, 40, 33, 16)], 'cpu')
+    weight, found = torch.randn(*rows.shape, encoder.config.n_embd) * (rows >= 0)[..., None], []
+    pos, sees = encoder.place(rows)
+    padded = lambda: encoder.run(rows.clamp(min=0), pos, partial(attend_rows, sees=sees))
+    for read, most_bytes in ((padded, 0), (lambda: encoder(rows), 0), (lambda: encoder(rows), 10 ** 6)):
+        monkeypatch.setattr('distil.encoder.MOST_BYTES', most_bytes)
+        encoder.zero_grad()
+        states = read()
+        (states * weight).sum().backward()
+        found.append([states.detach()[rows >= 0], *(p.grad.clone() for p in encoder.parameters())])
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+            torch.testing.assert_close(read()[rows >= 0], found[0][0], atol=0.05, rtol=0.05)
+    for other in found[1:]:
+        for ours, expected in zip(other, found[0]):
+            torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-3)
 
 
 @torch.no_grad()

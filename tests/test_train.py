@@ -22,9 +22,11 @@ from data.lines import text_hash
 import distil.resume
 import train
 from distil.checkpoint import load_checkpoint, save_checkpoint
+from distil.encoder import Encoder, EncoderConfig
 from distil.records import note_rare_values
 from distil.resume import Training
 from distil.start import SeenRows
+from model import Student, StudentConfig
 from tests.conftest import (FIELDS, clone_task, make_shards, one_line, random_records, run, tiny_student,
                             torchrun, weights)
 
@@ -130,23 +132,36 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(space, tmp_path):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_training_only_the_rows_seen_equals_dense_adamw(space):
+@pytest.mark.parametrize('reads', [False, True])
+def test_training_only_the_rows_seen_equals_dense_adamw(space, reads):
     text, answer, targets = torch.randint(4, 60, (6, 8)), torch.randint(0, 20, (6, 4)), torch.randint(0, 20, (6, 4))
     text[2:, 5:] = -1
-    results = []
+    results, states = [], []
     for cut in (False, True):
-        model = tiny_student(space).train()
-        seen = SeenRows(model, np.unique(text[text >= 0])) if cut else None
+        torch.manual_seed(0)
+        encoder, V = Encoder(EncoderConfig(90, n_layer=1, n_head=4, n_embd=32, n_mlp=64, n_pos=50)), len(space.output_ids)
+        model = (Student(StudentConfig(V + 1, V, start_id=V, block_size=96, n_layer=1, n_head=4, n_kv_head=2, n_embd=32,
+                                       n_mlp=64, encoder=vars(encoder.config)), encoder) if reads else tiny_student(space))
+        owner = model.encoder or model
+        seen = SeenRows(owner, torch.cat((text[text >= 0], model.answer_row * (not reads)))) if cut else None
         optimizer = torch.optim.AdamW(model.param_groups(0.1), lr=1e-2)
         for part in (slice(0, 2), slice(2, 6)) * 3:  # rows without a gradient in a step still move by momentum
-            logits = model(seen.convert(text[part]) if cut else text[part], answer[part])
-            F.cross_entropy(logits, targets[part].flatten()).backward()
+            F.cross_entropy(model(text[part], answer[part]), targets[part].flatten()).backward()
             optimizer.step()
             optimizer.zero_grad()
+        states.append(optimizer.state_dict())
         with seen.whole() if cut else nullcontext():
+            assert owner.wte is seen.table if cut else True
             results.append({key: value.clone() for key, value in model.state_dict().items()})
     for key, value in results[0].items():
         assert torch.equal(value, results[1][key]), key
+    optimizer.load_state_dict(states[0])                        # saved when all rows were trained
+    seen.cut_state(optimizer)
+    for of_whole, of_part in zip(optimizer.state_dict()['state'].values(), states[1]['state'].values()):
+        assert all(torch.equal(of_whole[key], of_part[key]) for key in of_part)
+    unseen = torch.full((1, 1), next(i for i in range(4, len(seen.table.weight)) if i not in seen.part.ids))
+    with pytest.raises(IndexError):                             # another word is no row that was taken for it
+        model(unseen, answer[:1])
 
 
 @pytest.mark.slow

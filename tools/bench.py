@@ -200,12 +200,13 @@ def bench_train(student, space, shards, rows, batch_size, dtype, compiled, steps
     rate, and the tokens/s of a plain loop in the same batches: plain_decoder, or for a student with an encoder
     plain_encoder."""
     c, device = student.config, student.lm_head.weight.device
-    convert, output_ids = lambda text: text, torch.tensor([*shards.meta['output_ids'], c.start_id], device=device)
+    output_ids = torch.tensor([*shards.meta['output_ids'], c.start_id], device=device)
     encode_records(student, space, shards, rows)
     plain, plain_loss = plain_encoder(student, space) if student.encoder else plain_decoder(student, output_ids)
-    if student.encoder is None and student.wte.weight.dtype == torch.float32:  # else a teacher's, which is frozen
-        convert = SeenRows(student, np.unique(np.concatenate([shards.ids(i) for i in rows]))).convert
-    elif student.encoder is None:
+    if student.encoder or student.wte.weight.dtype == torch.float32:  # else a teacher's, which is frozen
+        texts = [torch.tensor(shards.encoded[i] if student.encoder else shards.ids(i).tolist()) for i in rows]
+        SeenRows(student.encoder or student, torch.cat((*texts, student.answer_row.cpu())))
+    else:
         student.wte.requires_grad_(False)
     optimizers = {m: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-4, fused=True)
                   for m in (student, plain)}
@@ -219,7 +220,7 @@ def bench_train(student, space, shards, rows, batch_size, dtype, compiled, steps
         """makes one optimizer step of either model."""
         text, answer, targets, teacher_logits = (x.to(device) for x in shards.batch(part))
         with autocast:
-            loss = student(convert(text), answer) if model is student else plain_loss(text, answer, targets)
+            loss = student(text, answer) if model is student else plain_loss(text, answer, targets)
         if model is student:
             loss, *_, n = distill_loss(loss, teacher_logits, targets[targets >= 0], 0.5)
             loss = loss / n
@@ -291,7 +292,7 @@ def bench_decode(student, space, task, texts, teacher, device, dtype, n_generate
     shape |= {'vocab_size': V + 1, 'start_id': V} if student.encoder else {'output_ids': fenced.output_ids}
     random_student = Student(StudentConfig(**shape), student.encoder).to(device).eval()
     # an encoder that is in 8 bits is so already
-    lower_precision(random_student, student.precision.replace('int8', 'float32'))
+    lower_precision(random_student, student.precision.replace('int8', 'auto'))
     for style, of_style, its_space in (('own', student, space), ('fenced', random_student, fenced)):
         for batch_size in (1, 64):
             print(bench_style(style, of_style, its_space, texts, device, batch_size))
