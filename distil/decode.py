@@ -245,7 +245,8 @@ def decode(student, space, texts, batch_size=64, constrain=True, drafts=None, co
     rows, done = {}, {}  # rows by slot; done: answers by number, which wait for an earlier one
     n_in, n_out, more = 0, 0, True
     while more or rows:
-        while more and len(rows) < batch_size:
+        arrived, room = [], text_room(student, space)
+        while more and len(rows) + len(arrived) < batch_size:
             try:
                 ids = next(texts)
             except StopIteration:
@@ -253,8 +254,8 @@ def decode(student, space, texts, batch_size=64, constrain=True, drafts=None, co
                 break
             if ids is None:
                 break
-            (ids,), (page,) = read_pages(student, space, [ids])
-            room = text_room(student, space)
+            arrived.append(ids)
+        for ids, page in zip(*read_pages(student, space, arrived)):
             assert len(ids) <= room, f'the text has {len(ids)} tokens; with an answer at most {room} fit'
             free_slot = next(slot for slot in range(batch_size) if slot not in rows)
             rows[free_slot] = Row(n_in, ids, [V], [], [], page, count_kept(student, ids)).begin(space, drafts)
