@@ -72,26 +72,29 @@ class Group:
         token = (first + used.flatten().cumsum(0) - 1).clamp(min=0).view(1, B, 1, T)  # padding is the token before it
         part = torch.arange(3 * H, device=device).view(3, 1, H, 1)
         cell = torch.arange(B, device=device)[:, None] * H * T + torch.arange(T, device=device)  # (B, T)
-        self.shape, self.sees, self.scores = (3, B * H, T), sees.expand(B, H, T, T), None
+        self.shape, self.sees, self.bias = (3, B, H, T), sees, None
         self.spread = (3 * H * token + part).flatten()      # (3 B H T) queries, keys and values of rows
         self.gather = (cell[used][:, None] + T * part[0, 0, :, 0]).flatten()  # (k H) of the k tokens, from (B H T)
 
     def attend(self, heads):
         """heads (K 3 H, D): queries, keys and values of all tokens, each part by heads -> (k H, D)"""
-        q, k, v = heads.index_select(0, self.spread).view(*self.shape, -1)  # (B H, T, D) each
-        if self.scores is None:                             # in the first layer
+        q, k, v = heads.index_select(0, self.spread).view(*self.shape, -1)  # (B, H, T, D) each
+        fused = heads.device.type != 'cpu' or q.size(2) * q.itemsize > MOST_BYTES
+        if self.bias is None:                               # in the first layer
             sees = self.sees if self.sees.dtype != torch.bool else torch.where(self.sees, 0.0, UNSEEN)
-            self.scores = sees.to(q.dtype).flatten(0, 1)    # (B H, T, T)
-        if heads.device.type == 'cpu' and q.size(1) * q.itemsize <= MOST_BYTES:
-            scores = torch.baddbmm(self.scores, q, k.mT, alpha=q.size(-1) ** -0.5)
-            y = scores.float().softmax(-1).to(v.dtype) @ v
+            bias = sees.to(q.dtype).expand(*q.shape[:3], q.size(2))  # (B, H, T, T)
+            self.bias = bias if fused else bias.flatten(0, 1)
+        if fused:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.scores)
-        return y.flatten(0, 1).index_select(0, self.gather)
+            q, k, v = (part.flatten(0, 1) for part in (q, k, v))  # (B H, T, D)
+            scores = torch.baddbmm(self.bias, q, k.mT, alpha=q.size(-1) ** -0.5)
+            y = scores.float().softmax(-1).to(v.dtype) @ v
+        return y.reshape(-1, y.size(-1)).index_select(0, self.gather)
 
 
 UNSEEN = -1e4     # the score of what a token does not see: none sees nothing, so no row is all of these
-MOST_BYTES = 256  # scores of a token whose attention a CPU computes faster as plain products: for 16 to 64 tokens its
+MOST_BYTES = 192  # scores of a token whose attention a CPU computes faster as plain products: for 16 to 48 tokens its
                   # fused kernel takes two to three times as long, and a gradient in bfloat16 five times
 MOST_KEPT = 2 ** 16  # tokens whose states an encoder keeps, if it keeps any: 100 MB of 384 channels
 
