@@ -139,9 +139,10 @@ def test_training_only_the_rows_seen_equals_dense_adamw(space, reads):
     results, states = [], []
     for cut in (False, True):
         torch.manual_seed(0)
-        encoder, V = Encoder(EncoderConfig(90, n_layer=1, n_head=4, n_embd=32, n_mlp=64, n_pos=50)), len(space.output_ids)
-        model = (Student(StudentConfig(V + 1, V, start_id=V, block_size=96, n_layer=1, n_head=4, n_kv_head=2, n_embd=32,
-                                       n_mlp=64, encoder=vars(encoder.config)), encoder) if reads else tiny_student(space))
+        encoder = Encoder(EncoderConfig(90, n_layer=1, n_head=4, n_embd=32, n_mlp=64, n_pos=50))
+        V, sizes = len(space.output_ids), dict(block_size=96, n_layer=1, n_head=4, n_kv_head=2, n_embd=32, n_mlp=64)
+        reader = StudentConfig(V + 1, V, start_id=V, encoder=vars(encoder.config), **sizes)
+        model = Student(reader, encoder) if reads else tiny_student(space)
         owner = model.encoder or model
         seen = SeenRows(owner, torch.cat((text[text >= 0], model.answer_row * (not reads)))) if cut else None
         optimizer = torch.optim.AdamW(model.param_groups(0.1), lr=1e-2)
