@@ -93,7 +93,7 @@ class Group:
         return y.reshape(-1, y.size(-1)).index_select(0, self.gather)
 
 
-UNSEEN = -1e4     # the score of what a token does not see: none sees nothing, so no row is all of these
+UNSEEN = -1e4     # the score of what a token does not see; finite, so that padding, which may see nothing, is not NaN
 MOST_BYTES = 192  # scores of a token whose attention a CPU computes faster as plain products: for 16 to 48 tokens its
                   # fused kernel takes two to three times as long, and a gradient in bfloat16 five times
 MOST_KEPT = 2 ** 16  # tokens whose states an encoder keeps, if it keeps any: 100 MB of 384 channels
