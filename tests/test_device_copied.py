@@ -93,9 +93,10 @@ def students(tmp_path_factory, bert, tokenizer):
 def test_run_py_gives_the_answers_of_answer_text(students, words, n):
     texts, confidence = make_texts(words), ('full', True, False)[n]
     assert len(texts) > 60
-    labeler = Labeler(students[n], 'cpu', confidence=confidence, min_confidence=0.3, dtype='float32')
+    least = 0.3141  # no confidence of these students is as near to it as processors differ
+    labeler = Labeler(students[n], 'cpu', confidence=confidence, min_confidence=least, dtype='float32')
     expected = [record for text in texts for record, _ in label_text(labeler, text)]
-    records = Runner(students[n] / 'device', confidence, 0.3)(texts)
+    records = Runner(students[n] / 'device', confidence, least)(texts)
     for text, record, other in zip(texts, records, expected, strict=True):
         if confidence == 'full' and '_confidence' in record:    # on a device it shows choices alone
             other['_confidence'] = {k: v for k, v in other['_confidence'].items() if k in record['_confidence']}
