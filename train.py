@@ -142,7 +142,8 @@ def make_optimizer(training, shards, train_rows, config, state):
     cut down to the tokens that occur, see SeenRows."""
     student = training.student
     if student.encoder and not training.space.has_options:      # the texts of these change from epoch to epoch
-        ids = [id for i in train_rows for id in shards.encoded[i]] + [mask_id(student)]
+        ids = [id for i in train_rows for id in shards.encoded[i]]
+        ids += [mask_id(student)] if config['token_dropout'] else []
         training.seen = SeenRows(student.encoder, torch.tensor(ids))
     elif not student.encoder and student.wte.weight.requires_grad:
         ids = torch.from_numpy(np.unique(np.concatenate([shards.ids(i) for i in train_rows])).astype(np.int64))
