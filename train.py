@@ -142,9 +142,9 @@ def make_optimizer(training, shards, train_rows, config, state):
     cut down to the tokens that occur, see SeenRows."""
     student = training.student
     if student.encoder and not training.space.has_options:      # the texts of these change from epoch to epoch
-        ids = [id for i in train_rows for id in shards.encoded[i]]
-        ids += [mask_id(student)] if config['token_dropout'] else []
-        training.seen = SeenRows(student.encoder, torch.tensor(ids))
+        ids = {id for i in train_rows for id in shards.encoded[i]}
+        ids |= {mask_id(student)} if config['token_dropout'] else set()
+        training.seen = SeenRows(student.encoder, torch.tensor([*ids]))
     elif not student.encoder and student.wte.weight.requires_grad:
         ids = torch.from_numpy(np.unique(np.concatenate([shards.ids(i) for i in train_rows])).astype(np.int64))
         training.seen = SeenRows(student, torch.cat((ids.to(student.answer_row), student.answer_row)))

@@ -53,7 +53,7 @@ class Training:
     linear: dict = None    # figures of the linear baseline, {} without scikit-learn
     work: dict = None      # hours and speeds, for the cost line of tools/evaluate.py
     optimizer: object = None
-    seen: SeenRows = None  # None if the table is frozen
+    seen: SeenRows = None  # None if the table is frozen, or all of it is trained
     tracker: object = None  # the tracker's module
     compiled: bool = False
     precision: object = field(default_factory=nullcontext)  # autocast of evaluations
