@@ -88,7 +88,7 @@ def upgrade(checkpoint, path):
     checkpoint['format'] = CHECKPOINT
 
 
-def load_checkpoint(folder, device, which='best', dtype='float32'):
+def load_checkpoint(folder, device, which='best', dtype=None):
     """folder of a training run -> checkpoint dict, Student, OutputSpace. which: the 'best' or the 'last'
     epoch. dtype: see lower_precision. Exits with a message if the folder does not hold a usable student."""
     path = checkpoint_path(folder, which)

@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from config.machine import best_seconds
+from distil.packed import PackedLinear, is_packed_faster
 
 LEAST_EQUAL = 0.995  # share of a student's fields that must stay equal before dtype = 'auto' takes 8 bits
 ROUND = 1.5 * 2 ** 23  # a float32 of this size has no digits behind the point
@@ -117,6 +118,7 @@ def is_faster(student, peaks, dtype, rounds=10):
     and with those of many."""
     name, (_, _, layer) = max(linears(student).items(), key=lambda item: item[1][2].weight.numel())
     plain = nn.Linear(layer.in_features, layer.out_features, dtype=dtype)
+    plain = PackedLinear(plain) if is_packed_faster(dtype) else plain
     whole = Int8Linear(layer, peaks[name], weight_bits())
     for n_tokens in (16, 512):
         x = torch.ones(n_tokens, layer.in_features)

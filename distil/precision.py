@@ -4,6 +4,7 @@ import torch
 from config import next_command, stop
 from config.machine import pick_dtype
 from distil.int8 import LEAST_EQUAL, is_exact, is_faster, to_int8, weight_bits
+from distil.packed import pack
 
 
 def is_large(student):
@@ -12,12 +13,14 @@ def is_large(student):
 
 
 def lower_precision(student, dtype, int8=None):
-    """changes a large student, in place, to compute the products of its layers in another type. dtype: as in
-    pick_dtype, or 'int8'; int8: what report.measure_int8 found, or None. 'auto' takes 8 bits on a CPU that has
-    instructions for them, if they are faster and lose next to nothing. What it has become is student.precision. Norms,
-    a cache's attention, the residual sum and the head stay in float32. Exits with a message if there are no 8 bits
-    here."""
+    """changes a student, in place, for answering. dtype: as in pick_dtype, 'int8', or None: it stays as it was trained.
+    int8: what report.measure_int8 found, or None. The products of a large student's layers are computed in this type;
+    'auto' takes 8 bits on a CPU that has instructions for them, if they are faster and lose next to nothing. What it has
+    become is student.precision. Norms, a cache's attention, the residual sum and the head stay in float32. Exits with a
+    message if there are no 8 bits here."""
     device, student.precision = student.lm_head.weight.device.type, 'float32'
+    if dtype is None:
+        return
     if dtype == 'int8':
         if not (int8 and student.encoder):
             stop('dtype = int8 needs a student whose best epoch was measured in 8 bits; where its held-out records '
@@ -33,8 +36,4 @@ def lower_precision(student, dtype, int8=None):
     if dtype == 'int8' or able and is_exact() and is_faster(student, int8['peaks'], wanted):
         to_int8(student, int8['peaks'])
         student.precision = 'int8'
-    if wanted == torch.bfloat16 and is_large(student):          # what is not in 8 bits
-        for blocks in (student.h, student.encoder.h if student.encoder else ()):
-            for module in (module for block in blocks for module in block.modules()):
-                if isinstance(module, torch.nn.Linear):
-                    module.to(torch.bfloat16)
+    pack(student, torch.bfloat16 if wanted == torch.bfloat16 and is_large(student) else torch.float32)

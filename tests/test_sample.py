@@ -1,4 +1,5 @@
 """Decoding, compared with one token per pass; and text in, JSON out, as a user runs it."""
+import copy
 import json
 import math
 import queue
@@ -78,13 +79,15 @@ def test_in_bfloat16_the_answers_equal_those_of_float32_except_for_rounding(spac
         decoded = list(decode(model, space, texts, 16))
         all_values = [value_probabilities(model, space, ids, *answer) for ids, answer in zip(texts, decoded)]
         return decoded, [p for of_text in all_values for row in of_text.values() for p in row]
+    trained = copy.deepcopy(model)
     lower_precision(model, 'bfloat16')  # without effect: the student is too small to gain
-    (before, p_before), layer = answers(), model.h[0].attn.c_attn
-    assert layer.weight.dtype == torch.float32 == before[0][1][0][1].dtype
+    (before, p_before), products = answers(), model.h[0].attn
+    assert products.c_attn.weight.dtype == torch.float32 == before[0][1][0][1].dtype
     monkeypatch.setattr(distil.precision, 'is_large', lambda student: True)
+    model = trained
     lower_precision(model, 'bfloat16')
-    after, p_after = answers()
-    assert layer.weight.dtype == torch.bfloat16 and after[0][1][0][1].dtype == torch.float32
+    (after, p_after), products = answers(), model.h[0].attn
+    assert products.c_attn.weight.dtype == torch.bfloat16 and after[0][1][0][1].dtype == torch.float32
     first = [torch.stack([decisions[0][1].nan_to_num(neginf=0) for _, decisions in decoded])
              for decoded in (before, after)]                    # (texts, V) of the first decision
     assert 0 < (first[0] - first[1]).norm() < 0.03 * first[0].norm()
@@ -240,7 +243,7 @@ def test_sampling_needs_only_the_folder_of_the_run(project, tmp_path):
     assert list(json.loads(done.stdout)) == list(FIELDS) and done.stdout.count('\n') == 1
     copy = tmp_path / 'elsewhere'
     parts = ('values', 'written', 'copied', 'kinds', 'json_schema', 'schema', 'automaton', 'cutter', 'space',
-             'candidates', 'int8', 'precision', 'options', 'places', 'drafts', 'encoder', 'reader', 'decode',
+             'candidates', 'packed', 'int8', 'precision', 'options', 'places', 'drafts', 'encoder', 'reader', 'decode',
              'confidence', 'checkpoint', 'labeler')             # as docs/device.md lists them
     for path in ('sample.py', 'model.py', *(f'distil/{part}.py' for part in parts), 'config/__init__.py',
                  'config/machine.py', 'config/toy.py', 'out/toy/best.pt', 'out/toy/tokenizer.json'):

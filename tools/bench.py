@@ -340,7 +340,7 @@ if __name__ == '__main__':
         engine = Teacher(load_model(teacher, dtype, device), meta['before'], space.output_ids)
         print(bench_extract(engine, space, shards, extract_batch, compiled))
     else:
-        student_dtype = 'float32' if what == 'train' else dtype_setting
+        student_dtype = None if what == 'train' else dtype_setting
         checkpoint, student, space = load_checkpoint(Path('out', run or name), device, dtype=student_dtype)
         train_rows, val_rows = shards.split()
         if what == 'train':
