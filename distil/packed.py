@@ -57,5 +57,6 @@ def pack(student, dtype):
     layers = [(module, name, layer) for module in student.modules() for name, layer in module.named_children()
               if isinstance(layer, nn.Linear) and not name.startswith(('lm_head', 'point_'))]
     packed = student.lm_head.weight.device.type == 'cpu' and is_packed_faster(dtype)
-    for module, name, layer in layers:
+    while layers:                                               # one after the other, or all would be there twice
+        module, name, layer = layers.pop()
         setattr(module, name, PackedLinear(layer.to(dtype)) if packed else layer.to(dtype))
