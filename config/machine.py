@@ -204,18 +204,23 @@ def seconds_of_matmul(dtypes, size=512, rounds=20):
     return best_seconds([partial(torch.matmul, a, a) for a in squares], rounds)
 
 
+def has_bfloat16():
+    """True if this CPU has instructions for bfloat16. One without them is hundreds of times slower with it."""
+    cpu = torch.cpu.get_capabilities()
+    return bool(cpu.get('amx_bf16') or cpu.get('avx512_bf16'))
+
+
 def pick_dtype(dtype, device):
     """'auto' -> bfloat16 where the hardware multiplies it faster, else float32; as a torch.dtype.
 
     A GPU with bfloat16 is faster with it. A CPU with bfloat16 instructions is between twice as slow and three
-    times as fast, so it is measured. A CPU without them is hundreds of times slower and is not measured. 'int8' is
-    float32 but for what distil/int8.py does.
+    times as fast, so it is measured. 'int8' is float32 but for what distil/int8.py does.
     """
     if dtype == 'auto':
-        cpu, faster = torch.cpu.get_capabilities(), False
+        faster = False
         if device.startswith('cuda'):
             faster = torch.cuda.is_bf16_supported(including_emulation=False)
-        elif device == 'cpu' and (cpu.get('amx_bf16') or cpu.get('avx512_bf16')):
+        elif device == 'cpu' and has_bfloat16():
             in_bfloat16, in_float32 = seconds_of_matmul([torch.bfloat16, torch.float32])
             faster = 1.3 * in_bfloat16 < in_float32
         dtype = 'bfloat16' if faster else 'float32'

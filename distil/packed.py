@@ -11,7 +11,7 @@ from functools import cache, partial
 import torch
 import torch.nn as nn
 
-from config.machine import best_seconds
+from config.machine import best_seconds, has_bfloat16
 
 
 class PackedLinear(nn.Module):
@@ -33,6 +33,8 @@ class PackedLinear(nn.Module):
 def is_packed_faster(dtype, rounds=7):
     """True if products in this type are faster packed, with the tokens of a short text and with those of many,
     and the same."""
+    if dtype == torch.bfloat16 and not has_bfloat16():
+        return False
     plain = nn.Linear(512, 1024, dtype=dtype, device='meta').to_empty(device='cpu')
     with torch.no_grad():
         plain.weight.copy_(torch.arange(plain.weight.numel()).view_as(plain.weight) % 251 / 251 - 0.5)

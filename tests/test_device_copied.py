@@ -120,7 +120,7 @@ def test_student_js_gives_the_answers_of_run_py(students, npm, words, n):
 @pytest.mark.slow
 def test_of_the_same_weights_in_8_bits_the_graph_gives_the_answers(tmp_path, bert, tokenizer, words):
     folder = make_student(tmp_path / 'small', bert, tokenizer, *TASKS[0], int8=True)
-    labeler, texts = Labeler(folder, 'cpu', confidence=False, dtype='float32'), make_texts(words)[::3]
+    labeler, texts = Labeler(folder, 'cpu', confidence=False, dtype=None), make_texts(words)[::3]
     labeler.student = round_to_int8(labeler.student)
     names = {name for name, part in labeler.student.named_modules() if type(part).__name__ == 'Int8Linear'}
     assert {'point_query', 'point_key', 'encoder_proj'} <= names
